@@ -1,0 +1,40 @@
+"""Packaging. Ranges live here; the exact versions the project is tested with are in constraints.txt."""
+
+from setuptools import find_packages, setup
+
+EXTRAS = {
+    "test": ["pytest>=8", "pytest-benchmark>=5", "ruff>=0.14"],
+    "bench": ["pytest-benchmark>=5", "matplotlib>=3.9"],
+    "flash": ["flash-attn>=2.8"],
+    "liger": ["liger-kernel>=0.8.5"],
+    "trl": ["trl>=1.16"],
+    "logging": ["wandb", "trackio"],
+}
+
+setup(
+    name="una-fast",
+    version="0.1.0",
+    description="UNA alignment of language models at long context: fused loss, lean trainer",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["una_fast", "una_fast.*"]), "una_fast.kernels"],
+    # Hugging Face's own package is called `kernels`: ours is only ever imported as una_fast.kernels.
+    package_dir={"una_fast.kernels": "kernels"},
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; sys_platform == 'linux'",
+        "transformers>=5.17",
+        "peft>=0.18",
+        "datasets>=4.0",
+        "safetensors>=0.5",
+        "jsonargparse[signatures]>=4.40",
+        "pyyaml>=6",
+        "tqdm>=4.66",
+        "tensorboard>=2.18",
+        "matplotlib>=3.9",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["una-fast=una_fast.cli:main"]},
+)

@@ -1,0 +1,151 @@
+"""Shared by the tests: random problems for the head, and the error measure of the contracts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from una_fast import Feedback, UnaOutput, eager
+
+
+@dataclass
+class Problem:
+    """A random call of linear_una_loss with peaked logits and ragged responses."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor
+    targets: Tensor
+    cu_seqlens: Tensor
+    feedback: Feedback
+    ref_hidden: Tensor
+    ref_weight: Tensor
+
+
+def ragged(responses: int, longest: int, generator: torch.Generator) -> Tensor:
+    lengths = torch.randint(1, longest + 1, (responses,), generator=generator)
+    return torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+
+
+def mixed_feedback(generator: torch.Generator) -> Feedback:
+    """Over 8 responses: single pairs, a pair with both scores, all pairs of three, labels; response 7 in no unit."""
+
+    def rand(n: int) -> Tensor:
+        return torch.rand(n, generator=generator, dtype=torch.float64)
+
+    return Feedback.merge(
+        [
+            Feedback.pairs([0], [2], margin=0.3, weight=1.7),
+            Feedback.binary([1], [True], offset=0.2),
+            Feedback.pairs([4, 4, 5], [5, 6, 6], target=[0.9, 1.0, 0.5], weight=rand(3)),
+            Feedback.scores([4, 3], rand(2), weight=[0.0, 2.0], offset=-0.1),
+            Feedback.binary([1, 3], [False, True]),
+        ]
+    )
+
+
+def problem(
+    seed: int = 0,
+    *,
+    responses: int = 8,
+    longest: int = 9,
+    dim: int = 24,
+    vocab: int = 101,
+    peak: float = 50.0,
+    dtype: torch.dtype = torch.float64,
+    feedback: Feedback | None = None,
+) -> Problem:
+    """Hidden states and weights in `dtype`, scaled so that the largest |logit| is `peak`."""
+    g = torch.Generator().manual_seed(seed)
+    cu = ragged(responses, longest, g)
+    rows = int(cu[-1])
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    hidden, weight = normal(rows, dim), normal(vocab, dim)
+    weight *= peak / (hidden @ weight.T).abs().max()
+    ref_hidden = hidden + 0.05 * normal(rows, dim)
+    return Problem(
+        hidden.to(dtype),
+        weight.to(dtype),
+        normal(vocab).to(dtype),
+        torch.randint(0, vocab, (rows,), generator=g),
+        cu,
+        feedback or mixed_feedback(g),
+        ref_hidden.to(dtype),
+        (weight + 0.02 * normal(vocab, dim)).to(dtype),
+    )
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    """max |error| / max |truth|; 0 for two empty tensors."""
+    assert value.shape == truth.shape
+    if truth.numel() == 0:
+        return 0.0
+    scale = truth.double().abs().max().clamp_min(1e-300)
+    return float((value.double() - truth.double()).abs().max() / scale)
+
+
+LEAVES = ("hidden", "weight", "bias")
+
+
+def cast(p: Problem, dtype: torch.dtype) -> Problem:
+    """The same problem, floats in another dtype."""
+    floats = {
+        f.name: getattr(p, f.name).to(dtype)
+        for f in fields(p)
+        if isinstance(getattr(p, f.name), Tensor) and getattr(p, f.name).is_floating_point()
+    }
+    return replace(p, **floats)
+
+
+def reference(p: Problem, kind: str) -> dict[str, Tensor]:
+    """Arguments that give the reference: "cached" | "own" weight | the "policy" weight and bias."""
+    if kind == "cached":
+        noise = torch.linspace(-3, 3, len(p.cu_seqlens) - 1, dtype=torch.float64)
+        logps = eager.token_logps(p.hidden.double(), p.weight.double(), p.targets).cumsum(0)
+        return {"ref_logps": torch.cat([logps.new_zeros(1), logps])[p.cu_seqlens].diff() + noise}
+    if kind == "own":
+        return {"ref_hidden": p.ref_hidden, "ref_weight": p.ref_weight, "ref_bias": 0.5 * p.bias}
+    return {"ref_hidden": p.ref_hidden}
+
+
+def evaluate(
+    op: Callable[..., UnaOutput],
+    p: Problem,
+    *,
+    train: Sequence[str] = LEAVES,
+    bias: bool = True,
+    upstream: float = 1.0,
+    **arguments: Any,
+) -> dict[str, Tensor]:
+    """Outputs of one call of linear_una_loss (eager's or ours) and, under "grad hidden" ..., the gradients."""
+    leaves = {name: getattr(p, name).clone().requires_grad_(name in train) for name in LEAVES}
+    arguments = {"bias": leaves["bias"] if bias else None, **arguments}
+    out = op(leaves["hidden"], leaves["weight"], p.targets, p.cu_seqlens, p.feedback, **arguments)
+    (upstream * out.loss).backward()
+    grads = {f"grad {name}": x.grad for name, x in leaves.items() if x.grad is not None}
+    return {**{name: value.detach() for name, value in out._asdict().items()}, **grads}
+
+
+def truth(p: Problem, **arguments: Any) -> dict[str, Tensor]:
+    """`evaluate` of eager.py in float64, on the inputs as they are (already rounded)."""
+    arguments = {k: v.double() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    return evaluate(eager.linear_una_loss, cast(p, torch.float64), **arguments)
+
+
+def errors(value: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """relative_error of every output and gradient; the two must have the same ones."""
+    assert value.keys() == expected.keys()
+    return {name: relative_error(value[name], expected[name]) for name in value}
+
+
+def assert_close(value: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    found = errors(value, expected)
+    wrong = {name: error for name, error in found.items() if not error <= tolerance}
+    assert not wrong, f"over {tolerance}: {wrong}"

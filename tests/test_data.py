@@ -1,0 +1,612 @@
+"""Records, tokenisation and batches: what a user's file says must reach the loss, or stop the run with a reason."""
+
+import json
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from una_fast.attention import Segment
+from una_fast.data import Encoder, Source, collate, load_examples, mixture_order
+from una_fast.feedback import BINARY, PAIR, SCORE
+from una_fast.records import Record, RecordOptions
+
+CHATML = (
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+PLAIN_CHAT = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+BOS, EOS, START, END = 0, 1, 2, 3
+USER = {"role": "user", "content": "hi there"}
+
+
+def bot(text):
+    return {"role": "assistant", "content": text}
+
+
+def make_tokenizer(single="<s> $A", template=CHATML, **special):
+    """A byte-level BPE tokenizer; `single` is what it puts around a text."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<s>", "</s>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    raw.train_from_iterator(["the cat sat on the mat", "hi there, how are you", "good and bad answers"], trainer)
+    raw.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", BOS), ("</s>", EOS)])
+    special = {"bos_token": "<s>", "eos_token": "</s>", "name_or_path": "tiny-bpe", **special}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, **special)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture
+def load(tmp_path, tokenizer):
+    """Write rows as one JSONL file and load them. Options are keywords; rows may be raw strings."""
+
+    def run(*rows, unit=True, prompt_only=False, tokenizer=tokenizer, **options):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+        source = Source(str(path), options=RecordOptions(**options))
+        return load_examples(source, tokenizer, require_unit_scores=unit, prompt_only=prompt_only)
+
+    return run
+
+
+def ids(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def table(feedback):
+    """Units as plain tuples (kind, first, second, value)."""
+    return list(
+        zip(
+            feedback.kind.tolist(),
+            feedback.first.tolist(),
+            feedback.second.tolist(),
+            feedback.value.tolist(),
+            strict=True,
+        )
+    )
+
+
+# Shapes
+
+
+def test_shapes_mixed_in_one_file(load):
+    examples, report = load(
+        {"prompt": "p", "chosen": "good", "rejected": "bad", "margin": 0.5, "weight": 2, "ref_logps": [-1.0, -2.5]},
+        {"prompt": "p", "completion": "good", "label": False, "ref_logps": -3},
+        {"prompt": "p", "completion": "good", "score": 0.25},
+        "",
+        {"prompt": "p", "completion": "good"},
+        {"prompt": "p", "completions": ["a", "b", "c"], "scores": [0.1, 0.9, 1]},
+        {"prompt": "p", "chosen": "a", "rejected": "b", "chosen_rating": 0.9, "rejected_rating": 0.9, "id": 7},
+        {"id": 8, "source": "x", "chosen": [USER, bot("a")], "rejected": [USER, bot("b")]},
+    )
+    assert [table(e.feedback) for e in examples] == [
+        [(PAIR, 0, 1, 1.0)],
+        [(BINARY, 0, -1, 0.0)],
+        [(SCORE, 0, -1, 0.25)],
+        [(BINARY, 0, -1, 1.0)],
+        [(SCORE, 0, -1, 0.1), (SCORE, 1, -1, 0.9), (SCORE, 2, -1, 1.0)],
+        [(SCORE, 0, -1, 0.9), (SCORE, 1, -1, 0.9)],
+        [(PAIR, 0, 1, 1.0)],
+    ]
+    assert examples[0].feedback.margin.tolist() == [0.5] and examples[0].feedback.weight.tolist() == [2.0]
+    assert examples[0].ref_logps == (-1.0, -2.5) and examples[1].ref_logps == (-3.0,) and examples[2].ref_logps is None
+    assert examples[3].origin.endswith("rows.jsonl:5")  # the empty line counts as a line
+    assert examples[0].prompt_ids.dtype == np.int32 == examples[0].responses[1].dtype
+    assert (report.records, report.examples, report.unlabelled) == (7, 7, 1)
+    assert dict(report.units) == {"pair": 2, "binary": 2, "score": 6}
+    assert dict(report.ignored_columns) == {"id": 2, "source": 1}
+    assert "7 records -> 7 examples (2 pair, 2 binary, 6 score units)" in str(report) and "\n" not in str(report)
+    assert "1 without a label" in str(report) and "ignored columns id (2), source (1)" in str(report)
+
+
+RATED = {"prompt": "p", "completions": ["a", "b", "c"], "scores": [1.0, 3.0, 1.0]}
+
+
+@pytest.mark.parametrize(
+    ("options", "units", "ties"),
+    [
+        ({"feedback": "pairs"}, [(PAIR, 1, 0, 1.0), (PAIR, 1, 2, 1.0)], 1),
+        ({"feedback": "pairs", "ties": "soft"}, [(PAIR, 1, 0, 1.0), (PAIR, 0, 2, 0.5), (PAIR, 1, 2, 1.0)], 0),
+        (
+            {"feedback": "both"},
+            [(PAIR, 1, 0, 1.0), (PAIR, 1, 2, 1.0), *((SCORE, k, -1, RATED["scores"][k]) for k in range(3))],
+            1,
+        ),
+    ],
+)
+def test_pairs_from_ratings(load, options, units, ties):
+    examples, report = load(RATED, unit=False, **options)
+    assert table(examples[0].feedback) == units and report.ties_dropped == ties
+
+
+def test_rated_pair_as_pair_with_margin_from_the_mapped_gap(load):
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "chosen_rating": 8, "rejected_rating": 3.5}
+    examples, _ = load(row, feedback="pairs", margin="rating_gap", score_map="range", score_range=[1, 10])
+    assert table(examples[0].feedback) == [(PAIR, 0, 1, 1.0)]
+    assert examples[0].feedback.margin.item() == pytest.approx(0.5)
+    examples, _ = load({**row, "margin": 2}, feedback="pairs", margin="rating_gap")
+    assert examples[0].feedback.margin.item() == 2  # the record's own margin wins
+
+
+def test_order_comes_from_the_ratings_even_where_the_sigmoid_is_flat(load):
+    examples, report = load({**RATED, "scores": [60.0, 80.0, 0.0]}, feedback="pairs", score_map="sigmoid")
+    assert table(examples[0].feedback)[0] == (PAIR, 1, 0, 1.0) and report.ties_dropped == 0
+
+
+def test_record_of_dropped_ties_alone_is_left_out(load):
+    examples, report = load(RATED, {**RATED, "scores": [1, 1, 1]}, feedback="pairs", unit=False)
+    assert len(examples) == 1 and report.ties_dropped == 4 and "4 ties dropped" in str(report)
+
+
+def test_prompt_only(load, tokenizer):
+    examples, report = load({"prompt": "hi"}, {"prompt": [USER], "answer": "x"}, prompt_only=True)
+    assert [len(e.responses) for e in examples] == [0, 0] and examples[0].feedback.num_units == 0
+    assert dict(report.ignored_columns) == {"answer": 1}
+
+
+# Scores
+
+
+def test_helpsteer2_preset(load):
+    row = {"prompt": "p", "response": "a", "helpfulness": 4, "correctness": 3, "coherence": 2, "verbosity": 1}
+    examples, report = load(row, preset="helpsteer2")
+    assert examples[0].feedback.value.item() == pytest.approx((0.65 * 4 + 0.8 * 3 + 0.45 * 2) / 7.6)
+    assert dict(report.ignored_columns) == {"verbosity": 1}
+
+
+def test_ultrafeedback_preset_with_text_prompt_beside_whole_chats(load, tokenizer):
+    row = {"prompt": "hi there", "chosen": [USER, bot("a")], "rejected": [USER, bot("b")]}
+    examples, _ = load({**row, "score_chosen": 8.2, "score_rejected": 1.0}, preset="ultrafeedback")
+    assert examples[0].feedback.value.tolist() == pytest.approx([0.8, 0.0])
+    assert examples[0].prompt_ids.tolist() == ids(tokenizer, "<s><|im_start|>user\nhi there<|im_end|>\n" + ASSISTANT)
+
+
+def test_columns_rename_and_take_away(load):
+    row = {"q": "p", "completion": "a", "label": 1, "score": 0.5}
+    examples, report = load(row, columns={"prompt": "q", "label": "unused"})
+    assert table(examples[0].feedback) == [(SCORE, 0, -1, 0.5)] and dict(report.ignored_columns) == {"label": 1}
+
+
+def test_score_maps(load):
+    rows = [{"prompt": "p", "completion": "a", "score": s} for s in (-2.0, 5.0, 5.0, 700.0)]
+
+    def values(**options):
+        return [e.feedback.value.item() for e in load(*rows, **options)[0]]
+
+    assert values(score_map="quantile") == [0.125, 0.5, 0.5, 0.875]
+    expected = torch.sigmoid(torch.tensor([-2.0, 5.0, 5.0, 700.0]).double()).tolist()
+    assert values(score_map="sigmoid") == pytest.approx(expected, abs=1e-12)
+    assert values(score_map="range", score_range=[-2, 700]) == pytest.approx([0, 7 / 702, 7 / 702, 1])
+    assert values(unit=False) == [-2.0, 5.0, 5.0, 700.0]
+
+
+def test_score_center(load):
+    rows = [{"prompt": "p", "completion": "a", "score": s} for s in (0.1, 0.3)]
+    rows.append({"prompt": "p", "completion": "a", "label": True})
+    examples, report = load(*rows, score_center="dataset")
+    # The offset makes an unchanged policy (r = 0) stand at the mean score; targets stay what they were.
+    assert torch.sigmoid(examples[0].feedback.offset).item() == pytest.approx(0.2)
+    assert examples[0].feedback.value.item() == 0.1 and examples[2].feedback.offset.item() == 0
+    assert report.score_center == pytest.approx(0.2) and "score centre 0.2" in str(report)
+    examples, report = load(*rows, score_center=0.5)
+    assert examples[1].feedback.offset.item() == 0 and report.score_center == 0.5
+    examples, _ = load(*rows, score_center="dataset", unit=False)
+    assert examples[0].feedback.offset.item() == pytest.approx(0.2)
+    with pytest.raises(ValueError, match="score_center=3 gives 3.0, but it must lie strictly between 0 and 1"):
+        load(*rows, score_center=3)
+
+
+# Refusals
+
+PAIR_ROW = {"prompt": "p", "chosen": "a", "rejected": "b"}
+ONE = {"prompt": "p", "completion": "a"}
+NAN = float("nan")
+BAD = {
+    "invalid json": ('{"prompt": ', {}, "invalid JSON.*one complete JSON object per line"),
+    "not an object": ("[1, 2]", {}, "must be a JSON object of columns, not list"),
+    "no response": ({"prompt": "p", "answer": "x"}, {}, "no response column; found columns prompt, answer; accepted"),
+    "two families": ({**ONE, **PAIR_ROW}, {}, "both chosen/rejected and completion are given"),
+    "no rejected": ({"prompt": "p", "chosen": "a"}, {}, "column 'rejected' is missing; found columns prompt, chosen"),
+    "null rejected": ({**PAIR_ROW, "rejected": None}, {}, "column 'rejected' is null"),
+    "no prompt": ({"chosen": "a", "rejected": "b"}, {}, "column 'prompt' is missing or null"),
+    "renamed": (ONE, {"columns": {"prompt": "q"}}, "column 'q' is missing or null.*prompt is read from 'q'"),
+    "no scores": ({"prompt": "p", "completions": ["a"]}, {}, "column 'scores' is missing.*accepted shapes"),
+    "nan score": ({**ONE, "score": NAN}, {}, "score is nan; it must be finite"),
+    "inf score": ({**RATED, "scores": [0, 1, float("inf")]}, {}, r"scores\[2\] is inf; it must be finite"),
+    "huge score": ('{"prompt": "p", "completion": "a", "score": 1' + "0" * 400 + "}", {}, "score is 1.*finite"),
+    "text score": ({**ONE, "score": "0.5"}, {}, r"score is '0.5' \(str\); write a number"),
+    "nan rating": ({**PAIR_ROW, "chosen_rating": NAN, "rejected_rating": 1}, {}, "chosen_rating is nan"),
+    "nan weight": ({**PAIR_ROW, "weight": NAN}, {}, "weight is nan"),
+    "negative weight": ({**PAIR_ROW, "weight": -1}, {}, "weight is -1; it must not be negative"),
+    "nan margin": ({**PAIR_ROW, "margin": NAN}, {}, "margin is nan"),
+    "nan ref_logps": ({**PAIR_ROW, "ref_logps": [-1.0, NAN]}, {}, r"ref_logps\[1\] is nan"),
+    "ref_logps count": ({**PAIR_ROW, "ref_logps": -1.0}, {}, "ref_logps has 1 values for 2 responses"),
+    "score range": ({**ONE, "score": 7}, {}, r"score is 7.0, outside \[0, 1\].*score_map: range"),
+    "outside declared": (
+        {**ONE, "score": 11},
+        {"score_map": "range", "score_range": [1, 10]},
+        r"score is 11.0, outside score_range \[1, 10\]",
+    ),
+    "label int": ({**ONE, "label": 1}, {}, r"label is 1 \(int\), not a boolean; write true or false"),
+    "label text": ({**ONE, "label": "yes"}, {}, r"label is 'yes' \(str\), not a boolean"),
+    "label null": ({**ONE, "label": None}, {}, "label is null; fill it in"),
+    "score null": ({**ONE, "score": None}, {}, "score is null; fill it in"),
+    "label and score": ({**ONE, "label": True, "score": 0.5}, {}, "both label and score are given"),
+    "empty response": ({**ONE, "completion": " "}, {}, "completion is empty; fill it in"),
+    "empty rejected": ({**PAIR_ROW, "rejected": ""}, {}, "rejected is empty"),
+    "only eos": ({**ONE, "completion": "</s>"}, {}, "response is empty: it has no tokens but EOS"),
+    "empty prompt": ({**ONE, "prompt": ""}, {}, "prompt is empty"),
+    "no messages": ({**ONE, "prompt": []}, {}, "prompt is empty"),
+    "empty content": ({**ONE, "completion": [bot("")]}, {}, r"completion\[0\].content is empty"),
+    "equal": ({**PAIR_ROW, "rejected": "a"}, {}, "chosen and rejected are equal"),
+    "swapped": (
+        {**PAIR_ROW, "chosen_rating": 0.1, "rejected_rating": 0.9},
+        {},
+        "chosen_rating 0.1 is below rejected_rating 0.9; swap",
+    ),
+    "one rating": ({**PAIR_ROW, "chosen_rating": 0.1}, {}, "column 'rejected_rating' is missing"),
+    "lengths": ({**RATED, "scores": [1.0]}, {}, "3 completions have 1 scores"),
+    "not a list": ({**RATED, "completions": "abc"}, {}, "completions must be a list"),
+    "one completion": (
+        {"prompt": "p", "completions": ["a"], "scores": [1]},
+        {"feedback": "pairs"},
+        "one completion makes no pair",
+    ),
+    "no ratings": (PAIR_ROW, {"feedback": "pairs", "margin": "rating_gap"}, "margin=rating_gap needs chosen_rating"),
+    "attributes": (ONE, {"score_columns": {"help": 1.0}}, "score_columns help are missing"),
+    "one attribute": ({**ONE, "b": 1}, {"score_columns": {"help": 1.0, "b": 1.0}}, "score_columns help are missing"),
+    "prompt type": ({**ONE, "prompt": 3}, {}, r"prompt is 3 \(int\); write a string or a list of chat messages"),
+    "message type": ({**ONE, "prompt": ["hi"]}, {}, r"prompt\[0\] is 'hi'; a message is"),
+    "content type": ({**ONE, "prompt": [{"role": "user", "content": 3}]}, {}, r"prompt\[0\].content is 3 \(int\)"),
+    "text and chat": ({**ONE, "completion": [bot("a")]}, {}, "prompt is plain text but completion is a list"),
+    "assistant last": ({**ONE, "prompt": [USER, bot("x")]}, {}, "prompt must end with a user"),
+    "user last": ({**ONE, "prompt": [USER], "completion": [USER]}, {}, "must end with an assistant message"),
+    "other turns": (
+        {"chosen": [USER, bot("a")], "rejected": [{**USER, "content": "other"}, bot("b")]},
+        {},
+        "rejected does not continue the prompt",
+    ),
+    "long prompt": (
+        {**ONE, "prompt": "hi there, " * 20},
+        {"max_prompt_tokens": 9},
+        "over max_prompt_tokens=9; raise max_prompt_tokens.*prompt_overflow: truncate_left",
+    ),
+    "long response": (
+        {**ONE, "completion": "qx" * 9},
+        {"max_tokens": 9, "prompt_overflow": "truncate_left"},
+        "leaves no room for its prompt within max_tokens=9.*never cut",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_record_stops_with_line_and_fix_or_is_skipped(load, case):
+    row, options, message = BAD[case]
+    good = {"prompt": "p", "completion": "a", "label": True, "b": 1, "q": "p", "help": 1}
+    good = {**good, "score": 2, "label": None} if "score_range" in options else good
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1: .*" + message):
+        load(row, **options)
+    if case in ("attributes", "one attribute"):
+        good = {k: v for k, v in good.items() if k != "label"}
+        options = {**options, "divide": 2.0}
+    examples, report = load(good, row, on_bad_record="skip", **options)
+    assert len(examples) == 1 and report.records == 2 and report.skipped == 1
+    assert "rows.jsonl:2: " in report.skip_messages[0] and "1 skipped (first: " in str(report)
+
+
+def test_not_utf8(tmp_path, tokenizer):
+    (tmp_path / "x.jsonl").write_bytes(b'{"prompt": "\xff"}')
+    with pytest.raises(ValueError, match="x.jsonl:1: not UTF-8"):
+        load_examples(Source(str(tmp_path / "x.jsonl")), tokenizer, require_unit_scores=True)
+
+
+def test_nothing_usable_is_an_error(load):
+    with pytest.raises(ValueError, match="no usable record: .*1 records -> 0 examples .*1 skipped"):
+        load("{", on_bad_record="skip")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"feedback": "all"}, "feedback='all' is not one of scores, pairs, both"),
+        ({"columns": {"answer": "x"}}, "columns: 'answer' is not a field of a record"),
+        ({"columns": ["x"]}, "columns=.* must map our fields"),
+        ({"columns": {"prompt": 1}}, "columns.prompt=1 must be the name"),
+        ({"score_columns": {}}, "score_columns={} must map columns to factors"),
+        ({"score_columns": {"a": NAN}}, "score_columns.a=nan must be a finite number"),
+        ({"score_columns": {"a": 1.0}, "divide": 0}, "divide=0"),
+        ({"divide": 2.0}, "divide=2.0 divides the sum of score_columns, which is not set"),
+        ({"score_map": "range"}, r"score_map=range needs score_range: \[lo, hi\]"),
+        ({"score_map": "range", "score_range": [2, 1]}, r"score_range=\[2, 1\] must rise"),
+        ({"score_range": [0, 1]}, "score_range=.* is only read with score_map: range"),
+        ({"score_center": "mean"}, "score_center='mean' must be none, dataset or a finite number"),
+        ({"margin": "rating_gap"}, "margin=rating_gap acts on pairs built from ratings, and feedback=scores"),
+        ({"ties": "soft"}, "ties=soft acts on pairs"),
+        ({"max_tokens": 0}, "max_tokens=0 must be a positive number of tokens"),
+        ({"max_tokens": 8, "max_prompt_tokens": 8}, "max_prompt_tokens=8 leaves no room"),
+        ({"preset": "helpsteer2", "divide": 2.0}, "preset='helpsteer2' sets divide to 7.6; remove divide"),
+    ],
+)
+def test_options_refuse_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        RecordOptions(**options)
+
+
+# Sources
+
+
+def test_source_entries(tmp_path):
+    defaults = RecordOptions(preset="helpsteer2", max_tokens=99)
+    assert Source.parse("a.jsonl", defaults) == Source("a.jsonl", options=defaults)
+    entry = {"path": "x", "weight": 0.5, "split": "test", "preset": "none", "feedback": "pairs", "ties": "soft"}
+    source = Source.parse(entry, defaults)
+    assert (source.weight, source.split) == (0.5, "test")
+    assert source.options == RecordOptions(feedback="pairs", ties="soft", max_tokens=99)
+    with pytest.raises(ValueError, match="'x': unknown key 'wieght'; known keys: path, weight, split, columns"):
+        Source.parse({"path": "x", "wieght": 1}, defaults)
+    with pytest.raises(ValueError, match="'x': ties='hard' is not one of"):
+        Source.parse({"path": "x", "ties": "hard"}, defaults)
+    with pytest.raises(ValueError, match="has no path"):
+        Source.parse({"weight": 1}, defaults)
+    with pytest.raises(ValueError, match="must be a path or a mapping"):
+        Source.parse(3, defaults)
+    with pytest.raises(ValueError, match="weight=0 of x must be positive"):
+        Source("x", weight=0)
+
+
+def test_parquet_and_directory(tmp_path, tokenizer):
+    chat = {
+        "prompt": None,
+        "chosen": [{**USER, "name": "me"}, bot("a")],
+        "rejected": [{**USER, "name": "me"}, bot("b")],
+        "label": None,
+    }
+    rows = [chat, {"prompt": "p", "completion": "a", "label": True}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([chat, chat]), tmp_path / "b.parquet")
+    (tmp_path / "a.jsonl").write_text(json.dumps(rows[1]))
+    (tmp_path / "README.md").write_text("not data")
+    (tmp_path / ".hidden.jsonl").write_text("not data")
+    examples, _ = load_examples(Source(str(tmp_path)), tokenizer, require_unit_scores=True)
+    assert [e.origin.rpartition("/")[2] for e in examples] == ["a.jsonl:1", "b.parquet:0", "b.parquet:1"]
+    assert table(examples[1].feedback) == [(PAIR, 0, 1, 1.0)]
+    pyarrow.parquet.write_table(
+        pyarrow.table({"prompt": ["p"], "completion": ["a"], "label": [1]}), tmp_path / "c.parquet"
+    )
+    with pytest.raises(ValueError, match=r"c\.parquet:0: label is 1 \(int\)"):
+        load_examples(Source(str(tmp_path)), tokenizer, require_unit_scores=True)
+
+
+def test_paths_that_hold_no_data(tmp_path, tokenizer):
+    def refuse(path, message, **source):
+        with pytest.raises(ValueError, match=message):
+            load_examples(Source(str(path), **source), tokenizer, require_unit_scores=True)
+
+    refuse(tmp_path / "no.jsonl", "no.jsonl' is neither a file, a directory, nor a loadable dataset name")
+    refuse("no.jsonl", "'no.jsonl' is neither a file")
+    refuse(tmp_path, "holds no data files")
+    (tmp_path / "x.csv").write_text("a,b")
+    refuse(tmp_path / "x.csv", "x.csv is not a data file; its name must end in .jsonl or .parquet")
+    refuse(tmp_path / "x.csv", "split='test' is for dataset names", split="test")
+    (tmp_path / "x.parquet").write_text("a,b")
+    refuse(tmp_path / "x.parquet", "x.parquet is not a Parquet file")
+
+
+def test_dataset_by_name(monkeypatch, tokenizer):
+    calls = []
+
+    def load_dataset(name, config, *, split):
+        calls.append((name, config, split))
+        if name == "org/missing":
+            raise ConnectionError("unreachable")
+        return datasets.Dataset.from_list(
+            [{"prompt": [USER], "completion": "a", "label": True}, {"prompt": [USER], "completion": "a", "label": None}]
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(ValueError, match=r"^org/set:small\[test\]:1: label is null"):
+        load_examples(Source("org/set:small", split="test"), tokenizer, require_unit_scores=True)
+    assert calls == [("org/set", "small", "test")]
+    with pytest.raises(ValueError, match="'org/missing' is neither a file, a directory, nor a loadable.*unreachable"):
+        load_examples(Source("org/missing"), tokenizer, require_unit_scores=True)
+
+
+# Tokens
+
+ASSISTANT = "<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(("single", "bos"), [("<s> $A", [BOS]), ("<s> $A </s>", [BOS]), ("$A </s>", []), ("$A", [])])
+def test_plain_text_has_one_bos_and_one_eos(load, single, bos):
+    tokenizer = make_tokenizer(single)
+    for prompt, response in (("hi there", "the cat"), ("<s>hi there", "the cat</s>")):
+        examples, _ = load({"prompt": prompt, "completion": response}, tokenizer=tokenizer)
+        own = [BOS] if prompt.startswith("<s>") else bos
+        assert examples[0].prompt_ids.tolist() == own + ids(tokenizer, "hi there")
+        assert examples[0].responses[0].tolist() == ids(tokenizer, "the cat") + [EOS]
+
+
+def test_chat_ends_with_the_template_s_end_of_turn(load, tokenizer):
+    system = {"role": "system", "content": "be good"}
+    rows = [
+        {"prompt": [system, USER], "completion": answer, "label": True}
+        for answer in ([bot("the cat \n")], "the cat", [bot("the cat<|im_end|>")])
+    ]
+    rows.append({"prompt": [system, USER], "chosen": [system, USER, bot("the cat")], "rejected": "no"})
+    for example in load(*rows)[0]:
+        text = "<|im_start|>system\nbe good<|im_end|>\n<|im_start|>user\nhi there<|im_end|>\n" + ASSISTANT
+        assert example.prompt_ids.tolist() == [BOS, *ids(tokenizer, text)]
+        assert example.responses[0].tolist() == [*ids(tokenizer, "the cat"), END]
+
+
+def test_template_without_end_of_turn_gets_eos_and_keeps_the_text_s_own_space(load):
+    tokenizer = make_tokenizer(template=PLAIN_CHAT)
+    examples, _ = load({"prompt": [USER], "completion": "the cat "}, tokenizer=tokenizer)
+    # "assistant: " and "the" may merge at the boundary: the two parts must still spell the rendering.
+    assert tokenizer.decode(examples[0].prompt_ids) == "user: hi there\nassistant: "
+    assert tokenizer.decode(examples[0].responses[0]) == "the cat </s>"
+    assert examples[0].responses[0].tolist().count(EOS) == 1
+
+
+def test_tokenizer_that_puts_a_space_before_any_text():
+    """Tokenised apart, the answer would start with a space that is not in the rendering."""
+    raw = Tokenizer(models.BPE(unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    special = ["<unk>", "</s>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=special, show_progress=False)
+    raw.train_from_iterator(["user", "assistant", "\n", "hi there", "the cat"], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = CHATML.replace("{{ bos_token }}", "")
+    prompt, (answer,), _ = Encoder(tokenizer, RecordOptions()).encode(Record([USER], ([bot("the cat")],)))
+    whole = tokenizer.apply_chat_template([USER, bot("the cat")], tokenize=False).rstrip("\n")
+    assert [*prompt, *answer] == ids(tokenizer, whole)
+    assert answer[-1] == END
+
+
+def test_templates_and_tokenizers_that_cannot_work(load):
+    row = {"prompt": [USER], "completion": "a"}
+    with pytest.raises(ValueError, match="tokenizer tiny-bpe has no eos_token.*set eos_token"):
+        load(row, tokenizer=make_tokenizer(eos_token=None))
+    with pytest.raises(ValueError, match="tokenizer tiny-bpe has no chat template; set chat_template"):
+        load(row, tokenizer=make_tokenizer(template=None))
+    shifting = CHATML + "{{ messages | length }}"
+    with pytest.raises(ValueError, match="chat template of tiny-bpe renders prompt .* must be its beginning"):
+        load(row, tokenizer=make_tokenizer(template="{{ messages | length }}" + shifting))
+    refusing = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ValueError, match="rows.jsonl:1: the chat template of tiny-bpe refuses.*roles must alternate"):
+        load(row, tokenizer=make_tokenizer(template=refusing))
+    with pytest.raises(ValueError, match="does not end this response"):
+        odd = CHATML.replace("<|im_end|>", "{% if m.content != 'a' %}<|im_end|>{% endif %}")
+        load(row, tokenizer=make_tokenizer(template=odd))
+
+
+def test_truncation_keeps_bos_and_the_end_of_the_prompt(load, tokenizer):
+    row = {"prompt": "hi there, how are you the cat", "chosen": "a", "rejected": "b b"}
+    full = load(row)[0][0]
+    for options in ({"max_prompt_tokens": 5}, {"max_tokens": 5 + len(full.responses[1])}):
+        examples, report = load(row, prompt_overflow="truncate_left", **options)
+        assert examples[0].prompt_ids.tolist() == [BOS, *full.prompt_ids[-4:]]
+        assert [r.tolist() for r in examples[0].responses] == [r.tolist() for r in full.responses]
+        assert report.truncated_prompts == 1 and "1 prompts truncated" in str(report)
+    assert load(row, max_tokens=len(full.prompt_ids) + len(full.responses[1]))[1].truncated_prompts == 0
+
+
+# Mixing
+
+
+def test_mixture_weights_and_determinism():
+    order = mixture_order([4, 10, 3], [1, 2.5, 0.5], seed=3, epoch=0)
+    counts = np.bincount(order, minlength=17)
+    assert order.dtype == np.int64 and len(order) == 4 + 25 + 2
+    assert (counts[:4] == 1).all() and sorted(counts[4:14]) == [2] * 5 + [3] * 5 and counts[14:].max() == 1
+    assert (order == mixture_order([4, 10, 3], [1, 2.5, 0.5], seed=3, epoch=0)).all()
+    assert (order != np.sort(order)).any()
+    halves = [frozenset(mixture_order([100], [0.5], seed=3, epoch=epoch)) for epoch in range(4)]
+    assert len(set(halves)) == 4 and all(len(half) == 50 for half in halves)
+    assert set(mixture_order([100], [0.5], seed=4, epoch=0)) != halves[0]
+    assert len(mixture_order([10], [0.01], seed=0, epoch=0)) == 1 and len(mixture_order([], [], seed=0, epoch=0)) == 0
+
+
+# Batches
+
+
+@pytest.fixture
+def examples(load):
+    return load(
+        {"prompt": "hi there", "chosen": "the cat", "rejected": "a", "weight": 2},
+        {"prompt": [USER], "completion": "the mat", "score": 0.3},
+        {"prompt": "how are", "completions": ["you", "the cat sat", "bad"], "scores": [0.1, 0.2, 0.2]},
+        feedback="both",
+        ties="soft",
+    )[0]
+
+
+def test_packed_token_by_token(examples):
+    batch = collate(examples, packed=True)
+    at, flat, rows = 0, batch.input_ids[0].tolist(), iter(batch.rows.tolist())
+    for example, segment in zip(examples, batch.segments, strict=True):
+        length = len(example.prompt_ids)
+        assert segment.prompt == (at, at + length)
+        assert flat[at : at + length] == example.prompt_ids.tolist()
+        assert batch.position_ids[0, at : at + length].tolist() == list(range(length))
+        last, at = at + length - 1, at + length
+        for response, (start, stop) in zip(example.responses, segment.responses, strict=True):
+            assert (start, stop) == (at, at + len(response)) and flat[start:stop] == response.tolist()
+            assert batch.position_ids[0, start:stop].tolist() == list(range(length, length + len(response)))
+            assert [next(rows) for _ in response] == [last, *range(start, stop - 1)]
+            at = stop
+    assert at == len(flat) == batch.num_tokens and next(rows, None) is None and batch.attention_mask is None
+
+
+def test_padded_token_by_token(examples):
+    batch = collate(examples, packed=False, pad_id=7)
+    width, b, rows = batch.input_ids.shape[1], 0, iter(batch.rows.tolist())
+    for example in examples:
+        for response in example.responses:
+            tokens = [*example.prompt_ids, *response]
+            assert batch.input_ids[b].tolist() == tokens + [7] * (width - len(tokens))
+            assert batch.attention_mask[b].tolist() == [1] * len(tokens) + [0] * (width - len(tokens))
+            first = b * width + len(example.prompt_ids) - 1
+            assert [next(rows) for _ in response] == list(range(first, first + len(response)))
+            b += 1
+    assert b == 6 == batch.input_ids.shape[0] and batch.segments is None and next(rows, None) is None
+    assert batch.num_tokens == batch.attention_mask.sum() and batch.position_ids[3].tolist() == list(range(width))
+
+
+def test_layouts_agree(examples):
+    packed, padded = collate(examples, packed=True), collate(examples, packed=False)
+    assert (
+        packed.targets.tolist()
+        == padded.targets.tolist()
+        == np.concatenate([r for e in examples for r in e.responses]).tolist()
+    )
+    assert packed.cu_seqlens.tolist() == padded.cu_seqlens.tolist() and packed.cu_seqlens[-1] == len(packed.targets)
+    assert packed.cu_seqlens.dtype == packed.targets.dtype == packed.rows.dtype == packed.input_ids.dtype == torch.int64
+    assert table(packed.feedback) == table(padded.feedback)
+    assert packed.feedback.weight.tolist() == [2.0] + [1.0] * 7
+    assert table(packed.feedback)[:4] == [(PAIR, 0, 1, 1.0), (SCORE, 2, -1, 0.3), (PAIR, 4, 3, 1.0), (PAIR, 5, 3, 1.0)]
+    # A row predicts the token after it: the same token at the same position in both layouts.
+    for batch in (packed, padded):
+        assert batch.input_ids.flatten()[batch.rows].tolist() == padded.input_ids.flatten()[padded.rows].tolist()
+        assert batch.position_ids.flatten()[batch.rows].tolist() == padded.position_ids.flatten()[padded.rows].tolist()
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_no_examples_still_give_something_to_run(packed, load):
+    for nothing in ([], load({"prompt": "hi"}, prompt_only=True)[0]):
+        batch = collate(nothing, packed=packed, pad_id=5)
+        assert batch.input_ids.tolist() == [[5, 5]] and batch.position_ids.tolist() == [[0, 1]]
+        assert batch.rows.numel() == batch.targets.numel() == batch.num_tokens == batch.feedback.num_units == 0
+        assert batch.cu_seqlens.tolist() == [0] and batch.ref_logps is None
+        assert batch.rows.dtype == batch.targets.dtype == batch.input_ids.dtype == torch.int64
+        assert batch.segments == ((Segment((0, 1), ((1, 2),)),) if packed else None)
+        assert (batch.attention_mask is None) == packed
+
+
+def test_cached_reference_is_all_or_nothing(load):
+    cached, _ = load({**PAIR_ROW, "ref_logps": [-1, -2]}, {**ONE, "ref_logps": -3})
+    batch = collate(cached, packed=True)
+    assert batch.ref_logps.tolist() == [-1.0, -2.0, -3.0] and batch.ref_logps.dtype == torch.float64
+    without, _ = load(PAIR_ROW, PAIR_ROW)
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1 has no ref_logps while other records"):
+        collate([*cached, *without], packed=True)

@@ -1,0 +1,119 @@
+"""The feedback table: what it builds, how it joins, and what it refuses, by name and value."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+import torch
+
+from una_fast import Feedback
+from una_fast.feedback import BINARY, PAIR, SCORE
+
+NAN, INF = float("nan"), float("inf")
+
+
+def table(feedback: Feedback) -> list[tuple]:
+    return list(zip(*(getattr(feedback, f.name).tolist() for f in fields(feedback)), strict=True))
+
+
+def test_columns_of_each_kind():
+    pairs = Feedback.pairs([0, 2], [1, 3], margin=[0.1, 0.2], weight=2.0, target=torch.tensor([1.0, 0.5]))
+    assert table(pairs) == [(PAIR, 0, 1, 1.0, 0.1, 2.0, 0.0), (PAIR, 2, 3, 0.5, 0.2, 2.0, 0.0)]
+    binary = Feedback.binary(torch.tensor([4, 5]), [True, False], offset=-0.5)
+    assert table(binary) == [(BINARY, 4, -1, 1.0, 0.0, 1.0, -0.5), (BINARY, 5, -1, 0.0, 0.0, 1.0, -0.5)]
+    scores = Feedback.scores([1], [-3.5], weight=[0.0])
+    assert table(scores) == [(SCORE, 1, -1, -3.5, 0.0, 0.0, 0.0)]
+
+
+def test_columns_are_float64_and_on_the_cpu_and_detached():
+    source = torch.tensor([0.25], dtype=torch.float32, requires_grad=True)
+    feedback = Feedback.scores(torch.tensor([0], dtype=torch.int32), source)
+    dtypes = {f.name: getattr(feedback, f.name).dtype for f in fields(feedback)}
+    assert {name: dtypes[name] for name in ("kind", "first", "second")} == dict.fromkeys(
+        ("kind", "first", "second"), torch.int64
+    )
+    assert {dtypes[name] for name in ("value", "margin", "weight", "offset")} == {torch.float64}
+    assert not feedback.value.requires_grad
+    with torch.no_grad():
+        source.fill_(0.75)
+    assert feedback.value.item() == 0.25, "the table must own its columns"
+
+
+def test_columns_do_not_share_memory_with_float64_input():
+    score = torch.tensor([0.25, 0.5], dtype=torch.float64)
+    index = torch.tensor([0, 1])
+    feedback = Feedback.scores(index, score)
+    score.fill_(0.9)
+    index.fill_(7)
+    assert feedback.value.tolist() == [0.25, 0.5] and feedback.first.tolist() == [0, 1]
+
+
+def test_merge_keeps_order_and_shift_leaves_missing_responses_missing():
+    parts = [Feedback.binary([0], [True]), Feedback.pairs([1], [0]), Feedback.scores([2], [0.3])]
+    merged = Feedback.merge(iter(parts))
+    assert table(merged) == [row for part in parts for row in table(part)]
+    assert merged.num_units == 3
+    moved = merged.shift(10)
+    assert moved.first.tolist() == [10, 11, 12] and moved.second.tolist() == [-1, 10, -1]
+    assert merged.first.tolist() == [0, 1, 2], "shift must not change its table"
+
+
+@pytest.mark.parametrize("empty", [lambda: Feedback.merge([]), lambda: Feedback.pairs([], [])])
+def test_no_units(empty):
+    feedback = empty()
+    assert feedback.num_units == 0
+    feedback.check(0)
+    assert feedback.shift(3).num_units == 0
+    assert Feedback.merge([feedback, Feedback.scores([1], [0.5])]).first.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("feedback", "message"),
+    [
+        (Feedback.scores([0, 5], [0.5, 0.5]), r"unit 1 \(score\) names response 5, but the call has 5 responses"),
+        (Feedback.pairs([0, 1], [9, 2]), r"unit 0 \(pair\) names response 9, but the call has 5 responses"),
+        (Feedback.binary([7], [True]), r"unit 0 \(binary\) names response 7"),
+    ],
+)
+def test_check_names_the_unit(feedback, message):
+    with pytest.raises(ValueError, match=message):
+        feedback.check(5)
+    feedback.check(10)
+
+
+REFUSED = {
+    "pair with one side": (lambda: Feedback.pairs([0, 1], [2]), r"chosen has 2 indices and rejected 1"),
+    "pair with itself": (lambda: Feedback.pairs([0, 3], [1, 3]), r"pair 1 has response 3 as both chosen and rejected"),
+    "target over one": (lambda: Feedback.pairs([0], [1], target=1.5), r"target\[0\] is 1\.5; it must lie in \[0, 1\]"),
+    "target below zero": (lambda: Feedback.pairs([0, 2], [1, 3], target=[1, -0.1]), r"target\[1\] is -0\.1"),
+    "margin per unit": (lambda: Feedback.pairs([0], [1], margin=[1.0, 2.0]), r"margin has shape \(2,\).*\(1 units\)"),
+    "margin NaN": (lambda: Feedback.pairs([0], [1], margin=NAN), r"margin\[0\] is nan; every margin must be finite"),
+    "weight negative": (lambda: Feedback.pairs([0, 2], [1, 3], weight=[1, -1]), r"weight\[1\] is negative; use 0"),
+    "weight infinite": (lambda: Feedback.binary([0], [True], weight=INF), r"weight\[0\] is inf"),
+    "label graded": (lambda: Feedback.binary([0, 1], [1, 0.5]), r"label must be True or False.*Feedback\.scores"),
+    "label NaN": (lambda: Feedback.binary([0], [NAN]), r"label\[0\] is nan"),
+    "label count": (lambda: Feedback.binary([0, 1], [True]), r"label has shape \(1,\); .*\(2 units\)"),
+    "score NaN": (lambda: Feedback.scores([0, 1], [0.5, NAN]), r"score\[1\] is nan; every score must be finite"),
+    "score infinite": (lambda: Feedback.scores([0], [-INF]), r"score\[0\] is -inf"),
+    "score count": (lambda: Feedback.scores([0], [0.1, 0.2]), r"score has shape \(2,\)"),
+    "offset NaN": (lambda: Feedback.scores([0], [0.1], offset=NAN), r"offset\[0\] is nan"),
+    "offset count": (lambda: Feedback.scores([0], [0.1], offset=[1.0, 2.0]), r"offset has shape \(2,\)"),
+    "index negative": (lambda: Feedback.scores([-1], [0.5]), r"index holds a negative response index \(-1\)"),
+    "chosen negative": (lambda: Feedback.pairs([-2], [0]), r"chosen holds a negative response index \(-2\)"),
+    "index fractional": (lambda: Feedback.binary([0.5], [True]), r"index must be a one-dimensional list .*integers"),
+    "index boolean": (lambda: Feedback.binary([True], [True]), r"index must be a one-dimensional list"),
+    "index not a list": (lambda: Feedback.pairs(0, 1), r"chosen must be a one-dimensional list"),
+    "index nested": (lambda: Feedback.scores([[0, 1]], [0.5]), r"index must be a one-dimensional list"),
+    "lone index": (lambda: Feedback.binary(0, True), r"index must be a one-dimensional list"),
+    "label text": (lambda: Feedback.binary([0], ["yes"]), r"label"),
+    "label missing": (lambda: Feedback.binary([0], None), r"label"),
+    "score missing": (lambda: Feedback.scores([0], None), r"score"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals(case):
+    build, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        build()

@@ -1,0 +1,32 @@
+"""una_fast: UNA alignment with fused, memory-lean kernels.
+
+Importing this package needs torch alone; everything else is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Feedback": "feedback",
+    "Objective": "losses",
+    "UnaOutput": "losses",
+    "una_loss": "losses",
+    "linear_una_loss": "head",
+    "token_logps": "head",
+    "gather_logps": "head",
+}
+__all__ = [*_PUBLIC, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f"una_fast.{_PUBLIC[name]}"), name)
+    raise AttributeError(f"module 'una_fast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,608 @@
+"""Attention over packed rows: one prompt, then the responses that share it.
+
+A row is `[prompt | response 1 | ... | response K]`, prompt after prompt. The queries of a prompt see the prompt up to
+themselves; the queries of a response see its prompt and the response up to themselves. Both are one rule, lower-right
+causal attention of R queries over the E keys that end where the queries end:
+
+    range           queries   keys                    R            E
+    prompt          prompt    prompt                  P            P
+    response i      resp i    [prompt | resp i]       R_i          P + R_i     (window W: the last W - 1 of the prompt)
+
+so the row costs P + sum R tokens where separate sequences cost K P + sum R. The function is registered with
+transformers under `PACKED`; `packed_attention(model)` switches a model to it, and the table of segments travels through
+the model's forward keyword arguments: `model(input_ids, position_ids=..., una_segments=batch.segments)`.
+
+Back-ends: flash-attn or torch's varlen_attn for half precision on CUDA, otherwise `scaled_dot_product_attention` in
+chunks of queries, each against the keys it can see, so that no mask of the size of the row is ever built.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import logging
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+PACKED = "una_packed"
+CHUNK = 512  # queries per call on the SDPA path
+
+# Keyword arguments that models hand to every attention function and that do not enter the scores.
+HARMLESS = frozenset(
+    {
+        "cache_position",
+        "layer_idx",
+        "logits_to_keep",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_embeddings",
+        "position_ids",
+        "return_dict",
+        "use_cache",
+    }
+)
+
+
+class Segment(NamedTuple):
+    """Token ranges of one prompt and its responses within the packed row."""
+
+    prompt: tuple[int, int]  # [start, stop)
+    responses: tuple[tuple[int, int], ...]  # [start, stop) each
+
+
+Segments = tuple[Segment, ...]
+
+
+class _Scores(NamedTuple):
+    """How a score is made from q . k."""
+
+    scaling: float
+    window: int | None  # a query sees itself and the window - 1 keys before it
+    softcap: float | None
+    sinks: Tensor | None  # [H], one extra logit per head in the softmax's denominator
+
+    @property
+    def explicit(self) -> bool:
+        """No fused kernel has it: the softmax is written out."""
+        return self.softcap is not None or self.sinks is not None
+
+
+# ---- the layout of a row -------------------------------------------------------------------------------------------
+
+
+class _Row(NamedTuple):
+    """A row as consecutive pieces. Piece i is a range of queries; `prompt_of[i]` is the piece before its keys."""
+
+    sizes: tuple[int, ...]
+    prompt_of: tuple[int | None, ...]
+
+
+@functools.lru_cache(maxsize=64)  # every layer asks for the same row
+def _row(segments: Segments, total: int) -> _Row:
+    """The pieces of a row of `total` tokens; ValueError unless the segments tile it in order."""
+    sizes: list[int] = []
+    prompt_of: list[int | None] = []
+    end = 0
+    for number, segment in enumerate(segments):
+        prompt = len(sizes)
+        for index, (start, stop) in enumerate((segment.prompt, *segment.responses)):
+            if start != end or stop <= start:
+                raise ValueError(
+                    f"una_segments[{number}] has the range [{start}, {stop}) where one that starts at {end} and is not "
+                    "empty is due: segments hold the prompt, then its responses, and follow each other without gaps"
+                )
+            sizes.append(stop - start)
+            prompt_of.append(prompt if index else None)
+            end = stop
+    if end != total:
+        raise ValueError(f"una_segments cover {end} tokens and the row has {total}; they must cover the whole row")
+    return _Row(tuple(sizes), tuple(prompt_of))
+
+
+def _visible(prompt_size: int, window: int | None) -> int:
+    """How many of the prompt's last tokens a response's queries can see."""
+    return prompt_size if window is None else min(prompt_size, window - 1)
+
+
+def _keys_per_range(states: Tensor, row: _Row, window: int | None, dim: int) -> list[list[Tensor]]:
+    """For each range the parts that, concatenated along `dim`, are its keys (or values)."""
+    # One split, not one slice per range: its backward is a single concatenation.
+    pieces = states.split(row.sizes, dim=dim)
+    parts = []
+    for piece, prompt in zip(pieces, row.prompt_of, strict=True):
+        if prompt is None:
+            parts.append([piece])
+            continue
+        size = row.sizes[prompt]
+        visible = _visible(size, window)
+        shared = pieces[prompt]
+        parts.append([shared if visible == size else shared.narrow(dim, size - visible, visible), piece])
+    return parts
+
+
+# ---- scaled_dot_product_attention, chunk by chunk --------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=8)
+def _mask_table(columns: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Additive mask [CHUNK, columns] of the last CHUNK of `columns` positions; smaller chunks are corners of it."""
+    with torch.inference_mode(False):  # kept between calls: a later call may save it for its backward
+        query = torch.arange(columns - CHUNK, columns, device=device)[:, None]
+        key = torch.arange(columns, device=device)[None, :]
+        hidden = key > query
+        if window is not None:
+            hidden |= key <= query - window
+        return torch.zeros(CHUNK, columns, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
+
+
+def _mask(queries: int, keys: int, window: int | None, like: Tensor) -> Tensor:
+    """Additive lower-right causal mask [queries, keys], a view of a table shared by chunks, ranges and layers."""
+    columns = 1 << (max(keys, CHUNK) - 1).bit_length()
+    table = _mask_table(columns, window, like.dtype, like.device)
+    return table[CHUNK - queries :, columns - keys :]
+
+
+def _explicit_softmax(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scores: _Scores) -> Tensor:
+    """Attention written out, for what fused kernels lack; the softmax is in fp32 at least."""
+    batch, heads, queries, _ = query.shape
+    kv_heads, keys = key.shape[1], key.shape[2]
+    grouped = query.reshape(batch, kv_heads, -1, query.shape[-1])  # the heads of one group stand below each other
+    z = (grouped @ key.transpose(2, 3)).view(batch, heads, queries, keys) * scores.scaling
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    if scores.softcap is not None:
+        z = scores.softcap * torch.tanh(z / scores.softcap)
+    z = z + mask
+    if scores.sinks is not None:
+        z = torch.cat([z, scores.sinks.to(z.dtype).view(1, heads, 1, 1).expand(batch, heads, queries, 1)], dim=-1)
+    weights = z.softmax(dim=-1)[..., :keys].to(value.dtype)
+    return (weights.reshape(batch, kv_heads, -1, keys) @ value).view(batch, heads, queries, -1)
+
+
+def _attend_chunk(query: Tensor, key: Tensor, value: Tensor, scores: _Scores) -> Tensor:
+    mask = _mask(query.shape[2], key.shape[2], scores.window, query)
+    if not scores.explicit:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=scores.scaling, enable_gqa=query.shape[1] != key.shape[1]
+        )
+    if not torch.is_grad_enabled():
+        return _explicit_softmax(query, key, value, mask, scores)
+    # Recomputed in backward: otherwise several copies of [H, chunk, keys] stay alive for every chunk of the row.
+    return checkpoint(_explicit_softmax, query, key, value, mask, scores, use_reentrant=False, preserve_rng_state=False)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scores: _Scores) -> Tensor:
+    """One range: `query` [1, H, R, D] are the last R of the positions of `key`, `value` [1, H_kv, E, D]."""
+    queries, keys = query.shape[2], key.shape[2]
+    if scores.window is not None and scores.window >= keys:
+        scores = scores._replace(window=None)
+    fused = query.shape[-1] == value.shape[-1]  # with other shapes SDPA writes the scores out, so chunks are needed
+    if queries == keys and scores.window is None and not scores.explicit and fused:
+        return F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scores.scaling, enable_gqa=query.shape[1] != key.shape[1]
+        )
+    outputs = []
+    last = keys - queries
+    for chunk in query.split(CHUNK, dim=2):
+        first = 0 if scores.window is None else max(0, last - scores.window + 1)
+        last += chunk.shape[2]
+        outputs.append(_attend_chunk(chunk, key[:, :, first:last], value[:, :, first:last], scores))
+    return torch.cat(outputs, dim=2)
+
+
+def _attend_sdpa(query: Tensor, key: Tensor, value: Tensor, row: _Row, scores: _Scores) -> Tensor:
+    """The whole row, range after range: [1, T, H, D]."""
+    queries = query.split(row.sizes, dim=2)
+    keys = _keys_per_range(key, row, scores.window, dim=2)
+    values = _keys_per_range(value, row, scores.window, dim=2)
+    outputs = [
+        _attend(q, torch.cat(k, dim=2), torch.cat(v, dim=2), scores)
+        for q, k, v in zip(queries, keys, values, strict=True)
+    ]
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+# ---- varlen kernels on CUDA ------------------------------------------------------------------------------------------
+# Not run on hardware: the tests drive this path through a stand-in with varlen_attn's signature. What they cannot show
+# is that the kernels align causal masks and windows to the lower right, and how fast they are.
+
+
+class _Varlen(NamedTuple):
+    """A varlen kernel (q, k, v, cu_q, cu_k, max_q, max_k, scores) -> [T, H, D], and whether it has a softcap."""
+
+    name: str
+    call: Callable[..., Tensor]
+    softcap: bool
+
+
+def _window_size(scores: _Scores) -> tuple[int, int]:
+    return (-1 if scores.window is None else scores.window - 1, 0)
+
+
+def _flash_attn() -> _Varlen | None:
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+
+    def call(*tensors_and_lengths: Any, scores: _Scores) -> Tensor:
+        return flash_attn_varlen_func(
+            *tensors_and_lengths,
+            softmax_scale=scores.scaling,
+            causal=True,
+            window_size=_window_size(scores),
+            softcap=scores.softcap or 0.0,
+        )
+
+    return _Varlen("flash-attn", call, softcap=True)
+
+
+def _torch_varlen() -> _Varlen | None:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    # torch 2.13 asks for enable_gqa when key heads are shared; 2.11 shares them without being asked.
+    gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+    def call(*tensors_and_lengths: Any, scores: _Scores) -> Tensor:
+        return varlen_attn(*tensors_and_lengths, scale=scores.scaling, window_size=_window_size(scores), **gqa)
+
+    return _Varlen("torch.nn.attention.varlen", call, softcap=False)
+
+
+@functools.cache
+def _varlen_kernel() -> _Varlen | None:
+    kernel = _flash_attn() or _torch_varlen()
+    logger.info("packed attention on CUDA in half precision: %s", kernel.name if kernel else "no varlen kernel, SDPA")
+    return kernel
+
+
+def _varlen_refusal(query: Tensor, value: Tensor, scores: _Scores, kernel: _Varlen | None) -> str | None:
+    """Why the varlen kernel cannot serve this call; None if it can."""
+    if kernel is None:
+        return "neither flash-attn nor torch.nn.attention.varlen is there"
+    if query.dtype not in (torch.float16, torch.bfloat16):
+        return f"it runs in half precision, and the model in {query.dtype}"
+    if query.shape[-1] != value.shape[-1] or query.shape[-1] > 256 or query.shape[-1] % 8:
+        return (
+            f"head sizes {query.shape[-1]} (keys) and {value.shape[-1]} (values) are not equal, or not 8, 16, ... 256"
+        )
+    if scores.sinks is not None or (scores.softcap is not None and not kernel.softcap):
+        return "it has no attention sinks" if scores.sinks is not None else "it has no softcap (flash-attn has)"
+    return None
+
+
+@functools.cache  # once per reason
+def _log_slow_path(reason: str) -> None:
+    logger.warning("packed attention runs on the slower SDPA path: the varlen kernel is not used because %s", reason)
+
+
+@functools.lru_cache(maxsize=8)  # every layer asks for the same lengths: one copy to the device per batch and window
+def _cu_seqlens(row: _Row, window: int | None, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
+    """int32 offsets of the ranges' queries and keys on the device, and the longest of each."""
+    lengths_k = [
+        size + (0 if prompt is None else _visible(row.sizes[prompt], window))
+        for size, prompt in zip(row.sizes, row.prompt_of, strict=True)
+    ]
+    with torch.inference_mode(False):
+        cu_q, cu_k = (
+            torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+            for lengths in (row.sizes, lengths_k)
+        )
+    return cu_q, cu_k, max(row.sizes), max(lengths_k)
+
+
+def _attend_varlen(
+    query: Tensor, key: Tensor, value: Tensor, row: _Row, scores: _Scores, call: Callable[..., Tensor]
+) -> Tensor:
+    """The whole row in one kernel call: [1, T, H, D]. The prompt's keys are repeated for each response."""
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+    cu_q, cu_k, max_q, max_k = _cu_seqlens(row, scores.window, query.device)
+    keys, values = (
+        torch.cat([part for parts in _keys_per_range(states, row, scores.window, dim=0) for part in parts])
+        for states in (k, v)
+    )
+    if scores.window is not None and scores.window >= max_k:
+        scores = scores._replace(window=None)
+    return call(q.contiguous(), keys, values, cu_q, cu_k, max_q, max_k, scores=scores)[None]
+
+
+# ---- what transformers calls -----------------------------------------------------------------------------------------
+
+
+def _check_call(
+    module: nn.Module, query: Tensor, key: Tensor, attention_mask: Tensor | None, dropout: float, extra: dict[str, Any]
+) -> None:
+    name = type(module).__name__
+    if query.shape[0] != 1:
+        raise ValueError(f"a packed batch is one row, and {name} was given {query.shape[0]}")
+    if key.shape[2] != query.shape[2]:
+        raise ValueError(f"{name} has {key.shape[2]} keys for {query.shape[2]} queries: packed rows take no KV cache")
+    if attention_mask is not None:
+        raise ValueError(f"{name} passes an attention mask; in a packed row the segments alone say who sees whom")
+    if dropout:
+        raise ValueError(
+            f"{name} has attention dropout {dropout}; set attention_dropout (attn_pdrop) to 0 in the config"
+        )
+    unknown = sorted(k for k, v in extra.items() if k not in HARMLESS and v is not None)
+    if unknown:
+        raise ValueError(f"{name} passes {', '.join(unknown)} to its attention, which packed attention does not know")
+
+
+def packed_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    output_attentions: bool | None = None,
+    una_segments: Segments | None = None,
+    **extra: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface for packed rows.
+
+    query [1, H, T, D], key and value [1, H_kv, T, D] -> [1, T, H, D], in the queries' dtype (autocast's, if it is on).
+    una_segments: the table of the row, given to the model's forward. sliding_window: W, a token sees itself and W - 1
+    before it. s_aux: [H] attention sinks. ValueError for missing segments, for dropout, masks and caches, and for any
+    keyword argument that may change the scores and is not known here.
+    """
+    if una_segments is None:
+        raise ValueError(
+            f"{type(module).__name__} runs packed attention without segments: pass una_segments=batch.segments to the "
+            "model's forward, and generate outside packed_attention(model)"
+        )
+    _check_call(module, query, key, attention_mask, dropout, extra)
+    if is_causal is False or getattr(module, "is_causal", True) is False:
+        raise ValueError(f"{type(module).__name__} is not causal; only causal attention can be packed")
+    if output_attentions:
+        raise ValueError("packed attention has no attention weights to return; leave output_attentions off")
+    _stay_packed_in_recompute(module)
+    if torch.is_autocast_enabled(query.device.type):
+        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
+    row = _row(una_segments, query.shape[2])
+    scores = _Scores(query.shape[-1] ** -0.5 if scaling is None else float(scaling), sliding_window, softcap, s_aux)
+    if query.is_cuda:
+        kernel = _varlen_kernel()
+        refusal = _varlen_refusal(query, value, scores, kernel)
+        if refusal is None:
+            return _attend_varlen(query, key, value, row, scores, kernel.call), None
+        _log_slow_path(refusal)
+    return _attend_sdpa(query, key, value, row, scores), None
+
+
+def _no_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> None:
+    """transformers' mask interface: the segments say everything, so a padding mask would be lost in silence."""
+    if attention_mask is not None:
+        raise ValueError("a packed row has no padding: pass attention_mask=None with una_segments")
+
+
+AttentionInterface.register(PACKED, packed_attention_forward)
+AttentionMaskInterface.register(PACKED, _no_mask)
+
+
+# ---- switching a model -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def packed_attention(model: nn.Module) -> Iterator[None]:
+    """Run `model` with packed attention inside the block; its own implementation is back afterwards, whatever happens.
+
+    Only the forward pass belongs inside. Activation checkpointing recomputes the attention of a packed row as packed
+    attention even when `backward` runs after the block. Nothing is validated or rebuilt: the name in every config that
+    a module of the model holds (nested ones and copies too) is exchanged.
+    """
+    configs = {id(c): c for m in model.modules() if isinstance(c := m.__dict__.get("config"), PreTrainedConfig)}
+    before = [(config, config._attn_implementation_internal) for config in configs.values()]
+    try:
+        for config, _ in before:
+            config._attn_implementation_internal = PACKED
+        yield
+    finally:
+        for config, implementation in before:
+            config._attn_implementation_internal = implementation
+
+
+_RECOMPUTE = "_una_implementations"  # on a module that has run packed: the implementations to put back, a stack
+
+
+def _stay_packed_in_recompute(module: nn.Module) -> None:
+    """Have an attention module run packed whenever it is called with segments.
+
+    A checkpointed layer is run again during backward, when the user's implementation is back, and that one would
+    ignore the segments without a word and give wrong gradients.
+    """
+    if _RECOMPUTE not in module.__dict__ and isinstance(getattr(module, "config", None), PreTrainedConfig):
+        setattr(module, _RECOMPUTE, [])
+        module.register_forward_pre_hook(_enter_packed, with_kwargs=True)
+        module.register_forward_hook(_leave_packed, with_kwargs=True, always_call=True)
+
+
+def _enter_packed(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    if kwargs.get("una_segments") is not None:
+        getattr(module, _RECOMPUTE).append(module.config._attn_implementation_internal)
+        module.config._attn_implementation_internal = PACKED
+
+
+def _leave_packed(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: object) -> None:
+    # The stack is empty after the very first call, which began before the hooks were there.
+    if kwargs.get("una_segments") is not None and getattr(module, _RECOMPUTE):
+        module.config._attn_implementation_internal = getattr(module, _RECOMPUTE).pop()
+
+
+# ---- can this model be packed? ---------------------------------------------------------------------------------------
+
+PROBE_TOLERANCE = 1e-4  # of the largest hidden state; fp32 gives 1e-6, a wrong mask 1e-1
+_WINDOWS = re.compile(r"sliding_window(_size|s)?|attention_chunk_size|attention_window(_size)?|window_size|index_topk")
+_WIDTHS = re.compile(r"(.*_)?intermediate_size(_.*)?|ffn_dim|ffn_hidden_size|n_inner|d_ff")
+_EXPERTS = re.compile(r"num_(local_)?experts|n_routed_experts|moe_num_experts")
+_KV_HEADS = re.compile(r"(.*_)?num_(.*_)?(key_value|kv)_heads")
+_VOCABULARIES = re.compile(r"vocab_size(_.*)?")
+_TOKENS = re.compile(r".*_token_id")
+
+
+def packing_refusal(model: PreTrainedModel) -> str | None:
+    """None if `model` can be packed exactly, otherwise the reason in a sentence.
+
+    A copy of the model's decoder with the same config, but fewer layers (every layer type is kept), heads and experts,
+    a narrow MLP, a small vocabulary and short windows, is filled with random weights; one packed row of three ragged
+    responses is compared with the three separate sequences under the model's own implementation, on the CPU in fp32.
+    Every layer must also have called the packed attention, which refuses to run without segments.
+    The reduced copy serves every model, however large, on whatever device and in whatever dtype: the loaded weights
+    would need prompts longer than their windows. Takes well under a second for usual models, never raises, and leaves
+    random state, default dtype and default device alone. Call it on the loaded model before it is sharded.
+    """
+    try:
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            return _probe(_reduced_decoder(model))
+    except Exception as error:  # an unknown model may fail in any way, and each is a reason not to pack it
+        return f"the packing probe of {type(model).__name__} failed with {type(error).__name__}: {error}"
+
+
+def _reduced_decoder(model: PreTrainedModel) -> PreTrainedModel:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft
+    decoder = base.get_decoder()
+    config = decoder.config
+    if config.is_encoder_decoder:
+        raise ValueError("encoder-decoder models have no packed layout")
+    of_the_model = {type(m) for m in decoder.modules() if type(m).__module__ == type(decoder).__module__}
+    types = getattr(config, "layer_types", None) or [None]
+    covering = 1 + max(types.index(kind) for kind in set(types))
+    if getattr(config, "num_kv_shared_layers", 0):
+        covering *= 2  # once with keys of their own, once with shared ones
+    total = config.num_hidden_layers
+    for layers in sorted({min(total, max(covering, n)) for n in (2, 4, 8, total)}):
+        reduced = type(decoder)(_reduced_config(config, layers)).float().eval()
+        if of_the_model <= {type(m) for m in reduced.modules()}:
+            return _randomize(reduced)
+    raise ValueError("its reduced copy lacks " + ", ".join(sorted(t.__name__ for t in of_the_model)))
+
+
+def _reduced_config(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    """The same architecture, small. Head sizes stay, so that every rope parameter still fits."""
+    config = copy.deepcopy(config)
+    overrides = {}  # of single layers, in configs that allow them
+    if getattr(config, "is_heterogeneous", False):
+        overrides = config.to_dict()["per_layer_config"]
+        config.per_layer_config = None
+    total, heads = config.num_hidden_layers, config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    fields = {k: v for k, v in vars(config).items() if v is not None and not isinstance(v, bool)}
+    windows = sorted({w for k, v in fields.items() if _WINDOWS.fullmatch(k) for w in _ints(v)})
+    short = {window: 5 + 3 * rank for rank, window in enumerate(windows)}  # their order is kept
+    experts = 2 * max(_ints(fields.get("n_group")) + [1]) * max(_ints(fields.get("num_experts_per_tok")) + [1])
+    rules = {
+        _WINDOWS: lambda window: short.get(window, window),
+        _WIDTHS: lambda width: min(width, 64),
+        _EXPERTS: lambda count: min(count, experts),
+        _KV_HEADS: lambda count: 4 if count == heads else min(count, 2),
+        _VOCABULARIES: lambda size: min(size, 128),
+        _TOKENS: lambda token: 0,
+    }
+
+    def reduced(name: str, value: object) -> object:
+        for pattern, rule in rules.items():
+            if pattern.fullmatch(name):
+                return _map_ints(value, rule)
+        return value
+
+    for name, value in fields.items():
+        if isinstance(value, (list, tuple)) and len(value) == total:
+            value = value[:layers]  # one entry per layer
+        setattr(config, name, reduced(name, value))
+    config.num_attention_heads = 4
+    config.hidden_size = 4 * head_dim
+    config.num_hidden_layers = layers
+    if getattr(config, "num_kv_shared_layers", 0):
+        config.num_kv_shared_layers = layers // 2
+    if overrides:
+        config.per_layer_config = {
+            int(layer): {name: reduced(name, value) for name, value in changes.items()}
+            for layer, changes in overrides.items()
+            if int(layer) < layers
+        }
+    if config._attn_implementation not in ("eager", "sdpa"):
+        config._attn_implementation_internal = "eager"  # what the flash kernels compute, on a CPU
+    return config
+
+
+def _ints(value: object) -> list[int]:
+    """The integers of a config field that is one, a list with some, or neither."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [v for v in values if isinstance(v, int)]
+
+
+def _map_ints(value: object, change: Callable[[int], int]) -> object:
+    """`change` applied to an integer, or to the integers of a list."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(change(v) if isinstance(v, int) else v for v in value)
+    return change(value) if isinstance(value, int) else value
+
+
+def _randomize(model: PreTrainedModel) -> PreTrainedModel:
+    """Weights that reach every term: sharp scores, and sinks, biases and norms that are not their defaults."""
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(std=1.5 * parameter.shape[-1] ** -0.5)
+        else:
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+def _probe(model: PreTrainedModel) -> str | None:
+    error = _packing_error(model)
+    if PROBE_TOLERANCE < error < 100 * PROBE_TOLERANCE:
+        error = _packing_error(model.double())  # a model that amplifies rounding; a real difference stays
+    name, layers = type(model).__name__, model.config.num_hidden_layers
+    ran = sum(_RECOMPUTE in module.__dict__ for module in model.modules())
+    if ran != layers:
+        return f"{name} called the packed attention in {ran} of {layers} layers; the others are computed in another way"
+    if error <= PROBE_TOLERANCE:
+        return None
+    reason = f"{name} gives other hidden states packed than separate (relative error {error:.1e})"
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")
+        if _packing_error(model) <= PROBE_TOLERANCE:  # sdpa drops the softcap in some releases of transformers
+            reason += '; its sdpa attention differs from its eager attention too, load it with "eager"'
+    return reason
+
+
+def _packing_error(model: PreTrainedModel) -> float:
+    """The largest difference between one packed row and its sequences, relative to the largest hidden state."""
+    prompt, lengths = 30, (23, 29, 19)  # all longer than the windows of the reduced config
+    bounds = [0, *accumulate((prompt, *lengths))]
+    responses = tuple(zip(bounds[1:-1], bounds[2:], strict=True))
+    ids = torch.randint(1, model.get_input_embeddings().num_embeddings, (1, bounds[-1]))
+    positions = torch.cat([torch.arange(prompt), *(prompt + torch.arange(n) for n in lengths)])[None]
+
+    separate = []
+    for start, stop in responses:
+        row = torch.cat([ids[:, :prompt], ids[:, start:stop]], dim=1)
+        hidden = model(input_ids=row, use_cache=False)[0]
+        separate.append(hidden[:, prompt:] if separate else hidden)
+    expected = torch.cat(separate, dim=1)
+
+    segments = (Segment((0, prompt), responses),)
+    with packed_attention(model):
+        packed = model(input_ids=ids, position_ids=positions, use_cache=False, una_segments=segments)[0]
+    return ((packed - expected).abs().max() / expected.abs().max()).item()

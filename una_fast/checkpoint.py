@@ -1,0 +1,100 @@
+"""Checkpoints: everything a killed run needs to continue exactly, and nothing that looks complete before it is.
+
+checkpoint-N/   weights (safetensors, Hugging Face form) and tokenizer: usable as a model on its own
+                training/     optimizer state and random states of all ranks (torch.distributed.checkpoint)
+                state.json    step, learning rate schedule, reference identity, settings of the data order
+                COMPLETE      written last; a directory without it is ignored and overwritten
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+from transformers import PreTrainedTokenizerBase
+
+from una_fast.policy import Policy, save_pretrained
+from una_fast.sharding import World
+
+MARKER = "COMPLETE"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def complete_checkpoints(output_dir: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = [(int(m[1]), p) for p in output_dir.glob("checkpoint-*") if (m := _NAME.fullmatch(p.name))]
+    return [path for _, path in sorted(found) if (path / MARKER).exists()]
+
+
+def save_model(directory: Path, policy: Policy, tokenizer: PreTrainedTokenizerBase, world: World) -> None:
+    """Weights and tokenizer in Hugging Face form, gathered from all ranks, written by the first."""
+    is_adapter = policy.model is not policy.causal_lm
+    state_dict = None
+    if world.sharded:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=is_adapter)
+        state_dict = get_model_state_dict(policy.model, options=options)
+    if world.is_main:
+        save_pretrained(policy, directory, tokenizer, state_dict)
+
+
+def save_checkpoint(
+    output_dir: Path,
+    step: int,
+    policy: Policy,
+    optimizer: Optimizer,
+    tokenizer: PreTrainedTokenizerBase,
+    world: World,
+    state: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write checkpoint-`step`, then delete the oldest complete ones beyond `keep`. state: what state.json holds."""
+    directory = output_dir / f"checkpoint-{step}"
+    if world.is_main:
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+    world.barrier()
+    save_model(directory, policy, tokenizer, world)
+    training = {"optimizer": get_optimizer_state_dict(policy.model, optimizer), **_random_states(world)}
+    dcp.save(training, checkpoint_id=directory / "training", no_dist=not world.sharded)
+    world.barrier()
+    if world.is_main:
+        (directory / "state.json").write_text(json.dumps({"step": step, **state}, indent=1), encoding="utf-8")
+        (directory / MARKER).touch()
+        for old in complete_checkpoints(output_dir)[:-keep]:
+            (old / MARKER).unlink()  # first: a half-deleted checkpoint must not look complete
+            shutil.rmtree(old)
+    world.barrier()
+    return directory
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+
+
+def load_training_state(checkpoint: Path, policy: Policy, optimizer: Optimizer, world: World) -> None:
+    """Optimizer and random states into place. The weights were loaded with the model, from the same directory."""
+    training = {"optimizer": get_optimizer_state_dict(policy.model, optimizer), **_random_states(world)}
+    dcp.load(training, checkpoint_id=checkpoint / "training", no_dist=not world.sharded)
+    set_optimizer_state_dict(policy.model, optimizer, training["optimizer"])
+    torch.set_rng_state(training[f"cpu_rng_{world.rank}"])
+    if world.device.type == "cuda":
+        torch.cuda.set_rng_state(training[f"cuda_rng_{world.rank}"], world.device)
+
+
+def _random_states(world: World) -> dict[str, torch.Tensor]:
+    states = {f"cpu_rng_{world.rank}": torch.get_rng_state()}
+    if world.device.type == "cuda":
+        states[f"cuda_rng_{world.rank}"] = torch.cuda.get_rng_state(world.device)
+    return states

@@ -1,0 +1,133 @@
+"""The command `una-fast`: train, precompute-ref, check, demo."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
+
+PACKAGES = ("torch", "triton", "transformers", "peft", "datasets", "flash-attn", "liger-kernel", "trl")
+
+
+@dataclass
+class CheckConfig:
+    """What `una-fast check` looks at besides the installation."""
+
+    model: str | None = None
+    """Model directory or hub name to probe: its head and whether its rows can be packed."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the model."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit status: 0, or 1 after an error in the settings or the data."""
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    commands = {"train": _train, "precompute-ref": _precompute, "check": _check, "demo": _demo}
+    parsed = _parser().parse_args(arguments)
+    try:
+        commands[parsed.subcommand](parsed)
+    except ValueError as error:
+        print(f"una-fast {parsed.subcommand}: error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        if "WORLD_SIZE" in os.environ:
+            from una_fast.sharding import stop_world
+
+            stop_world()
+    return 0
+
+
+def _parser() -> ArgumentParser:
+    from una_fast.config import RunConfig
+    from una_fast.demo import DemoConfig
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    # Abbreviated flags would take --lr for --lr_schedule.
+    parser = ArgumentParser(
+        prog="una-fast", allow_abbrev=False, description="UNA alignment of language models at long context."
+    )
+    commands = parser.add_subcommands()
+    for name, settings, what in (
+        ("train", RunConfig, "Align a model with preference records."),
+        ("precompute-ref", RunConfig, "Write the records of a run again, with reference log-probs."),
+        ("check", CheckConfig, "Show the installation, and probe a model."),
+        ("demo", DemoConfig, "Align a small model on real text, with nothing to download."),
+    ):
+        command = ArgumentParser(description=what, allow_abbrev=False)
+        command.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the settings below.")
+        command.add_class_arguments(settings, as_group=False)
+        commands.add_subcommand(name, command, help=what)
+    return parser
+
+
+def _settings(kind: type, parsed: Namespace) -> Any:
+    # Built here, not by the parser, which would print its whole usage with a refusal.
+    values = parsed[parsed.subcommand].as_dict()
+    values.pop("config", None)
+    return kind(**values)
+
+
+def _train(parsed: Namespace) -> None:
+    from una_fast.config import RunConfig
+    from una_fast.train import train
+
+    result = train(_settings(RunConfig, parsed))
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps({"output_dir": str(result.output_dir), "steps": result.steps, **result.metrics}))
+
+
+def _precompute(parsed: Namespace) -> None:
+    from una_fast.config import RunConfig
+    from una_fast.precompute import precompute_reference
+
+    entries = precompute_reference(_settings(RunConfig, parsed))
+    print("train on the new files with:\n" + yaml.safe_dump({"data": entries}, sort_keys=False), end="")
+
+
+def _check(parsed: Namespace) -> None:
+    import torch
+
+    from una_fast.engine import choose_engine
+
+    settings = _settings(CheckConfig, parsed)
+    print(f"python {sys.version.split()[0]}")
+    for package in PACKAGES:
+        try:
+            print(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            print(f"{package} not installed")
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    print(f"GPUs: {', '.join(devices) or 'none'}")
+    device = torch.device("cuda" if devices else "cpu")
+    print(f"engine of the fused head on {device.type}: {choose_engine('auto', device).name}")
+    if settings.model:
+        _check_model(settings)
+
+
+def _check_model(settings: CheckConfig) -> None:
+    import torch
+
+    from una_fast.attention import packing_refusal
+    from una_fast.policy import load_policy, load_tokenizer
+
+    tokenizer = load_tokenizer(settings.model, trust_remote_code=settings.trust_remote_code)
+    policy = load_policy(settings.model, dtype=torch.float32, trust_remote_code=settings.trust_remote_code)
+    print(f"model: {type(policy.causal_lm).__name__}, tokenizer of {len(tokenizer)} tokens")
+    vocab, hidden = policy.head.weight.shape
+    print(f"head: {vocab} x {hidden}, softcap {policy.head.softcap}, logit scale {policy.head.logit_scale:g}")
+    refusal = packing_refusal(policy.causal_lm)
+    print("rows: packed, the prompt once" if refusal is None else f"rows: padded, not packed: {refusal}")
+
+
+def _demo(parsed: Namespace) -> None:
+    from una_fast.demo import DemoConfig, run_demo
+
+    run_demo(_settings(DemoConfig, parsed))

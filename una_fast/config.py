@@ -1,0 +1,164 @@
+"""The settings of a run: one flat dataclass, read from YAML and the command line.
+
+Every field has one docstring line, which `una-fast train --help` shows. Values that cannot work together are refused
+here, by the name of the flag to change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from una_fast.losses import Objective
+from una_fast.policy import LoraOptions
+from una_fast.records import RecordOptions
+
+Precision = Literal["auto", "bf16", "fp32"]
+ReferenceKind = Literal["auto", "frozen", "adapter", "cached"]
+Optimizer = Literal["adamw", "sgd"]
+Schedule = Literal["cosine", "linear", "constant"]
+Logger = Literal["tensorboard", "wandb", "trackio"]
+
+
+@dataclass
+class RunConfig(RecordOptions):
+    """A training run. Fields of the records (columns, feedback, scores, limits) are the defaults of every source."""
+
+    model: str = ""
+    """Model to align: a directory in Hugging Face form, a PEFT adapter directory, or a hub name. Required."""
+    data: str | list[str | dict[str, Any]] = field(default_factory=list)
+    """Sources: paths or dataset names, or mappings {path, weight, split, and any field of the records}. Required."""
+    output_dir: str = ""
+    """Where checkpoints, metrics and the final model go. Required."""
+    tokenizer: str | None = None
+    """Tokenizer directory or hub name; null: the model's."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the model."""
+
+    beta: float = 0.1
+    """Scale of the implicit reward r = beta * (log pi - log pi_ref)."""
+    pair: Literal["logistic", "linear", "squared"] = "logistic"
+    """Loss of pairs; logistic is DPO."""
+    binary: Literal["bce", "mse"] = "bce"
+    """Loss of labels, on sigmoid(r)."""
+    score: Literal["mse", "bce", "reward_mse"] = "mse"
+    """Loss of scores: on sigmoid(r) with scores in [0, 1], or reward_mse on r itself with any finite reward."""
+    offset: float = 0.0
+    """Constant added to r before labels and scores are compared with it."""
+    length_normalize: bool = False
+    """Use the mean over the tokens of a response instead of the sum."""
+
+    reference: ReferenceKind = "auto"
+    """Reference log-probs: frozen (a copy of the model) | adapter (LoRA switched off) | cached (column ref_logps)."""
+    lora: LoraOptions | None = None
+    """Train low-rank adapters instead of all weights; null: full fine-tuning."""
+    precision: Precision = "auto"
+    """Compute dtype; trained weights are fp32 either way. auto: bf16 on a GPU, fp32 on a CPU."""
+    gradient_checkpointing: bool = False
+    """Keep one hidden state per layer and recompute the rest in backward."""
+    packing: bool = True
+    """Pack prompts with all their responses into rows without padding, where a probe shows that the model allows it."""
+    attn_implementation: str | None = None
+    """Attention of unpacked batches and generation (eager, sdpa, flash_attention_2); null: the model's default."""
+    workspace_mb: float | None = None
+    """Workspace of the fused head in MiB; null: 2048 on a GPU, 256 on a CPU."""
+    engine: Literal["auto", "torch", "triton"] = "auto"
+    """Engine of the fused head."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train."""
+
+    epochs: float = 1.0
+    """Passes over the mixture of sources; may be fractional."""
+    max_steps: int | None = None
+    """Stop after this many optimizer steps; null: epochs decide."""
+    batch_size: int = 32
+    """Records per optimizer step, over all ranks."""
+    micro_batch_size: int = 1
+    """Records per forward on one rank."""
+    learning_rate: float = 5e-6
+    """Peak learning rate."""
+    lr_schedule: Schedule = "cosine"
+    """Learning rate after the warmup: cosine or linear to zero, or constant."""
+    warmup_ratio: float = 0.1
+    """Fraction of all steps over which the learning rate rises from zero."""
+    optimizer: Optimizer = "adamw"
+    """adamw | sgd (plain)."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of adamw."""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the moments of adamw."""
+    max_grad_norm: float | None = 1.0
+    """Clip the gradient to this norm; null: no clipping."""
+    seed: int = 0
+    """Seed of the order of records and of new adapters."""
+
+    eval_data: str | list[str | dict[str, Any]] = field(default_factory=list)
+    """Sources of the evaluation set."""
+    eval_fraction: float = 0.0
+    """Fraction of the training records held out for evaluation when eval_data is empty."""
+    eval_every: int | None = None
+    """Evaluate every so many steps; null: at the start and the end of the run, if there is anything to evaluate on."""
+    save_every: int | None = None
+    """Write a checkpoint every so many steps; null: only the final model."""
+    keep_checkpoints: int = 2
+    """Newest complete checkpoints kept; older ones are deleted."""
+    resume: bool = False
+    """Continue from the newest complete checkpoint in output_dir, or start afresh if there is none."""
+    log_every: int = 1
+    """Write metrics every so many steps, averaged over them."""
+    loggers: list[Logger] = field(default_factory=lambda: ["tensorboard"])
+    """Back-ends besides metrics.jsonl: tensorboard | wandb | trackio."""
+    progress: bool = True
+    """Show a progress bar."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.data, self.eval_data = ([x] if x and isinstance(x, str) else x for x in (self.data, self.eval_data))
+        if isinstance(self.lora, dict):  # as it comes from YAML
+            self.lora = LoraOptions(**self.lora)
+        for name in ("model", "output_dir", "data"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is missing; set --{name} or `{name}:` in the configuration file")
+        self.objective()  # refuses wrong forms and a wrong beta
+        for name in ("batch_size", "micro_batch_size", "log_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("max_steps", "eval_every", "save_every"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1, or null")
+        if not self.epochs > 0:
+            raise ValueError(f"epochs={self.epochs} must be positive")
+        if not self.learning_rate >= 0 or not 0 <= self.warmup_ratio <= 1:
+            raise ValueError(
+                f"learning_rate={self.learning_rate} must not be negative, and warmup_ratio={self.warmup_ratio} must "
+                "lie in [0, 1]"
+            )
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm={self.max_grad_norm} must be positive, or null for no clipping")
+        if not 0 <= self.eval_fraction < 1:
+            raise ValueError(f"eval_fraction={self.eval_fraction} must lie in [0, 1)")
+        if self.eval_fraction and self.eval_data:
+            raise ValueError("give eval_data or eval_fraction, not both")
+        if self.eval_every and not (self.eval_data or self.eval_fraction):
+            raise ValueError(f"eval_every={self.eval_every} has nothing to evaluate on; set eval_data or eval_fraction")
+        if self.reference == "adapter" and self.lora is None:
+            raise ValueError("reference=adapter needs lora; use reference=frozen or cached for full fine-tuning")
+        unknown = set(self.loggers) - set(get_args(Logger))
+        if unknown:
+            raise ValueError(f"loggers: unknown {sorted(unknown)}; known: {', '.join(get_args(Logger))}")
+
+    def objective(self) -> Objective:
+        """The loss of every kind of feedback."""
+        return Objective(self.beta, self.pair, self.binary, self.score, self.offset, self.length_normalize)
+
+    def record_options(self) -> RecordOptions:
+        """The defaults that sources start from."""
+        return RecordOptions(**{name: getattr(self, name) for name in RecordOptions.__dataclass_fields__})
+
+    def save(self, path: Path) -> None:
+        """Write the resolved settings as YAML that --config reads."""
+        import yaml
+
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        path.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")

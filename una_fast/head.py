@@ -1,0 +1,363 @@
+"""The fused head: from hidden states and the lm_head weight to log-probs and the UNA loss, without [N, V] logits.
+
+    logp_t = z_t[y_t] - logsumexp(z_t)          z_t = transform(W h_t + bias), see engine.LogitTransform
+    Delta_i = sum over t in response i of (logp_t - ref_logp_t)
+    L = losses.una_loss(Delta, feedback)
+    dL/dlogp_t = c_i                            one scalar per response, known once its component is summed
+
+Because c_i does not depend on t, the gradient is built in the forward, chunk by chunk, either with c_i (known when
+the whole component is in the chunk) or without it, to be scaled at the end (plan.py decides):
+
+    for each chunk of C rows:   u = H W^T -> logp;  du = a (onehot - softmax) dz/du;  dH = du W;  dW += du^T H
+
+One GEMM pass = 2 N D V flop. Policy: 3 passes with a trained head, 2 with a frozen one; reference: 1, or 0 when
+its log-probs are cached. Per-token losses with arbitrary upstream gradients (token_logps) recompute: 4 and 3.
+Stored between forward and backward: dH [N, D] in the dtype of hidden, dW [V, D] in the accumulator dtype.
+Never stored: logits of more than one chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from una_fast.engine import LogitTransform, accumulator_dtype, row_blocks, row_grad_, row_logps
+from una_fast.feedback import Feedback
+from una_fast.losses import Objective, UnaOutput, una_loss
+from una_fast.passes import IGNORE, Grads, Head, Lengths, OnePass, Workspace, empty_hidden_grad
+from una_fast.plan import chunks, make_plan
+
+
+def linear_una_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    cu_seqlens: Tensor,
+    feedback: Feedback,
+    *,
+    objective: Objective | None = None,
+    ref_logps: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    reduction: str = "mean",
+    num_units: int | Tensor | None = None,
+    workspace_mb: float | None = None,
+    engine: str = "auto",
+) -> UnaOutput:
+    """UNA loss of N response tokens in S responses, from hidden states.
+
+    hidden: [N, D], the states that predict the targets (gathered: no prompt, no padding). weight: [V, D], same dtype.
+    targets: [N] int64. cu_seqlens: [S+1] integers from 0 to N, on the CPU (on a GPU reading it costs a sync).
+    feedback: units over the S responses; responses in no unit get log-probs but no gradient.
+
+    Reference, one of: ref_logps [S], cached sums over tokens; or ref_hidden [N, D'] with ref_weight [V, D'] and
+    ref_bias [V] (default: the policy's weight and bias, detached). No gradient reaches the reference.
+
+    Logits are z = softcap * tanh(logit_scale * (W h + bias) / softcap) / temperature, policy and reference alike.
+    reduction: "mean" = weighted sum of unit losses / num_units (default: the units of this call), or "sum".
+    workspace_mb: budget for everything that is neither input nor gradient (default 2048 on a GPU, 256 on a CPU).
+    engine: "auto" | "torch" | "triton".
+
+    Returns UnaOutput: float64 loss (scalar), logps, ref_logps, rewards [S] and unit_losses [U]; only loss carries a
+    gradient: to hidden, weight and bias where they require one. Raises ValueError for inconsistent shapes, an empty
+    response, feedback on missing responses and targets outside the vocabulary (checked on the CPU).
+    """
+    objective = objective or Objective()
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    transform = LogitTransform(softcap, logit_scale, temperature)
+    _check_head("", hidden, weight, targets, bias)
+    cu = _check_cu_seqlens(cu_seqlens, hidden.shape[0])
+    feedback.check(len(cu) - 1)
+    workspace = Workspace.of(hidden.device, workspace_mb)
+    lengths = Lengths(cu, hidden.device)
+
+    if ref_logps is not None:
+        if ref_hidden is not None:
+            raise ValueError("give ref_logps or ref_hidden, not both")
+        if ref_logps.shape != (len(cu) - 1,):
+            raise ValueError(f"ref_logps is {tuple(ref_logps.shape)}; expected [{len(cu) - 1}], one sum per response")
+        ref_logps = ref_logps.detach().to(hidden.device, torch.float64)
+    elif ref_hidden is not None:
+        if ref_weight is None:
+            ref_weight, ref_bias = weight, bias if ref_bias is None else ref_bias
+        ref_hidden, ref_weight, ref_bias = _autocast(ref_hidden, ref_weight, ref_bias)
+        _check_head("ref_", ref_hidden, ref_weight, targets, ref_bias)
+        with torch.no_grad():
+            ref = Head(ref_weight, ref_bias, transform, workspace, engine)
+            ref_logps = lengths.sums(ref.logps(ref_hidden, targets, ref.tile(hidden.shape[0]))[0])
+            del ref  # its logits buffer
+    else:
+        raise ValueError("the loss needs a reference: give ref_logps (cached sums) or ref_hidden")
+
+    def loss_of(logps: Tensor) -> UnaOutput:
+        return una_loss(
+            logps,
+            ref_logps,
+            feedback,
+            objective=objective,
+            reduction=reduction,
+            num_units=num_units,
+            lengths=lengths.tensor,
+        )
+
+    head = Head(weight, bias, transform, workspace, engine)
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    if not any(needs):
+        with torch.no_grad():
+            return loss_of(lengths.sums(head.logps(hidden, targets, head.tile(hidden.shape[0]))[0]))
+    plan = make_plan(
+        feedback,
+        lengths.ints,
+        vocab=weight.shape[0],
+        hidden=weight.shape[1],
+        acc_bytes=head.acc_bytes,
+        cast=head.engine.narrow,
+        budget=workspace.tile_bytes(head.engine.narrow),
+        train_head=needs[1] or needs[2],
+        length_normalize=objective.length_normalize,
+    )
+    job = OnePass(head, plan, targets, lengths, loss_of, needs)
+    return UnaOutput(*_LinearUna.apply(hidden, weight, bias, job))
+
+
+@torch.no_grad()
+def sequence_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    workspace_mb: float | None = None,
+    engine: str = "auto",
+) -> Tensor:
+    """[S] float64 sums of log-probs over each response, in 1 GEMM pass and without gradient: what a reference gives.
+
+    Arguments as in linear_una_loss."""
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    _check_head("", hidden, weight, targets, bias)
+    lengths = Lengths(_check_cu_seqlens(cu_seqlens, hidden.shape[0]), hidden.device)
+    workspace = Workspace.of(hidden.device, workspace_mb)
+    head = Head(weight, bias, LogitTransform(softcap, logit_scale, temperature), workspace, engine)
+    return lengths.sums(head.logps(hidden, targets, head.tile(hidden.shape[0]))[0])
+
+
+def token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    engine: str = "auto",
+) -> Tensor:
+    """[N] log-probs of the targets, float32 (float64 for float64 operands), for any per-token loss.
+
+    hidden: [N, D]; weight: [V, D], same dtype; targets: [N] int64, -100 gives 0 and no gradient. The logits follow
+    the formula of linear_una_loss. Backward recomputes them: 4 GEMM passes, 3 with a frozen head.
+    """
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    _check_head("", hidden, weight, targets, bias, ignore=True)
+    workspace = Workspace.of(hidden.device, None)
+    head = Head(weight, bias, LogitTransform(softcap, logit_scale, temperature), workspace, engine)
+    return _TokenLogps.apply(hidden, weight, bias, targets, head)
+
+
+def gather_logps(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """log softmax(logits / temperature) at the targets, for callers that already hold logits.
+
+    logits: [..., V] float; targets: [...] int64, -100 gives 0 and no gradient. Returns [...] float32 (float64 for
+    float64 logits). Keeps no softmax: backward reads the logits again and writes their gradient once.
+    """
+    if targets.shape != logits.shape[:-1]:
+        raise ValueError(f"targets {tuple(targets.shape)} must have the shape of logits {tuple(logits.shape)} less V")
+    _check_targets(targets, logits.shape[-1], ignore=True)
+    return _GatherLogps.apply(logits, targets, LogitTransform(temperature=temperature))
+
+
+# ---------------------------------------------------------------------------------------------------- input checks
+
+
+def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Under autocast, operands take its dtype as a linear layer's would, and gradients flow back through the cast."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]
+
+
+def _check_head(
+    prefix: str, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, ignore: bool = False
+) -> None:
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"{prefix}hidden {tuple(hidden.shape)} and {prefix}weight {tuple(weight.shape)} must be [N, D] and [V, D]"
+        )
+    if hidden.dtype != weight.dtype or not hidden.is_floating_point():
+        raise ValueError(
+            f"{prefix}hidden is {hidden.dtype} and {prefix}weight {weight.dtype}; cast one, or run under autocast"
+        )
+    if targets.shape != hidden.shape[:1] or targets.is_floating_point():
+        raise ValueError(f"targets {tuple(targets.shape)} must be [{hidden.shape[0]}] integers, one per row")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{prefix}bias {tuple(bias.shape)} must be [{weight.shape[0]}], one per vocabulary entry")
+    devices = {x.device for x in (hidden, weight, targets, bias) if x is not None}
+    if len(devices) > 1:
+        raise ValueError(
+            f"{prefix}hidden, weight, targets and bias are on different devices: {sorted(map(str, devices))}"
+        )
+    _check_targets(targets, weight.shape[0], ignore)
+
+
+def _check_targets(targets: Tensor, vocab: int, ignore: bool) -> None:
+    """On the CPU only: looking at the values on a GPU would wait for it."""
+    if targets.device.type != "cpu":
+        return
+    wrong = (targets < 0) | (targets >= vocab)
+    if ignore:
+        wrong &= targets != IGNORE
+    if wrong.any():
+        bad = int(wrong.flatten().nonzero()[0])
+        raise ValueError(f"targets[{bad}] is {int(targets.flatten()[bad])}, outside the vocabulary [0, {vocab})")
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, rows: int) -> list[int]:
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0 or cu_seqlens.is_floating_point():
+        raise ValueError(f"cu_seqlens {tuple(cu_seqlens.shape)} must be [S+1] integers, starting at 0")
+    cu = cu_seqlens.tolist()
+    if cu[0] != 0 or cu[-1] != rows:
+        raise ValueError(f"cu_seqlens must start at 0 and end at N={rows}; it starts at {cu[0]} and ends at {cu[-1]}")
+    for i in range(len(cu) - 1):
+        if cu[i + 1] == cu[i]:
+            raise ValueError(f"response {i} is empty (cu_seqlens[{i}] = cu_seqlens[{i + 1}] = {cu[i]})")
+        if cu[i + 1] < cu[i]:
+            raise ValueError(f"cu_seqlens falls from {cu[i]} to {cu[i + 1]} at response {i}")
+    return cu
+
+
+def _graph_is_kept() -> bool:
+    """Whether this backward may be followed by another one over the same graph (retain_graph=True)."""
+    probe = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if probe is None else probe()
+
+
+class _LinearUna(torch.autograd.Function):
+    """Forward computes the gradients; backward multiplies them by the upstream scalar."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: OnePass
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        out, grads, late = job.run(hidden)
+        ctx.grads = (grads.hidden, grads.weight, grads.bias, late)
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*out[1:])
+        return tuple(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if ctx.grads is None:
+            raise RuntimeError("the gradients of this loss were handed out already; use backward(retain_graph=True)")
+        hidden, weight, bias, late = ctx.grads
+        if upstream is None:
+            return None, None, None, None
+        keep = _graph_is_kept()
+        if not keep:
+            ctx.grads = None
+
+        def scaled(grad: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
+            if grad is None:
+                return None
+            return (grad * factor.to(grad.dtype) if keep else grad.mul_(factor)).to(dtype)
+
+        rows = upstream if late is None else (upstream * late).unsqueeze(1)
+        return (
+            scaled(hidden, rows, ctx.dtypes[0]),
+            scaled(weight, upstream, ctx.dtypes[1]),
+            scaled(bias, upstream, ctx.dtypes[2]),
+            None,
+        )
+
+
+# --------------------------------------------------------------------------------------- any upstream gradient
+
+
+class _TokenLogps(torch.autograd.Function):
+    """Forward keeps the logsumexp; backward recomputes the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head) -> Tensor:
+        logps, lse = head.logps(hidden, targets, head.tile(hidden.shape[0]))
+        ctx.save_for_backward(hidden, weight, bias, targets, lse)
+        ctx.head = head.drop_buffer()
+        return logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, lse = ctx.saved_tensors
+        head, count = ctx.head, hidden.shape[0]
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        tile = head.tile(count)
+        into = empty_hidden_grad(hidden, head, tile, all_rows=True) if need_hidden else None
+        grads = Grads(head, need_weight, need_bias, into)
+        coef = torch.where(targets == IGNORE, 0.0, upstream.to(lse.dtype))
+        cuts = list(chunks([0], [0, count], tile.rows))
+        grads.recompute(head, hidden, targets, coef, lse, tile, cuts)
+        grads.finish()
+        head.drop_buffer()
+        return (
+            None if into is None else into.to(hidden.dtype),
+            None if grads.weight is None else grads.weight.to(weight.dtype),
+            None if grads.bias is None else grads.bias.to(bias.dtype),
+            None,
+            None,
+        )
+
+
+def _blocks(logits: Tensor, acc: torch.dtype) -> Iterator[slice]:
+    return row_blocks(len(logits), logits.shape[-1] * acc.itemsize, logits.device)
+
+
+class _GatherLogps(torch.autograd.Function):
+    """Row operations on blocks of logits that the caller holds; backward writes each gradient row once."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, transform: LogitTransform) -> Tensor:
+        flat, labels = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
+        acc = accumulator_dtype(logits.dtype)
+        lse = torch.empty(len(flat), dtype=acc, device=flat.device)
+        target_logit = torch.empty_like(lse)
+        for rows in _blocks(flat, acc):
+            lse[rows], target_logit[rows] = row_logps(flat[rows].to(acc), labels[rows], transform)
+        ctx.save_for_backward(logits, targets, lse)
+        ctx.transform = transform
+        return torch.where(labels == IGNORE, 0.0, target_logit - lse).view(targets.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None, None]:
+        logits, targets, lse = ctx.saved_tensors
+        flat, labels = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
+        coef = torch.where(labels == IGNORE, 0.0, upstream.reshape(-1).to(lse.dtype))
+        grad = torch.empty_like(flat)
+        for rows in _blocks(flat, lse.dtype):
+            u = flat[rows].to(lse.dtype, copy=True)
+            grad[rows] = row_grad_(u, labels[rows], coef[rows], lse[rows], ctx.transform)
+        return grad.view(logits.shape), None, None

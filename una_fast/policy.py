@@ -1,0 +1,498 @@
+"""The policy: a Hugging Face causal language model whose head is evaluated on response rows only.
+
+    z = softcap * tanh(logit_scale * (W h + bias) / softcap)        h: last hidden state, W: [V, D]
+
+A model is not trusted to be of this form: `probe_head` finds softcap and logit_scale by comparing with the model's
+own logits, and refuses what does not fit. `install_scorer` then lets `causal_lm(..., scorer=fn, rows=rows)` hand the
+chosen rows of h to `fn` inside the model's own forward, where FSDP has the head's weight gathered.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import os
+import re
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from una_fast.data import Batch
+
+logger = logging.getLogger(__name__)
+
+Scorer = Callable[[Tensor, Tensor, Tensor | None], Any]
+"""(hidden rows [N, D], head weight [V, D], head bias [V] or None) -> anything, which the forward returns."""
+
+_DROPOUT_NAME = re.compile(r"dropout|pdrop|drop_path|drop_rate|layerdrop|jitter")
+_SOFTCAP_NAME = re.compile(r"soft_?cap")
+_SCALE_NAME = re.compile(r"scal|multiplier|mup")
+_PROBE_TOKENS = 16
+_PEFT_PREFIX = "base_model.model."
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def _resolve(path: str | os.PathLike[str], what: str) -> str:
+    """The absolute path of a local directory, or the hub name as given. A local path must be a directory."""
+    text = str(path)
+    expanded = Path(text).expanduser()
+    if expanded.is_dir():
+        return str(expanded.resolve())
+    if expanded.is_absolute() or text.startswith(("./", "../", "~")) or Path(expanded.parts[0]).exists():
+        raise ValueError(
+            f"{what} directory {text} does not exist; give a directory in Hugging Face form (config.json, tokenizer "
+            "files, *.safetensors), or a hub name such as org/name"
+        )
+    return text
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logger.info(message)
+
+
+def load_tokenizer(path: str | os.PathLike[str], *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory or hub name. Without a pad token, eos pads (lengths, not ids, mark padding).
+
+    Raises ValueError for a directory that does not exist and for a tokenizer without an end-of-sequence token.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(_resolve(path, "tokenizer"), trust_remote_code=trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"the tokenizer of {path} has no eos token, and every response must end with one; set eos_token in its "
+            "tokenizer_config.json to a token of its vocabulary"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+        _log_once(f"the tokenizer of {path} has no pad token; its eos token {tokenizer.eos_token!r} pads")
+    return tokenizer
+
+
+def load_causal_lm(
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel | PeftModel:
+    """A causal language model without dropout, or, from a PEFT adapter directory, its base with the adapter trainable.
+
+    Raises ValueError for a directory that does not exist and for adapters that are not inside the layers (prompt
+    tuning and the like).
+    """
+    path = _resolve(path, "model")
+    adapter = path if (Path(path) / "adapter_config.json").is_file() else None
+    if adapter is not None:
+        config = PeftConfig.from_pretrained(adapter)
+        if config.is_prompt_learning:
+            raise ValueError(
+                f"{adapter} holds a {config.peft_type} adapter; adapters inside the layers (LoRA) are allowed"
+            )
+        path = _resolve(
+            config.base_model_name_or_path, f"{adapter}/adapter_config.json: base_model_name_or_path, model"
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation=attn_implementation
+    )
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    remove_dropout(model)
+    return model
+
+
+def remove_dropout(model: nn.Module) -> None:
+    """Set every dropout (and router jitter) to 0: the implicit reward compares two deterministic log-probs."""
+    modules = list(model.modules())
+    configs = {id(m.config): m.config for m in modules if hasattr(m, "config")}
+    configs |= {id(c): c for c in getattr(model, "peft_config", {}).values()}
+    for holder in (*modules, *configs.values()):
+        for name, value in list(vars(holder).items()):
+            if _DROPOUT_NAME.search(name) and _is_number(value):
+                setattr(holder, name, type(value)(0))
+        if isinstance(holder, nn.modules.dropout._DropoutNd):
+            holder.p = 0.0
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+# --- LoRA ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """Low-rank adapters on linear layers; without dropout."""
+
+    r: int = 32
+    """Rank, at least 1."""
+    alpha: int = 16
+    """The adapter's output is multiplied by alpha / r."""
+    target_modules: list[str] | str = "all-linear"
+    """Names of the layers that get an adapter, or "all-linear": every linear layer but the head."""
+
+    def __post_init__(self) -> None:
+        if self.r < 1 or self.alpha <= 0:
+            raise ValueError(f"lora r={self.r}, alpha={self.alpha}: r must be at least 1 and alpha positive")
+        if not self.target_modules:
+            raise ValueError('lora target_modules is empty; name layers, or use "all-linear"')
+
+
+def add_lora(model: PreTrainedModel, options: LoraOptions) -> PeftModel:
+    """Freeze the model and add trainable adapters, in float32 whatever the dtype of the model."""
+    config = LoraConfig(
+        r=options.r,
+        lora_alpha=options.alpha,
+        target_modules=options.target_modules,
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config, autocast_adapter_dtype=True)
+
+
+# --- the head --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """How a model turns hidden states into logits: z = softcap * tanh(logit_scale * (W h + bias) / softcap)."""
+
+    causal_lm: PreTrainedModel = field(repr=False)
+    """The model whose output embedding is read."""
+    softcap: float | None = None
+    """Final softcap; None where there is none."""
+    logit_scale: float = 1.0
+    """Factor on W h + bias."""
+
+    # Read at every use: FSDP replaces the tensors.
+    @property
+    def weight(self) -> Tensor:
+        """[V, D], V the size of the logits."""
+        return self.causal_lm.get_output_embeddings().weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[V], or None."""
+        return getattr(self.causal_lm.get_output_embeddings(), "bias", None)
+
+
+@torch.no_grad()
+def probe_head(causal_lm: PreTrainedModel) -> HeadSpec:
+    """Find softcap and logit_scale among the numbers of the config by comparison with the model's own logits.
+
+    The model runs on 16 random tokens; the hidden states that enter its head are stretched to logits from 0.3 to 300,
+    so that a softcap shows even in an untrained model, and a head bias is replaced by a random one for the probe.
+    Leaves weights, train/eval flags and random state as they were. Raises ValueError, naming the class, when no
+    candidate reproduces the logits.
+    """
+    name, head = type(causal_lm).__name__, _plain_head(causal_lm)
+    tolerance = max(1e-5, torch.finfo(head.weight.dtype).eps)
+    devices = [head.weight.device] if head.weight.is_cuda else []
+    with torch.random.fork_rng(devices=devices), _evaluating(causal_lm), _random_bias(head):
+        hidden, logits, drift = _observe(causal_lm, head)
+        if logits.shape[-1] != head.weight.shape[0]:
+            raise ValueError(
+                f"{name} gives {logits.shape[-1]} logits from a head of {head.weight.shape[0]} rows (a trimmed "
+                "or padded vocabulary); this model class cannot be scored"
+            )
+        if not drift <= tolerance:
+            raise ValueError(
+                f"{name} does not give its backbone the plain inputs: hidden states differ by {drift:.1e} (relative, "
+                f"allowed {tolerance:.0e}); this model class cannot be scored"
+            )
+        raw = F.linear(hidden, head.weight, getattr(head, "bias", None)).float()
+        errors = {form: _row_error(_shape_logits(raw, *form), logits.float()) for form in _candidates(causal_lm.config)}
+    (softcap, logit_scale), error = min(errors.items(), key=lambda item: item[1])
+    if error > tolerance:
+        raise ValueError(
+            f"{name} computes its logits in an unknown way: the closest of {len(errors)} forms, softcap={softcap} and "
+            f"logit_scale={logit_scale:g}, is off by {error:.1e} (relative, allowed {tolerance:.0e}); this model class "
+            "cannot be scored"
+        )
+    return HeadSpec(causal_lm, softcap, logit_scale)
+
+
+def _plain_head(causal_lm: PreTrainedModel) -> nn.Module:
+    """The output embedding; refused when it is missing, adapted, or changed through a tied, adapted embedding."""
+    name, head = type(causal_lm).__name__, causal_lm.get_output_embeddings()
+    if getattr(head, "weight", None) is None and not isinstance(head, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        raise ValueError(f"{name} has no output embedding (get_output_embeddings() is {head}); it cannot be scored")
+    embedding, tied = causal_lm.get_input_embeddings(), False
+    if isinstance(embedding, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        tied = bool(causal_lm.config.get_text_config().tie_word_embeddings)
+    if tied or isinstance(head, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        raise ValueError(
+            f"{name} has an adapted head ({type(embedding if tied else head).__name__}{', tied' if tied else ''}); "
+            "leave the output embedding, and an input embedding tied to it, out of target_modules and modules_to_save"
+        )
+    return head
+
+
+def _observe(causal_lm: PreTrainedModel, head: nn.Module) -> tuple[Tensor, Tensor, float]:
+    """Stretched hidden states [16, D], the model's own logits of them [16, V'], and how far the hidden states of the
+    model's own forward are from those of scoring (relative)."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(causal_lm.get_input_embeddings().weight.shape[0], (1, _PROBE_TOKENS), generator=generator)
+    tokens = tokens.to(head.weight.device)
+    positions = torch.arange(_PROBE_TOKENS, device=tokens.device)[None]
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "position_ids": positions}
+    scored = _hidden_states(causal_lm, **inputs)
+    seen: list[Tensor] = []
+
+    def stretch(module: nn.Module, args: tuple, output: Any) -> Any:
+        if seen:
+            return output
+        size = F.linear(output[0], head.weight).float().pow(2).mean(-1, keepdim=True).sqrt()
+        target = torch.logspace(-0.5, 2.5, _PROBE_TOKENS, device=size.device)[:, None]
+        seen.extend((output[0], output[0] * (target / size).to(output[0].dtype)))
+        if isinstance(output, tuple):
+            return (seen[1], *output[1:])
+        output.last_hidden_state = seen[1]
+        return output
+
+    # OPT calls the decoder inside its backbone, so both are watched, and the first to return is stretched.
+    handles = [module.register_forward_hook(stretch) for module in {_backbone(causal_lm), causal_lm.get_decoder()}]
+    try:
+        logits = causal_lm(**inputs, use_cache=False, return_dict=True).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not seen:
+        raise ValueError(
+            f"{type(causal_lm).__name__} does not call its {causal_lm.base_model_prefix}; it cannot be scored"
+        )
+    return seen[1].flatten(0, 1), logits.flatten(0, 1), _row_error(scored[0].float(), seen[0][0].float())
+
+
+def _candidates(config: Any) -> list[tuple[float | None, float]]:
+    """(softcap, logit_scale) from every number of the config with such a name; the plain form first. Families
+    disagree on the meaning of one name (Granite divides by logits_scaling, HyperCLOVA X multiplies), so both are
+    tried; MiniCPM divides the hidden state by hidden_size / dim_model_base."""
+    config = config.get_text_config()
+    numbers = {k: float(v) for k, v in config.to_dict().items() if _is_number(v) and 0 < v < math.inf}
+    softcaps = [None, *(v for k, v in numbers.items() if _SOFTCAP_NAME.search(k))]
+    factors = [v for k, v in numbers.items() if _SCALE_NAME.search(k) or k == "logit_scale"]
+    if "dim_model_base" in numbers:
+        factors.append(numbers["dim_model_base"] / config.hidden_size)
+    scales = [1.0, *factors, *(1 / v for v in factors)]
+    return list(dict.fromkeys((softcap, scale) for scale in scales for softcap in softcaps))
+
+
+def _shape_logits(raw: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
+    z = raw * logit_scale
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def _row_error(ours: Tensor, truth: Tensor) -> float:
+    """The largest relative error of a row (2-norm); infinite where it is not a number."""
+    error = (ours - truth).norm(dim=-1) / truth.norm(dim=-1)
+    return float(error.nan_to_num(math.inf).max())
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    flags = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags.items():
+            module.training = training
+
+
+@contextmanager
+def _random_bias(head: nn.Module) -> Iterator[None]:
+    """A fresh head has a zero bias: replace it, so that one which is ignored or scaled by itself shows."""
+    bias = getattr(head, "bias", None)
+    if bias is None:
+        yield
+        return
+    saved = bias.detach().clone()
+    bias.copy_(torch.randn(bias.shape, generator=torch.Generator().manual_seed(1)))
+    try:
+        yield
+    finally:
+        bias.copy_(saved)
+
+
+# --- scoring inside the model's forward ------------------------------------------------------------------------------
+
+
+def _backbone(causal_lm: PreTrainedModel) -> nn.Module:
+    backbone = getattr(causal_lm, causal_lm.base_model_prefix or "_none", None)
+    if not isinstance(backbone, nn.Module):
+        raise ValueError(
+            f"{type(causal_lm).__name__} has no backbone (base_model_prefix is {causal_lm.base_model_prefix!r}); it "
+            "cannot be scored"
+        )
+    return backbone
+
+
+def _hidden_states(causal_lm: PreTrainedModel, **inputs: Any) -> Tensor:
+    """[B, T, D]"""
+    return _backbone(causal_lm)(**inputs, use_cache=False, return_dict=True)[0]
+
+
+def install_scorer(causal_lm: PreTrainedModel) -> None:
+    """Let `causal_lm(input_ids=, position_ids=, attention_mask=, scorer=fn, rows=rows, ...)` return
+    fn(hidden rows [N, D], head weight, head bias), `rows` being [N] indices into the flattened [B * T] positions.
+
+    Without `scorer` the model's own forward runs. Idempotent; survives copy.deepcopy and fully_shard.
+    """
+    if hasattr(causal_lm, "_una_model_forward"):
+        return
+
+    @functools.wraps(type(causal_lm).forward)  # transformers reads the signature
+    def forward(
+        self: PreTrainedModel, *args: Any, scorer: Scorer | None = None, rows: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        if scorer is None:
+            return self._una_model_forward(*args, **kwargs)
+        hidden = _hidden_states(self, **kwargs).flatten(0, 1).index_select(0, rows)
+        head = self.get_output_embeddings()
+        return scorer(hidden, head.weight, getattr(head, "bias", None))
+
+    causal_lm._una_model_forward = causal_lm.forward
+    # A bound method, not a closure: a deep copy (the frozen reference) must run its own weights.
+    causal_lm.forward = types.MethodType(forward, causal_lm)
+
+
+# --- the policy ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Policy:
+    """A model that scores batches, with what is known about its head."""
+
+    model: PreTrainedModel | PeftModel
+    """What is saved."""
+    causal_lm: PreTrainedModel
+    """What is called and sharded; the model itself, or the one inside the PeftModel."""
+    head: HeadSpec
+    """The constants and tensors of the head."""
+    packed: bool
+    """Whether batches are packed rows with a shared prompt."""
+
+    def score(self, batch: Batch, scorer: Scorer) -> Any:
+        """scorer(hidden rows, head weight, head bias) at the batch's rows, run inside the model's forward."""
+        score = functools.partial(
+            self.causal_lm, input_ids=batch.input_ids, position_ids=batch.position_ids, rows=batch.rows, scorer=scorer
+        )
+        if batch.segments is None:
+            return score(attention_mask=batch.attention_mask)
+        assert self.packed, "a packed batch for a policy that is not packed"
+        from una_fast.attention import packed_attention
+
+        with packed_attention(self.causal_lm):
+            return score(attention_mask=None, una_segments=batch.segments)
+
+    @contextmanager
+    def reference_mode(self) -> Iterator[None]:
+        """The model without its adapters, which is the reference of a LoRA run."""
+        if not isinstance(self.model, PeftModel):
+            raise ValueError(
+                "a fully trained policy has no adapter to switch off; use a frozen copy or cached ref_logps"
+            )
+        with self.model.disable_adapter():
+            yield
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Parameters that require a gradient, tied ones once."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+
+def load_policy(
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype,
+    lora: LoraOptions | None = None,
+    gradient_checkpointing: bool = False,
+    packed: bool = False,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+) -> Policy:
+    """Load a model for training: dropout removed, adapters added, head probed, scoring installed, in train mode
+    (which activation checkpointing needs). Raises ValueError for whatever cannot be trained truly."""
+    model = load_causal_lm(
+        path, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation=attn_implementation
+    )
+    if lora is not None:
+        if isinstance(model, PeftModel):
+            raise ValueError(f"{path} is an adapter already, and is trained on as it is; leave the lora options out")
+        model = add_lora(model, lora)
+    causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
+    head = probe_head(causal_lm)
+    install_scorer(causal_lm)
+    if gradient_checkpointing:
+        # The name changed in transformers 5.2x; the old one warns.
+        enable = getattr(causal_lm, "activation_checkpointing_enable", causal_lm.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+    model.train()
+    return Policy(model, causal_lm, head, packed)
+
+
+# --- saving ----------------------------------------------------------------------------------------------------------
+
+
+def save_pretrained(
+    policy: Policy,
+    directory: str | os.PathLike[str],
+    tokenizer: PreTrainedTokenizerBase,
+    state_dict: dict[str, Tensor] | None = None,
+    *,
+    merged: bool = False,
+) -> None:
+    """Write the model (safetensors) and tokenizer so that AutoModelForCausalLM.from_pretrained(directory) works.
+
+    LoRA: the adapter, and with `merged` also whole weights, with the adapter added, in directory/merged.
+    state_dict: full tensors under the names of policy.model.state_dict() (sharded runs gather them); default: live.
+    """
+    state_dict = dict(policy.model.state_dict() if state_dict is None else state_dict)
+    if isinstance(policy.model, PeftModel):
+        policy.model.save_pretrained(directory, state_dict=state_dict, save_embedding_layers=False)
+        if merged:
+            whole = Path(directory) / "merged"
+            policy.causal_lm.save_pretrained(whole, state_dict=_merge(policy, state_dict))
+            tokenizer.save_pretrained(whole)
+    else:
+        policy.causal_lm.save_pretrained(directory, state_dict=state_dict)
+    tokenizer.save_pretrained(directory)
+
+
+def _merge(policy: Policy, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """W + scaling * B A under the model's own names, added in float32. peft's merge would change the live weights,
+    and taking it back rounds them."""
+    merged = {
+        name.removeprefix(_PEFT_PREFIX).replace(".base_layer.", "."): tensor
+        for name, tensor in state_dict.items()
+        if ".lora_" not in name
+    }
+    for name, layer in policy.causal_lm.named_modules():
+        if isinstance(layer, AuxiliaryTrainingWrapper) or (
+            isinstance(layer, BaseTunerLayer) and (not isinstance(layer, LoraLinear) or layer.lora_variant)
+        ):
+            raise ValueError(f"{name} is a {type(layer).__name__}; only plain LoRA on linear layers is merged")
+        if not isinstance(layer, LoraLinear):
+            continue
+        for adapter in layer.active_adapters:
+            a, b = (state_dict[f"{_PEFT_PREFIX}{name}.lora_{side}.{adapter}.weight"].float() for side in "AB")
+            delta = layer.scaling[adapter] * (b @ a)
+            weight = merged[f"{name}.weight"]
+            merged[f"{name}.weight"] = (weight.float() + (delta.T if layer.fan_in_fan_out else delta)).to(weight.dtype)
+    return merged

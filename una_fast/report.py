@@ -1,0 +1,256 @@
+"""What a run tells: metrics of a step, metrics.jsonl and logging back-ends, the progress bar, the model card."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from una_fast.config import RunConfig
+from una_fast.data import Batch, SourceReport
+from una_fast.feedback import PAIR, SCORE
+from una_fast.losses import Objective, UnaOutput
+from una_fast.sharding import World
+
+BINS = 10
+_SUMS = (
+    *("loss", "units", "pairs", "chosen", "rejected", "correct", "decided", "logps_chosen", "logps_rejected"),
+    *("points", "target", "implicit", "calibrated", "log_ratio", "responses", "tokens", "response_tokens"),
+)
+# Dense bf16 tensor-core peak, TFLOP/s, by a part of the device name.
+_PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "B200": 2250.0, "A100": 312.0, "MI300X": 1307.0, "L40S": 362.0}
+
+
+class Meter:
+    """Sums over units and responses since the last report, on the device; one read per report."""
+
+    def __init__(self, objective: Objective, device: torch.device) -> None:
+        self.objective = objective
+        self.sums = torch.zeros(len(_SUMS) + 2 * BINS, dtype=torch.float64, device=device)
+
+    def add(self, batch: Batch, out: UnaOutput) -> None:
+        feedback, device = batch.feedback, self.sums.device
+
+        def of(units: Tensor, *columns: Tensor) -> list[Tensor]:
+            return [column[units].to(device, non_blocking=True) for column in columns]
+
+        pairs = feedback.kind == PAIR
+        first, second, target = of(pairs, feedback.first, feedback.second, feedback.value)
+        decided = target > 0.5  # a tie has no right order
+        points, predicted, wanted, bins = self._points(feedback, out, of)
+        (weight,) = of(torch.ones_like(pairs), feedback.weight)
+        values = {
+            "loss": (out.unit_losses * weight).sum(),
+            "units": feedback.num_units,
+            "pairs": first.numel(),
+            "chosen": out.rewards[first].sum(),
+            "rejected": out.rewards[second].sum(),
+            "correct": ((out.rewards[first] > out.rewards[second]) & decided).sum(),
+            "decided": decided.sum(),
+            "logps_chosen": out.logps[first].sum(),
+            "logps_rejected": out.logps[second].sum(),
+            "points": points,
+            "target": wanted.sum(),
+            "implicit": predicted.sum(),
+            "calibrated": bins[0].sum(),
+            "log_ratio": (out.logps - out.ref_logps).sum(),
+            "responses": out.logps.numel(),
+            "tokens": batch.num_tokens,
+            "response_tokens": batch.targets.numel(),
+        }
+        self.sums += torch.cat(
+            [
+                torch.stack([torch.as_tensor(values[n], dtype=torch.float64, device=device) for n in _SUMS]),
+                bins.flatten(),
+            ]
+        )
+
+    def _points(self, feedback: Any, out: UnaOutput, of: Any) -> tuple[int, Tensor, Tensor, Tensor]:
+        """Labels and scores: how many, what the policy implies (on the scale that is compared), what was wanted, and
+        (count, gap) per bin of sigmoid(r)."""
+        points = feedback.kind != PAIR
+        first, offset, wanted = of(points, feedback.first, feedback.offset, feedback.value)
+        raw = out.rewards[first] + offset + self.objective.offset
+        (on_rewards,) = of(points, (feedback.kind == SCORE) & (not self.objective.scores_in_unit_interval))
+        probability = torch.sigmoid(raw)
+        index = (probability * BINS).long().clamp_max(BINS - 1)
+        counted = (~on_rewards).double()
+        bins = raw.new_zeros(2, BINS)
+        bins[0].index_add_(0, index, counted)
+        bins[1].index_add_(0, index, counted * (probability - wanted))
+        return first.numel(), torch.where(on_rewards, raw, probability), wanted, bins
+
+    def take(self, world: World) -> dict[str, float]:
+        """Metrics over all ranks since the last call; what had no data is left out."""
+        values = world.sum(self.sums).tolist()
+        self.sums = torch.zeros_like(self.sums)
+        s = dict(zip(_SUMS, values, strict=False))
+        gaps = values[len(_SUMS) + BINS :]
+        metrics = {"loss": s["loss"] / max(s["units"], 1.0)}
+        if s["pairs"]:
+            chosen, rejected = s["chosen"] / s["pairs"], s["rejected"] / s["pairs"]
+            metrics |= {"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected}
+            metrics |= {f"logps/{n}": s[f"logps_{n}"] / s["pairs"] for n in ("chosen", "rejected")}
+        if s["decided"]:
+            metrics["rewards/accuracies"] = s["correct"] / s["decided"]
+        if s["points"]:
+            metrics |= {"una/target_mean": s["target"] / s["points"], "una/implicit_mean": s["implicit"] / s["points"]}
+        if s["calibrated"]:
+            metrics["una/calibration_error"] = sum(map(abs, gaps)) / s["calibrated"]
+        if s["responses"]:
+            metrics["kl"] = s["log_ratio"] / s["responses"]
+        metrics |= {n: s[n] for n in ("units", "tokens", "response_tokens")}
+        return metrics
+
+
+def peak_gib(device: torch.device) -> float:
+    """Peak memory of this process: allocated on the GPU, or resident on the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def peak_tflops(device: torch.device) -> float | None:
+    """Dense bf16 peak of a known GPU, else None."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in _PEAK_TFLOPS.items() if part in name), None)
+
+
+class Reporter:
+    """Writes metrics of a run. Only the main rank writes; the others call the same methods to no effect."""
+
+    def __init__(self, config: RunConfig, world: World, total_steps: int, first_step: int) -> None:
+        self.world = world
+        self.writers: list[Any] = []
+        self.bar = None
+        if not world.is_main:
+            return
+        output_dir = Path(config.output_dir)
+        self.path = output_dir / "metrics.jsonl"
+        _drop_after(self.path, first_step)
+        self.writers = [_make_writer(name, output_dir) for name in config.loggers]
+        if config.progress:
+            from tqdm.auto import tqdm
+
+            self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """One line of metrics; the progress bar shows the most telling ones."""
+        if not self.world.is_main:
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        for write in self.writers:
+            write(step, metrics)
+        if self.bar is not None:
+            shown = {n: f"{metrics[n]:.4g}" for n in ("loss", "rewards/accuracies", "kl", "grad_norm") if n in metrics}
+            self.bar.set_postfix(shown)
+
+    def advance(self) -> None:
+        if self.bar is not None:
+            self.bar.update()
+
+    def say(self, text: str) -> None:
+        """A line for the reader of the terminal."""
+        if self.world.is_main:
+            if self.bar is not None:
+                self.bar.write(text)
+            else:
+                print(text, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Forget metrics of steps that a resumed run will take again, and a line that was cut off by a kill."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            continue
+    path.write_text("".join(kept) if step else "", encoding="utf-8")
+
+
+def _make_writer(name: str, output_dir: Path) -> Any:
+    """A function (step, metrics) for a logging back-end."""
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = SummaryWriter(output_dir / "tensorboard")
+
+        def write(step: int, metrics: dict[str, float]) -> None:
+            for key, value in metrics.items():
+                board.add_scalar(key, value, step)
+            board.flush()
+
+        return write
+    try:
+        module = __import__(name)
+    except ImportError:
+        raise ValueError(f"loggers: {name} is not installed; pip install {name}, or remove it from loggers") from None
+    run = module.init(project="una-fast", name=output_dir.name)
+    return lambda step, metrics: run.log(metrics, step=step)
+
+
+class Clock:
+    """Wall time spent training, with pauses for evaluation and checkpoints left out."""
+
+    def __init__(self) -> None:
+        self.spent, self.since = 0.0, time.perf_counter()
+
+    def pause(self) -> None:
+        self.spent += time.perf_counter() - self.since
+
+    def go_on(self) -> None:
+        self.since = time.perf_counter()
+
+    def take(self) -> float:
+        """Seconds since the last call."""
+        self.pause()
+        self.go_on()
+        spent, self.spent = self.spent, 0.0
+        return spent
+
+
+def model_card(config: RunConfig, reports: Sequence[SourceReport], metrics: dict[str, float]) -> str:
+    """README.md of the trained model."""
+    rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in metrics.items())
+    data = "\n".join(f"- {report}" for report in reports)
+    return f"""---
+base_model: {config.model}
+library_name: {"peft" if config.lora else "transformers"}
+tags: [una, alignment, preference-optimization]
+---
+
+# {Path(config.output_dir).name}
+
+{config.model} aligned with UNA ([arXiv 2408.15339](https://arxiv.org/abs/2408.15339)) by una_fast: the implicit reward
+r = {config.beta} * (log pi - log pi_ref) regressed on the feedback below (pairs: {config.pair}, labels:
+{config.binary}, scores: {config.score}). All settings: `config.yaml`; every logged step: `metrics.jsonl`.
+
+## Data
+
+{data}
+
+## Last metrics
+
+| metric | value |
+|---|---|
+{rows}
+"""

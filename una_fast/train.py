@@ -1,0 +1,318 @@
+"""The loop: batches in, an aligned model out.
+
+for every step:   micro-batches -> loss (divided by the units of the global batch) -> backward
+                  clip -> optimizer -> schedule -> report -> evaluate -> checkpoint
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import SGD, AdamW, Optimizer
+from transformers import PreTrainedTokenizerBase, get_scheduler
+
+from una_fast.attention import packing_refusal
+from una_fast.checkpoint import complete_checkpoints, load_training_state, read_state, save_checkpoint, save_model
+from una_fast.config import RunConfig
+from una_fast.data import Example, Source, SourceReport, collate, load_examples
+from una_fast.loader import Loader, Step, hold_out
+from una_fast.losses import UnaOutput
+from una_fast.policy import Policy, load_policy, load_tokenizer
+from una_fast.reference import (
+    AdapterReference,
+    CachedReference,
+    FrozenReference,
+    Reference,
+    has_cached_logps,
+    without_cached_logps,
+)
+from una_fast.report import Clock, Meter, Reporter, model_card, peak_gib, peak_tflops
+from una_fast.scoring import Scoring
+from una_fast.sharding import World, local_scalar, shard, start_world
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainResult:
+    """What a finished run leaves: where the model is, the steps taken, and the last training and eval metrics."""
+
+    output_dir: Path
+    steps: int
+    metrics: dict[str, float]
+
+
+def train(config: RunConfig) -> TrainResult:
+    """Run a configuration to its end, and save the model in Hugging Face form in config.output_dir."""
+    world = start_world(config.device)
+    torch.manual_seed(config.seed)
+    output_dir = Path(config.output_dir)
+    checkpoint = prepare_output(config, output_dir, world)
+    tokenizer = load_tokenizer(config.tokenizer or config.model, trust_remote_code=config.trust_remote_code)
+    train_sets, eval_set, reports, weights = load_data(config, tokenizer)
+
+    trainer = Trainer(config, world, tokenizer, train_sets, eval_set, weights, checkpoint)
+    for report in reports:
+        trainer.reporter.say(str(report))
+    metrics = trainer.run()
+    save_model(output_dir, trainer.policy, tokenizer, world)
+    if world.is_main:
+        (output_dir / "README.md").write_text(model_card(config, reports, metrics), encoding="utf-8")
+    world.barrier()
+    return TrainResult(output_dir, trainer.total_steps, metrics)
+
+
+def prepare_output(config: RunConfig, output_dir: Path, world: World) -> Path | None:
+    """Create the output directory and save the settings; returns the checkpoint to resume from, if any."""
+    checkpoints = complete_checkpoints(output_dir)
+    used = (output_dir / "metrics.jsonl").exists() or bool(checkpoints)
+    if used and not config.resume:
+        raise ValueError(f"{output_dir} holds an earlier run; set resume=true to continue it, or another output_dir")
+    world.barrier()  # every rank looked before the first one writes
+    if world.is_main:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        config.save(output_dir / "config.yaml")
+    return checkpoints[-1] if checkpoints else None
+
+
+def load_data(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[list[Example]], list[Example], list[SourceReport], list[float]]:
+    """(training examples per source, evaluation examples, what became of the records, weights of the sources)."""
+    unit_scores = config.objective().scores_in_unit_interval
+    reports: list[SourceReport] = []
+
+    def load(entries: Sequence[str | dict[str, Any]]) -> tuple[list[list[Example]], list[float]]:
+        sets, weights = [], []
+        for entry in entries:
+            source = Source.parse(entry, config.record_options())
+            examples, report = load_examples(source, tokenizer, require_unit_scores=unit_scores)
+            if not examples:
+                raise ValueError(f"{source.path} gives no usable record ({report})")
+            sets.append(examples)
+            weights.append(source.weight)
+            reports.append(report)
+        return sets, weights
+
+    train_sets, weights = load(config.data)
+    eval_set = [example for part in load(config.eval_data)[0] for example in part]
+    if config.eval_fraction:
+        split = [hold_out(part, config.eval_fraction, config.seed) for part in train_sets]
+        train_sets, eval_set = [kept for kept, _ in split], [e for _, held in split for e in held]
+        if not all(train_sets):
+            raise ValueError(f"eval_fraction={config.eval_fraction} leaves a source without training records")
+    return train_sets, eval_set, reports, weights
+
+
+class Trainer:
+    """The parts of a run, and the loop over its steps."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        world: World,
+        tokenizer: PreTrainedTokenizerBase,
+        train_sets: list[list[Example]],
+        eval_set: list[Example],
+        weights: list[float],
+        checkpoint: Path | None = None,
+    ) -> None:
+        self.config, self.world, self.tokenizer = config, world, tokenizer
+        self.objective = config.objective()
+        every = [example for part in train_sets for example in part] + eval_set
+        cached = config.reference == "cached" or (config.reference == "auto" and has_cached_logps(every))
+        if not cached:
+            train_sets, eval_set = [without_cached_logps(part) for part in train_sets], without_cached_logps(eval_set)
+        state = read_state(checkpoint) if checkpoint else {"step": 0}
+        self.first_step = state["step"]
+        self._load_models(cached, every, checkpoint)
+        identity = self.reference.identity
+        if state.get("reference", identity) != identity:
+            raise ValueError(
+                f"{checkpoint} was trained against reference {state['reference']}, but this run has {identity}: "
+                "continuing would change the objective; restore model, reference and data of that run"
+            )
+
+        options = {
+            "batch_size": config.batch_size,
+            "micro_batch_size": config.micro_batch_size,
+            "seed": config.seed,
+            "rank": world.rank,
+            "world_size": world.size,
+        }
+        self.loader = Loader(train_sets, weights, **options)
+        self.eval_loader = Loader([eval_set], [1.0], **options) if eval_set else None
+        self.total_steps = self.loader.num_steps(config.epochs, config.max_steps)
+        self.optimizer = make_optimizer(self.policy, config)
+        self.scheduler = get_scheduler(
+            config.lr_schedule,
+            self.optimizer,
+            num_warmup_steps=round(config.warmup_ratio * self.total_steps),
+            num_training_steps=self.total_steps,
+        )
+        if checkpoint:
+            load_training_state(checkpoint, self.policy, self.optimizer, world)
+            self.scheduler.load_state_dict(state["scheduler"])
+        self.reporter = Reporter(config, world, self.total_steps, self.first_step)
+        self.meter = Meter(self.objective, world.device)
+        self.clock = Clock()
+
+    def _load_models(self, cached: bool, examples: list[Example], checkpoint: Path | None) -> None:
+        """Policy (from the checkpoint, if any) and reference (always from the start of the run)."""
+        config, world = self.config, self.world
+        bf16 = config.precision == "bf16" or (config.precision == "auto" and world.device.type == "cuda")
+        compute = torch.bfloat16 if bf16 else torch.float32
+        mixed = bf16 and not config.lora  # trained weights in float32, compute in bfloat16
+        self.scoring = Scoring(config.workspace_mb, config.engine, compute if mixed and not world.sharded else None)
+        dtype = torch.float32 if mixed else compute
+
+        def load(path: Any, *, trained: bool) -> Policy:
+            lora = config.lora if trained and checkpoint is None else None
+            return load_policy(
+                path,
+                dtype=dtype,
+                lora=lora,
+                gradient_checkpointing=config.gradient_checkpointing and trained,
+                trust_remote_code=config.trust_remote_code,
+                attn_implementation=config.attn_implementation,
+            )
+
+        self.policy = load(checkpoint or config.model, trained=True)
+        refusal = packing_refusal(self.policy.causal_lm) if config.packing else "packing=false"
+        self.policy.packed = refusal is None
+        if refusal is not None and config.packing and world.is_main:
+            logger.warning("batches are padded, not packed: %s", refusal)
+        models = [self.policy]
+        self.reference: Reference
+        if cached:
+            self.reference = CachedReference(examples)
+        elif config.lora and config.reference != "frozen":
+            self.reference = AdapterReference(self.policy, self.scoring)
+        else:
+            models.append(load(config.model, trained=False))
+            models[1].packed = self.policy.packed
+            self.reference = FrozenReference(models[1], self.scoring)
+        for policy in models:
+            policy.model.to(world.device)
+            if world.sharded:
+                shard(policy.causal_lm, world, compute)
+
+    def run(self) -> dict[str, float]:
+        """All steps that are left. Returns the last metrics."""
+        config, last = self.config, {}
+        if self.first_step == 0:
+            last |= self.evaluate(0)
+        for step, work in enumerate(self.loader.steps(self.first_step, self.total_steps), start=self.first_step + 1):
+            norm = self.take_step(work)
+            self.reporter.advance()
+            if step % config.log_every == 0 or step == self.total_steps:
+                last |= self.log(step, work.epoch, norm)
+            if step == self.total_steps or (config.eval_every and step % config.eval_every == 0):
+                last |= self.evaluate(step)
+            if config.save_every and step % config.save_every == 0:
+                self.save(step)
+        self.reporter.close()
+        return last
+
+    def take_step(self, work: Step) -> float:
+        """Gradients of the global batch, then one optimizer step. Returns the gradient norm before clipping."""
+        for examples in work.micro_batches:
+            out = self.score(examples, work.num_units)
+            out.loss.backward()
+        parameters = self.policy.trainable_parameters()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        value = local_scalar(norm)
+        if not value < float("inf"):
+            origins = ", ".join(e.origin for part in work.micro_batches for e in part) or "another rank"
+            raise RuntimeError(
+                f"the gradient norm is {value} in the step of the records {origins}; lower learning_rate or beta, or "
+                "look at these records. The last checkpoint is from before this step"
+            )
+        if self.config.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return value
+
+    def score(self, examples: list[Example], num_units: int) -> UnaOutput:
+        """One micro-batch against the reference; its metrics go to the meter."""
+        packed = self.policy.packed
+        batch = collate(examples, packed=packed, device=self.world.device, pad_id=self.tokenizer.pad_token_id)
+        ref_logps = self.reference.logps(batch)
+        out = self.scoring.loss(self.policy, batch, ref_logps, self.objective, max(num_units, 1))
+        self.meter.add(batch, out)
+        return out
+
+    @torch.no_grad()
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Metrics of the whole evaluation set, named eval_*; nothing if there is none."""
+        if self.eval_loader is None:
+            return {}
+        self.clock.pause()
+        training, self.meter = self.meter, Meter(self.objective, self.world.device)
+        for work in self.eval_loader.in_order():
+            for examples in work.micro_batches:
+                self.score(examples, work.num_units)
+        metrics = {f"eval_{name}": value for name, value in self.meter.take(self.world).items()}
+        self.meter = training
+        self.reporter.step(step, metrics)
+        self.clock.go_on()
+        return metrics
+
+    def log(self, step: int, epoch: float, norm: float) -> dict[str, float]:
+        seconds = self.clock.take()
+        metrics = self.meter.take(self.world)
+        metrics |= {
+            "epoch": epoch,
+            "grad_norm": norm,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "tok_per_sec": metrics["tokens"] / seconds,
+            "memory/peak_gib": peak_gib(self.world.device),
+        }
+        peak = peak_tflops(self.world.device)
+        if peak is not None:
+            metrics["mfu"] = self._flops(metrics["tokens"]) / seconds / (peak * 1e12 * self.world.size)
+        self.reporter.step(step, metrics)
+        return metrics
+
+    def _flops(self, tokens: float) -> float:
+        """Of the linear layers alone: 2 per weight and token forward, 4 backward (2 where weights are frozen), and 2
+        for a reference that is computed."""
+        weights = sum(p.numel() for p in self.policy.causal_lm.parameters())
+        passes = (4 if self.config.lora else 6) + (0 if isinstance(self.reference, CachedReference) else 2)
+        return passes * weights * tokens
+
+    def save(self, step: int) -> None:
+        self.clock.pause()
+        state = {"scheduler": self.scheduler.state_dict(), "reference": self.reference.identity}
+        path = save_checkpoint(
+            Path(self.config.output_dir),
+            step,
+            self.policy,
+            self.optimizer,
+            self.tokenizer,
+            self.world,
+            json.loads(json.dumps(state)),
+            self.config.keep_checkpoints,
+        )
+        self.reporter.say(f"saved {path}")
+        self.clock.go_on()
+
+
+def make_optimizer(policy: Policy, config: RunConfig) -> Optimizer:
+    """Over the trainable parameters; norms and biases are not decayed."""
+    parameters = policy.trainable_parameters()
+    if config.optimizer == "sgd":
+        return SGD(parameters, lr=config.learning_rate)
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return AdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=tuple(config.adam_betas))
