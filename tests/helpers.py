@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import combinations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from una_fast import Feedback, UnaOutput, eager
+from una_fast.plan import Plan
 
 
 @dataclass
@@ -58,10 +61,13 @@ def problem(
     peak: float = 50.0,
     dtype: torch.dtype = torch.float64,
     feedback: Feedback | None = None,
+    lengths: Sequence[int] | None = None,
 ) -> Problem:
-    """Hidden states and weights in `dtype`, scaled so that the largest |logit| is `peak`."""
+    """Hidden states and weights in `dtype`, scaled so that the largest |logit| is `peak`.
+
+    lengths: tokens per response; default: random ones, for `responses` responses of at most `longest` tokens."""
     g = torch.Generator().manual_seed(seed)
-    cu = ragged(responses, longest, g)
+    cu = ragged(responses, longest, g) if lengths is None else F.pad(torch.tensor(lengths).cumsum(0), (1, 0))
     rows = int(cu[-1])
 
     def normal(*shape: int) -> Tensor:
@@ -149,3 +155,81 @@ def assert_close(value: dict[str, Tensor], expected: dict[str, Tensor], toleranc
     found = errors(value, expected)
     wrong = {name: error for name, error in found.items() if not error <= tolerance}
     assert not wrong, f"over {tolerance}: {wrong}"
+
+
+# ------------------------------------------------------------------------------------------- ways through the head
+
+
+@dataclass(frozen=True)
+class Way:
+    """A call that takes a known way through the block plan when the head is trained.
+
+    rows: how many rows of logits the budget holds. kinds: which blocks the plan has. passes: GEMM passes of the
+    policy over all rows of the call."""
+
+    feedback: Feedback
+    lengths: tuple[int, ...]
+    rows: float
+    dim: int
+    kinds: frozenset[str]
+    passes: float
+
+    def problem(self, vocab: int = 101, **arguments: Any) -> Problem:
+        return problem(lengths=self.lengths, dim=self.dim, vocab=vocab, feedback=self.feedback, **arguments)
+
+    def workspace_mb(self, dtype: torch.dtype, vocab: int = 101) -> float:
+        """The budget that holds `rows` rows; narrow operands need room to be cast as well."""
+        narrow = dtype in (torch.bfloat16, torch.float16)
+        acc_bytes = 8 if dtype == torch.float64 else 4
+        row_bytes = acc_bytes * (vocab + 2 * self.dim * narrow)
+        return (self.rows * row_bytes * (8 / 7 if narrow else 1) + 8) / 2**20
+
+
+def _way(feedback: Feedback, lengths: Sequence[int], rows: float, dim: int, kinds: str, passes: float) -> Way:
+    return Way(feedback, tuple(lengths), rows, dim, frozenset(kinds.split()), passes)
+
+
+PAIR = Feedback.pairs([0], [1], margin=0.2)
+TWO_PAIRS = Feedback.pairs([0, 2], [1, 3], target=[0.8, 1.0])
+BOTH_SCORES = Feedback.merge([PAIR, Feedback.scores([0, 1], [0.9, 0.2])])
+FOUR = Feedback.pairs(*zip(*combinations(range(4), 2), strict=True), weight=[1, 2, 3, 4, 5, 6])
+MIXED = mixed_feedback(torch.Generator().manual_seed(3))
+MIXED_LENGTHS = (5, 3, 7, 4, 6, 8, 5, 9)  # components of 12, 3, 4 and 19 rows; response 7 is in none
+
+WAYS = {
+    "mixed, one block": _way(MIXED, MIXED_LENGTHS, 1000, 24, "resident unscored", (3 * 38 + 9) / 47),
+    "mixed, two blocks": _way(MIXED, MIXED_LENGTHS, 20, 24, "resident unscored", (3 * 38 + 9) / 47),
+    "mixed, no scratch": _way(MIXED, MIXED_LENGTHS, 13, 24, "resident recomputed unscored", (3 * 19 + 4 * 19 + 9) / 47),
+    "mixed, all at once": _way(
+        MIXED, MIXED_LENGTHS, 16, 3, "streamed scratch resident recomputed unscored", (3 * 26 + 4 * 12 + 9) / 47
+    ),
+    "mixed, sliced": _way(MIXED, MIXED_LENGTHS, 0.3, 24, "sliced recomputed unscored", (4 * 38 + 9) / 47),
+    "mixed, a few cells": _way(MIXED, MIXED_LENGTHS, 0.05, 24, "sliced recomputed unscored", (4 * 38 + 9) / 47),
+    "pair, resident": _way(PAIR, (30, 21), 51, 24, "resident", 3),
+    "pair, streamed": _way(PAIR, (30, 21), 8, 24, "streamed", 3),
+    "pair, row by row": _way(PAIR, (30, 21), 1, 24, "streamed", 3),
+    "pair, sliced": _way(PAIR, (30, 21), 0.9, 24, "sliced recomputed", 4),
+    "pair beside short ones": _way(TWO_PAIRS, (30, 21, 4, 3), 8, 24, "streamed resident", 3),
+    "two pairs, scratch": _way(TWO_PAIRS, (30, 21, 17, 13), 8, 3, "streamed scratch", 3),
+    "two pairs, no scratch": _way(TWO_PAIRS, (30, 21, 17, 13), 8, 24, "streamed recomputed", (3 * 51 + 4 * 30) / 81),
+    "scores too, resident": _way(BOTH_SCORES, (30, 21), 51, 24, "resident", 3),
+    "scores too, streamed": _way(BOTH_SCORES, (30, 21), 8, 3, "streamed scratch", 3),
+    "scores too, recomputed": _way(BOTH_SCORES, (30, 21), 8, 24, "recomputed", 4),
+    "four, resident": _way(FOUR, (9, 5, 12, 7), 33, 24, "resident", 3),
+    "four, streamed": _way(FOUR, (9, 5, 12, 7), 18, 3, "streamed scratch", 3),
+    "four, recomputed": _way(FOUR, (9, 5, 12, 7), 18, 24, "recomputed", 4),
+    "labels, streamed": _way(Feedback.binary([1, 0], [True, False]), (30, 21), 8, 3, "streamed scratch", 3),
+}
+
+
+def kinds(plan: Plan, vocab: int) -> frozenset[str]:
+    """What a plan is made of, in the words of `Way.kinds`."""
+    has = {
+        "streamed": plan.streamed,
+        "scratch": plan.scratch,
+        "resident": plan.resident,
+        "recomputed": plan.recomputed,
+        "unscored": plan.unscored,
+        "sliced": plan.tile.vocab < vocab,
+    }
+    return frozenset(name for name, present in has.items() if present)

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 import transformers
 from transformers import AutoModelForCausalLM
 
-from una_fast import attention
-from una_fast.attention import PACKED, Segment, packed_attention, packing_refusal
+from una_fast import attention, packing
+from una_fast.attention import PACKED, Segment, packed_attention
+from una_fast.packing import packing_refusal
 
 SMALL = {
     "vocab_size": 97,
@@ -100,7 +101,7 @@ def build(name, fields, implementation=None, sharp=True):
             setattr(model.config, dropout, 0.0)
     if sharp:
         with torch.no_grad():
-            attention._randomize(model)
+            packing._randomize(model)
     return model
 
 

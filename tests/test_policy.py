@@ -21,9 +21,9 @@ from transformers.models.llama import LlamaForCausalLM
 
 from una_fast import policy as policy_module
 from una_fast.attention import Segment
+from una_fast.config import LoraOptions
 from una_fast.head import token_logps
 from una_fast.policy import (
-    LoraOptions,
     add_lora,
     install_scorer,
     load_causal_lm,

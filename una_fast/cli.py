@@ -115,7 +115,7 @@ def _check(parsed: Namespace) -> None:
 def _check_model(settings: CheckConfig) -> None:
     import torch
 
-    from una_fast.attention import packing_refusal
+    from una_fast.packing import packing_refusal
     from una_fast.policy import load_policy, load_tokenizer
 
     tokenizer = load_tokenizer(settings.model, trust_remote_code=settings.trust_remote_code)

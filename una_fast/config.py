@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from una_fast.losses import Objective
-from una_fast.policy import LoraOptions
 from una_fast.records import RecordOptions
 
 Precision = Literal["auto", "bf16", "fp32"]
@@ -19,6 +18,24 @@ ReferenceKind = Literal["auto", "frozen", "adapter", "cached"]
 Optimizer = Literal["adamw", "sgd"]
 Schedule = Literal["cosine", "linear", "constant"]
 Logger = Literal["tensorboard", "wandb", "trackio"]
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """Low-rank adapters on linear layers; without dropout."""
+
+    r: int = 32
+    """Rank, at least 1."""
+    alpha: int = 16
+    """The adapter's output is multiplied by alpha / r."""
+    target_modules: list[str] | str = "all-linear"
+    """Names of the layers that get an adapter, or "all-linear": every linear layer but the head."""
+
+    def __post_init__(self) -> None:
+        if self.r < 1 or self.alpha <= 0:
+            raise ValueError(f"lora r={self.r}, alpha={self.alpha}: r must be at least 1 and alpha positive")
+        if not self.target_modules:
+            raise ValueError('lora target_modules is empty; name layers, or use "all-linear"')
 
 
 @dataclass

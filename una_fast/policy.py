@@ -2,27 +2,25 @@
 
     z = softcap * tanh(logit_scale * (W h + bias) / softcap)        h: last hidden state, W: [V, D]
 
-A model is not trusted to be of this form: `probe_head` finds softcap and logit_scale by comparing with the model's
-own logits, and refuses what does not fit. `install_scorer` then lets `causal_lm(..., scorer=fn, rows=rows)` hand the
-chosen rows of h to `fn` inside the model's own forward, where FSDP has the head's weight gathered.
+`probe.probe_head` finds softcap and logit_scale, or refuses the model. `install_scorer` then lets
+`causal_lm(..., scorer=fn, rows=rows)` hand the chosen rows of h to `fn` inside the model's own forward, where FSDP has
+the head's weight gathered.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-import math
 import os
 import re
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -30,7 +28,10 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from una_fast.probe import HeadSpec, hidden_states, is_number, probe_head
+
 if TYPE_CHECKING:
+    from una_fast.config import LoraOptions
     from una_fast.data import Batch
 
 logger = logging.getLogger(__name__)
@@ -39,9 +40,6 @@ Scorer = Callable[[Tensor, Tensor, Tensor | None], Any]
 """(hidden rows [N, D], head weight [V, D], head bias [V] or None) -> anything, which the forward returns."""
 
 _DROPOUT_NAME = re.compile(r"dropout|pdrop|drop_path|drop_rate|layerdrop|jitter")
-_SOFTCAP_NAME = re.compile(r"soft_?cap")
-_SCALE_NAME = re.compile(r"scal|multiplier|mup")
-_PROBE_TOKENS = 16
 _PEFT_PREFIX = "base_model.model."
 
 
@@ -123,35 +121,13 @@ def remove_dropout(model: nn.Module) -> None:
     configs |= {id(c): c for c in getattr(model, "peft_config", {}).values()}
     for holder in (*modules, *configs.values()):
         for name, value in list(vars(holder).items()):
-            if _DROPOUT_NAME.search(name) and _is_number(value):
+            if _DROPOUT_NAME.search(name) and is_number(value):
                 setattr(holder, name, type(value)(0))
         if isinstance(holder, nn.modules.dropout._DropoutNd):
             holder.p = 0.0
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 # --- LoRA ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LoraOptions:
-    """Low-rank adapters on linear layers; without dropout."""
-
-    r: int = 32
-    """Rank, at least 1."""
-    alpha: int = 16
-    """The adapter's output is multiplied by alpha / r."""
-    target_modules: list[str] | str = "all-linear"
-    """Names of the layers that get an adapter, or "all-linear": every linear layer but the head."""
-
-    def __post_init__(self) -> None:
-        if self.r < 1 or self.alpha <= 0:
-            raise ValueError(f"lora r={self.r}, alpha={self.alpha}: r must be at least 1 and alpha positive")
-        if not self.target_modules:
-            raise ValueError('lora target_modules is empty; name layers, or use "all-linear"')
 
 
 def add_lora(model: PreTrainedModel, options: LoraOptions) -> PeftModel:
@@ -166,187 +142,7 @@ def add_lora(model: PreTrainedModel, options: LoraOptions) -> PeftModel:
     return get_peft_model(model, config, autocast_adapter_dtype=True)
 
 
-# --- the head --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class HeadSpec:
-    """How a model turns hidden states into logits: z = softcap * tanh(logit_scale * (W h + bias) / softcap)."""
-
-    causal_lm: PreTrainedModel = field(repr=False)
-    """The model whose output embedding is read."""
-    softcap: float | None = None
-    """Final softcap; None where there is none."""
-    logit_scale: float = 1.0
-    """Factor on W h + bias."""
-
-    # Read at every use: FSDP replaces the tensors.
-    @property
-    def weight(self) -> Tensor:
-        """[V, D], V the size of the logits."""
-        return self.causal_lm.get_output_embeddings().weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """[V], or None."""
-        return getattr(self.causal_lm.get_output_embeddings(), "bias", None)
-
-
-@torch.no_grad()
-def probe_head(causal_lm: PreTrainedModel) -> HeadSpec:
-    """Find softcap and logit_scale among the numbers of the config by comparison with the model's own logits.
-
-    The model runs on 16 random tokens; the hidden states that enter its head are stretched to logits from 0.3 to 300,
-    so that a softcap shows even in an untrained model, and a head bias is replaced by a random one for the probe.
-    Leaves weights, train/eval flags and random state as they were. Raises ValueError, naming the class, when no
-    candidate reproduces the logits.
-    """
-    name, head = type(causal_lm).__name__, _plain_head(causal_lm)
-    tolerance = max(1e-5, torch.finfo(head.weight.dtype).eps)
-    devices = [head.weight.device] if head.weight.is_cuda else []
-    with torch.random.fork_rng(devices=devices), _evaluating(causal_lm), _random_bias(head):
-        hidden, logits, drift = _observe(causal_lm, head)
-        if logits.shape[-1] != head.weight.shape[0]:
-            raise ValueError(
-                f"{name} gives {logits.shape[-1]} logits from a head of {head.weight.shape[0]} rows (a trimmed "
-                "or padded vocabulary); this model class cannot be scored"
-            )
-        if not drift <= tolerance:
-            raise ValueError(
-                f"{name} does not give its backbone the plain inputs: hidden states differ by {drift:.1e} (relative, "
-                f"allowed {tolerance:.0e}); this model class cannot be scored"
-            )
-        raw = F.linear(hidden, head.weight, getattr(head, "bias", None)).float()
-        errors = {form: _row_error(_shape_logits(raw, *form), logits.float()) for form in _candidates(causal_lm.config)}
-    (softcap, logit_scale), error = min(errors.items(), key=lambda item: item[1])
-    if error > tolerance:
-        raise ValueError(
-            f"{name} computes its logits in an unknown way: the closest of {len(errors)} forms, softcap={softcap} and "
-            f"logit_scale={logit_scale:g}, is off by {error:.1e} (relative, allowed {tolerance:.0e}); this model class "
-            "cannot be scored"
-        )
-    return HeadSpec(causal_lm, softcap, logit_scale)
-
-
-def _plain_head(causal_lm: PreTrainedModel) -> nn.Module:
-    """The output embedding; refused when it is missing, adapted, or changed through a tied, adapted embedding."""
-    name, head = type(causal_lm).__name__, causal_lm.get_output_embeddings()
-    if getattr(head, "weight", None) is None and not isinstance(head, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-        raise ValueError(f"{name} has no output embedding (get_output_embeddings() is {head}); it cannot be scored")
-    embedding, tied = causal_lm.get_input_embeddings(), False
-    if isinstance(embedding, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-        tied = bool(causal_lm.config.get_text_config().tie_word_embeddings)
-    if tied or isinstance(head, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-        raise ValueError(
-            f"{name} has an adapted head ({type(embedding if tied else head).__name__}{', tied' if tied else ''}); "
-            "leave the output embedding, and an input embedding tied to it, out of target_modules and modules_to_save"
-        )
-    return head
-
-
-def _observe(causal_lm: PreTrainedModel, head: nn.Module) -> tuple[Tensor, Tensor, float]:
-    """Stretched hidden states [16, D], the model's own logits of them [16, V'], and how far the hidden states of the
-    model's own forward are from those of scoring (relative)."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(causal_lm.get_input_embeddings().weight.shape[0], (1, _PROBE_TOKENS), generator=generator)
-    tokens = tokens.to(head.weight.device)
-    positions = torch.arange(_PROBE_TOKENS, device=tokens.device)[None]
-    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "position_ids": positions}
-    scored = _hidden_states(causal_lm, **inputs)
-    seen: list[Tensor] = []
-
-    def stretch(module: nn.Module, args: tuple, output: Any) -> Any:
-        if seen:
-            return output
-        size = F.linear(output[0], head.weight).float().pow(2).mean(-1, keepdim=True).sqrt()
-        target = torch.logspace(-0.5, 2.5, _PROBE_TOKENS, device=size.device)[:, None]
-        seen.extend((output[0], output[0] * (target / size).to(output[0].dtype)))
-        if isinstance(output, tuple):
-            return (seen[1], *output[1:])
-        output.last_hidden_state = seen[1]
-        return output
-
-    # OPT calls the decoder inside its backbone, so both are watched, and the first to return is stretched.
-    handles = [module.register_forward_hook(stretch) for module in {_backbone(causal_lm), causal_lm.get_decoder()}]
-    try:
-        logits = causal_lm(**inputs, use_cache=False, return_dict=True).logits
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not seen:
-        raise ValueError(
-            f"{type(causal_lm).__name__} does not call its {causal_lm.base_model_prefix}; it cannot be scored"
-        )
-    return seen[1].flatten(0, 1), logits.flatten(0, 1), _row_error(scored[0].float(), seen[0][0].float())
-
-
-def _candidates(config: Any) -> list[tuple[float | None, float]]:
-    """(softcap, logit_scale) from every number of the config with such a name; the plain form first. Families
-    disagree on the meaning of one name (Granite divides by logits_scaling, HyperCLOVA X multiplies), so both are
-    tried; MiniCPM divides the hidden state by hidden_size / dim_model_base."""
-    config = config.get_text_config()
-    numbers = {k: float(v) for k, v in config.to_dict().items() if _is_number(v) and 0 < v < math.inf}
-    softcaps = [None, *(v for k, v in numbers.items() if _SOFTCAP_NAME.search(k))]
-    factors = [v for k, v in numbers.items() if _SCALE_NAME.search(k) or k == "logit_scale"]
-    if "dim_model_base" in numbers:
-        factors.append(numbers["dim_model_base"] / config.hidden_size)
-    scales = [1.0, *factors, *(1 / v for v in factors)]
-    return list(dict.fromkeys((softcap, scale) for scale in scales for softcap in softcaps))
-
-
-def _shape_logits(raw: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
-    z = raw * logit_scale
-    return z if softcap is None else softcap * torch.tanh(z / softcap)
-
-
-def _row_error(ours: Tensor, truth: Tensor) -> float:
-    """The largest relative error of a row (2-norm); infinite where it is not a number."""
-    error = (ours - truth).norm(dim=-1) / truth.norm(dim=-1)
-    return float(error.nan_to_num(math.inf).max())
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    flags = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags.items():
-            module.training = training
-
-
-@contextmanager
-def _random_bias(head: nn.Module) -> Iterator[None]:
-    """A fresh head has a zero bias: replace it, so that one which is ignored or scaled by itself shows."""
-    bias = getattr(head, "bias", None)
-    if bias is None:
-        yield
-        return
-    saved = bias.detach().clone()
-    bias.copy_(torch.randn(bias.shape, generator=torch.Generator().manual_seed(1)))
-    try:
-        yield
-    finally:
-        bias.copy_(saved)
-
-
 # --- scoring inside the model's forward ------------------------------------------------------------------------------
-
-
-def _backbone(causal_lm: PreTrainedModel) -> nn.Module:
-    backbone = getattr(causal_lm, causal_lm.base_model_prefix or "_none", None)
-    if not isinstance(backbone, nn.Module):
-        raise ValueError(
-            f"{type(causal_lm).__name__} has no backbone (base_model_prefix is {causal_lm.base_model_prefix!r}); it "
-            "cannot be scored"
-        )
-    return backbone
-
-
-def _hidden_states(causal_lm: PreTrainedModel, **inputs: Any) -> Tensor:
-    """[B, T, D]"""
-    return _backbone(causal_lm)(**inputs, use_cache=False, return_dict=True)[0]
 
 
 def install_scorer(causal_lm: PreTrainedModel) -> None:
@@ -364,7 +160,7 @@ def install_scorer(causal_lm: PreTrainedModel) -> None:
     ) -> Any:
         if scorer is None:
             return self._una_model_forward(*args, **kwargs)
-        hidden = _hidden_states(self, **kwargs).flatten(0, 1).index_select(0, rows)
+        hidden = hidden_states(self, **kwargs).flatten(0, 1).index_select(0, rows)
         head = self.get_output_embeddings()
         return scorer(hidden, head.weight, getattr(head, "bias", None))
 

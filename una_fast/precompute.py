@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from una_fast.attention import packing_refusal
 from una_fast.config import RunConfig
 from una_fast.data import Source, collate, load_examples, read_rows
+from una_fast.packing import packing_refusal
 from una_fast.policy import load_policy, load_tokenizer
 from una_fast.records import as_object
 from una_fast.scoring import Scoring

@@ -79,6 +79,7 @@ def shard(causal_lm: nn.Module, world: World, compute_dtype: torch.dtype) -> Non
         fully_shard(module, mesh=mesh, mp_policy=precision)
     for module in [*wrapped, causal_lm]:
         module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo cannot fold the factor into the reduction
 
 
 def local_scalar(value: Tensor) -> float:

@@ -17,12 +17,12 @@ import torch
 from torch.optim import SGD, AdamW, Optimizer
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
-from una_fast.attention import packing_refusal
 from una_fast.checkpoint import complete_checkpoints, load_training_state, read_state, save_checkpoint, save_model
 from una_fast.config import RunConfig
 from una_fast.data import Example, Source, SourceReport, collate, load_examples
 from una_fast.loader import Loader, Step, hold_out
 from una_fast.losses import UnaOutput
+from una_fast.packing import packing_refusal
 from una_fast.policy import Policy, load_policy, load_tokenizer
 from una_fast.reference import (
     AdapterReference,

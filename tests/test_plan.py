@@ -1,0 +1,193 @@
+"""The block plan: every response computed once, nothing over budget, and the cheapest way that fits."""
+
+from __future__ import annotations
+
+import random
+from itertools import combinations
+
+import pytest
+
+from una_fast import Feedback
+from una_fast.plan import Group, Plan, Tile, chunks, components, fit_tile, make_plan, span_rows
+
+PAIR = Feedback.pairs([0], [1])
+BOTH_SCORES = Feedback.merge([PAIR, Feedback.scores([0, 1], [0.9, 0.2])])
+ALL_PAIRS_OF_FOUR = Feedback.pairs(*zip(*combinations(range(4), 2), strict=True))
+
+
+def plan(feedback: Feedback, lengths: list[int], *, rows: float, dim: int = 2, vocab: int = 50, **changes) -> Plan:
+    """A float32 plan whose budget holds `rows` rows of logits."""
+    arguments = {"acc_bytes": 4, "cast": False, "train_head": True, "length_normalize": False, **changes}
+    return make_plan(feedback, lengths, vocab=vocab, hidden=dim, budget=int(rows * vocab * 4), **arguments)
+
+
+# ------------------------------------------------------------------------------------------------------ components
+
+
+def test_a_pair_shares_one_scalar_and_linked_responses_have_one_each():
+    (pair,) = components(PAIR, [5, 3], False)
+    assert pair.responses == (0, 1) and pair.groups == (Group((0, 1), (1.0, -1.0)),)
+    (normalized,) = components(PAIR, [5, 4], True)
+    assert normalized.groups == (Group((0, 1), (1 / 5, -1 / 4)),), "dL/dlogp of a mean carries 1/n"
+    for feedback, count in [(BOTH_SCORES, 2), (ALL_PAIRS_OF_FOUR, 4), (Feedback.pairs([2, 1], [1, 0]), 3)]:
+        (linked,) = components(feedback, [1] * count, False)
+        assert linked.groups == tuple(Group((i,), (1.0,)) for i in range(count))
+
+
+def test_repeated_and_reversed_pairs_still_share_one_scalar():
+    (pair,) = components(Feedback.pairs([0, 1, 0], [1, 0, 1]), [5, 3], False)
+    assert len(pair.groups) == 1
+    assert pair.groups[0].units in [(1.0, -1.0), (-1.0, 1.0)]
+
+
+def test_responses_in_no_unit_are_in_no_component():
+    found = components(
+        Feedback.merge([Feedback.pairs([5], [2]), Feedback.binary([3, 3], [True, False])]), [1] * 7, False
+    )
+    assert sorted(part.responses for part in found) == [(2, 5), (3,)]
+    assert components(Feedback.merge([]), [1, 2], False) == []
+
+
+def test_long_chains_of_pairs_are_one_component():
+    order = list(range(200))
+    random.Random(0).shuffle(order)
+    (chain,) = components(Feedback.pairs(order[:-1], order[1:]), [1] * 200, False)
+    assert chain.responses == tuple(range(200))
+
+
+# ------------------------------------------------------------------------------------------------------------ tile
+
+
+@pytest.mark.parametrize("cast", [False, True])
+@pytest.mark.parametrize("acc_bytes", [4, 8])
+@pytest.mark.parametrize("budget", [1, 7, 399, 400, 5_000, 10**6, 10**12])
+@pytest.mark.parametrize(("rows", "vocab", "dim"), [(0, 100, 8), (1, 1, 1), (37, 101, 64), (10_000, 3, 500)])
+def test_tile_fits_the_budget_and_the_problem(rows, vocab, dim, budget, acc_bytes, cast):
+    tile = fit_tile(rows, vocab, dim, acc_bytes, cast, budget)
+    assert 1 <= tile.rows <= max(rows, 1) and 1 <= tile.vocab <= vocab
+    assert tile.rows * tile.vocab * acc_bytes <= max(budget, acc_bytes)
+
+
+def test_tile_uses_the_budget():
+    assert fit_tile(10_000, 100, 8, 4, False, 400 * 12) == Tile(12, 100)
+    assert fit_tile(5, 100, 8, 4, False, 400 * 12) == Tile(5, 100)
+    sliced = fit_tile(10_000, 100, 8, 4, False, 399)
+    assert sliced.vocab < 100 and sliced.rows * sliced.vocab >= 60, "slices should still be near the budget"
+
+
+# ----------------------------------------------------------------------------------------------------------- paths
+
+# (feedback, lengths, rows that the budget holds, expected plan in (streamed, resident, recomputed) responses, scratch)
+PATHS = {
+    "pair resident": (PAIR, [5, 5], 10, [], [(0, 1)], (), 0),
+    "pair streamed": (PAIR, [5, 5], 9, [(0, 1)], [], (), 0),
+    "pair sliced": (PAIR, [5, 5], 0.9, [], [], (0, 1), 0),
+    "two pairs, blocks": (Feedback.pairs([0, 1], [2, 3]), [3, 3, 3, 3], 6, [], [(0, 2), (1, 3)], (), 0),
+    "two pairs, one block": (Feedback.pairs([0, 1], [2, 3]), [3, 3, 3, 3], 12, [], [(0, 1, 2, 3)], (), 0),
+    "two long pairs, room": (Feedback.pairs([0, 2], [1, 3]), [9, 9, 9, 9], 8, [(0, 1), (2, 3)], [], (), 1),
+    "two long pairs, no room": (Feedback.pairs([0, 2], [1, 3]), [9, 9, 9, 9], 3, [(0, 1)], [], (2, 3), 0),
+    "both scores, room": (BOTH_SCORES, [9, 9], 8, [(0, 1)], [], (), 1),
+    "both scores, no room": (BOTH_SCORES, [9, 9], 3, [], [], (0, 1), 0),
+    "four, resident": (ALL_PAIRS_OF_FOUR, [9] * 4, 36, [], [(0, 1, 2, 3)], (), 0),
+    "four, room": (ALL_PAIRS_OF_FOUR, [9] * 4, 12, [(0, 1, 2, 3)], [], (), 3),
+    "four, no room": (ALL_PAIRS_OF_FOUR, [9] * 4, 11, [], [], (0, 1, 2, 3), 0),
+    "labels": (Feedback.binary([0, 1, 2], [1, 0, 1]), [20, 3, 4], 8, [(0,)], [(1, 2)], (), 0),
+    "scratch takes the room": (
+        Feedback.pairs([0, 2, 4], [1, 3, 5]),
+        [9, 9, 9, 9, 3, 3],
+        7,
+        [(0, 1), (2, 3)],
+        [],
+        (4, 5),
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PATHS)
+def test_paths(case):
+    feedback, lengths, rows, streamed, resident, recomputed, scratch = PATHS[case]
+    found = plan(feedback, lengths, rows=rows)
+    assert [part.responses for part in found.streamed] == streamed
+    assert list(found.resident) == resident
+    assert found.recomputed == recomputed
+    assert found.scratch == scratch
+
+
+def test_scratch_leaves_room_for_a_row_of_logits():
+    """Streaming needs all of the vocabulary at once: a plan whose scratch leaves only a slice cannot run."""
+    two_long_pairs = Feedback.pairs([0, 2], [1, 3])
+    found = plan(two_long_pairs, [9, 9, 9, 9], rows=2.02, dim=1, cast=True)
+    assert found.tile.vocab == 50 or not found.streamed
+
+
+@pytest.mark.parametrize("feedback", [PAIR, BOTH_SCORES, ALL_PAIRS_OF_FOUR, Feedback.pairs([0, 2], [1, 3])])
+@pytest.mark.parametrize("rows", [1, 9, 1000])
+def test_a_frozen_head_always_streams_without_scratch(feedback, rows):
+    found = plan(feedback, [9] * 5, rows=rows, train_head=False)
+    scored = tuple(sorted({*feedback.first.tolist(), *feedback.second.tolist()} - {-1}))
+    assert [part.responses for part in found.streamed] == [scored]
+    assert not found.resident and not found.recomputed
+    assert found.unscored == tuple(sorted({0, 1, 2, 3, 4} - set(scored)))
+
+
+def random_feedback(rng: random.Random, responses: int) -> Feedback:
+    parts = [Feedback.merge([])]
+    for _ in range(rng.randint(0, 2 * responses)):
+        if responses > 1 and rng.random() < 0.5:
+            first, second = rng.sample(range(responses), 2)
+            parts.append(Feedback.pairs([first], [second]))
+        else:
+            parts.append(Feedback.scores([rng.randrange(responses)], [rng.random()]))
+    return Feedback.merge(parts)
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_random_plans(seed):
+    """Every response stands in one list; components stay whole; logits and scratch together fit the budget."""
+    rng = random.Random(seed)
+    responses = rng.randint(0, 9)
+    lengths = [rng.randint(1, 20) for _ in range(responses)]
+    feedback = random_feedback(rng, responses)
+    vocab, dim, acc_bytes = rng.randint(1, 60), rng.randint(1, 12), rng.choice([4, 8])
+    budget = int(10 ** rng.uniform(0, 6))
+    train_head, cast = rng.random() < 0.8, rng.random() < 0.3
+    found = make_plan(
+        feedback,
+        lengths,
+        vocab=vocab,
+        hidden=dim,
+        acc_bytes=acc_bytes,
+        cast=cast,
+        budget=budget,
+        train_head=train_head,
+        length_normalize=False,
+    )
+    streamed = [i for part in found.streamed for i in part.responses]
+    resident = [i for block in found.resident for i in block]
+    assert sorted([*streamed, *resident, *found.recomputed, *found.unscored]) == list(range(responses))
+    scored = {*feedback.first.tolist(), *feedback.second.tolist()} - {-1}
+    assert set(found.unscored) == set(range(responses)) - scored
+    for part in components(feedback, lengths, False):
+        homes = [set(streamed), *map(set, found.resident), set(found.recomputed)]
+        assert sum(bool(home & set(part.responses)) for home in homes) == 1, "a component was torn apart"
+    for block in found.resident:
+        assert sum(lengths[i] for i in block) <= found.tile.rows and list(block) == sorted(block)
+    if found.streamed or found.resident:
+        assert found.tile.vocab == vocab, "slices of the vocabulary cannot be streamed"
+    scratch = found.scratch * vocab * dim * acc_bytes if train_head else 0
+    assert found.tile.rows * found.tile.vocab * acc_bytes + scratch <= max(budget, acc_bytes)
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_chunks_cover_every_row_once_in_order(seed):
+    rng = random.Random(seed)
+    lengths = [rng.randint(1, 9) for _ in range(8)]
+    cu = [sum(lengths[:i]) for i in range(9)]
+    chosen, rows = sorted(rng.sample(range(8), rng.randint(0, 8))), rng.randint(1, 30)
+    cut = list(chunks(chosen, cu, rows))
+    flat = [row for spans in cut for start, stop in spans for row in range(start, stop)]
+    assert flat == [row for i in chosen for row in range(cu[i], cu[i + 1])]
+    assert all(span_rows(spans) == rows for spans in cut[:-1]) and all(0 < span_rows(spans) <= rows for spans in cut)
+    for spans in cut:
+        assert all(left[1] < right[0] for left, right in zip(spans, spans[1:], strict=False)), "adjacent spans join"
