@@ -29,7 +29,7 @@ from una_fast.engine import LogitTransform, accumulator_dtype, row_blocks, row_g
 from una_fast.feedback import Feedback
 from una_fast.losses import Objective, UnaOutput, una_loss
 from una_fast.passes import IGNORE, Grads, Head, Lengths, OnePass, Workspace, empty_hidden_grad
-from una_fast.plan import chunks, make_plan
+from una_fast.plan import chunks
 
 
 def linear_una_loss(
@@ -114,17 +114,7 @@ def linear_una_loss(
     if not any(needs):
         with torch.no_grad():
             return loss_of(lengths.sums(head.logps(hidden, targets, head.tile(hidden.shape[0]))[0]))
-    plan = make_plan(
-        feedback,
-        lengths.ints,
-        vocab=weight.shape[0],
-        hidden=weight.shape[1],
-        acc_bytes=head.acc_bytes,
-        cast=head.engine.narrow,
-        budget=workspace.tile_bytes(head.engine.narrow),
-        train_head=needs[1] or needs[2],
-        length_normalize=objective.length_normalize,
-    )
+    plan = head.plan(feedback, lengths, needs[1] or needs[2], objective.length_normalize)
     job = OnePass(head, plan, targets, lengths, loss_of, needs)
     return UnaOutput(*_LinearUna.apply(hidden, weight, bias, job))
 

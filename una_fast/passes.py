@@ -6,6 +6,7 @@ tensors; head.py puts the autograd functions on top.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 
 from una_fast.engine import LogitTransform, TorchEngine, choose_engine
+from una_fast.feedback import Feedback
 from una_fast.losses import UnaOutput
-from una_fast.plan import DEFAULT_WORKSPACE_MB, Plan, Span, Tile, chunks, fit_tile
+from una_fast.plan import DEFAULT_WORKSPACE_MB, FEW_ROWS, Plan, Span, Tile, chunks, fit_tile, make_plan, say_once
 
 IGNORE = -100
 
@@ -66,6 +68,8 @@ class Head:
         self, weight: Tensor, bias: Tensor | None, transform: LogitTransform, workspace: Workspace, engine: str
     ) -> None:
         chosen = choose_engine(engine, weight.device)
+        if engine == "auto":
+            say_once(logging.INFO, f"fused head on {weight.device.type}: engine {chosen.name}")
         self.engine: TorchEngine = chosen(weight, bias, transform, workspace.cast_bytes)
         self.workspace = workspace
         self.vocab, self.dim = weight.shape
@@ -73,9 +77,30 @@ class Head:
         self._buffer: Tensor | None = None
 
     def tile(self, rows: int) -> Tile:
-        narrow = self.engine.narrow
-        budget = self.workspace.tile_bytes(narrow)
-        return fit_tile(rows, self.vocab, self.dim, self.acc_bytes, narrow, budget)
+        budget = self.workspace.tile_bytes(self.engine.narrow)
+        return fit_tile(rows, self.vocab, self.dim, self.acc_bytes, self.engine.narrow, budget)
+
+    def plan(self, feedback: Feedback, lengths: Lengths, train_head: bool, length_normalize: bool) -> Plan:
+        """The block plan of a call with gradients."""
+        plan = make_plan(
+            feedback,
+            lengths.ints,
+            vocab=self.vocab,
+            hidden=self.dim,
+            acc_bytes=self.acc_bytes,
+            cast=self.engine.narrow,
+            budget=self.workspace.tile_bytes(self.engine.narrow),
+            train_head=train_head,
+            length_normalize=length_normalize,
+        )
+        if plan.tile.rows < min(FEW_ROWS, sum(lengths.ints)):
+            say_once(
+                logging.WARNING,
+                f"the workspace of {self.workspace.budget / 2**20:g} MiB holds {plan.tile.rows} rows of "
+                f"{plan.tile.vocab} logits: every such chunk reads the head"
+                f"{' and reads and writes its gradient' if train_head else ''} once; raise workspace_mb for speed",
+            )
+        return plan
 
     def drop_buffer(self) -> Head:
         """Free the logits between forward and backward."""

@@ -15,6 +15,7 @@ With a frozen head there is nothing to accumulate across rows: everything stream
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -205,11 +206,7 @@ def span_rows(spans: Sequence[Span]) -> int:
     return sum(stop - start for start, stop in spans)
 
 
-_said: set[str] = set()
-
-
-def say_once(message: str) -> None:
-    """Log a slow path once per process."""
-    if message not in _said:
-        _said.add(message)
-        logger.warning(message)
+@functools.cache
+def say_once(level: int, message: str) -> None:
+    """Log a choice or a slow path once per process."""
+    logger.log(level, message)

@@ -1,0 +1,976 @@
+"""linear_una_loss, token_logps and gather_logps against full-logit autograd in float64, on every way through the plan."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from helpers import (
+    BOTH_SCORES,
+    LEAVES,
+    MIXED,
+    MIXED_LENGTHS,
+    PAIR,
+    TWO_PAIRS,
+    WAYS,
+    Problem,
+    assert_close,
+    cast,
+    errors,
+    evaluate,
+    kinds,
+    mixed_feedback,
+    problem,
+    reference,
+    relative_error,
+    truth,
+)
+from torch import Tensor
+from torch.autograd import gradcheck
+
+from una_fast import Feedback, Objective, eager, gather_logps, head, linear_una_loss, passes, token_logps, una_loss
+from una_fast.losses import BINARY_FORMS, PAIR_FORMS, SCORE_FORMS
+from una_fast.plan import Plan
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
+WIDE = tuple(TOLERANCE)
+NARROW = (torch.bfloat16, torch.float16)
+TRAINED = (LEAVES, ("hidden",), ("weight",), ("bias",), ("hidden", "bias"), ("weight", "bias"))
+TRANSFORMS = (
+    {},
+    {"softcap": 5.0},
+    {"logit_scale": 0.3},
+    {"temperature": 0.7},
+    {"softcap": 30.0, "logit_scale": 1.7, "temperature": 1.3},
+)
+
+
+@pytest.fixture
+def plans(monkeypatch) -> list[Plan]:
+    """The plans that the calls of a test followed."""
+    made = []
+    make_plan = head.make_plan
+
+    def recording(*args, **kwargs):
+        made.append(make_plan(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(head, "make_plan", recording)
+    return made
+
+
+def workspace_bytes(monkeypatch, size: int) -> None:
+    """token_logps has no workspace_mb: change the default."""
+    monkeypatch.setitem(passes.DEFAULT_WORKSPACE_MB, "cpu", size / 2**20)
+
+
+# ----------------------------------------------------------------------------------------- linear_una_loss = eager
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", WIDE)
+def test_every_way_through_the_plan(way, dtype, plans):
+    """Each test name is a way; the plan is asserted, so a changed heuristic cannot empty the test."""
+    way = WAYS[way]
+    p = way.problem(dtype=dtype)
+    budget = way.workspace_mb(dtype)
+    for k, (train, normalize) in enumerate(product(TRAINED, (False, True))):
+        arguments = {
+            "objective": Objective(score="bce", offset=0.1, length_normalize=normalize),
+            **reference(p, ("cached", "own", "policy")[k % 3]),
+            **TRANSFORMS[k % len(TRANSFORMS)],
+        }
+        out = evaluate(linear_una_loss, p, train=train, workspace_mb=budget, **arguments)
+        assert_close(out, truth(p, train=train, **arguments), TOLERANCE[dtype])
+        frozen = (way.kinds & {"sliced", "unscored"}) | ({"recomputed"} if "sliced" in way.kinds else {"streamed"})
+        found = kinds(plans[-1], 101)
+        assert found - {"scratch"} == frozen if train == ("hidden",) else found == way.kinds
+
+
+FORMS = list(product(PAIR_FORMS, BINARY_FORMS, SCORE_FORMS))
+
+
+@pytest.mark.parametrize("forms", FORMS, ids="-".join)
+@pytest.mark.parametrize("dtype", WIDE)
+def test_every_objective_form(forms, dtype):
+    way = WAYS["mixed, all at once"]
+    p = way.problem(dtype=dtype, seed=1)
+    for normalize in (False, True):
+        objective = Objective(0.3, *forms, offset=-0.2, length_normalize=normalize)
+        arguments = {"objective": objective, **reference(p, "own")}
+        out = evaluate(linear_una_loss, p, workspace_mb=way.workspace_mb(dtype), **arguments)
+        assert_close(out, truth(p, **arguments), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
+@pytest.mark.parametrize("dtype", WIDE)
+@pytest.mark.parametrize("way", ["mixed, all at once", "mixed, no scratch", "mixed, sliced"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_every_logit_transform(transform, dtype, way, bias):
+    way = WAYS[way]
+    p = way.problem(dtype=dtype, seed=2)
+    for kind in ("cached", "own", "policy"):
+        arguments = {**reference(p, kind), **transform, "bias": bias}
+        if not bias:
+            arguments.pop("ref_bias", None)
+        out = evaluate(linear_una_loss, p, workspace_mb=way.workspace_mb(dtype), **arguments)
+        assert_close(out, truth(p, **arguments), TOLERANCE[dtype])
+
+
+def random_units(rng: random.Random, responses: int) -> Feedback:
+    def unit() -> Feedback:
+        extra = {"weight": rng.choice([0, 1, 2.5])}
+        if responses > 1 and rng.random() < 0.6:
+            first, second = rng.sample(range(responses), 2)
+            return Feedback.pairs([first], [second], target=rng.random(), margin=rng.uniform(-1, 1), **extra)
+        index, extra["offset"] = [rng.randrange(responses)], rng.uniform(-1, 1)
+        if rng.random() < 0.5:
+            return Feedback.binary(index, [rng.random() < 0.5], **extra)
+        return Feedback.scores(index, [rng.random()], **extra)
+
+    return Feedback.merge([unit() for _ in range(rng.randint(0, 2 * responses))])
+
+
+@pytest.mark.parametrize("dtype", WIDE)
+@pytest.mark.parametrize("seed", range(60))
+def test_random_calls(seed, dtype):
+    rng = random.Random(seed)
+    responses, dim, vocab = rng.randint(1, 7), rng.randint(1, 12), rng.choice([2, 3, 17, 64, 101, 259])
+    p = problem(
+        seed,
+        responses=responses,
+        longest=rng.choice([1, 4, 40]),
+        dim=dim,
+        vocab=vocab,
+        peak=rng.choice([0.1, 5, 50]),
+        dtype=dtype,
+        feedback=random_units(rng, responses),
+    )
+    arguments = {
+        "objective": Objective(
+            rng.choice([0.01, 0.1, 1.0]),
+            *rng.choice(FORMS),
+            offset=rng.uniform(-1, 1),
+            length_normalize=rng.random() < 0.5,
+        ),
+        **reference(p, rng.choice(["cached", "own", "policy"])),
+        **rng.choice(TRANSFORMS),
+        "train": rng.choice(TRAINED[:3]),
+        "reduction": rng.choice(["mean", "sum"]),
+        "num_units": rng.choice([None, 7, torch.tensor(5)]),
+        "upstream": rng.choice([1.0, 3.7, -0.2]),
+    }
+    out = evaluate(linear_una_loss, p, workspace_mb=10 ** rng.uniform(-4.5, -1.5), **arguments)
+    assert_close(out, truth(p, **arguments), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("way", ["mixed, one block", "mixed, all at once", "mixed, sliced", "pair, streamed"])
+@pytest.mark.parametrize("upstream", [3.7, -0.013, 0.0, 1e6])
+def test_upstream_scales_the_gradient(way, upstream):
+    way = WAYS[way]
+    p = way.problem()
+    arguments = {**reference(p, "own"), "upstream": upstream}
+    out = evaluate(linear_una_loss, p, workspace_mb=way.workspace_mb(torch.float64), **arguments)
+    assert_close(out, truth(p, **arguments), 1e-10)
+
+
+@pytest.mark.parametrize("way", ["mixed, all at once", "mixed, sliced", "pair, streamed"])
+@pytest.mark.parametrize("peak", [1.0, 50.0])
+@pytest.mark.parametrize("dtype", NARROW)
+def test_half_precision_is_no_worse_than_eager_in_half_precision(way, peak, dtype):
+    """Against float64 on the same rounded inputs; the worst of several problems, so that luck evens out."""
+    way = WAYS[way]
+    ours, theirs = {}, {}
+    for seed, train in product(range(6), (LEAVES, ("hidden",))):
+        p = way.problem(seed=seed, dtype=dtype, peak=peak)
+        arguments = {**reference(p, ("cached", "own")[seed % 2]), "train": train, "upstream": 3.7}
+        exact = truth(p, **arguments)
+        out = evaluate(linear_una_loss, p, workspace_mb=way.workspace_mb(dtype), **arguments)
+        assert {out[f"grad {name}"].dtype for name in train} == {dtype}
+        for worst, result in ((ours, out), (theirs, evaluate(eager.linear_una_loss, p, **arguments))):
+            for name, error in errors(result, exact).items():
+                key = f"{name} (head {'trained' if 'weight' in train else 'frozen'})"
+                worst[key] = max(worst.get(key, 0.0), error)
+    # Two correct roundings of one number may differ in the last bit of the largest: nothing else is forgiven.
+    worse = {name: (ours[name], theirs[name]) for name in ours if ours[name] > theirs[name] + 1e-9}
+    assert not worse, f"(ours, eager): {worse}"
+
+
+@pytest.mark.parametrize("way", ["pair, resident", "pair, streamed", "pair, sliced"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_float16_survives_loss_scaling(way, normalize):
+    """torch.amp.GradScaler starts at 65536: a factor that float16 cannot hold, on gradients it cannot hold unscaled."""
+    way = WAYS[way]
+    p = way.problem(dtype=torch.float16, peak=1.0)
+    objective = Objective(beta=0.01, length_normalize=normalize)
+    arguments = {**reference(p, "cached"), "upstream": 65536.0, "num_units": 32, "objective": objective}
+    exact = truth(p, **arguments)
+    ours = errors(evaluate(linear_una_loss, p, workspace_mb=way.workspace_mb(torch.float16), **arguments), exact)
+    theirs = errors(evaluate(eager.linear_una_loss, p, **arguments), exact)
+    worse = {name: (ours[name], theirs[name]) for name in ours if not ours[name] <= theirs[name] + 1e-9}
+    assert not worse, f"(ours, eager): {worse}"
+
+
+def test_long_sums_are_accumulated_in_float64():
+    """32k tokens in one response: a float32 sum is off by hundredths of a nat."""
+    p = problem(0, dim=2, vocab=5, peak=3.0, dtype=torch.float32, lengths=[32768, 5], feedback=PAIR)
+    out = evaluate(linear_una_loss, p, **reference(p, "own"), workspace_mb=0.5)
+    per_token = torch.log_softmax(p.hidden @ p.weight.T + p.bias, 1).gather(1, p.targets.unsqueeze(1))[:, 0].double()
+    exact_sum = torch.stack([part.sum() for part in per_token.split([32768, 5])])
+    assert relative_error(out["logps"], exact_sum) < 1e-8
+
+
+@pytest.mark.parametrize("way", ["mixed, one block", "mixed, sliced"])
+def test_masked_vocabulary_entries(way):
+    """Padded vocabulary rows are switched off by a bias of -inf; a slice may hold nothing else."""
+    way = WAYS[way]
+    p = way.problem()
+    p.bias[40:] = -torch.inf
+    p.targets.clamp_(max=39)
+    arguments = reference(p, "policy")
+    out = evaluate(linear_una_loss, p, workspace_mb=way.workspace_mb(torch.float64), **arguments)
+    assert_close(out, truth(p, **arguments), 1e-10)
+
+
+# -------------------------------------------------------------------------------------------- what must not matter
+
+
+def test_the_budget_changes_nothing_but_rounding():
+    p = problem(4, dim=3, longest=30)
+    arguments = reference(p, "own")
+    sizes = [1e9, 1, 0.03, 0.02, 0.01, 0.005, 0.002, 0.0008, 0.0005, 1e-4]
+    first, *others = [evaluate(linear_una_loss, p, workspace_mb=size, **arguments) for size in sizes]
+    for other in others:
+        assert_close(other, first, 1e-11)
+        assert relative_error(other["loss"], first["loss"]) <= 1e-12
+
+
+@pytest.mark.parametrize("way", ["mixed, one block", "mixed, all at once", "mixed, no scratch", "mixed, sliced"])
+def test_order_of_responses_and_units_does_not_matter(way):
+    way = WAYS[way]
+    p, budget = way.problem(), way.workspace_mb(torch.float64)
+    ref = reference(p, "cached")["ref_logps"]
+    base = evaluate(linear_una_loss, p, ref_logps=ref, workspace_mb=budget)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        order = torch.randperm(8, generator=generator)  # new place -> old response
+        place = order.argsort()
+        spans = [range(int(p.cu_seqlens[i]), int(p.cu_seqlens[i + 1])) for i in order]
+        rows = torch.tensor([row for span in spans for row in span])
+        units = torch.randperm(p.feedback.num_units, generator=generator)
+        columns = {name: getattr(p.feedback, name)[units] for name in vars(p.feedback)}
+        columns["first"] = place[columns["first"]]
+        columns["second"] = torch.where(columns["second"] < 0, -1, place[columns["second"]])
+        moved = replace(
+            p,
+            hidden=p.hidden[rows],
+            targets=p.targets[rows],
+            cu_seqlens=torch.tensor([0, *map(len, spans)]).cumsum(0),
+            feedback=Feedback(**columns),
+        )
+        out = evaluate(linear_una_loss, moved, ref_logps=ref[order], workspace_mb=budget)
+        assert relative_error(out["loss"], base["loss"]) <= 1e-12
+        assert relative_error(out["unit_losses"], base["unit_losses"][units]) <= 1e-12
+        assert relative_error(out["grad hidden"], base["grad hidden"][rows]) <= 1e-11
+        assert relative_error(out["grad weight"], base["grad weight"]) <= 1e-11
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_bitwise_repeatable_and_inputs_untouched(way):
+    way = WAYS[way]
+    p = way.problem(dtype=torch.float32)
+    budget = way.workspace_mb(torch.float32)
+    arguments = {**reference(p, "own"), "softcap": 20.0}
+    tensors = {name: x for name, x in vars(p).items() if isinstance(x, Tensor)}
+    before = {name: (x.clone(), x._version) for name, x in tensors.items()}
+    runs = [evaluate(linear_una_loss, p, workspace_mb=budget, upstream=2.5, **arguments) for _ in range(2)]
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+    for name, x in tensors.items():
+        assert torch.equal(x, before[name][0]) and x._version == before[name][1], f"{name} was written to"
+
+
+@pytest.mark.parametrize("op", ["una", "tokens", "gather"])
+def test_inputs_are_not_written_to(op):
+    """evaluate() clones its leaves; here the op gets the very tensors that are compared."""
+    p = problem(0, dtype=torch.float32)
+    leaves = [p.hidden.requires_grad_(), p.weight.requires_grad_(), p.bias.requires_grad_()]
+    cached = reference(p, "cached")["ref_logps"]
+    watched = [*leaves, p.targets, p.cu_seqlens, p.ref_hidden, p.ref_weight, cached]
+    before = [x.detach().clone() for x in watched]
+    if op == "una":
+        for ref in ({"ref_logps": cached}, {"ref_hidden": p.ref_hidden, "ref_weight": p.ref_weight}):
+            arguments = {"bias": p.bias, "softcap": 9.0, "workspace_mb": 0.01, **ref}
+            linear_una_loss(*leaves[:2], p.targets, p.cu_seqlens, p.feedback, **arguments).loss.backward()
+    elif op == "tokens":
+        token_logps(*leaves[:2], p.targets, p.bias, softcap=9.0).sum().backward()
+    else:
+        gather_logps(p.hidden, p.targets % 24, temperature=0.5).sum().backward()
+    assert all(torch.equal(x, y) and x._version == 0 for x, y in zip(watched, before, strict=True))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_uninitialised_memory_is_never_read(way, monkeypatch):
+    way = WAYS[way]
+    p = way.problem(dtype=torch.float32)
+    budget = way.workspace_mb(torch.float32)
+    cases = [
+        {**reference(p, kind), "train": train, "softcap": cap}
+        for kind, train, cap in product(("cached", "own"), TRAINED, (None, 9.0))
+    ]
+    clean = [evaluate(linear_una_loss, p, workspace_mb=budget, **case) for case in cases]
+
+    def poisoned(allocate):
+        def allocation(*args, **kwargs):
+            x = allocate(*args, **kwargs)
+            return x.fill_(torch.nan) if x.is_floating_point() else x
+
+        return allocation
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+    dirty = [evaluate(linear_una_loss, p, workspace_mb=budget, **case) for case in cases]
+    for a, b in zip(clean, dirty, strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int64])
+def test_cu_seqlens_of_any_integer_type(dtype):
+    p = problem(0)
+    out = evaluate(linear_una_loss, replace(p, cu_seqlens=p.cu_seqlens.to(dtype)), **reference(p, "cached"))
+    assert_close(out, truth(p, **reference(p, "cached")), 1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_targets_of_any_integer_type(dtype):
+    """Accepted as "integers", so they must work: tokenizers hand out int32."""
+    p = problem(0)
+    assert_close(
+        evaluate(linear_una_loss, replace(p, targets=p.targets.to(dtype)), **reference(p, "own")),
+        truth(p, **reference(p, "own")),
+        1e-10,
+    )
+    narrow = p.targets.to(dtype)
+    assert torch.equal(token_logps(p.hidden, p.weight, narrow), token_logps(p.hidden, p.weight, p.targets))
+    logits = p.hidden @ p.weight.T
+    assert torch.equal(gather_logps(logits, narrow), gather_logps(logits, p.targets))
+
+
+def strided(x: Tensor, how: str) -> Tensor:
+    """Equal values in other strides."""
+    if how == "transposed":
+        return x.T.contiguous().T if x.dim() == 2 else x
+    return torch.stack([x, x + 1], -1)[..., 0]
+
+
+@pytest.mark.parametrize("how", ["transposed", "every other"])
+@pytest.mark.parametrize("way", ["mixed, all at once", "mixed, no scratch", "mixed, sliced"])
+@pytest.mark.parametrize("dtype", [*WIDE, torch.bfloat16])
+def test_strides_do_not_matter(how, way, dtype):
+    way = WAYS[way]
+    p = way.problem(dtype=dtype)
+    other = replace(p, **{name: strided(x, how) for name, x in vars(p).items() if isinstance(x, Tensor)})
+    assert not other.hidden.is_contiguous()
+    budget = way.workspace_mb(dtype)
+    names = ("hidden", "weight", "bias")
+
+    def call(q: Problem) -> list[Tensor]:
+        leaves = [getattr(q, name).detach().requires_grad_() for name in names]
+        ref = {"ref_hidden": q.ref_hidden, "ref_weight": q.ref_weight}
+        out = linear_una_loss(
+            *leaves[:2], q.targets, q.cu_seqlens, q.feedback, bias=leaves[2], workspace_mb=budget, **ref
+        )
+        return [*out, *torch.autograd.grad(out.loss, leaves)]
+
+    tolerance = TOLERANCE.get(dtype, 1e-2)
+    for got, want in zip(call(other), call(p), strict=True):
+        assert relative_error(got.detach(), want.detach()) <= tolerance
+
+
+# ---------------------------------------------------------------------------------------------------- the reference
+
+
+@pytest.mark.parametrize("way", ["mixed, one block", "mixed, sliced"])
+def test_cached_reference_equals_reference_from_hidden(way):
+    way = WAYS[way]
+    p, budget = way.problem(), way.workspace_mb(torch.float64)
+    live = evaluate(linear_una_loss, p, workspace_mb=budget, **reference(p, "own"))
+    cached = evaluate(linear_una_loss, p, workspace_mb=budget, ref_logps=live["ref_logps"])
+    assert_close(cached, live, 1e-12)
+
+
+def test_no_gradient_reaches_the_reference():
+    p = problem(0)
+    ref = {name: getattr(p, name).clone().requires_grad_() for name in ("ref_hidden", "ref_weight")}
+    evaluate(linear_una_loss, p, **ref)
+    cached = reference(p, "cached")["ref_logps"].requires_grad_()
+    evaluate(linear_una_loss, p, ref_logps=cached)
+    assert all(x.grad is None for x in (*ref.values(), cached))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_reference_of_other_width_and_dtype(dtype):
+    """A reference model need not have the policy's hidden size, and may be held in another precision."""
+    p = problem(0)
+    g = torch.Generator().manual_seed(1)
+    ref_hidden, ref_weight = (torch.randn(n, 7, generator=g).to(dtype) for n in (len(p.hidden), len(p.weight)))
+    out = evaluate(linear_una_loss, p, ref_hidden=ref_hidden, ref_weight=ref_weight, workspace_mb=0.01)
+    expected = truth(p, ref_hidden=ref_hidden, ref_weight=ref_weight)
+    assert_close(out, expected, 1e-4)
+
+
+def test_reference_logps_of_any_float_type():
+    p = problem(0)
+    ref = reference(p, "cached")["ref_logps"].float()
+    assert_close(evaluate(linear_una_loss, p, ref_logps=ref), truth(p, ref_logps=ref), 1e-10)
+
+
+def test_policy_equal_to_reference_has_zero_reward():
+    p = problem(0)
+    for budget in (1.0, 0.01, 1e-4):
+        arguments = {"ref_hidden": p.hidden, "ref_weight": p.weight, "ref_bias": p.bias, "workspace_mb": budget}
+        out = evaluate(linear_una_loss, p, softcap=7.0, **arguments)
+        assert out["rewards"].abs().max() <= 1e-13 * out["logps"].abs().max()
+
+
+# --------------------------------------------------------------------------------------------------- autograd rules
+
+
+def call(p: Problem, **arguments):
+    return linear_una_loss(p.hidden, p.weight, p.targets, p.cu_seqlens, p.feedback, **arguments)
+
+
+def trained(p: Problem) -> list[Tensor]:
+    return [p.hidden.requires_grad_(), p.weight.requires_grad_()]
+
+
+WAYS_BACK = ["mixed, one block", "mixed, all at once", "mixed, sliced", "pair, streamed"]
+
+
+@pytest.mark.parametrize("way", WAYS_BACK)
+def test_second_backward_over_a_kept_graph(way):
+    way = WAYS[way]
+    p = way.problem()
+    leaves = trained(p)
+    loss = call(p, ref_hidden=p.ref_hidden, workspace_mb=way.workspace_mb(torch.float64)).loss
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    copies = [x.clone() for x in first]
+    (2.5 * loss).backward(retain_graph=True)
+    third = torch.autograd.grad(-1.5 * loss, leaves)
+    for leaf, one, copy, three in zip(leaves, first, copies, third, strict=True):
+        assert torch.equal(one, copy), "a later backward changed gradients that were handed out"
+        torch.testing.assert_close(leaf.grad, 2.5 * one, rtol=1e-12, atol=0)
+        torch.testing.assert_close(three, -1.5 * one, rtol=1e-12, atol=0)
+
+
+def test_second_backward_over_a_freed_graph_raises():
+    p = problem(0)
+    leaves = trained(p)
+    loss = call(p, ref_hidden=p.ref_hidden).loss
+    loss.backward()
+    with pytest.raises(RuntimeError, match="retain_graph=True"):
+        torch.autograd.grad(loss, leaves)
+
+
+def test_gradient_of_one_input_only_and_of_a_loss_used_twice():
+    p = problem(0)
+    leaves = trained(p)
+    expected = truth(p, **reference(p, "own"), bias=False, train=("hidden", "weight"))
+    for leaf, name in zip(leaves, ("hidden", "weight"), strict=True):
+        ref = reference(p, "own")
+        loss = call(p, **ref).loss
+        (grad,) = torch.autograd.grad(loss + 3 * loss, leaf)
+        assert relative_error(grad, 4 * expected[f"grad {name}"]) <= 1e-10
+
+
+@pytest.mark.parametrize("op", ["una", "tokens", "gather"])
+def test_second_derivatives_raise(op):
+    """Better than silently zero."""
+    p = problem(0)
+    leaves = trained(p)
+    out = {
+        "una": lambda: call(p, ref_hidden=p.ref_hidden).loss,
+        "tokens": lambda: token_logps(*leaves, p.targets).sum(),
+        "gather": lambda: gather_logps(p.hidden, p.targets % 24).sum(),
+    }[op]()
+    (grad,) = torch.autograd.grad(out, p.hidden, create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.sum().backward()
+
+
+def test_gradients_follow_the_weight_of_the_forward():
+    """A weight updated between forward and backward must not mix into the gradient: right, or an error."""
+    p = problem(0)
+    expected = truth(p, bias=False, ref_hidden=p.ref_hidden, train=("hidden", "weight"))
+    leaves = trained(p)
+    loss = call(p, ref_hidden=p.ref_hidden).loss
+    tokens = token_logps(*leaves, p.targets)
+    with torch.no_grad():
+        p.weight.mul_(2)
+    loss.backward()
+    assert relative_error(p.hidden.grad, expected["grad hidden"]) <= 1e-10
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        tokens.sum().backward()
+
+
+def test_only_the_loss_is_differentiable():
+    p = problem(0, dtype=torch.float32)
+    trained(p)
+    out = call(p, ref_hidden=p.ref_hidden)
+    assert [name for name, x in out._asdict().items() if x.requires_grad] == ["loss"]
+    assert {x.dtype for x in out} == {torch.float64}
+    assert [x.shape for x in out] == [(), (8,), (8,), (8,), (p.feedback.num_units,)]
+
+
+def test_outputs_do_not_share_memory_with_the_cache():
+    p = problem(0)
+    cached = reference(p, "cached")["ref_logps"]
+    before = cached.clone()
+    for train in (False, True):
+        p.hidden.requires_grad_(train)
+        call(p, ref_logps=cached).ref_logps.detach().zero_()
+        assert torch.equal(cached, before)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(mode):
+    p = problem(0)
+    expected = truth(p, bias=False, ref_hidden=p.ref_hidden)
+    trained(p)
+    with mode():
+        out = call(p, ref_hidden=p.ref_hidden, workspace_mb=0.005)
+    assert not out.loss.requires_grad
+    for name, value in out._asdict().items():
+        assert relative_error(value, expected[name]) <= 1e-10
+
+
+@pytest.mark.parametrize("train", [(), *TRAINED])
+def test_no_rows(train):
+    """A rank without data: a zero loss that is joined to the graph, so that collectives fire."""
+    p = problem(0, lengths=[], feedback=Feedback.merge([]))
+    leaves = {name: getattr(p, name).requires_grad_(name in train) for name in LEAVES}
+    for ref in ({"ref_logps": torch.zeros(0)}, {"ref_hidden": p.ref_hidden}):
+        out = linear_una_loss(
+            p.hidden, p.weight, p.targets, p.cu_seqlens, p.feedback, bias=p.bias, num_units=torch.tensor(4), **ref
+        )
+        assert [x.shape for x in out] == [(), (0,), (0,), (0,), (0,)]
+        assert out.loss.item() == 0 and out.loss.requires_grad == bool(train)
+        if train:
+            grads = torch.autograd.grad(out.loss, [leaves[name] for name in train])
+            assert all(torch.equal(g, torch.zeros_like(leaves[name])) for g, name in zip(grads, train, strict=True))
+
+
+@pytest.mark.parametrize("train", [(), *TRAINED])
+@pytest.mark.parametrize("workspace_mb", [None, 0.003, 1e-4])
+def test_no_units(train, workspace_mb):
+    p = problem(0, feedback=Feedback.merge([]))
+    leaves = {name: getattr(p, name).requires_grad_(name in train) for name in LEAVES}
+    out = call(p, bias=p.bias, ref_hidden=p.ref_hidden, workspace_mb=workspace_mb)
+    expected = eager.linear_una_loss(
+        p.hidden, p.weight, p.targets, p.cu_seqlens, p.feedback, bias=p.bias, ref_hidden=p.ref_hidden
+    )
+    assert out.loss.item() == 0 and out.loss.requires_grad == bool(train)
+    assert relative_error(out.logps, expected.logps.detach()) <= 1e-10
+    if train:
+        grads = torch.autograd.grad(out.loss, [leaves[name] for name in train])
+        assert all(torch.equal(g, torch.zeros_like(leaves[name])) for g, name in zip(grads, train, strict=True))
+
+
+def test_gradients_are_not_copied_by_autograd():
+    """What backward returns becomes .grad itself: a second [V, D] would be as large as the model's head."""
+    p = problem(0, dtype=torch.float32)
+    trained(p)
+    out = call(p, ref_hidden=p.ref_hidden)
+    _, weight, *_ = out.loss.grad_fn.grads
+    out.loss.backward()
+    assert p.weight.grad.data_ptr() == weight.data_ptr()
+
+
+@pytest.mark.parametrize("workspace_mb", [None, 0.01, 0.0004])
+@pytest.mark.parametrize("backward_inside", [True, False])
+def test_autocast_is_the_cast_of_the_inputs(workspace_mb, backward_inside):
+    p = problem(0, dtype=torch.float32, peak=5.0)
+    narrow = cast(p, torch.bfloat16)
+    arguments = {"workspace_mb": workspace_mb}
+    expected = evaluate(linear_una_loss, narrow, **reference(narrow, "own"), **arguments)
+    leaves = {name: getattr(p, name).clone().requires_grad_() for name in LEAVES}
+    with torch.autocast("cpu", torch.bfloat16):
+        out = linear_una_loss(
+            leaves["hidden"],
+            leaves["weight"],
+            p.targets,
+            p.cu_seqlens,
+            p.feedback,
+            bias=leaves["bias"],
+            **{**reference(p, "own"), "ref_bias": (0.5 * narrow.bias).float()},
+            **arguments,
+        )
+        if backward_inside:
+            out.loss.backward()
+    if not backward_inside:
+        out.loss.backward()
+    found = {name: x.detach() for name, x in out._asdict().items()} | {f"grad {n}": x.grad for n, x in leaves.items()}
+    assert {x.dtype for x in leaves.values()} == {x.grad.dtype for x in leaves.values()} == {torch.float32}
+    assert {x.dtype for x in out} == {torch.float64}
+    assert_close(found, {name: x.double() for name, x in expected.items()}, 1e-12)
+
+
+@pytest.mark.parametrize("op", ["tokens", "gather"])
+def test_autocast_of_the_per_token_ops(op):
+    p = problem(0, dtype=torch.float32, peak=5.0)
+    hidden, weight = trained(p)
+    with torch.autocast("cpu", torch.bfloat16):
+        if op == "tokens":
+            out = token_logps(hidden, weight, p.targets)
+            expected = token_logps(hidden.bfloat16(), weight.bfloat16(), p.targets)
+        else:
+            logits = hidden @ weight.T
+            assert logits.dtype == torch.bfloat16
+            out, expected = gather_logps(logits, p.targets), gather_logps(logits.detach(), p.targets)
+    assert out.dtype == torch.float32 and torch.equal(out, expected)
+    out.sum().backward()
+    assert hidden.grad.dtype == weight.grad.dtype == torch.float32
+
+
+# --------------------------------------------------------------------------------------------------------- gradcheck
+
+
+@pytest.mark.parametrize("rows", [100, 4, 0.4], ids=["resident", "streamed", "sliced"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_gradcheck_linear_una_loss(rows, normalize):
+    feedback = Feedback.merge([PAIR, Feedback.pairs([2], [3]), Feedback.scores([3], [0.7])])
+    p = problem(0, dim=2, vocab=5, peak=3.0, lengths=[3, 2, 4, 1, 1], feedback=feedback)
+    objective = Objective(beta=0.5, length_normalize=normalize)
+
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        arguments = {"bias": bias, "softcap": 4.0, "temperature": 0.8, "workspace_mb": rows * 5 * 8 / 2**20}
+        ref = torch.arange(5.0)
+        return linear_una_loss(
+            hidden, weight, p.targets, p.cu_seqlens, feedback, objective=objective, ref_logps=ref, **arguments
+        ).loss
+
+    assert gradcheck(loss, tuple(getattr(p, name).requires_grad_() for name in LEAVES))
+
+
+@pytest.mark.parametrize("budget", [10**6, 3 * 40, 9], ids=["whole", "chunks", "slices"])
+def test_gradcheck_token_logps(budget, monkeypatch):
+    workspace_bytes(monkeypatch, budget)
+    p = problem(0, dim=3, vocab=5, peak=3.0, lengths=[7], feedback=PAIR)
+    p.targets[2] = -100
+
+    def logps(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return token_logps(hidden, weight, p.targets, bias, softcap=4.0, logit_scale=1.2, temperature=0.8)
+
+    assert gradcheck(logps, tuple(getattr(p, name).requires_grad_() for name in LEAVES))
+
+
+def test_gradcheck_gather_logps():
+    logits = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([[0, 4, -100], [2, 2, 1]])
+    assert gradcheck(lambda x: gather_logps(x, targets, temperature=0.7), (logits,))
+
+
+# --------------------------------------------------------------------------------------------------- per-token ops
+
+
+def token_grads(op, p: Problem, targets: Tensor, upstream: Tensor, train=LEAVES, **arguments) -> dict[str, Tensor]:
+    leaves = {name: getattr(p, name).clone().requires_grad_(name in train) for name in LEAVES}
+    out = op(leaves["hidden"], leaves["weight"], targets, leaves["bias"], **arguments)
+    grads = torch.autograd.grad(out, [leaves[name] for name in train], upstream.to(out.dtype))
+    return {"logps": out.detach(), **{f"grad {name}": g for name, g in zip(train, grads, strict=True)}}
+
+
+@pytest.mark.parametrize("train", TRAINED)
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
+@pytest.mark.parametrize("rows", [1e6, 10, 1, 0.3, 0.01])
+@pytest.mark.parametrize("dtype", WIDE)
+def test_token_logps(train, transform, rows, dtype, monkeypatch):
+    p = problem(5, dtype=dtype)
+    workspace_bytes(monkeypatch, int(rows * 101 * dtype.itemsize) + 1)
+    targets = p.targets.clone()
+    targets[::4] = -100
+    upstream = torch.randn(len(targets), dtype=torch.float64).to(dtype)
+    out = token_grads(token_logps, p, targets, upstream, train, **transform)
+    assert out["logps"].dtype == dtype
+    expected = token_grads(eager.token_logps, cast(p, torch.float64), targets, upstream, train, **transform)
+    assert_close(out, expected, TOLERANCE[dtype])
+    assert (out["logps"][::4] == 0).all()
+    if "hidden" in train:
+        assert (out["grad hidden"][::4] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("peak", [1.0, 50.0])
+def test_token_logps_in_half_precision_is_no_worse_than_eager(dtype, peak):
+    ours, theirs = {}, {}
+    for seed in range(6):
+        p = problem(seed, dtype=dtype, peak=peak)
+        upstream = torch.randn(len(p.targets), dtype=torch.float64).to(dtype)
+        exact = token_grads(eager.token_logps, cast(p, torch.float64), p.targets, upstream)
+        for worst, op in ((ours, token_logps), (theirs, eager.token_logps)):
+            for name, error in errors(token_grads(op, p, p.targets, upstream), exact).items():
+                worst[name] = max(worst.get(name, 0.0), error)
+    worse = {name: (ours[name], theirs[name]) for name in ours if ours[name] > theirs[name] + 1e-9}
+    assert not worse, f"(ours, eager): {worse}"
+    assert token_logps(p.hidden, p.weight, p.targets).dtype == torch.float32
+
+
+def test_ignored_tokens_drop_even_a_nan_upstream():
+    p = problem(0)
+    leaves = trained(p)
+    targets = p.targets.clone()
+    targets[3] = -100
+    upstream = torch.ones(len(targets), dtype=torch.float64)
+    upstream[3] = torch.nan
+    grads = [
+        *torch.autograd.grad(token_logps(*leaves, targets), leaves, upstream),
+        *torch.autograd.grad(gather_logps(p.hidden, targets % 24 - 124 * (targets == -100)), p.hidden, upstream),
+    ]
+    assert all(torch.isfinite(g).all() for g in grads)
+
+
+@pytest.mark.parametrize("dtype", [*WIDE, *NARROW])
+@pytest.mark.parametrize("shape", [(40,), (5, 8), (2, 0), ()], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "shifted", "transposed"])
+def test_gather_logps(dtype, shape, layout):
+    g = torch.Generator().manual_seed(0)
+    logits = (20 * torch.randn(*shape, 101, generator=g, dtype=torch.float64)).to(dtype)
+    targets = torch.randint(0, 101, shape, generator=g)
+    if targets.dim():
+        targets[..., ::3] = -100
+    if layout == "shifted" and len(shape):
+        logits = torch.cat([logits, logits[..., :1, :]], -2)[..., :-1, :] if shape[-1] else logits
+    elif layout == "transposed":
+        logits = logits.transpose(0, -1).contiguous().transpose(0, -1)
+    leaf = logits.detach().requires_grad_()
+    upstream = torch.randn(shape, generator=g, dtype=torch.float64).to(
+        torch.float64 if dtype == torch.float64 else torch.float32
+    )
+    out = gather_logps(leaf, targets, temperature=0.7)
+    assert out.shape == shape and out.dtype == upstream.dtype
+    (grad,) = torch.autograd.grad(out, leaf, upstream, retain_graph=True)
+    assert torch.equal(grad, torch.autograd.grad(out, leaf, upstream)[0]), "second backward"
+    exact = logits.detach().double().requires_grad_()
+    expected = eager.gather_logps(exact, targets, temperature=0.7)
+    (expected_grad,) = torch.autograd.grad(expected, exact, upstream.double())
+    assert grad.dtype == dtype and grad.shape == logits.shape
+    assert relative_error(out.detach(), expected.detach()) <= TOLERANCE.get(dtype, 2e-5)
+    assert relative_error(grad, expected_grad) <= {torch.bfloat16: 4e-3, torch.float16: 5e-4, **TOLERANCE}[dtype]
+    assert (grad[targets == -100] == 0).all()
+
+
+def test_token_logps_of_no_rows():
+    p = problem(0, lengths=[], feedback=PAIR)
+    leaves = trained(p)
+    out = token_logps(*leaves, p.targets)
+    assert out.shape == (0,)
+    assert all(
+        torch.equal(g, torch.zeros_like(x)) for g, x in zip(torch.autograd.grad(out.sum(), leaves), leaves, strict=True)
+    )
+
+
+def test_token_logps_second_backward_with_another_upstream():
+    p = problem(0)
+    leaves = trained(p)
+    out = token_logps(*leaves, p.targets)
+    upstream = torch.randn(len(p.targets), dtype=torch.float64)
+    first = torch.autograd.grad(out, leaves, upstream, retain_graph=True)
+    second = torch.autograd.grad(out, leaves, -2 * upstream)
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(b, -2 * a, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("how", ["transposed", "every other"])
+def test_token_logps_strides(how):
+    p = problem(0)
+    upstream = torch.randn(len(p.targets), dtype=torch.float64)
+    results = []
+    for q in (p, replace(p, **{n: strided(getattr(p, n), how) for n in (*LEAVES, "targets")})):
+        leaves = [getattr(q, n).detach().requires_grad_() for n in LEAVES]
+        out = token_logps(*leaves[:2], q.targets, leaves[2])
+        results.append(torch.autograd.grad(out, leaves, strided(upstream, how)))
+    for a, b in zip(*results, strict=True):
+        assert relative_error(a, b) <= 1e-12
+
+
+def test_token_logps_and_una_loss_compose_to_linear_una_loss():
+    p = problem(0)
+    arguments = reference(p, "cached")
+    fused = evaluate(linear_una_loss, p, **arguments)
+    leaves = [getattr(p, name).clone().requires_grad_() for name in LEAVES]
+    tokens = token_logps(*leaves[:2], p.targets, leaves[2])
+    sums = torch.stack([part.sum() for part in tokens.split(p.cu_seqlens.diff().tolist())])
+    loss = una_loss(sums, arguments["ref_logps"], p.feedback).loss
+    assert relative_error(loss.detach(), fused["loss"]) <= 1e-12
+    for name, grad in zip(LEAVES, torch.autograd.grad(loss, leaves), strict=True):
+        assert relative_error(grad, fused[f"grad {name}"]) <= 1e-10
+
+
+# ------------------------------------------------------------------------------------------------------ log lines
+
+
+def test_short_chunks_are_logged_once(caplog):
+    """Below 1024 rows a chunk, rereading the head costs more than the products: said once, never silent."""
+    p = problem(0, dim=4, vocab=50, lengths=[1500, 1500], feedback=PAIR)
+    for _ in range(3):
+        evaluate(linear_una_loss, p, **reference(p, "cached"), workspace_mb=0.01)
+    lines = [r.getMessage() for r in caplog.records if "workspace_mb" in r.getMessage()]
+    assert len(lines) == 1
+
+
+def test_automatic_choice_of_the_engine_is_logged_once(caplog):
+    with caplog.at_level("INFO"):
+        for _ in range(3):
+            evaluate(linear_una_loss, problem(0), **reference(problem(0), "cached"))
+    assert sum("engine" in r.getMessage() for r in caplog.records) <= 1
+    # Another test of this process may have had the one line: then the memory of it must be there.
+    from una_fast import plan
+
+    assert any("engine" in line for line in plan._said)
+
+
+# -------------------------------------------------------------------------------------------------------- refusals
+
+
+def refuse(change: dict | None = None, op=linear_una_loss, **arguments) -> None:
+    p = replace(problem(0, dtype=torch.float32, lengths=[4, 3], feedback=PAIR), **(change or {}))
+    if op is token_logps:
+        token_logps(p.hidden, p.weight, p.targets, **arguments)
+        return
+    ref = {} if {"ref_logps", "ref_hidden"} & arguments.keys() else {"ref_logps": torch.zeros(2)}
+    linear_una_loss(p.hidden, p.weight, p.targets, p.cu_seqlens, p.feedback, **{**ref, **arguments})
+
+
+SHAPES = {
+    "hidden of three dimensions": ({"hidden": torch.zeros(1, 7, 24)}, r"hidden \(1, 7, 24\).*\[N, D\] and \[V, D\]"),
+    "other widths": ({"hidden": torch.zeros(7, 5)}, r"hidden \(7, 5\) and weight \(101, 24\)"),
+    "weight transposed": ({"weight": torch.zeros(24, 101)}, r"weight \(24, 101\)"),
+    "too few targets": ({"targets": torch.zeros(6, dtype=torch.int64)}, r"targets \(6,\) must be \[7\] integers"),
+    "float targets": ({"targets": torch.zeros(7)}, r"targets \(7,\) must be \[7\] integers"),
+    "boolean targets": ({"targets": torch.zeros(7, dtype=torch.bool)}, r"targets \(7,\) must be \[7\] integers"),
+    "dtypes differ": (
+        {"weight": torch.zeros(101, 24).bfloat16()},
+        r"hidden is torch.float32 and weight torch.bfloat16",
+    ),
+    "target over the vocabulary": ({"targets": torch.tensor([0, 1, 101, 3, 4, 5, 6])}, r"targets\[2\] is 101, outside"),
+    "target below zero": ({"targets": torch.tensor([0, 1, 2, 3, -1, 5, 6])}, r"targets\[4\] is -1, outside"),
+}
+
+
+@pytest.mark.parametrize("case", SHAPES)
+@pytest.mark.parametrize("op", [linear_una_loss, token_logps])
+def test_shape_refusals(case, op):
+    change, message = SHAPES[case]
+    with pytest.raises(ValueError, match=message):
+        refuse(change, op)
+
+
+REFUSED = {
+    "ignored target": ({"targets": torch.full((7,), -100)}, {}, r"targets\[0\] is -100, outside the vocabulary"),
+    "cu_seqlens ends early": ({"cu_seqlens": torch.tensor([0, 4, 6])}, {}, r"end at N=7; it .* ends at 6"),
+    "cu_seqlens starts late": ({"cu_seqlens": torch.tensor([1, 4, 7])}, {}, r"starts at 1"),
+    "cu_seqlens falls": ({"cu_seqlens": torch.tensor([0, 8, 7])}, {}, r"falls from 8 to 7 at response 1"),
+    "cu_seqlens empty": (
+        {"cu_seqlens": torch.tensor([], dtype=torch.int64)},
+        {},
+        r"cu_seqlens \(0,\) must be \[S\+1\]",
+    ),
+    "cu_seqlens float": ({"cu_seqlens": torch.tensor([0.0, 4, 7])}, {}, r"cu_seqlens \(3,\) must be \[S\+1\] integers"),
+    "cu_seqlens of two dimensions": ({"cu_seqlens": torch.tensor([[0, 7]])}, {}, r"cu_seqlens \(1, 2\)"),
+    "empty response": ({"cu_seqlens": torch.tensor([0, 4, 4, 7])}, {}, r"response 1 is empty"),
+    "empty first response": ({"cu_seqlens": torch.tensor([0, 0, 7])}, {}, r"response 0 is empty"),
+    "missing response": (
+        {"feedback": Feedback.pairs([0], [2])},
+        {},
+        r"unit 0 \(pair\) names response 2, .* 2 responses",
+    ),
+    "score over one": (
+        {"feedback": Feedback.scores([0, 1], [0.5, 7])},
+        {},
+        r"score 7\.0 lies outside \[0, 1\].*reward_mse",
+    ),
+    "no reference": ({}, {"ref_logps": None}, r"needs a reference: give ref_logps .* or ref_hidden"),
+    "two references": (
+        {},
+        {"ref_logps": torch.zeros(2), "ref_hidden": torch.zeros(7, 24)},
+        r"give ref_logps or ref_hidden, not both",
+    ),
+    "cached reference with a head": (
+        {},
+        {"ref_logps": torch.zeros(2), "ref_weight": torch.zeros(101, 24)},
+        r"ref_weight",
+    ),
+    "cached reference with a bias": ({}, {"ref_logps": torch.zeros(2), "ref_bias": torch.zeros(101)}, r"ref_bias"),
+    "reference per token": ({}, {"ref_logps": torch.zeros(7)}, r"ref_logps is \(7,\); expected \[2\], one sum per"),
+    "reference rows": ({}, {"ref_hidden": torch.zeros(6, 24)}, r"ref_hidden"),
+    "reference width": ({}, {"ref_hidden": torch.zeros(7, 5)}, r"ref_hidden \(7, 5\) and ref_weight \(101, 24\)"),
+    "reference bias": ({}, {"ref_hidden": torch.zeros(7, 24), "ref_bias": torch.zeros(5)}, r"ref_bias \(5,\) must be"),
+    "reference dtype": (
+        {},
+        {"ref_hidden": torch.zeros(7, 24).bfloat16()},
+        r"ref_hidden is torch.bfloat16 and ref_weight torch.float32",
+    ),
+    "bias shape": ({}, {"bias": torch.zeros(24)}, r"bias \(24,\) must be \[101\]"),
+    "workspace zero": ({}, {"workspace_mb": 0}, r"workspace_mb=0 must be positive"),
+    "workspace negative": ({}, {"workspace_mb": -1.5}, r"workspace_mb=-1\.5 must be positive"),
+    "workspace NaN": ({}, {"workspace_mb": float("nan")}, r"workspace_mb=nan must be positive"),
+    "workspace infinite": ({}, {"workspace_mb": float("inf")}, r"workspace_mb=inf"),
+    "engine unknown": ({}, {"engine": "cuda"}, r"engine='cuda' is not one of \('auto', 'torch', 'triton'\)"),
+    "engine triton": ({}, {"engine": "triton"}, r'engine="triton" cannot run: tensors are on the CPU'),
+    "reduction": ({}, {"reduction": "none"}, r"reduction='none'"),
+    "softcap": ({}, {"softcap": 0.0}, r"softcap=0\.0 must be positive, or None"),
+    "temperature": ({}, {"temperature": 0.0}, r"temperature=0\.0 must be positive"),
+    "temperature infinite": ({}, {"temperature": float("inf")}, r"temperature=inf"),
+    "logit_scale": ({}, {"logit_scale": float("nan")}, r"logit_scale=nan"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals(case):
+    change, arguments, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        refuse(change, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"engine": "triton"}, r'engine="triton" cannot run: tensors are on the CPU'),
+        ({"engine": "flash"}, r"engine='flash' is not one of"),
+        ({"bias": torch.zeros(7)}, r"bias \(7,\) must be \[101\]"),
+        ({"temperature": -1.0}, r"temperature=-1\.0 must be positive"),
+    ],
+)
+def test_token_logps_refusals(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        refuse(op=token_logps, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("targets", "arguments", "message"),
+    [
+        (torch.zeros(4, dtype=torch.int64), {}, r"targets \(4,\) must have the shape of logits \(3, 9\) less V"),
+        (torch.tensor([0, 9, 1]), {}, r"targets\[1\] is 9, outside the vocabulary \[0, 9\)"),
+        (torch.tensor([0, -1, 1]), {}, r"targets\[1\] is -1"),
+        (torch.zeros(3), {}, r"targets"),
+        (torch.tensor([0, 1, 2]), {"temperature": 0.0}, r"temperature=0\.0 must be positive"),
+    ],
+)
+def test_gather_logps_refusals(targets, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        gather_logps(torch.zeros(3, 9), targets, **arguments)
+
+
+def test_a_bad_score_is_refused_before_any_work():
+    """One outlier must not cost a reference pass over a long batch first."""
+    p = problem(0, dim=64, vocab=4000, lengths=[1000], feedback=Feedback.scores([0], [3.0]), dtype=torch.float32)
+    started = time.perf_counter()
+    with pytest.raises(ValueError, match="outside"):
+        call(p, ref_hidden=p.ref_hidden)
+    refused = time.perf_counter() - started
+    started = time.perf_counter()
+    token_logps(p.hidden, p.weight, p.targets)
+    assert refused < 0.5 * (time.perf_counter() - started)
