@@ -6,6 +6,7 @@ thread) and every call that reaches the dispatcher, in-place and out= variants i
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -13,10 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 _PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1, "baddbmm_": 1}  # name -> place of the operands
 _UNCOUNTED = {"linear", "matmul", "mv", "addmv", "addmv_", "addr", "addr_", "dot", "vdot", "_int_mm", "_scaled_mm"}
+
+
+@functools.cache
+def _allocates(func: Any) -> bool:
+    """Whether an operator returns memory of its own; the schema of views, in-place and out= variants says not."""
+    return any(returned.alias_info is None for returned in func._schema.returns)
 
 
 class FlopCounter(TorchDispatchMode):
@@ -53,12 +59,11 @@ class LiveBytes(TorchDispatchMode):
         self._alive: dict[int, int] = {}  # storage address -> k
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        out = func(*args, **kwargs)
-        for x in tree_leaves(out):
-            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in given:
-                self._born(x.untyped_storage())
+        out = func(*args, **(kwargs or {}))
+        if _allocates(func):
+            for x in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(x, Tensor):
+                    self._born(x.untyped_storage())
         return out
 
     def _born(self, storage: torch.UntypedStorage) -> None:
@@ -88,6 +93,10 @@ class LiveBytes(TorchDispatchMode):
                 live += self.sizes[serial] if event > 0 else -self.sizes[serial]
                 peak = max(peak, live)
         return peak
+
+    def live(self) -> int:
+        """Bytes alive now."""
+        return sum(self.sizes[serial] for serial in self._alive.values())
 
     def largest(self, excluding: Iterable[Tensor] = ()) -> int:
         """Bytes of the largest storage, without those of `excluding`."""

@@ -18,6 +18,8 @@ _PUBLIC = {
     "linear_una_loss": "head",
     "token_logps": "head",
     "gather_logps": "head",
+    "group_offset": "offsets",
+    "EmaOffset": "offsets",
 }
 __all__ = [*_PUBLIC, "__version__"]
 

@@ -2,7 +2,8 @@
 
 checkpoint-N/   weights (safetensors, Hugging Face form) and tokenizer: usable as a model on its own
                 training/     optimizer state and random states of all ranks (torch.distributed.checkpoint)
-                state.json    step, learning rate schedule, reference identity, settings of the data order
+                state.json    step, learning rate schedule, metrics not reported yet, and what identifies the run:
+                              reference, data and settings
                 COMPLETE      written last; a directory without it is ignored and overwritten
 """
 
@@ -45,13 +46,16 @@ def save_model(directory: Path, policy: Policy, tokenizer: PreTrainedTokenizerBa
     if world.sharded:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=is_adapter)
         state_dict = get_model_state_dict(policy.model, options=options)
+        first: dict[int, str] = {}
+        for name, parameter in policy.model.named_parameters(remove_duplicate=False):
+            if name in state_dict:  # tied weights are gathered one by one; as one tensor they are written once
+                state_dict[name] = state_dict[first.setdefault(id(parameter), name)]
     if world.is_main:
         save_pretrained(policy, directory, tokenizer, state_dict)
 
 
 def save_checkpoint(
     output_dir: Path,
-    step: int,
     policy: Policy,
     optimizer: Optimizer,
     tokenizer: PreTrainedTokenizerBase,
@@ -59,8 +63,9 @@ def save_checkpoint(
     state: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Write checkpoint-`step`, then delete the oldest complete ones beyond `keep`. state: what state.json holds."""
-    directory = output_dir / f"checkpoint-{step}"
+    """Write checkpoint-N, then delete the oldest complete ones beyond `keep`. state: what state.json holds, N its
+    "step"."""
+    directory = output_dir / f"checkpoint-{state['step']}"
     if world.is_main:
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
@@ -70,7 +75,7 @@ def save_checkpoint(
     dcp.save(training, checkpoint_id=directory / "training", no_dist=not world.sharded)
     world.barrier()
     if world.is_main:
-        (directory / "state.json").write_text(json.dumps({"step": step, **state}, indent=1), encoding="utf-8")
+        (directory / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         (directory / MARKER).touch()
         for old in complete_checkpoints(output_dir)[:-keep]:
             (old / MARKER).unlink()  # first: a half-deleted checkpoint must not look complete
@@ -85,12 +90,17 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def load_training_state(checkpoint: Path, policy: Policy, optimizer: Optimizer, world: World) -> None:
     """Optimizer and random states into place. The weights were loaded with the model, from the same directory."""
-    training = {"optimizer": get_optimizer_state_dict(policy.model, optimizer), **_random_states(world)}
-    dcp.load(training, checkpoint_id=checkpoint / "training", no_dist=not world.sharded)
+    directory = checkpoint / "training"
+    saved = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
+    random = {name: state for name, state in _random_states(world).items() if name in saved}  # none for a new rank
+    training = {"optimizer": get_optimizer_state_dict(policy.model, optimizer), **random}
+    dcp.load(training, checkpoint_id=directory, no_dist=not world.sharded)
     set_optimizer_state_dict(policy.model, optimizer, training["optimizer"])
-    torch.set_rng_state(training[f"cpu_rng_{world.rank}"])
-    if world.device.type == "cuda":
-        torch.cuda.set_rng_state(training[f"cuda_rng_{world.rank}"], world.device)
+    for name in random:
+        if name.startswith("cuda"):
+            torch.cuda.set_rng_state(training[name], world.device)
+        else:
+            torch.set_rng_state(training[name])
 
 
 def _random_states(world: World) -> dict[str, torch.Tensor]:

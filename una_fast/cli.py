@@ -28,13 +28,13 @@ class CheckConfig:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0, or 1 after an error in the settings or the data."""
+    """Run one command. Returns the exit status: 0, or 1 after an error in the settings, the data or their files."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     commands = {"train": _train, "precompute-ref": _precompute, "check": _check, "demo": _demo}
     parsed = _parser().parse_args(arguments)
     try:
         commands[parsed.subcommand](parsed)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: what hubs and disks refuse
         print(f"una-fast {parsed.subcommand}: error: {error}", file=sys.stderr)
         return 1
     finally:
@@ -89,7 +89,7 @@ def _precompute(parsed: Namespace) -> None:
     from una_fast.precompute import precompute_reference
 
     entries = precompute_reference(_settings(RunConfig, parsed))
-    print("train on the new files with:\n" + yaml.safe_dump({"data": entries}, sort_keys=False), end="")
+    print("train on the new files with:\n" + yaml.safe_dump(entries, sort_keys=False), end="")
 
 
 def _check(parsed: Namespace) -> None:

@@ -18,6 +18,23 @@ ReferenceKind = Literal["auto", "frozen", "adapter", "cached"]
 Optimizer = Literal["adamw", "sgd"]
 Schedule = Literal["cosine", "linear", "constant"]
 Logger = Literal["tensorboard", "wandb", "trackio"]
+Engine = Literal["auto", "torch", "triton"]
+Device = Literal["auto", "cpu", "cuda"]
+
+# With the data and the reference, these decide what a run does; a resumed run must not change them.
+TRAJECTORY = (
+    *("model", "beta", "pair", "binary", "score", "offset", "length_normalize", "lora", "precision", "batch_size"),
+    *(
+        "learning_rate",
+        "lr_schedule",
+        "warmup_ratio",
+        "optimizer",
+        "weight_decay",
+        "adam_betas",
+        "max_grad_norm",
+        "seed",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -80,9 +97,9 @@ class RunConfig(RecordOptions):
     """Attention of unpacked batches and generation (eager, sdpa, flash_attention_2); null: the model's default."""
     workspace_mb: float | None = None
     """Workspace of the fused head in MiB; null: 2048 on a GPU, 256 on a CPU."""
-    engine: Literal["auto", "torch", "triton"] = "auto"
+    engine: Engine = "auto"
     """Engine of the fused head."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """Where to train."""
 
     epochs: float = 1.0
@@ -134,10 +151,17 @@ class RunConfig(RecordOptions):
         self.data, self.eval_data = ([x] if x and isinstance(x, str) else x for x in (self.data, self.eval_data))
         if isinstance(self.lora, dict):  # as it comes from YAML
             self.lora = LoraOptions(**self.lora)
+        self.adam_betas = tuple(self.adam_betas)
         for name in ("model", "output_dir", "data"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is missing; set --{name} or `{name}:` in the configuration file")
         self.objective()  # refuses wrong forms and a wrong beta
+        for name, choices in (
+            *(("reference", ReferenceKind), ("precision", Precision), ("optimizer", Optimizer)),
+            *(("lr_schedule", Schedule), ("engine", Engine), ("device", Device)),
+        ):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(get_args(choices))}")
         for name in ("batch_size", "micro_batch_size", "log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -161,6 +185,12 @@ class RunConfig(RecordOptions):
             raise ValueError(f"eval_every={self.eval_every} has nothing to evaluate on; set eval_data or eval_fraction")
         if self.reference == "adapter" and self.lora is None:
             raise ValueError("reference=adapter needs lora; use reference=frozen or cached for full fine-tuning")
+        if self.optimizer == "sgd" and self.weight_decay:
+            raise ValueError(f"weight_decay={self.weight_decay} acts on adamw only; remove it, or set optimizer=adamw")
+        if Path(self.output_dir).resolve() == Path(self.model).resolve():
+            raise ValueError(
+                f"output_dir={self.output_dir} is the model itself, which would be overwritten; set another"
+            )
         unknown = set(self.loggers) - set(get_args(Logger))
         if unknown:
             raise ValueError(f"loggers: unknown {sorted(unknown)}; known: {', '.join(get_args(Logger))}")
@@ -173,9 +203,15 @@ class RunConfig(RecordOptions):
         """The defaults that sources start from."""
         return RecordOptions(**{name: getattr(self, name) for name in RecordOptions.__dataclass_fields__})
 
+    def trajectory(self) -> dict[str, Any]:
+        """What a run that continues another one must share with it, beside data and reference; plain values."""
+        return {name: value for name, value in self._plain().items() if name in TRAJECTORY}
+
     def save(self, path: Path) -> None:
         """Write the resolved settings as YAML that --config reads."""
         import yaml
 
-        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        path.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
+        path.write_text(yaml.safe_dump(self._plain(), sort_keys=False), encoding="utf-8")
+
+    def _plain(self) -> dict[str, Any]:
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}

@@ -2,11 +2,12 @@
 
 Nothing is imported or run: the .py files are parsed. A prompt is where a docstring would begin,
 
-    # mailbox.Maildir
-    def add(self, message):
+    # mailbox.Maildir: get message
+    def get_message(self, key):
         \"\"\"
 
-and the true answer is the first paragraph of the docstring that stands there. Whole modules are held out, so that
+(the name spelled out, since a small model cannot learn much about how identifiers are cut into tokens), and the true
+answer is the first paragraph of the docstring that stands there. Whole modules are held out, so that
 no prompt, docstring or neighbour of an evaluation prompt is seen before. Labels are true docstrings (True) and damaged
 ones (False); scores are ROUGE-L F1 against the true docstring (`rouge_l`).
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import sysconfig
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -30,8 +32,8 @@ SKIPPED = {
 }
 WORDS = (4, 50)
 """Shortest and longest docstring paragraph, in words."""
-MAX_SIGNATURE = 120
-"""Longest prompt, in characters; longer signatures are left out."""
+MAX_PROMPT = 160
+"""Longest prompt, in characters; objects with longer ones are left out."""
 Record = dict[str, Any]
 
 
@@ -104,9 +106,9 @@ def _walk(node: ast.AST, module: str, owner: str) -> Iterator[Documented]:
         if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             inside = f"{owner}.{child.name}" if isinstance(child, ast.ClassDef) else owner
             paragraph = " ".join((ast.get_docstring(child) or "").split("\n\n")[0].split())
-            prompt = f'# {owner}\n{_signature(child)}:\n    """'
+            prompt = f'# {owner}: {_spelled(child.name)}\n{_signature(child)}:\n    """'
             plain = paragraph.isascii() and not paragraph.startswith((">>>", "_"))
-            if plain and WORDS[0] <= len(paragraph.split()) <= WORDS[1] and len(prompt) <= MAX_SIGNATURE:
+            if plain and WORDS[0] <= len(paragraph.split()) <= WORDS[1] and len(prompt) <= MAX_PROMPT:
                 yield Documented(module, prompt, paragraph)
         yield from _walk(child, module, inside)
 
@@ -116,6 +118,12 @@ def _signature(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> s
         bases = ", ".join(map(ast.unparse, node.bases))
         return f"class {node.name}({bases})" if bases else f"class {node.name}"
     return f"def {node.name}({ast.unparse(node.args)})"
+
+
+def _spelled(name: str) -> str:
+    """get_payload -> "get payload", MIMEText -> "MIME text"."""
+    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name)
+    return " ".join(word if word.isupper() and len(word) > 1 else word.lower() for word in words)
 
 
 def rouge_l(text: str, truth: str) -> float:

@@ -13,6 +13,7 @@ stay in the CPU's cache: one trip to memory instead of one per operation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -33,8 +34,10 @@ class LogitTransform:
     def __post_init__(self) -> None:
         if self.softcap is not None and not self.softcap > 0:
             raise ValueError(f"softcap={self.softcap} must be positive, or None for no cap")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature} must be positive")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature} must be positive and finite")
+        if not math.isfinite(self.logit_scale):
+            raise ValueError(f"logit_scale={self.logit_scale} must be finite")
 
     def __call__(self, u: Tensor) -> Tensor:
         """z of raw logits; u itself where there is nothing to do."""
@@ -84,7 +87,9 @@ def row_logps(
     lse, target_logit = u.new_empty(len(u)), u.new_empty(len(u))
     for rows in row_blocks(len(u), u.shape[1] * u.element_size(), u.device):
         z = transform(u[rows] if bias is None else u[rows] + bias)
-        lse[rows] = torch.logsumexp(z, 1)
+        top = z.amax(1, keepdim=True)
+        top.masked_fill_(top == -torch.inf, 0.0)  # a slice of masked entries alone: its logsumexp is -inf, not NaN
+        lse[rows] = (z - top).exp_().sum(1).log_().add_(top.squeeze(1))
         target_logit[rows] = z.gather(1, local[rows]).squeeze(1)
     return lse, torch.where(inside, target_logit, 0.0)
 

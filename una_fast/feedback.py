@@ -19,11 +19,12 @@ KIND_NAMES = ("pair", "binary", "score")
 Numbers = Sequence[float] | Tensor | float | None
 
 
-def _column(name: str, values: Numbers, units: int, default: float) -> Tensor:
-    """One float64 value per unit; a number is repeated, None is the default."""
-    if values is None:
-        values = default
-    column = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
+def _column(name: str, values: Numbers, units: int, default: float | None = None) -> Tensor:
+    """One float64 value per unit; a number is repeated, None is the default (an error where there is none)."""
+    try:
+        column = torch.as_tensor(default if values is None else values, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be numbers, one per unit ({units} units): {error}") from None
     if column.dim() == 0:
         column = column.expand(units)
     if column.shape != (units,):
@@ -42,7 +43,7 @@ def _indices(name: str, values: Sequence[int] | Tensor) -> Tensor:
         raise ValueError(f"{name} must be a one-dimensional list of response indices (integers)")
     if (column < 0).any():
         raise ValueError(f"{name} holds a negative response index ({int(column.min())})")
-    return column.to(torch.int64)
+    return column.to(torch.int64, copy=True)
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ class Feedback:
         offset: Numbers = None,
     ) -> Feedback:
         """Response `index[u]` is good (True) or bad (False). offset: f(x) + c, added to r before the comparison."""
-        value = _column("label", label, len(index), 0.0)
+        index = _indices("index", index)
+        value = _column("label", label, index.numel())
         if ((value != 0) & (value != 1)).any():
             raise ValueError("label must be True or False for every response; use Feedback.scores for graded feedback")
         return Feedback._pointwise(BINARY, index, value, weight, offset)
@@ -119,13 +121,11 @@ class Feedback:
     ) -> Feedback:
         """Response `index[u]` was given `score[u]`: in [0, 1] for the forms on sigmoid(r), any finite reward for
         "reward_mse". offset: f(x) + c, added to r before the comparison."""
-        return Feedback._pointwise(SCORE, index, _column("score", score, len(index), 0.0), weight, offset)
+        index = _indices("index", index)
+        return Feedback._pointwise(SCORE, index, _column("score", score, index.numel()), weight, offset)
 
     @staticmethod
-    def _pointwise(
-        kind: int, index: Sequence[int] | Tensor, value: Tensor, weight: Numbers, offset: Numbers
-    ) -> Feedback:
-        first = _indices("index", index)
+    def _pointwise(kind: int, first: Tensor, value: Tensor, weight: Numbers, offset: Numbers) -> Feedback:
         units = first.numel()
         return Feedback(
             kind=torch.full((units,), kind),

@@ -75,14 +75,16 @@ def linear_una_loss(
     hidden, weight, bias = _autocast(hidden, weight, bias)
     transform = LogitTransform(softcap, logit_scale, temperature)
     _check_head("", hidden, weight, targets, bias)
+    targets = _int64_targets(targets, weight.shape[0])
     cu = _check_cu_seqlens(cu_seqlens, hidden.shape[0])
     feedback.check(len(cu) - 1)
     workspace = Workspace.of(hidden.device, workspace_mb)
     lengths = Lengths(cu, hidden.device)
 
     if ref_logps is not None:
-        if ref_hidden is not None:
-            raise ValueError("give ref_logps or ref_hidden, not both")
+        for name, value in (("ref_hidden", ref_hidden), ("ref_weight", ref_weight), ("ref_bias", ref_bias)):
+            if value is not None:
+                raise ValueError(f"give ref_logps or ref_hidden, not both: {name} is not read beside ref_logps")
         if ref_logps.shape != (len(cu) - 1,):
             raise ValueError(f"ref_logps is {tuple(ref_logps.shape)}; expected [{len(cu) - 1}], one sum per response")
         ref_logps = ref_logps.detach().to(hidden.device, torch.float64)
@@ -138,6 +140,7 @@ def sequence_logps(
     Arguments as in linear_una_loss."""
     hidden, weight, bias = _autocast(hidden, weight, bias)
     _check_head("", hidden, weight, targets, bias)
+    targets = _int64_targets(targets, weight.shape[0])
     lengths = Lengths(_check_cu_seqlens(cu_seqlens, hidden.shape[0]), hidden.device)
     workspace = Workspace.of(hidden.device, workspace_mb)
     head = Head(weight, bias, LogitTransform(softcap, logit_scale, temperature), workspace, engine)
@@ -160,7 +163,8 @@ def token_logps(
     the formula of linear_una_loss. Backward recomputes them: 4 GEMM passes, 3 with a frozen head.
     """
     hidden, weight, bias = _autocast(hidden, weight, bias)
-    _check_head("", hidden, weight, targets, bias, ignore=True)
+    _check_head("", hidden, weight, targets, bias)
+    targets = _int64_targets(targets, weight.shape[0], ignore=True)
     workspace = Workspace.of(hidden.device, None)
     head = Head(weight, bias, LogitTransform(softcap, logit_scale, temperature), workspace, engine)
     return _TokenLogps.apply(hidden, weight, bias, targets, head)
@@ -174,7 +178,7 @@ def gather_logps(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> T
     """
     if targets.shape != logits.shape[:-1]:
         raise ValueError(f"targets {tuple(targets.shape)} must have the shape of logits {tuple(logits.shape)} less V")
-    _check_targets(targets, logits.shape[-1], ignore=True)
+    targets = _int64_targets(targets, logits.shape[-1], ignore=True)
     return _GatherLogps.apply(logits, targets, LogitTransform(temperature=temperature))
 
 
@@ -190,9 +194,7 @@ def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]
 
 
-def _check_head(
-    prefix: str, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, ignore: bool = False
-) -> None:
+def _check_head(prefix: str, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"{prefix}hidden {tuple(hidden.shape)} and {prefix}weight {tuple(weight.shape)} must be [N, D] and [V, D]"
@@ -201,8 +203,10 @@ def _check_head(
         raise ValueError(
             f"{prefix}hidden is {hidden.dtype} and {prefix}weight {weight.dtype}; cast one, or run under autocast"
         )
-    if targets.shape != hidden.shape[:1] or targets.is_floating_point():
-        raise ValueError(f"targets {tuple(targets.shape)} must be [{hidden.shape[0]}] integers, one per row")
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"targets {tuple(targets.shape)} must be [{hidden.shape[0]}] integers, one per row of {prefix}hidden"
+        )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{prefix}bias {tuple(bias.shape)} must be [{weight.shape[0]}], one per vocabulary entry")
     devices = {x.device for x in (hidden, weight, targets, bias) if x is not None}
@@ -210,19 +214,21 @@ def _check_head(
         raise ValueError(
             f"{prefix}hidden, weight, targets and bias are on different devices: {sorted(map(str, devices))}"
         )
-    _check_targets(targets, weight.shape[0], ignore)
 
 
-def _check_targets(targets: Tensor, vocab: int, ignore: bool) -> None:
-    """On the CPU only: looking at the values on a GPU would wait for it."""
-    if targets.device.type != "cpu":
-        return
-    wrong = (targets < 0) | (targets >= vocab)
-    if ignore:
-        wrong &= targets != IGNORE
-    if wrong.any():
-        bad = int(wrong.flatten().nonzero()[0])
-        raise ValueError(f"targets[{bad}] is {int(targets.flatten()[bad])}, outside the vocabulary [0, {vocab})")
+def _int64_targets(targets: Tensor, vocab: int, ignore: bool = False) -> Tensor:
+    """Targets of any integer type as int64. Their values are checked on the CPU only: on a GPU a look would wait."""
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise ValueError(f"targets {tuple(targets.shape)} must be {list(targets.shape)} integers, not {targets.dtype}")
+    targets = targets.long()
+    if targets.device.type == "cpu":
+        wrong = (targets < 0) | (targets >= vocab)
+        if ignore:
+            wrong &= targets != IGNORE
+        if wrong.any():
+            bad = int(wrong.flatten().nonzero()[0])
+            raise ValueError(f"targets[{bad}] is {int(targets.flatten()[bad])}, outside the vocabulary [0, {vocab})")
+    return targets
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, rows: int) -> list[int]:
@@ -274,7 +280,8 @@ class _LinearUna(torch.autograd.Function):
         def scaled(grad: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
             if grad is None:
                 return None
-            return (grad * factor.to(grad.dtype) if keep else grad.mul_(factor)).to(dtype)
+            # out= keeps the factor unrounded where the gradient is narrower.
+            return torch.mul(grad, factor, out=torch.empty_like(grad) if keep else grad).to(dtype)
 
         rows = upstream if late is None else (upstream * late).unsqueeze(1)
         return (
@@ -321,8 +328,27 @@ class _TokenLogps(torch.autograd.Function):
         )
 
 
-def _blocks(logits: Tensor, acc: torch.dtype) -> Iterator[slice]:
-    return row_blocks(len(logits), logits.shape[-1] * acc.itemsize, logits.device)
+def _matrices(logits: Tensor) -> Iterator[Tensor]:
+    """[..., V] as [M, V] views in row order; never a copy, since callers pass logits[:, :-1]."""
+    if logits.dim() < 2:
+        yield logits.unsqueeze(0)
+    elif logits.dim() == 2:
+        yield logits
+    elif logits.is_contiguous():
+        yield logits.view(-1, logits.shape[-1])
+    else:
+        for part in logits:
+            yield from _matrices(part)
+
+
+def _row_parts(logits: Tensor, acc: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of rows: (their place among all rows, a [rows, V] view)."""
+    place = 0
+    for matrix in _matrices(logits):
+        for rows in row_blocks(len(matrix), logits.shape[-1] * acc.itemsize, logits.device):
+            part = matrix[rows]
+            yield slice(place, place + len(part)), part
+            place += len(part)
 
 
 class _GatherLogps(torch.autograd.Function):
@@ -330,12 +356,11 @@ class _GatherLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, transform: LogitTransform) -> Tensor:
-        flat, labels = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
-        acc = accumulator_dtype(logits.dtype)
-        lse = torch.empty(len(flat), dtype=acc, device=flat.device)
+        labels = targets.reshape(-1)
+        lse = torch.empty(labels.shape, dtype=accumulator_dtype(logits.dtype), device=logits.device)
         target_logit = torch.empty_like(lse)
-        for rows in _blocks(flat, acc):
-            lse[rows], target_logit[rows] = row_logps(flat[rows].to(acc), labels[rows], transform)
+        for place, part in _row_parts(logits, lse.dtype):
+            lse[place], target_logit[place] = row_logps(part.to(lse.dtype), labels[place], transform)
         ctx.save_for_backward(logits, targets, lse)
         ctx.transform = transform
         return torch.where(labels == IGNORE, 0.0, target_logit - lse).view(targets.shape)
@@ -344,10 +369,11 @@ class _GatherLogps(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None, None]:
         logits, targets, lse = ctx.saved_tensors
-        flat, labels = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
+        labels = targets.reshape(-1)
         coef = torch.where(labels == IGNORE, 0.0, upstream.reshape(-1).to(lse.dtype))
-        grad = torch.empty_like(flat)
-        for rows in _blocks(flat, lse.dtype):
-            u = flat[rows].to(lse.dtype, copy=True)
-            grad[rows] = row_grad_(u, labels[rows], coef[rows], lse[rows], ctx.transform)
-        return grad.view(logits.shape), None, None
+        grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        rows = grad.view(-1, logits.shape[-1])
+        for place, part in _row_parts(logits, lse.dtype):
+            u = part.to(lse.dtype, copy=True)
+            rows[place] = row_grad_(u, labels[place], coef[place], lse[place], ctx.transform)
+        return grad, None, None

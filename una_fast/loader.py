@@ -6,13 +6,17 @@ exactly the records that were due, and the number of units of the global batch i
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 from una_fast.data import Example, mixture_order
+from una_fast.feedback import Feedback
+
+ROUNDING = 1e-9  # 1.1 epochs of 10 steps are 11.000000000000002 steps
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,18 @@ class Loader:
         self.steps_per_epoch = math.ceil(len(self._order(0)) / batch_size)
 
     def num_steps(self, epochs: float, max_steps: int | None) -> int:
-        steps = math.ceil(epochs * self.steps_per_epoch)
+        steps = math.ceil(epochs * self.steps_per_epoch - ROUNDING)
         return steps if max_steps is None else min(steps, max_steps)
+
+    def identity(self) -> str:
+        """A hash of every example and of the mixture: the same for the same data, in any process."""
+        digest = hashlib.sha256(repr((self.sizes, self.weights)).encode())
+        for example in self.examples:
+            arrays = [example.prompt_ids, *example.responses]
+            digest.update(repr([len(ids) for ids in arrays]).encode())
+            for values in (*arrays, *(getattr(example.feedback, f.name).numpy() for f in fields(Feedback))):
+                digest.update(values.tobytes())
+        return digest.hexdigest()[:16]
 
     def steps(self, first: int, stop: int) -> Iterator[Step]:
         """Steps first, first + 1, ..., stop - 1 of the run."""
@@ -79,7 +93,7 @@ class Loader:
 def hold_out(examples: list[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
     """(training, evaluation) examples; the same split for the same seed, both in the order of the source."""
     held = np.zeros(len(examples), dtype=bool)
-    count = math.ceil(fraction * len(examples))
+    count = math.ceil(fraction * len(examples) - ROUNDING)
     held[np.random.default_rng([seed, len(examples)]).permutation(len(examples))[:count]] = True
     pick = [[e for e, h in zip(examples, held, strict=True) if h == wanted] for wanted in (False, True)]
     return pick[0], pick[1]

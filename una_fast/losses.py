@@ -33,7 +33,7 @@ from torch import Tensor
 from una_fast.feedback import BINARY, PAIR, SCORE, Feedback
 
 PAIR_FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "logistic": lambda x, margin: F.softplus(margin - x),
+    "logistic": lambda x, margin: -F.logsigmoid(x - margin),  # F.softplus is cut off at 20
     "linear": lambda x, margin: margin - x,
     "squared": lambda x, margin: (x - margin) ** 2,
 }
@@ -95,8 +95,8 @@ def implicit_rewards(logps: Tensor, ref_logps: Tensor, objective: Objective, len
     """r = beta * Delta, [S] float64. lengths [S]: tokens per response, needed when `length_normalize`."""
     delta = logps.double() - ref_logps.detach().double()
     if objective.length_normalize:
-        if lengths is None:
-            raise ValueError("length_normalize=True needs lengths=, the number of tokens of each response")
+        if lengths is None or lengths.shape != logps.shape:
+            raise ValueError(f"length_normalize=True needs lengths=, [{logps.numel()}] tokens per response")
         delta = delta / lengths.to(delta.device)
     return objective.beta * delta
 
@@ -128,13 +128,23 @@ def una_loss(
     loss = (unit_losses * feedback.weight.to(rewards.device, non_blocking=True)).sum()
     # The empty sum keeps a loss without units in the graph, so that collectives on its backward happen.
     loss = reduce_loss(loss, reduction, num_units, feedback.num_units) + rewards[:0].sum()
-    return UnaOutput(loss, logps.detach().double(), ref_logps.detach().double(), rewards.detach(), unit_losses.detach())
+    # Copies: a caller's cache must not change with the output.
+    sums = (x.detach().to(torch.float64, copy=True) for x in (logps, ref_logps))
+    return UnaOutput(loss, *sums, rewards.detach(), unit_losses.detach())
 
 
 def reduce_loss(total: Tensor, reduction: str, num_units: int | Tensor | None, units: int) -> Tensor:
     """The weighted sum of unit losses, divided by the (global) number of units for "mean"."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction={reduction!r} is not one of {REDUCTIONS}")
+    if isinstance(num_units, Tensor) and num_units.dim() == 0 and num_units.device.type == "cpu":
+        num_units = num_units.item()
+    if isinstance(num_units, Tensor):
+        valid = num_units.dim() == 0  # its value stays on the device
+    else:
+        valid = num_units is None or 0 < num_units < float("inf")
+    if not valid:
+        raise ValueError(f"num_units={num_units} must be one positive number, the units of the global batch")
     if reduction == "sum":
         return total
     return total / (max(units, 1) if num_units is None else num_units)

@@ -7,6 +7,7 @@ tensors; head.py puts the autograd functions on top.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -29,8 +30,8 @@ class Workspace:
     def of(cls, device: torch.device, workspace_mb: float | None) -> Workspace:
         if workspace_mb is None:
             workspace_mb = DEFAULT_WORKSPACE_MB.get(device.type, DEFAULT_WORKSPACE_MB["cuda"])
-        if not workspace_mb > 0:
-            raise ValueError(f"workspace_mb={workspace_mb} must be positive")
+        if not 0 < workspace_mb < math.inf:
+            raise ValueError(f"workspace_mb={workspace_mb} must be positive and finite")
         return cls(int(workspace_mb * 2**20))
 
     @property
@@ -203,8 +204,10 @@ class Grads:
 
 
 def empty_hidden_grad(hidden: Tensor, head: Head, tile: Tile, all_rows: bool) -> Tensor:
-    """[N, D] to be written row by row: zeros if some rows never are; in the accumulator dtype if slices are summed."""
-    dtype = head.engine.acc if tile.vocab < head.vocab else hidden.dtype
+    """[N, D] to be written row by row: zeros if some rows never are; in the accumulator dtype if slices are summed, and
+    for float16, which cannot hold what a loss scale is yet to multiply."""
+    wide = tile.vocab < head.vocab or hidden.dtype == torch.float16
+    dtype = head.engine.acc if wide else hidden.dtype
     return (torch.empty if all_rows else torch.zeros)(hidden.shape, dtype=dtype, device=hidden.device)
 
 

@@ -109,13 +109,15 @@ def components(feedback: Feedback, lengths: Sequence[int], length_normalize: boo
     return result
 
 
-def fit_tile(rows: int, vocab: int, hidden: int, acc_bytes: int, cast: bool, budget: int) -> Tile:
-    """The largest tile whose logits and per-row temporaries stay within `budget` bytes.
+def row_bytes(vocab: int, hidden: int, acc_bytes: int, cast: bool) -> int:
+    """Bytes of a row of a chunk: its logits, and, with operands narrower than the accumulator (cast), its hidden state
+    and the gradient of that once more."""
+    return vocab * acc_bytes + (2 * hidden * acc_bytes if cast else 0)
 
-    cast: operands are narrower than the accumulator, so a chunk's hidden rows and their gradient exist twice.
-    """
-    per_row = vocab * acc_bytes + (2 * hidden * acc_bytes if cast else 0)
-    whole = budget // per_row
+
+def fit_tile(rows: int, vocab: int, hidden: int, acc_bytes: int, cast: bool, budget: int) -> Tile:
+    """The largest tile whose rows (row_bytes) stay within `budget` bytes."""
+    whole = budget // row_bytes(vocab, hidden, acc_bytes, cast)
     if whole >= 1:
         return Tile(min(whole, max(rows, 1)), vocab)
     cells = max(budget // acc_bytes, 1)
@@ -156,10 +158,12 @@ def make_plan(
     def size(part: Component) -> int:
         return sum(lengths[i] for i in part.responses)
 
-    # The first streamed component needs one accumulator less; scratch may take half of the budget.
+    # The first streamed component needs one accumulator less. Scratch may take half of the budget, and must leave room
+    # for one row of logits.
+    room_for_scratch = min(budget // 2, budget - row_bytes(vocab, hidden, acc_bytes, cast))
     long = sorted((part for part in parts if size(part) > tile.rows), key=lambda part: len(part.groups))
     for part in long:
-        if (len(part.groups) - (not streamed)) * accumulator <= budget // 2:
+        if (len(part.groups) - (not streamed)) * accumulator <= room_for_scratch:
             streamed.append(part)
         else:
             recomputed.extend(part.responses)

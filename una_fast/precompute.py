@@ -4,62 +4,73 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from una_fast.config import RunConfig
-from una_fast.data import Source, collate, load_examples, read_rows
+from una_fast.data import Example, Source, collate, load_examples, read_rows
 from una_fast.packing import packing_refusal
 from una_fast.policy import load_policy, load_tokenizer
 from una_fast.records import as_object
-from una_fast.scoring import Scoring
+from una_fast.scoring import Scoring, run_dtypes
 from una_fast.sharding import start_world
 
 
-def precompute_reference(config: RunConfig) -> list[dict[str, Any]]:
-    """Write output_dir/<source>.jsonl for every source of a run's configuration.
+def precompute_reference(config: RunConfig) -> dict[str, list[dict[str, Any]]]:
+    """Write output_dir/data-NN-<source>.jsonl for every source of a run's data, and eval_data-NN-... likewise.
 
-    ref_logps are sums over tokens, one per response, chosen first. Returns the `data:` entries that train on the new
-    files. The same model, tokenizer and record settings must be used for training.
+    ref_logps are sums over tokens, one per response, chosen first. Returns the `data:` and `eval_data:` entries that
+    train on the new files. The same model, tokenizer, precision and record settings must be used for training.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("una-fast precompute-ref runs as one process; start it without torchrun")
     world = start_world(config.device)
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and world.device.type == "cuda")
+    compute, dtype = run_dtypes(config, world.device)
     tokenizer = load_tokenizer(config.tokenizer or config.model, trust_remote_code=config.trust_remote_code)
     policy = load_policy(
         config.model,
-        dtype=torch.bfloat16 if bf16 else torch.float32,
+        dtype=dtype,
         trust_remote_code=config.trust_remote_code,
         attn_implementation=config.attn_implementation,
     )
     policy.packed = config.packing and packing_refusal(policy.causal_lm) is None
     policy.model.to(world.device).eval()
-    scoring = Scoring(config.workspace_mb, config.engine)
+    scoring = Scoring(config.workspace_mb, config.engine, None if compute == dtype else compute)
     output_dir = Path(config.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    entries = []
-    for number, entry in enumerate(config.data):
-        source = Source.parse(entry, config.record_options())
-        unit_scores = config.objective().scores_in_unit_interval
-        examples, report = load_examples(source, tokenizer, require_unit_scores=unit_scores)
-        print(report, flush=True)
-        logps: dict[str, list[float]] = {}
+
+    def logps(examples: list[Example]) -> Iterator[tuple[str, list[float]]]:
         for start in range(0, len(examples), config.micro_batch_size):
             part = examples[start : start + config.micro_batch_size]
             batch = collate(part, packed=policy.packed, device=world.device, pad_id=tokenizer.pad_token_id)
             values = iter(scoring.logps(policy, batch).tolist())
             for example in part:
-                logps[example.origin] = [next(values) for _ in example.responses]
-        target = output_dir / f"{number:02d}-{Path(source.path).stem}.jsonl"
-        with target.open("w", encoding="utf-8") as file:
-            for origin, row in read_rows(source):
-                if origin in logps:
-                    record = {**as_object(row), "ref_logps": logps[origin]}
-                    file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+                yield example.origin, [next(values) for _ in example.responses]
+
+    def rewrite(entry: str | dict[str, Any], prefix: str) -> dict[str, Any]:
+        source = Source.parse(entry, config.record_options())
+        unit_scores = config.objective().scores_in_unit_interval
+        examples, report = load_examples(source, tokenizer, require_unit_scores=unit_scores)
+        print(report, flush=True)
+        target = output_dir / f"{prefix}-{Path(source.path).stem}.jsonl"
+        _write_with(target, source, dict(logps(examples)))
         own = dict(entry) if isinstance(entry, dict) else {}
         own.pop("split", None)
-        entries.append({**own, "path": str(target)})
-    return entries
+        return {**own, "path": str(target)}
+
+    return {
+        name: [rewrite(entry, f"{name}-{number:02d}") for number, entry in enumerate(entries)]
+        for name, entries in (("data", config.data), ("eval_data", config.eval_data))
+        if entries
+    }
+
+
+def _write_with(target: Path, source: Source, logps: dict[str, list[float]]) -> None:
+    """The rows of a source that have reference log-probs, with these, under the name that the source reads."""
+    column = source.options.resolved().columns.get("ref_logps", "ref_logps")
+    with target.open("w", encoding="utf-8") as file:
+        for origin, row in read_rows(source):
+            if origin in logps:
+                record = {**as_object(row), column: logps[origin]}
+                file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")

@@ -80,12 +80,19 @@ class Meter:
         raw = out.rewards[first] + offset + self.objective.offset
         (on_rewards,) = of(points, (feedback.kind == SCORE) & (not self.objective.scores_in_unit_interval))
         probability = torch.sigmoid(raw)
-        index = (probability * BINS).long().clamp_max(BINS - 1)
+        # A policy that diverged has no bin, and must not stop the run before its gradient norm does, by name.
+        index = (probability.nan_to_num(0.0) * BINS).long().clamp_max(BINS - 1)
         counted = (~on_rewards).double()
         bins = raw.new_zeros(2, BINS)
         bins[0].index_add_(0, index, counted)
         bins[1].index_add_(0, index, counted * (probability - wanted))
         return first.numel(), torch.where(on_rewards, raw, probability), wanted, bins
+
+    def pool(self, world: World) -> list[float]:
+        """The sums over all ranks, for a checkpoint; the first rank goes on with them, the others from zero."""
+        pooled = world.sum(self.sums)
+        self.sums = pooled if world.is_main else torch.zeros_like(pooled)
+        return pooled.tolist()
 
     def take(self, world: World) -> dict[str, float]:
         """Metrics over all ranks since the last call; what had no data is left out."""
@@ -138,7 +145,7 @@ class Reporter:
         output_dir = Path(config.output_dir)
         self.path = output_dir / "metrics.jsonl"
         _drop_after(self.path, first_step)
-        self.writers = [_make_writer(name, output_dir) for name in config.loggers]
+        self.writers = [_make_writer(name, output_dir, first_step) for name in config.loggers]
         if config.progress:
             from tqdm.auto import tqdm
 
@@ -187,12 +194,12 @@ def _drop_after(path: Path, step: int) -> None:
     path.write_text("".join(kept) if step else "", encoding="utf-8")
 
 
-def _make_writer(name: str, output_dir: Path) -> Any:
-    """A function (step, metrics) for a logging back-end."""
+def _make_writer(name: str, output_dir: Path, first_step: int) -> Any:
+    """A function (step, metrics) for a logging back-end of a run that continues after first_step."""
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
-        board = SummaryWriter(output_dir / "tensorboard")
+        board = SummaryWriter(output_dir / "tensorboard", purge_step=first_step + 1 if first_step else None)
 
         def write(step: int, metrics: dict[str, float]) -> None:
             for key, value in metrics.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,17 @@ from una_fast.data import Batch
 from una_fast.head import linear_una_loss, sequence_logps
 from una_fast.losses import Objective, UnaOutput
 from una_fast.policy import Policy
+
+if TYPE_CHECKING:
+    from una_fast.config import RunConfig
+
+
+def run_dtypes(config: RunConfig, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
+    """(of the computation, of the loaded weights) of a run: weights that are trained stay float32, while the frozen
+    base under new adapters is loaded in the dtype of the computation."""
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    compute = torch.bfloat16 if bf16 else torch.float32
+    return compute, compute if config.lora else torch.float32
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from una_fast.reference import (
     without_cached_logps,
 )
 from una_fast.report import Clock, Meter, Reporter, model_card, peak_gib, peak_tflops
-from una_fast.scoring import Scoring
+from una_fast.scoring import Scoring, run_dtypes
 from una_fast.sharding import World, local_scalar, shard, start_world
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,10 @@ def train(config: RunConfig) -> TrainResult:
     trainer = Trainer(config, world, tokenizer, train_sets, eval_set, weights, checkpoint)
     for report in reports:
         trainer.reporter.say(str(report))
+    if world.is_main:
+        config.save(output_dir / "config.yaml")
+        data = json.dumps([vars(report) for report in reports], indent=1)
+        (output_dir / "data.json").write_text(data + "\n", encoding="utf-8")
     metrics = trainer.run()
     save_model(output_dir, trainer.policy, tokenizer, world)
     if world.is_main:
@@ -69,7 +73,7 @@ def train(config: RunConfig) -> TrainResult:
 
 
 def prepare_output(config: RunConfig, output_dir: Path, world: World) -> Path | None:
-    """Create the output directory and save the settings; returns the checkpoint to resume from, if any."""
+    """Create the output directory; returns the checkpoint to resume from, if any."""
     checkpoints = complete_checkpoints(output_dir)
     used = (output_dir / "metrics.jsonl").exists() or bool(checkpoints)
     if used and not config.resume:
@@ -77,7 +81,6 @@ def prepare_output(config: RunConfig, output_dir: Path, world: World) -> Path | 
     world.barrier()  # every rank looked before the first one writes
     if world.is_main:
         output_dir.mkdir(parents=True, exist_ok=True)
-        config.save(output_dir / "config.yaml")
     return checkpoints[-1] if checkpoints else None
 
 
@@ -129,16 +132,7 @@ class Trainer:
         cached = config.reference == "cached" or (config.reference == "auto" and has_cached_logps(every))
         if not cached:
             train_sets, eval_set = [without_cached_logps(part) for part in train_sets], without_cached_logps(eval_set)
-        state = read_state(checkpoint) if checkpoint else {"step": 0}
-        self.first_step = state["step"]
         self._load_models(cached, every, checkpoint)
-        identity = self.reference.identity
-        if state.get("reference", identity) != identity:
-            raise ValueError(
-                f"{checkpoint} was trained against reference {state['reference']}, but this run has {identity}: "
-                "continuing would change the objective; restore model, reference and data of that run"
-            )
-
         options = {
             "batch_size": config.batch_size,
             "micro_batch_size": config.micro_batch_size,
@@ -148,29 +142,35 @@ class Trainer:
         }
         self.loader = Loader(train_sets, weights, **options)
         self.eval_loader = Loader([eval_set], [1.0], **options) if eval_set else None
+        run = {"reference": self.reference.identity, "data": self.loader.identity(), **config.trajectory()}
+        self.state: dict[str, Any] = {"step": 0, "run": run}
+        if checkpoint:
+            self.state = read_state(checkpoint)
+            refuse_another_run(checkpoint, self.state["run"], run)
+        self.first_step = self.state["step"]
         self.total_steps = self.loader.num_steps(config.epochs, config.max_steps)
         self.optimizer = make_optimizer(self.policy, config)
         self.scheduler = get_scheduler(
-            config.lr_schedule,
+            "constant_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule,
             self.optimizer,
             num_warmup_steps=round(config.warmup_ratio * self.total_steps),
             num_training_steps=self.total_steps,
         )
+        self.meter, self.clock = Meter(self.objective, world.device), Clock()
         if checkpoint:
             load_training_state(checkpoint, self.policy, self.optimizer, world)
-            self.scheduler.load_state_dict(state["scheduler"])
+            self.scheduler.load_state_dict(self.state["scheduler"])
+            if world.is_main:  # see Meter.pool
+                self.meter.sums += torch.tensor(self.state["meter"], dtype=torch.float64, device=world.device)
+            self.clock.spent = self.state["seconds"]
         self.reporter = Reporter(config, world, self.total_steps, self.first_step)
-        self.meter = Meter(self.objective, world.device)
-        self.clock = Clock()
 
     def _load_models(self, cached: bool, examples: list[Example], checkpoint: Path | None) -> None:
         """Policy (from the checkpoint, if any) and reference (always from the start of the run)."""
         config, world = self.config, self.world
-        bf16 = config.precision == "bf16" or (config.precision == "auto" and world.device.type == "cuda")
-        compute = torch.bfloat16 if bf16 else torch.float32
-        mixed = bf16 and not config.lora  # trained weights in float32, compute in bfloat16
-        self.scoring = Scoring(config.workspace_mb, config.engine, compute if mixed and not world.sharded else None)
-        dtype = torch.float32 if mixed else compute
+        compute, dtype = run_dtypes(config, world.device)
+        autocast = None if compute == dtype or world.sharded else compute  # FSDP2 casts by itself
+        self.scoring = Scoring(config.workspace_mb, config.engine, autocast)
 
         def load(path: Any, *, trained: bool) -> Policy:
             lora = config.lora if trained and checkpoint is None else None
@@ -209,10 +209,10 @@ class Trainer:
         if self.first_step == 0:
             last |= self.evaluate(0)
         for step, work in enumerate(self.loader.steps(self.first_step, self.total_steps), start=self.first_step + 1):
-            norm = self.take_step(work)
+            taken = self.take_step(work)
             self.reporter.advance()
             if step % config.log_every == 0 or step == self.total_steps:
-                last |= self.log(step, work.epoch, norm)
+                last |= self.log(step, {"epoch": work.epoch, **taken})
             if step == self.total_steps or (config.eval_every and step % config.eval_every == 0):
                 last |= self.evaluate(step)
             if config.save_every and step % config.save_every == 0:
@@ -220,8 +220,9 @@ class Trainer:
         self.reporter.close()
         return last
 
-    def take_step(self, work: Step) -> float:
-        """Gradients of the global batch, then one optimizer step. Returns the gradient norm before clipping."""
+    def take_step(self, work: Step) -> dict[str, float]:
+        """Gradients of the global batch, then one optimizer step. Returns the learning rate that it was taken with, and
+        the gradient norm before clipping."""
         for examples in work.micro_batches:
             out = self.score(examples, work.num_units)
             out.loss.backward()
@@ -236,10 +237,11 @@ class Trainer:
             )
         if self.config.max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, norm)
+        taken = {"grad_norm": value, "learning_rate": self.scheduler.get_last_lr()[0]}
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return value
+        return taken
 
     def score(self, examples: list[Example], num_units: int) -> UnaOutput:
         """One micro-batch against the reference; its metrics go to the meter."""
@@ -266,13 +268,11 @@ class Trainer:
         self.clock.go_on()
         return metrics
 
-    def log(self, step: int, epoch: float, norm: float) -> dict[str, float]:
+    def log(self, step: int, taken: dict[str, float]) -> dict[str, float]:
+        """Metrics since the last report, with what the last step was taken with."""
         seconds = self.clock.take()
         metrics = self.meter.take(self.world)
-        metrics |= {
-            "epoch": epoch,
-            "grad_norm": norm,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+        metrics |= taken | {
             "tok_per_sec": metrics["tokens"] / seconds,
             "memory/peak_gib": peak_gib(self.world.device),
         }
@@ -291,19 +291,35 @@ class Trainer:
 
     def save(self, step: int) -> None:
         self.clock.pause()
-        state = {"scheduler": self.scheduler.state_dict(), "reference": self.reference.identity}
+        self.state |= {
+            "step": step,
+            "scheduler": self.scheduler.state_dict(),
+            "meter": self.meter.pool(self.world),
+            "seconds": self.clock.spent,
+        }
         path = save_checkpoint(
             Path(self.config.output_dir),
-            step,
             self.policy,
             self.optimizer,
             self.tokenizer,
             self.world,
-            json.loads(json.dumps(state)),
+            self.state,
             self.config.keep_checkpoints,
         )
         self.reporter.say(f"saved {path}")
         self.clock.go_on()
+
+
+def refuse_another_run(checkpoint: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """ValueError, by name, for whatever would make the continued run differ from the one that was interrupted."""
+    changed = [
+        f"{name} was {saved.get(name)} and is {value}" for name, value in current.items() if saved.get(name) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"{checkpoint} belongs to another run: {'; '.join(changed)}. Restore these to continue it, or set another "
+            "output_dir to start anew"
+        )
 
 
 def make_optimizer(policy: Policy, config: RunConfig) -> Optimizer:

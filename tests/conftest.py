@@ -1,0 +1,22 @@
+"""What the tests of the trainer share for a whole session. Imports are local: most other tests need none of it."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def llamas(tmp_path_factory):
+    """Directories of tiny models: {"untied": path, "tied": path}."""
+    from tiny import save_llama
+
+    root = tmp_path_factory.mktemp("llamas")
+    return {name: save_llama(root / name, tied=name == "tied") for name in ("untied", "tied")}
+
+
+@pytest.fixture(scope="session")
+def mixed(tmp_path_factory):
+    """A JSONL file of 36 records with every kind of feedback."""
+    from tiny import make_records, write_jsonl
+
+    return write_jsonl(tmp_path_factory.mktemp("data") / "mixed.jsonl", make_records("mixed", 36))

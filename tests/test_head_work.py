@@ -1,0 +1,246 @@
+"""What the head costs: GEMM passes counted one by one, and no [N, V] tensor at any time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from counters import FlopCounter, LiveBytes
+from helpers import PAIR, WAYS, Problem, Way, evaluate, problem, reference
+from torch import Tensor
+
+from una_fast import Feedback, Objective, UnaOutput, eager, gather_logps, linear_una_loss, passes, token_logps
+from una_fast.head import sequence_logps
+
+VOCAB = 101
+TRAINED, FROZEN = ("hidden", "weight"), ("hidden",)
+
+
+def work(way: Way, op: Callable[..., UnaOutput] = linear_una_loss, dtype=torch.float32, **arguments) -> float:
+    """GEMM passes of one forward and backward."""
+    p = way.problem(VOCAB, dtype=dtype)
+    ref = reference(p, arguments.pop("ref", "cached"))
+    if op is linear_una_loss:
+        arguments["workspace_mb"] = way.workspace_mb(dtype)
+    with FlopCounter() as counter:
+        evaluate(op, p, **ref, **arguments)
+    return counter.passes(len(p.hidden), way.dim, VOCAB)
+
+
+# ---------------------------------------------------------------------------------------------------------- passes
+
+
+def test_the_counter_counts_eager():
+    assert work(WAYS["pair, resident"], eager.linear_una_loss) == 3
+    assert work(WAYS["pair, resident"], eager.linear_una_loss, ref="own") == 4
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_trained_head(way, dtype):
+    """3 passes, 4 where logits are recomputed, 1 for responses in no unit; the reference costs 1 or nothing."""
+    way = WAYS[way]
+    arguments = {"train": TRAINED, "dtype": dtype}
+    assert work(way, **arguments) == pytest.approx(way.passes, abs=1e-9)
+    for ref in ("own", "policy"):
+        assert work(way, ref=ref, **arguments) == pytest.approx(way.passes + 1, abs=1e-9)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("ref", ["cached", "own"])
+def test_frozen_head(way, ref):
+    """2 passes, whatever links the responses; 3 over vocabulary slices."""
+    way = WAYS[way]
+    p = way.problem(VOCAB)
+    scored = torch.isin(torch.arange(len(way.lengths)), torch.cat([way.feedback.first, way.feedback.second]))
+    share = float(p.cu_seqlens.diff()[scored].sum()) / len(p.hidden)
+    policy = (3 if "sliced" in way.kinds else 2) * share + (1 - share)
+    assert work(way, ref=ref, train=FROZEN) == pytest.approx(policy + (ref != "cached"), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("links", "block", "passes"),
+    [
+        ("pair", "resident", 3),
+        ("pair", "streamed", 3),
+        ("pair", "sliced", 4),
+        ("two pairs", "scratch", 3),
+        ("scores too", "resident", 3),
+        ("scores too", "streamed", 3),
+        ("scores too", "recomputed", 4),
+        ("four", "resident", 3),
+        ("four", "streamed", 3),
+        ("four", "recomputed", 4),
+    ],
+)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_pass_counts_in_plain_numbers(links, block, passes, normalize):
+    """The table of the design, independent of the arithmetic of `WAYS`."""
+    way, objective = WAYS[f"{links}, {block}"], Objective(length_normalize=normalize)
+    assert work(way, train=TRAINED, objective=objective) == passes
+    assert work(way, train=TRAINED, objective=objective, ref="own") == passes + 1
+
+
+@pytest.mark.parametrize("way", ["pair, resident", "pair, streamed", "scores too, recomputed", "two pairs, no scratch"])
+def test_weight_only_and_bias_only(way):
+    way = WAYS[way]
+    assert work(way, train=("weight",)) == pytest.approx(way.passes - 1, abs=1e-9), "nobody asked for dL/dh"
+    assert work(way, train=("bias",)) == pytest.approx(1, abs=1e-9), "a bias needs no [V, D] accumulator"
+    assert work(way, train=("hidden", "bias")) == pytest.approx(2, abs=1e-9)
+
+
+@pytest.mark.parametrize("way", ["pair, resident", "pair, streamed", "mixed, all at once", "mixed, sliced"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_gradients_one_pass_and_no_gradient_buffer(way, dtype):
+    way = WAYS[way]
+    vocab, dim = 5001, 64  # every tensor of the size of the head would stand out
+    p = problem(0, lengths=way.lengths, dim=dim, vocab=vocab, feedback=way.feedback, dtype=dtype)
+    arguments = {"ref_hidden": p.ref_hidden, "ref_weight": p.ref_weight, "workspace_mb": 0.5}
+    p.hidden.requires_grad_(), p.weight.requires_grad_()
+    with torch.no_grad(), FlopCounter() as counter, LiveBytes() as memory:
+        linear_una_loss(p.hidden, p.weight, p.targets, p.cu_seqlens, p.feedback, **arguments)
+    assert counter.passes(len(p.hidden), dim, vocab) == 2
+    assert memory.largest() <= 0.5 * 2**20 < vocab * dim * 4
+    with FlopCounter() as counter, LiveBytes() as memory:
+        sequence_logps(p.hidden, p.weight, p.targets, p.cu_seqlens, workspace_mb=0.5)
+    assert counter.passes(len(p.hidden), dim, vocab) == 1
+    assert memory.largest() <= 0.5 * 2**20
+
+
+def test_inputs_without_gradients_cost_one_pass():
+    """Eval that forgot no_grad: nothing requires a gradient, so none is built."""
+    p = WAYS["pair, streamed"].problem(VOCAB)
+    ref = reference(p, "cached")
+    with FlopCounter() as counter:
+        linear_una_loss(p.hidden, p.weight, p.targets, p.cu_seqlens, p.feedback, **ref)
+    assert counter.passes(*p.hidden.shape, VOCAB) == 1
+
+
+@pytest.mark.parametrize(("train", "passes"), [(TRAINED, 4), (FROZEN, 3), (("weight",), 3), ((), 1)])
+def test_token_logps_recomputes(train, passes):
+    p = problem(0)
+    hidden, weight = p.hidden.requires_grad_("hidden" in train), p.weight.requires_grad_("weight" in train)
+    with FlopCounter() as counter:
+        out = token_logps(hidden, weight, p.targets)
+        if train:
+            out.sum().backward()
+    assert counter.passes(*hidden.shape, len(weight)) == passes
+
+
+def test_bad_feedback_is_refused_before_any_pass():
+    """One outlier must not cost a reference pass over a long batch first."""
+    p = problem(0, lengths=[5], feedback=Feedback.scores([0], [3.0]))
+    with FlopCounter() as counter, pytest.raises(ValueError, match="outside"):
+        linear_una_loss(p.hidden, p.weight, p.targets, p.cu_seqlens, p.feedback, ref_hidden=p.ref_hidden)
+    assert counter.flop == 0
+
+
+# ---------------------------------------------------------------------------------------------------------- memory
+
+
+def measured(op: Callable[..., UnaOutput], p: Problem, **arguments) -> tuple[LiveBytes, list[Tensor]]:
+    """Every allocation of one forward and backward, and the gradients it returned."""
+    leaves = [p.hidden.detach().requires_grad_(), p.weight.detach().requires_grad_()]
+    with LiveBytes() as memory:
+        out = op(*leaves, p.targets, p.cu_seqlens, p.feedback, **arguments)
+        out.loss.backward()
+    return memory, [*out, *(x.grad for x in leaves)]
+
+
+LONG = (20_000, 32_000)  # rows, vocabulary: float32 logits would take 2.4 GiB
+
+
+@pytest.mark.parametrize("workspace_mb", [16, None])
+def test_no_tensor_of_rows_by_vocabulary(workspace_mb):
+    """The largest tensor beside outputs and the one [V, D] accumulator is within the budget."""
+    rows, vocab = LONG
+    feedback = Feedback.merge([PAIR, Feedback.binary([2], [True])])
+    p = problem(0, lengths=[9_000, 8_000, 2_000, 1_000], dim=4, vocab=vocab, dtype=torch.float32, feedback=feedback)
+    memory, returned = measured(linear_una_loss, p, ref_logps=torch.zeros(4), workspace_mb=workspace_mb)
+    budget = (workspace_mb or 256) * 2**20
+    assert memory.largest(excluding=returned) <= budget < rows * vocab * 4
+    # Blocks of row operations and the rows of a chunk come on top of the budget, a few MiB whatever its size.
+    assert memory.peak(excluding=returned) <= budget + 8 * 2**20
+    assert memory.largest(excluding=returned) >= budget // 2, "the budget is there to be used"
+
+
+BUDGETED = [(way, torch.float32) for way in WAYS] + [
+    (way, torch.bfloat16)
+    for way in WAYS
+    if "sliced" not in WAYS[way].kinds  # slow: the weight is cast row by row
+]
+
+
+@pytest.mark.parametrize(("way", "dtype"), BUDGETED)
+@pytest.mark.parametrize("train", [TRAINED, FROZEN])
+def test_every_way_stays_within_its_budget(way, dtype, train, monkeypatch):
+    """Scratch included. Row blocks are made small, so that the budget is not lost in them."""
+    monkeypatch.setattr("una_fast.engine.CACHE_BLOCK_BYTES", 1)
+    way, scale = WAYS[way], 4
+    lengths, vocab = [scale * n for n in way.lengths], VOCAB * scale
+    p = problem(0, lengths=lengths, dim=scale * way.dim, vocab=vocab, feedback=way.feedback, dtype=dtype)
+    budget = scale**2 * way.workspace_mb(dtype)
+    p.hidden.requires_grad_(), p.weight.requires_grad_("weight" in train)
+    with LiveBytes() as memory:
+        arguments = {"ref_logps": torch.zeros(len(lengths)), "workspace_mb": budget}
+        out = linear_una_loss(p.hidden, p.weight, p.targets, p.cu_seqlens, p.feedback, **arguments)
+    built = [x for x in out.loss.grad_fn.grads if x is not None]
+    # Beside the budget: numbers per row, and four rows of logits in the row operations.
+    slack = 40 * len(p.hidden) + 4 * 8 * vocab
+    assert memory.peak(excluding=built) <= budget * 2**20 + slack
+
+
+@pytest.mark.parametrize("way", ["pair, resident", "two pairs, scratch", "scores too, recomputed", "pair, sliced"])
+def test_nothing_but_gradients_is_kept_for_backward(way):
+    way = WAYS[way]
+    p = way.problem(1001, dtype=torch.float32)
+    p.hidden.requires_grad_(), p.weight.requires_grad_()
+    with LiveBytes() as memory:
+        ref = {"ref_hidden": p.ref_hidden, "ref_weight": p.ref_weight}
+        loss = linear_una_loss(p.hidden, p.weight, p.targets, p.cu_seqlens, p.feedback, **ref, workspace_mb=0.1).loss
+    gradients = 4 * (p.hidden.numel() + p.weight.numel())
+    assert loss.requires_grad
+    assert memory.live() <= gradients + 64 * len(p.hidden)
+
+
+def test_peak_is_at_most_half_of_eager():
+    """One pair of 2 x 256 rows over 32,000 entries, policy and reference, the budget scaled with the rows."""
+    p = problem(0, lengths=[256, 256], dim=64, vocab=32_000, dtype=torch.float32, feedback=PAIR)
+    ref = {"ref_hidden": p.ref_hidden, "ref_weight": p.ref_weight}
+    ours, theirs = (
+        memory.peak(excluding=returned)
+        for memory, returned in (
+            measured(linear_una_loss, p, workspace_mb=64, **ref),
+            measured(eager.linear_una_loss, p, **ref),
+        )
+    )
+    assert ours <= 0.5 * theirs, f"{ours / 2**20:.0f} MiB against {theirs / 2**20:.0f} MiB"
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "shifted"])
+def test_gather_logps_keeps_no_copy_of_the_logits(layout, monkeypatch):
+    """Callers hold [B, T, V] and pass logits[:, :-1]: copying that is as large as the softmax that it saves."""
+    monkeypatch.setattr("una_fast.engine.CACHE_BLOCK_BYTES", 1)
+    logits = torch.randn(2, 65, 4001).requires_grad_()
+    targets = torch.randint(0, 4001, (2, 64))
+    given = logits[:, :-1] if layout == "shifted" else logits[:, :64].detach().contiguous().requires_grad_()
+    size = 2 * 64 * 4001 * 4
+    with LiveBytes() as memory:
+        out = gather_logps(given, targets)
+    assert memory.peak() < 0.1 * size, "forward"
+    with LiveBytes() as memory:
+        (grad,) = torch.autograd.grad(out.sum(), given)
+    assert memory.peak(excluding=[grad]) < 0.1 * size, "backward"
+
+
+def test_token_logps_stays_within_the_default_budget(monkeypatch):
+    monkeypatch.setitem(passes.DEFAULT_WORKSPACE_MB, "cpu", 1)
+    monkeypatch.setattr("una_fast.engine.CACHE_BLOCK_BYTES", 1)
+    p = problem(0, lengths=[4000], dim=8, vocab=1001, dtype=torch.float32, feedback=PAIR)
+    leaves = [p.hidden.requires_grad_(), p.weight.requires_grad_()]
+    with LiveBytes() as memory:
+        token_logps(*leaves, p.targets).sum().backward()
+    returned = [x.grad for x in leaves]
+    assert memory.largest(excluding=returned) <= 2**20
+    assert memory.peak(excluding=returned) <= 2**20 + 64 * 4000
