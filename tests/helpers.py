@@ -215,11 +215,11 @@ WAYS = {
         MIXED, MIXED_LENGTHS, 16, 3, "streamed scratch resident recomputed unscored", (3 * 26 + 4 * 12 + 9) / 47
     ),
     "mixed, sliced": _way(MIXED, MIXED_LENGTHS, 0.3, 24, "sliced recomputed unscored", (4 * 38 + 9) / 47),
-    "mixed, a few cells": _way(MIXED, MIXED_LENGTHS, 0.12, 24, "sliced recomputed unscored", (4 * 38 + 9) / 47),
     "pair, resident": _way(PAIR, (30, 21), 51, 24, "resident", 3),
     "pair, streamed": _way(PAIR, (30, 21), 8, 24, "streamed", 3),
     "pair, row by row": _way(PAIR, (30, 21), 1, 24, "streamed", 3),
     "pair, sliced": _way(PAIR, (30, 21), 0.9, 24, "sliced recomputed", 4),
+    "pair, a few cells": _way(PAIR, (5, 3), 0.05, 24, "sliced recomputed", 4),
     "pair beside short ones": _way(TWO_PAIRS, (30, 21, 4, 3), 8, 24, "streamed resident", 3),
     "two pairs, scratch": _way(TWO_PAIRS, (30, 21, 17, 13), 8, 3, "streamed scratch", 3),
     "two pairs, no scratch": _way(TWO_PAIRS, (30, 21, 17, 13), 8, 24, "streamed recomputed", (3 * 51 + 4 * 30) / 81),

@@ -109,12 +109,9 @@ def test_every_objective_form(forms, dtype):
 def test_every_logit_transform(transform, dtype, way, bias):
     way = WAYS[way]
     p = way.problem(dtype=dtype, seed=2)
-    for kind in ("cached", "own", "policy"):
-        arguments = {**reference(p, kind), **transform, "bias": bias}
-        if not bias:
-            arguments.pop("ref_bias", None)
-        out = evaluate(linear_una_loss, p, workspace_mb=way.workspace_mb(dtype), **arguments)
-        assert_close(out, truth(p, **arguments), TOLERANCE[dtype])
+    arguments = {**reference(p, "policy"), **transform, "bias": bias}
+    out = evaluate(linear_una_loss, p, workspace_mb=way.workspace_mb(dtype), **arguments)
+    assert_close(out, truth(p, **arguments), TOLERANCE[dtype])
 
 
 def random_units(rng: random.Random, responses: int) -> Feedback:
@@ -181,7 +178,7 @@ def test_half_precision_is_no_worse_than_eager_in_half_precision(way, peak, dtyp
     """Against float64 on the same rounded inputs; the worst of several problems, so that luck evens out."""
     way = WAYS[way]
     ours, theirs = {}, {}
-    for seed, train in product(range(6), (LEAVES, ("hidden",))):
+    for seed, train in product(range(4), (LEAVES, ("hidden",))):
         p = way.problem(seed=seed, dtype=dtype, peak=peak)
         arguments = {**reference(p, ("cached", "own")[seed % 2]), "train": train, "upstream": 3.7}
         exact = truth(p, **arguments)
@@ -677,8 +674,7 @@ def test_autocast_of_the_per_token_ops(op):
 # --------------------------------------------------------------------------------------------------------- gradcheck
 
 
-@pytest.mark.parametrize("rows", [100, 4, 0.4], ids=["resident", "streamed", "sliced"])
-@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(("rows", "normalize"), [(100, False), (4, True), (4, False), (0.4, True)])
 def test_gradcheck_linear_una_loss(rows, normalize):
     feedback = Feedback.merge([PAIR, Feedback.pairs([2], [3]), Feedback.scores([3], [0.7])])
     p = problem(0, dim=2, vocab=5, peak=3.0, lengths=[3, 2, 4, 1, 1], feedback=feedback)

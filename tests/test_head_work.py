@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace as Namespace
 
 import pytest
 import torch
@@ -43,8 +44,7 @@ def test_trained_head(way, dtype):
     way = WAYS[way]
     arguments = {"train": TRAINED, "dtype": dtype}
     assert work(way, **arguments) == pytest.approx(way.passes, abs=1e-9)
-    for ref in ("own", "policy"):
-        assert work(way, ref=ref, **arguments) == pytest.approx(way.passes + 1, abs=1e-9)
+    assert work(way, ref="policy", **arguments) == pytest.approx(way.passes + 1, abs=1e-9)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -139,7 +139,7 @@ def test_bad_feedback_is_refused_before_any_pass():
 # ---------------------------------------------------------------------------------------------------------- memory
 
 
-def measured(op: Callable[..., UnaOutput], p: Problem, **arguments) -> tuple[LiveBytes, list[Tensor]]:
+def measured(op: Callable[..., UnaOutput], p: Problem | Namespace, **arguments) -> tuple[LiveBytes, list[Tensor]]:
     """Every allocation of one forward and backward, and the gradients it returned."""
     leaves = [p.hidden.detach().requires_grad_(), p.weight.detach().requires_grad_()]
     with LiveBytes() as memory:
@@ -156,7 +156,13 @@ def test_no_tensor_of_rows_by_vocabulary(workspace_mb):
     """The largest tensor beside outputs and the one [V, D] accumulator is within the budget."""
     rows, vocab = LONG
     feedback = Feedback.merge([PAIR, Feedback.binary([2], [True])])
-    p = problem(0, lengths=[9_000, 8_000, 2_000, 1_000], dim=4, vocab=vocab, dtype=torch.float32, feedback=feedback)
+    p = Namespace(
+        hidden=torch.randn(rows, 4),
+        weight=torch.randn(vocab, 4),
+        targets=torch.randint(vocab, (rows,)),
+        cu_seqlens=torch.tensor([0, 9_000, 17_000, 19_000, rows]),
+        feedback=feedback,
+    )
     memory, returned = measured(linear_una_loss, p, ref_logps=torch.zeros(4), workspace_mb=workspace_mb)
     budget = (workspace_mb or 256) * 2**20
     assert memory.largest(excluding=returned) <= budget < rows * vocab * 4

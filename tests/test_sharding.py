@@ -27,7 +27,7 @@ from una_fast.train import train
 TESTS = Path(__file__).parent
 TIMEOUT = 240  # seconds; a missing collective hangs for ever
 
-# ------------------------------------------------------------------------------------------------------ records of a step
+# ---------------------------------------------------------------------- records of a step
 
 
 def example(number: int) -> Example:
@@ -119,7 +119,7 @@ def test_identity_of_the_data():
     assert one.identity() != two.identity()
 
 
-# ----------------------------------------------------------------------------------------------------------------- FSDP2
+# ---------------------------------------------------------------------- FSDP2
 
 STEPS = 20
 SGD = {

@@ -34,6 +34,9 @@ WORDS = (4, 50)
 """Shortest and longest docstring paragraph, in words."""
 MAX_PROMPT = 160
 """Longest prompt, in characters; objects with longer ones are left out."""
+SHARES = (0.65, 0.25, 0.10)
+"""Parts of the objects for the base model, for alignment, and for evaluation."""
+MIN_OBJECTS = 100
 Record = dict[str, Any]
 
 
@@ -62,33 +65,20 @@ def read_corpus(seed: int, root: Path | None = None, max_modules: int | None = N
     Raises ValueError where the library has no source files.
     """
     root = root or Path(sysconfig.get_path("stdlib"))
-    modules: dict[str, list[Documented]] = defaultdict(list)
     files = [path for path in sorted(root.rglob("*.py")) if not SKIPPED & set(path.relative_to(root).parts)]
     rng = np.random.default_rng(seed)
-    files = [files[i] for i in rng.permutation(len(files))[:max_modules]]
-    seen = set[str]()
-    for path in files:
-        for entry in _documented(path, root):
-            if entry.docstring.casefold() not in seen:
-                seen.add(entry.docstring.casefold())
-                modules[entry.module].append(entry)
-    if len(modules) < 10:
+    if max_modules is not None:
+        files = [files[i] for i in rng.permutation(len(files))[:max_modules]]
+    # By their text, so that every docstring is on one side of the split.
+    objects = list({entry.docstring.casefold(): entry for path in files for entry in _documented(path, root)}.values())
+    if len(objects) < MIN_OBJECTS:
         raise ValueError(
-            f"only {len(modules)} modules with docstrings under {root}; the demo needs the library's .py files"
+            f"{root} holds {len(objects)} documented functions and classes in .py files, and the demo needs "
+            f"{MIN_OBJECTS}; install the sources of Python's standard library"
         )
-    return _split(list(modules.values()))
-
-
-def _split(modules: list[list[Documented]]) -> Corpus:
-    """70 % of the objects for the base model, 20 % for alignment, 10 % for evaluation. Modules come in random order;
-    a module as large as a tenth of everything may fill no part but the first."""
-    total = sum(map(len, modules))
-    parts: tuple[list[Documented], ...] = ([], [], [])
-    for module in modules:
-        small = len(module) * 40 <= total
-        part = next((k for k, share in ((2, 0.1), (1, 0.2)) if small and len(parts[k]) < share * total), 0)
-        parts[part].extend(module)
-    return Corpus(*parts)
+    shuffled = [objects[i] for i in rng.permutation(len(objects))]
+    first, second = (round(share * len(objects)) for share in (SHARES[0], SHARES[0] + SHARES[1]))
+    return Corpus(shuffled[:first], shuffled[first:second], shuffled[second:])
 
 
 def _documented(path: Path, root: Path) -> Iterator[Documented]:
@@ -160,7 +150,8 @@ def make_records(entries: Iterable[Documented], seed: int) -> dict[str, list[Rec
         records["labels"].append(
             {"prompt": prompt, "completion": truth if label else damage(truth, rng), "label": label}
         )
-        completions = list(dict.fromkeys([truth, _truncated(truth, rng), _spliced(truth, other(), rng), other()]))
+        damaged = [_truncated(truth, rng), _shuffled(truth, rng), _shuffled(other(), rng)]
+        completions = list(dict.fromkeys([truth, *damaged]))
         scores = [round(rouge_l(text, truth), 3) for text in completions]
         records["scores"].append({"prompt": prompt, "completions": completions, "scores": scores})
     return records
@@ -174,12 +165,6 @@ def _shuffled(text: str, rng: np.random.Generator) -> str:
 def _truncated(text: str, rng: np.random.Generator) -> str:
     words = text.split()
     return " ".join(words[: rng.integers(1, max(2, 3 * len(words) // 4))])
-
-
-def _spliced(text: str, other: str, rng: np.random.Generator) -> str:
-    """The beginning of one text and the end of another."""
-    head, tail = text.split(), other.split()
-    return " ".join(head[: rng.integers(1, len(head))] + tail[len(tail) // 2 :])
 
 
 def write_jsonl(path: Path, records: Iterable[Record]) -> None:

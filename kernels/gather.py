@@ -1,0 +1,106 @@
+"""Per-token log-softmax gather for callers who already hold logits, and its backward.
+
+Legend: M tokens, V vocabulary. z = logits / temperature, in float32.
+
+    forward    logp = z[target] - logsumexp(z)                    M V reads, 2 M writes
+    backward   dlogits = upstream * (onehot - softmax(z)) / temperature
+               M V reads and M V writes, over the logits themselves or into a new tensor
+
+What never exists: the softmax, or any copy of the logits. For bfloat16 logits that is 2 bytes per logit forward and 4
+backward; the rate is to be measured on a GPU. One program per token; the row walk is rowgrad.py's.
+"""
+
+from __future__ import annotations
+
+# ruff: noqa: ANN001, ANN201 -- Triton types the parameters of a kernel
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from una_fast.kernels.rowgrad import LOGIT_DTYPES, block_size, logit_at, row_gradient, row_logsumexp
+
+IGNORE = tl.constexpr(-100)
+
+
+@triton.jit
+def gather_kernel(
+    logits_ptr, targets_ptr, logps_ptr, lse_ptr, logits_stride, width, inverse_temperature, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits_row = logits_ptr + row * logits_stride
+    target = tl.load(targets_ptr + row)
+    known = target != IGNORE
+    target_logit = logit_at(logits_row, None, target, known, inverse_temperature, 1.0, False, False)
+    lse = row_logsumexp(logits_row, None, width, inverse_temperature, 1.0, False, False, BLOCK)
+    tl.store(lse_ptr + row, lse)
+    tl.store(logps_ptr + row, tl.where(known, target_logit - lse, 0.0))
+
+
+@triton.jit
+def gather_backward_kernel(
+    logits_ptr,
+    grad_ptr,
+    targets_ptr,
+    upstream_ptr,
+    lse_ptr,
+    logits_stride,
+    grad_stride,
+    width,
+    inverse_temperature,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets_ptr + row)
+    coef = tl.where(target != IGNORE, tl.load(upstream_ptr + row), 0.0)
+    logits_row, grad_row = logits_ptr + row * logits_stride, grad_ptr + row * grad_stride
+    lse = tl.load(lse_ptr + row)
+    row_gradient(logits_row, grad_row, None, target, coef, lse, width, inverse_temperature, 1.0, False, False, BLOCK)
+
+
+def _check(logits: Tensor, targets: Tensor) -> None:
+    assert logits.dim() == 2 and logits.dtype in LOGIT_DTYPES and logits.stride(1) == 1 and logits.shape[1] > 0
+    assert targets.shape == logits.shape[:1] and targets.is_contiguous() and not targets.is_floating_point()
+
+
+def gather_logps(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """(log softmax(logits / temperature) at the targets, its logsumexp), both [M] float32.
+
+    logits: [M, V] float32, bfloat16 or float16, any row stride. targets: [M] integers in [0, V), or -100, which gives
+    a log-prob of 0."""
+    _check(logits, targets)
+    rows, width = logits.shape
+    logps = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    lse = torch.empty_like(logps)
+    if rows:
+        options = block_size(width, logits.element_size())
+        with torch.cuda.device_of(logits):
+            gather_kernel[(rows,)](logits, targets, logps, lse, logits.stride(0), width, 1 / temperature, **options)
+    return logps, lse
+
+
+def gather_logps_backward(
+    logits: Tensor, targets: Tensor, lse: Tensor, upstream: Tensor, temperature: float = 1.0, *, inplace: bool = False
+) -> Tensor:
+    """dlogits [M, V] of the upstream gradient [M], dtype of the logits; 0 for rows whose target is -100.
+
+    inplace: written over the logits, which are lost; else into a new tensor."""
+    _check(logits, targets)
+    rows, width = logits.shape
+    grad = logits if inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    assert upstream.shape == lse.shape == (rows,) and lse.dtype == torch.float32
+    if rows:
+        options = block_size(width, logits.element_size())
+        with torch.cuda.device_of(logits):
+            gather_backward_kernel[(rows,)](
+                logits,
+                grad,
+                targets,
+                upstream.float().contiguous(),
+                lse,
+                logits.stride(0),
+                grad.stride(0),
+                width,
+                1 / temperature,
+                **options,
+            )
+    return grad

@@ -1,0 +1,154 @@
+"""Settings: each is documented, read by something, checked, and survives its file."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+import una_fast
+from una_fast.config import TRAJECTORY, LoraOptions, RunConfig
+from una_fast.losses import Objective
+from una_fast.records import RecordOptions
+
+PACKAGE = Path(una_fast.__file__).parent
+NEEDED = {"model": "some/model", "data": ["x.jsonl"], "output_dir": "out"}
+RECORD_FIELDS = {f.name for f in fields(RecordOptions)}
+OBJECTIVE_FIELDS = {f.name for f in fields(Objective)}
+
+
+def config(**settings) -> RunConfig:
+    return RunConfig(**NEEDED | settings)
+
+
+def attributes_read(holders: set[str], skip: str = "") -> set[str]:
+    """Names read as attributes of a variable or attribute of one of these names, anywhere in the package."""
+    found = set()
+    for path in PACKAGE.rglob("*.py"):
+        if path.name == skip:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                holder = node.value
+                name = holder.attr if isinstance(holder, ast.Attribute) else getattr(holder, "id", None)
+                if name in holders:
+                    found.add(node.attr)
+    return found
+
+
+def test_every_field_is_read():
+    """A setting that nobody reads is accepted and ignored."""
+    read = attributes_read({"config"}, skip="config.py")
+    own = {f.name for f in fields(RunConfig)} - RECORD_FIELDS - OBJECTIVE_FIELDS
+    assert not own - read
+    assert not {f.name for f in fields(LoraOptions)} - attributes_read({"options"}, skip="config.py")
+
+
+def test_every_field_of_the_records_is_read():
+    used = attributes_read({"options"}) | {"preset"}
+    assert not RECORD_FIELDS - used
+    assert RecordOptions(preset="helpsteer2").resolved().divide == 7.6
+    settings = {"columns": {"completion": "answer"}, "max_tokens": 77, "score_center": "dataset", "ties": "drop"}
+    assert config(**settings).record_options() == RecordOptions(**settings)
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVE_FIELDS))
+def test_every_field_of_the_objective_is_passed_on(name):
+    other = {
+        **{"beta": 0.7, "pair": "squared", "binary": "mse", "score": "reward_mse", "offset": 0.3},
+        "length_normalize": True,
+    }
+    assert config(**{name: other[name]}).objective() == replace(Objective(), **{name: other[name]})
+
+
+@pytest.mark.parametrize("kind", [RunConfig, LoraOptions, RecordOptions])
+def test_every_field_has_one_line_of_documentation(kind):
+    (tree,) = ast.parse(inspect.getsource(kind)).body
+    documented = {}
+    for node, following in zip(tree.body, [*tree.body[1:], None], strict=True):
+        if isinstance(node, ast.AnnAssign):
+            is_text = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+            documented[node.target.id] = following.value.value if is_text else ""
+    assert set(documented) == set(kind.__annotations__)
+    bad = [name for name, text in documented.items() if "\n" in text or not text.endswith(".")]
+    assert not bad
+
+
+def test_the_trajectory_names_settings():
+    names = {f.name for f in fields(RunConfig)}
+    assert set(TRAJECTORY) <= names and len(set(TRAJECTORY)) == len(TRAJECTORY)
+    assert set(config().trajectory()) == set(TRAJECTORY)
+    # What may change when a run is resumed: how long, how often, where, and how the same numbers are computed.
+    free = {
+        *("data", "output_dir", "tokenizer", "trust_remote_code", "reference", "gradient_checkpointing", "packing"),
+        *("attn_implementation", "workspace_mb", "engine", "device", "epochs", "max_steps", "micro_batch_size"),
+        *("eval_data", "eval_fraction", "eval_every", "save_every", "keep_checkpoints", "resume", "log_every"),
+        *("loggers", "progress"),
+    }
+    assert names - set(TRAJECTORY) - RECORD_FIELDS == free
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"data": "one.jsonl", "eval_data": ["a", {"path": "b", "weight": 2.5, "score_range": [1, 5]}]},
+        {"lora": LoraOptions(r=3, target_modules=["q_proj"]), "reference": "adapter", "max_grad_norm": None},
+        {"columns": {"completion": "x"}, "score_map": "range", "score_range": [1.0, 5.0], "score_center": 0.5},
+        {"feedback": "both", "ties": "soft", "margin": "rating_gap", "adam_betas": (0.8, 0.95), "loggers": []},
+    ],
+)
+def test_settings_survive_their_file(settings, tmp_path):
+    written = config(**settings)
+    written.save(tmp_path / "config.yaml")
+    assert RunConfig(**yaml.safe_load((tmp_path / "config.yaml").read_text())) == written
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model": ""}, "model is missing; set --model or `model:` in the configuration file"),
+        ({"data": []}, "data is missing; set --data"),
+        ({"data": ""}, "data is missing; set --data"),
+        ({"output_dir": ""}, "output_dir is missing; set --output_dir"),
+        ({"beta": 0.0}, "beta=0.0 must be positive"),
+        ({"pair": "hinge"}, "pair='hinge' is not a loss form"),
+        ({"reference": "cache"}, "reference='cache' is not one of auto, frozen, adapter, cached"),
+        ({"precision": "fp16"}, "precision='fp16' is not one of auto, bf16, fp32"),
+        ({"optimizer": "lion"}, "optimizer='lion' is not one of adamw, sgd"),
+        ({"lr_schedule": "wsd"}, "lr_schedule='wsd' is not one of cosine, linear, constant"),
+        ({"engine": "cuda"}, "engine='cuda' is not one of auto, torch, triton"),
+        ({"device": "mps"}, "device='mps' is not one of auto, cpu, cuda"),
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"micro_batch_size": -1}, "micro_batch_size=-1 must be at least 1"),
+        ({"log_every": 0}, "log_every=0 must be at least 1"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints=0 must be at least 1"),
+        ({"max_steps": 0}, "max_steps=0 must be at least 1, or null"),
+        ({"save_every": 0}, "save_every=0 must be at least 1, or null"),
+        ({"epochs": 0.0}, "epochs=0.0 must be positive"),
+        ({"epochs": float("nan")}, "epochs=nan must be positive"),
+        ({"learning_rate": -1e-6}, "learning_rate=-1e-06 must not be negative"),
+        ({"warmup_ratio": 1.5}, r"warmup_ratio=1.5 must lie in \[0, 1\]"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm=0.0 must be positive, or null for no clipping"),
+        ({"eval_fraction": 1.0}, r"eval_fraction=1.0 must lie in \[0, 1\)"),
+        ({"eval_fraction": 0.1, "eval_data": "x"}, "give eval_data or eval_fraction, not both"),
+        ({"eval_every": 5}, "eval_every=5 has nothing to evaluate on; set eval_data or eval_fraction"),
+        ({"reference": "adapter"}, "reference=adapter needs lora; use reference=frozen or cached"),
+        ({"optimizer": "sgd", "weight_decay": 0.1}, "weight_decay=0.1 acts on adamw only; remove it, or set optimizer"),
+        ({"output_dir": "some/../some/model"}, "output_dir=.* is the model itself, which would be overwritten"),
+        ({"loggers": ["tensorbord"]}, r"loggers: unknown \['tensorbord'\]; known: tensorboard, wandb, trackio"),
+        ({"lora": {"r": 0}}, "lora r=0, alpha=16: r must be at least 1"),
+        ({"lora": {"target_modules": []}}, "lora target_modules is empty; name layers"),
+        ({"score_map": "range"}, r"score_map=range needs score_range: \[lo, hi\]"),
+        ({"max_prompt_tokens": 8, "max_tokens": 8}, "max_prompt_tokens=8 leaves no room for a response"),
+        ({"ties": "soft"}, "ties=soft acts on pairs built from ratings, and feedback=scores builds none"),
+        ({"preset": "helpsteer2", "divide": 2.0}, "preset='helpsteer2' sets divide to 7.6; remove divide"),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(settings, message):
+    with pytest.raises(ValueError, match=message):
+        config(**settings)

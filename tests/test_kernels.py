@@ -1,0 +1,382 @@
+"""The Triton kernels against float64 torch: on a GPU where there is one, else in Triton's interpreter.
+
+The interpreter is exact in float32 and float16; its bfloat16 dot products are not, so those run on a GPU only. It runs
+programs one after another: what only a GPU can show (races, alignment) is in test_kernels_compile.py and bench/.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from una_fast import losses
+from una_fast.engine import LogitTransform
+from una_fast.feedback import Feedback
+from una_fast.losses import Objective
+
+pytest.importorskip("triton")
+from una_fast.kernels import gather, logp_partials, rowgrad, una_loss
+
+# What the interpreter's numpy says of log(0), in lanes that nobody reads or slices of nothing but -inf.
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log")
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+NARROW = [torch.float16, torch.bfloat16] if CUDA else [torch.float16]
+BLOCK = rowgrad.BLOCK_BYTES // 4
+TRANSFORMS = {
+    "plain": LogitTransform(),
+    "scaled": LogitTransform(logit_scale=0.7, temperature=1.3),
+    "softcap": LogitTransform(softcap=30.0, logit_scale=1.2, temperature=0.8),
+}
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Every uninitialised tensor holds NaN (or a large integer), so an element that no kernel writes is seen."""
+    empty, new_empty = torch.empty, torch.Tensor.new_empty
+
+    def fill(x):
+        return x.fill_(float("nan")) if x.is_floating_point() else x.fill_(2**15)
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: fill(empty(*a, **k)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: fill(new_empty(*a, **k)))
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def padded(values: torch.Tensor, dtype: torch.dtype, extra: int = 5) -> torch.Tensor:
+    """[C, T] values inside a wider buffer whose other columns are NaN. The row stride is a multiple of 64."""
+    rows, width = values.shape
+    buffer = torch.full((rows, (width + extra + 63) // 64 * 64), float("nan"), dtype=dtype, device=DEVICE)
+    buffer[:, :width] = values
+    return buffer
+
+
+def peaked(rows: int, width: int, seed: int = 0) -> torch.Tensor:
+    """Logits up to |u| = 50, some rows dominated by one entry."""
+    u = torch.randn(rows, width, generator=generator(seed)) * 12
+    u[::2] /= 6
+    u[0, width // 2] = 50.0
+    u[-1, -1] = -50.0
+    return u.clamp(-50, 50)
+
+
+def truth(u, targets, transform, bias, start, coef):
+    """(lse, target logit, du) in float64, by autograd."""
+    raw = u.double().cpu().requires_grad_()
+    z = transform(raw if bias is None else raw + bias.double().cpu())
+    lse = torch.logsumexp(z, 1)
+    index = targets.cpu() - start
+    inside = (index >= 0) & (index < u.shape[1])
+    target_logit = torch.where(inside, z.gather(1, torch.where(inside, index, 0).unsqueeze(1)).squeeze(1), 0.0)
+    du = torch.autograd.grad(target_logit - lse, raw, coef.double().cpu())[0]
+    return lse.detach(), target_logit.detach(), du
+
+
+def row_case(rows: int, width: int, dtype: torch.dtype, start: int, seed: int = 0):
+    g = generator(seed)
+    buffer = padded(peaked(rows, width, seed), dtype)
+    targets = torch.randint(0, start + width + 3, (rows,), generator=g)
+    targets[0] = start + width // 2
+    targets[-1] = -100 if rows > 1 else start
+    coef = torch.randn(rows, generator=g)
+    coef[targets == -100] = 0
+    return buffer, buffer[:, :width], targets.to(DEVICE), coef.to(DEVICE)
+
+
+def check(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    """Within `tolerance`, in proportion to the number or to 1."""
+    assert_close(actual.double().cpu(), expected, rtol=tolerance, atol=tolerance)
+
+
+ROWS = [(1, 1), (3, 7), (2, BLOCK), (4, BLOCK + 1), (3, 2 * BLOCK - 1)]
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize(
+    ("logits", "grad"),
+    [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.float32, torch.float16)]
+    + [(torch.float16, torch.float16), (torch.bfloat16, torch.bfloat16)],
+    ids=str,
+)
+@pytest.mark.parametrize(("rows", "width"), ROWS)
+def test_row_kernels(rows, width, logits, grad, transform):
+    with_bias = (rows + width) % 2 == 1
+    start = 0 if with_bias else 11
+    buffer, u, targets, coef = row_case(rows, width, logits, start)
+    bias = torch.randn(width, generator=generator(1)).to(DEVICE, grad) if with_bias else None
+    options = {"bias": bias, "start": start, **vars(transform)}
+    lse, target_logit, du = truth(u, targets, transform, bias, start, coef)
+    exact = 1e-6 if transform.softcap is None else 4e-6  # tanh is within an ulp of 1, times the cap
+    narrow = {torch.float32: 2 * exact, torch.float16: 1e-3, torch.bfloat16: 8e-3}[grad]
+    kept = buffer.clone()
+
+    stats = rowgrad.row_logps(u, targets, **options)
+    assert torch.equal(buffer.nan_to_num(), kept.nan_to_num()), "row_logps keeps the logits"
+    check(stats[0], lse, exact)
+    check(stats[1], target_logit, exact)
+
+    out = torch.full_like(kept, float("nan"), dtype=grad)
+    elsewhere = rowgrad.row_grad(u, targets, coef, stats[0], dtype=grad, out=out[:, :width], **options)
+    check(elsewhere, du, narrow)
+    assert torch.equal(buffer.nan_to_num(), kept.nan_to_num()) and out[:, width:].isnan().all()
+
+    again = kept.clone()
+    over = rowgrad.row_grad(u, targets, coef, stats[0], dtype=grad, **options)
+    assert torch.equal(over, elsewhere) and over.data_ptr() == u.data_ptr() and over.dtype == grad
+    assert buffer[:, width:].isnan().all(), "the guard columns are as they were"
+
+    fused = rowgrad.row_logps_grad(again[:, :width], targets, coef, dtype=grad, **options)
+    if width * logits.itemsize > rowgrad.L2_ROW_BYTES:  # the same blocks: the same bits
+        assert all(torch.equal(a, b) for a, b in zip(fused, (*stats, over), strict=True))
+    check(fused[0], lse, exact)
+    check(fused[1], target_logit, exact)
+    check(fused[2], du, narrow)
+    assert again[:, width:].isnan().all()
+
+
+def test_row_kernels_on_logits_of_minus_infinity():
+    """Vocabulary entries masked by a bias of -inf, a whole block of them too, have probability 0, not NaN."""
+    rows, width = 2, BLOCK + 40
+    _, u, targets, coef = row_case(rows, width, torch.float32, 0)
+    bias = torch.zeros(width, device=DEVICE)
+    bias[: BLOCK + 3] = float("-inf")
+    targets[:] = torch.tensor([BLOCK + 5, BLOCK + 9])
+    lse, target_logit, du = truth(u, targets, LogitTransform(), bias, 0, coef)
+    actual = rowgrad.row_logps_grad(u, targets, coef, dtype=torch.float32, bias=bias)
+    for a, b in zip(actual, (lse, target_logit, du.nan_to_num()), strict=True):
+        check(a, b, 1e-6)
+
+
+def test_row_kernels_take_any_row_stride_and_no_rows():
+    values = peaked(3, 37)
+    u = torch.full((3, 2, 37), float("nan"), device=DEVICE)
+    u[:, 1] = values
+    targets = torch.tensor([0, 36, 5], device=DEVICE)
+    check(rowgrad.row_logps(u[:, 1], targets)[0], torch.logsumexp(values.double(), 1), 1e-6)
+    assert rowgrad.row_logps(u[:0, 1], targets[:0])[0].shape == (0,)
+
+
+# ------------------------------------------------------------------------------------------------------------ gather
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (4, 9), (3, 2 * BLOCK + 1)])
+def test_gather(rows, width, dtype, inplace):
+    buffer, logits, targets, upstream = row_case(rows, width, dtype, 0)
+    targets.clamp_(max=width - 1)
+    upstream = torch.randn(rows, generator=generator(2)).to(DEVICE)  # not zero where the target is -100
+    raw = logits.double().cpu().requires_grad_()
+    z, known = raw / 1.7, targets.cpu() != -100
+    expected = torch.log_softmax(z, 1).gather(1, targets.cpu().clamp_min(0).unsqueeze(1)).squeeze(1)
+    expected = torch.where(known, expected, 0.0)
+    (grad,) = torch.autograd.grad(expected, raw, upstream.double().cpu())
+
+    logps, lse = gather.gather_logps(logits, targets, 1.7)
+    check(logps, expected.detach(), 2e-6)
+    check(lse, torch.logsumexp(z.detach(), 1), 1e-6)
+    ones = torch.ones((), device=DEVICE).expand(rows)  # what .sum().backward() sends: every stride is 0
+    assert gather.gather_logps_backward(logits, targets, lse, ones, 1.7).isfinite().all()
+    actual = gather.gather_logps_backward(logits, targets, lse, upstream, 1.7, inplace=inplace)
+    check(actual, grad, {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype])
+    assert (actual.data_ptr() == logits.data_ptr()) == inplace
+    assert buffer[:, width:].isnan().all()
+
+
+# ------------------------------------------------------------------------------------------------------ fused linear
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, *NARROW], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "depth", "entries", "stride"),
+    [(1, 8, 1, 8), (17, 40, 33, 40), (16, 16, 32, 16), (37, 21, 70, 21), (5, 24, 95, 27)],
+)
+def test_linear_logps(rows, depth, entries, stride, dtype, transform):
+    """Strides that are no multiple of 16 bytes take the path without tensor descriptors, and both have a case here."""
+    g = generator(entries)
+    start = 0 if entries % 2 else 7
+    hidden = torch.full((rows, stride), float("nan"), dtype=dtype, device=DEVICE)
+    weight = torch.full((entries, stride), float("nan"), dtype=dtype, device=DEVICE)
+    hidden[:, :depth] = torch.randn(rows, depth, generator=g) * 3
+    weight[:, :depth] = torch.randn(entries, depth, generator=g)
+    hidden, weight = hidden[:, :depth], weight[:, :depth]
+    bias = torch.randn(entries, generator=g).to(DEVICE, dtype) if entries % 2 else None
+    targets = torch.randint(0, start + entries + 4, (rows,), generator=g).to(DEVICE)
+    targets[-1] = -100
+    targets[0] = start + entries - 1
+    u = hidden.double() @ weight.double().T
+    lse, target_logit, _ = truth(u, targets, transform, bias, start, torch.ones(rows))
+
+    options = {"bias": bias, "start": start, **vars(transform)}
+    actual = logp_partials.linear_logps(hidden, weight, targets, **options)
+    check(actual[0], lse, 5e-6)
+    check(actual[1], target_logit, 5e-6)
+
+
+def test_linear_logps_uses_descriptors_only_where_they_fit():
+    block = logp_partials.TINY
+    fits = torch.zeros(4, 16, dtype=torch.float16)
+    odd = torch.zeros(4, 17, dtype=torch.float16)[:, :16]
+    assert logp_partials._descriptors("sm_90", block, fits, fits) is not None
+    assert logp_partials._descriptors("sm_90", block, fits, odd) is None
+    assert logp_partials._descriptors("sm_80", block, fits, fits) is None
+
+
+def test_linear_logps_of_vocabulary_slices_combine():
+    g = generator(5)
+    hidden, weight = torch.randn(9, 24, generator=g).to(DEVICE), torch.randn(75, 24, generator=g).to(DEVICE)
+    targets = torch.randint(0, 75, (9,), generator=g).to(DEVICE)
+    whole = logp_partials.linear_logps(hidden, weight, targets)
+    parts = [logp_partials.linear_logps(hidden, weight[a:b], targets, start=a) for a, b in ((0, 40), (40, 75))]
+    assert_close(torch.logaddexp(parts[0][0], parts[1][0]), whole[0])
+    assert_close(parts[0][1] + parts[1][1], whole[1])
+
+
+def test_linear_logps_with_a_vocabulary_tile_of_minus_infinity():
+    """Padding entries of a vocabulary may be masked by a bias of -inf."""
+    g = generator(4)
+    hidden, weight = torch.randn(3, 16, generator=g).to(DEVICE), torch.randn(200, 16, generator=g).to(DEVICE)
+    bias = torch.zeros(200, device=DEVICE)
+    bias[64:] = float("-inf")
+    lse, _ = logp_partials.linear_logps(hidden, weight, torch.zeros(3, dtype=torch.int64, device=DEVICE), bias=bias)
+    check(lse, torch.logsumexp((hidden.double() @ weight[:64].double().T).cpu(), 1), 5e-6)
+
+
+def test_merge_over_many_vocabulary_tiles():
+    """More vocabulary tiles than one block of the merge holds, one of them all -inf."""
+    part = torch.randn(logp_partials.MERGE_TILES * 2 + 3, 45, generator=generator(6)).to(DEVICE) * 20
+    part[1] = float("-inf")
+    lse = torch.empty(45, device=DEVICE)
+    logp_partials.merge_kernel[(2,)](part, lse, 45, len(part), ROWS=32, TILES=logp_partials.MERGE_TILES)
+    check(lse, torch.logsumexp(part.double().cpu(), 0), 1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------- loss kernel
+
+LENGTHS = torch.tensor([5, 1, 9000, 130, 3, 17, 8])
+
+
+def table_of(feedback: Feedback, objective: Objective, denominator: float = 1.0) -> una_loss.UnitTable:
+    return una_loss.unit_table(
+        *(getattr(feedback, name) for name in ("kind", "first", "second", "value", "margin", "weight", "offset")),
+        LENGTHS,
+        beta=objective.beta,
+        constant=objective.offset,
+        length_normalize=objective.length_normalize,
+        denominator=denominator,
+        device=DEVICE,
+    )
+
+
+def feedback_of(kind: str, form: str) -> Feedback:
+    """Units of one kind that share responses, in an order that is not that of the responses."""
+    weight = [0.5, 2.0, 1.0, 0.0]
+    offset = [0.3, -1.0, 0.0, 2.0]
+    if kind == "pair":
+        return Feedback.pairs([4, 0, 0, 1], [0, 2, 4, 5], margin=offset, weight=weight, target=[1.0, 0.8, 0.5, 0.0])
+    if kind == "binary":
+        return Feedback.binary([4, 0, 0, 1], [True, False, True, True], weight=weight, offset=offset)
+    score = [0.1, 0.9, 0.5, 1.0] if form != "reward_mse" else [-3.0, 40.0, 0.5, 1.0]
+    return Feedback.scores([4, 0, 0, 1], score, weight=weight, offset=offset)
+
+
+FORMS = [("pair", f) for f in losses.PAIR_FORMS]
+FORMS += [("binary", f) for f in losses.BINARY_FORMS] + [("score", f) for f in losses.SCORE_FORMS]
+
+
+@pytest.mark.parametrize("spread", [1.0, 400.0], ids=["usual", "saturated"])
+@pytest.mark.parametrize("normalize", [False, True], ids=["sum", "mean"])
+@pytest.mark.parametrize(("kind", "form"), FORMS)
+def test_loss_kernel_has_every_form_of_losses(kind, form, normalize, spread):
+    """Value and derivative of each form against losses.py by autograd: a new form there fails here until it is here."""
+    g = generator(7)
+    logps = (torch.randn(7, generator=g, dtype=torch.float64) * 10 * spread).to(DEVICE)
+    ref = (torch.randn(7, generator=g, dtype=torch.float64) * 10).to(DEVICE)
+    objective = Objective(**{kind: form}, beta=0.37, offset=0.21, length_normalize=normalize)
+    feedback = feedback_of(kind, form)
+    leaf = logps.clone().requires_grad_()
+    expected = losses.una_loss(leaf, ref, feedback, objective=objective, num_units=3, lengths=LENGTHS)
+    (coef,) = torch.autograd.grad(expected.loss, leaf)
+
+    forms = {"pair": objective.pair, "binary": objective.binary, "score": objective.score}
+    actual = una_loss.una_losses(logps, ref, table_of(feedback, objective, 3), **forms)
+    exact = {"rtol": 1e-13, "atol": 1e-14}
+    assert_close(actual.loss, expected.loss.detach(), **exact)
+    assert_close(actual.unit_losses, expected.unit_losses, **exact)
+    assert_close(actual.rewards, expected.rewards, **exact)
+    assert_close(actual.coef, coef, **exact)
+
+
+def test_loss_kernel_mixes_kinds_and_takes_the_denominator_from_the_device():
+    g = generator(8)
+    objective = Objective(score="reward_mse")
+    parts = [feedback_of(kind, "reward_mse") for kind in ("score", "pair", "binary")]
+    feedback = Feedback.merge(parts * 15)  # 180 units: more than one block of them
+    logps, ref = (torch.randn(7, generator=g, dtype=torch.float64, device="cpu").to(DEVICE) * 9 for _ in range(2))
+    leaf = logps.clone().requires_grad_()
+    expected = losses.una_loss(leaf, ref, feedback, objective=objective, num_units=11)
+    (coef,) = torch.autograd.grad(expected.loss, leaf)
+    actual = una_loss.una_losses(
+        logps,
+        ref,
+        table_of(feedback, objective),
+        pair="logistic",
+        binary="bce",
+        score="reward_mse",
+        denominator=torch.tensor(11, device=DEVICE),
+    )
+    assert_close(actual.loss, expected.loss.detach(), rtol=1e-13, atol=0)
+    assert_close(actual.coef, coef, rtol=1e-12, atol=1e-14)
+    assert coef[3] == 0 and actual.coef[3] == 0, "a response in no unit"
+
+
+def test_loss_kernel_without_units_or_responses():
+    none = una_loss.unit_table(
+        *(getattr(Feedback.merge([]), n) for n in ("kind", "first", "second", "value", "margin", "weight", "offset")),
+        torch.empty(0, dtype=torch.int64),
+        beta=0.1,
+        device=DEVICE,
+    )
+    empty = torch.zeros(0, dtype=torch.float64, device=DEVICE)
+    actual = una_loss.una_losses(empty, empty, none, pair="logistic", binary="bce", score="mse")
+    assert actual.loss.item() == 0 and actual.coef.shape == actual.unit_losses.shape == (0,)
+    sums, _ = una_loss.segment_sums(empty.float(), torch.zeros(1, dtype=torch.int64, device=DEVICE))
+    assert sums.shape == (0,)
+
+
+def test_loss_kernel_refuses_a_form_it_lacks():
+    zeros = torch.zeros(7, dtype=torch.float64, device=DEVICE)
+    table = table_of(feedback_of("pair", "logistic"), Objective())
+    with pytest.raises(ValueError, match="cubic"):
+        una_loss.una_losses(zeros, zeros, table, pair="cubic", binary="bce", score="mse")
+
+
+@pytest.mark.parametrize("with_ref", [False, True])
+def test_segment_sums(with_ref):
+    """float64 over float32 tokens; a response longer than a block; no token of a neighbour."""
+    cu = torch.cat([torch.zeros(1, dtype=torch.int64), LENGTHS.cumsum(0)]).to(DEVICE)
+    tokens = [-10 * torch.rand(int(LENGTHS.sum()), generator=generator(9)).to(DEVICE) for _ in range(2)]
+    expected = [torch.stack([x.sum() for x in t.double().split(LENGTHS.tolist())]) for t in tokens]
+    sums = una_loss.segment_sums(tokens[0], cu, tokens[1] if with_ref else None)
+    assert_close(sums[0], expected[0], rtol=1e-14, atol=0)
+    assert sums[1] is None if not with_ref else torch.allclose(sums[1], expected[1], rtol=1e-14, atol=0)
+
+
+def test_offsets_beyond_32_bits():
+    """Row 2 starts at element 2^31 + 128. The rows between are never touched, so they take no memory."""
+    stride, width = 2**30 + 64, 70
+    storage = torch.from_numpy(np.empty(2 * stride + width, dtype=np.float16)).to(DEVICE)
+    u = storage.as_strided((3, width), (stride, 1))
+    u.copy_(peaked(3, width))
+    targets, coef = torch.tensor([3, 4, 69], device=DEVICE), torch.tensor([1.0, -2.0, 3.0], device=DEVICE)
+    lse, target_logit, du = truth(u, targets, LogitTransform(), None, 0, coef)
+    actual = rowgrad.row_logps_grad(u, targets, coef, dtype=torch.float16)
+    for a, b in zip(actual, (lse, target_logit, du), strict=True):
+        check(a, b, 1e-3)

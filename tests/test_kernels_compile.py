@@ -1,0 +1,64 @@
+"""The kernels compile for GPUs that are not there, without a spill, and the committed table of that is up to date.
+
+Compilation needs Triton's compiler, and the other tests of the kernels its interpreter: so it runs in a process of
+its own. bench/kernels_compile.py without arguments rewrites the table.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+SCRIPT = Path(__file__).resolve().parents[1] / "bench" / "kernels_compile.py"
+RESULTS = SCRIPT.parent / "results" / "kernels_compile.json"
+REMEDY = "run python bench/kernels_compile.py"
+
+
+@pytest.fixture(scope="module")
+def table():
+    return json.loads(RESULTS.read_text())
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    """A few rows per target, compiled now, and the names of all rows there should be."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, SCRIPT, "--subset"], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def test_the_table_has_every_variant(table, fresh):
+    assert list(table["rows"]) == fresh["names"], REMEDY
+
+
+def test_nothing_spills(table, fresh):
+    for rows in (table["rows"], fresh["rows"]):
+        assert not {name: row for name, row in rows.items() if row["spills"]}
+
+
+def test_the_table_is_what_the_compiler_says(table, fresh):
+    if table["triton"] != fresh["triton"]:
+        pytest.skip(f"the table was made with Triton {table['triton']}, this is {fresh['triton']}")
+    assert {name: table["rows"][name] for name in fresh["rows"]} == fresh["rows"], REMEDY
+
+
+def test_a_barrier_stands_between_loads_and_the_stores_over_them(table, fresh):
+    """A narrow gradient over wider logits is a race that only a GPU would show, now and then."""
+    for rows in (table["rows"], fresh["rows"]):
+        assert all(row.get("barrier", True) for row in rows.values())
+        for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
+            assert any("barrier" in row for name, row in rows.items() if name.endswith(target))
+
+
+def test_shared_memory_fits(table):
+    """Shared memory of one program within the architecture's limit, in bytes."""
+    limits = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+    for name, row in table["rows"].items():
+        assert row["shared"] <= limits[name.rsplit(" ", 1)[1]], name
