@@ -1,5 +1,7 @@
 """Packaging. Ranges live here; the exact versions the project is tested with are in constraints.txt."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 EXTRAS = {
@@ -15,7 +17,7 @@ setup(
     name="una-fast",
     version="0.1.0",
     description="UNA alignment of language models at long context: fused loss, lean trainer",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from una_fast import Feedback, UnaOutput, eager
-from una_fast.plan import Plan
+from una_fast.plan import Plan, components
 
 
 @dataclass
@@ -189,10 +189,12 @@ class Way:
         return problem(lengths=self.lengths, dim=self.dim, vocab=vocab, feedback=self.feedback, **arguments)
 
     def workspace_mb(self, dtype: torch.dtype, vocab: int = 101) -> float:
-        """The budget that holds `rows` rows; narrow operands need room to be cast as well."""
+        """The budget that holds `rows` rows; narrow operands need room to be cast as well, as do several components
+        for rows gathered from several places."""
         narrow = dtype in (torch.bfloat16, torch.float16)
         acc_bytes = 8 if dtype == torch.float64 else 4
-        row_bytes = acc_bytes * (vocab + 2 * self.dim * narrow)
+        copies = narrow or len(components(self.feedback, self.lengths, False)) > 1
+        row_bytes = acc_bytes * (vocab + 2 * self.dim * copies)
         return (self.rows * row_bytes * (8 / 7 if narrow else 1) + 8) / 2**20
 
 

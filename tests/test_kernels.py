@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in lo
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 NARROW = [torch.float16, torch.bfloat16] if CUDA else [torch.float16]
-BLOCK = rowgrad.BLOCK_BYTES // 4
+BLOCK = rowgrad.BLOCK
 TRANSFORMS = {
     "plain": LogitTransform(),
     "scaled": LogitTransform(logit_scale=0.7, temperature=1.3),

@@ -17,7 +17,7 @@ ALL_PAIRS_OF_FOUR = Feedback.pairs(*zip(*combinations(range(4), 2), strict=True)
 
 def plan(feedback: Feedback, lengths: list[int], *, rows: float, dim: int = 2, vocab: int = 50, **changes) -> Plan:
     """A float32 plan whose budget holds `rows` rows of logits."""
-    arguments = {"acc_bytes": 4, "cast": False, "train_head": True, "length_normalize": False, **changes}
+    arguments = {"acc_bytes": 4, "cast": False, "accumulator_width": dim, "length_normalize": False, **changes}
     return make_plan(feedback, lengths, vocab=vocab, hidden=dim, budget=int(rows * vocab * 4), **arguments)
 
 
@@ -82,8 +82,8 @@ PATHS = {
     "pair resident": (PAIR, [5, 5], 10, [], [(0, 1)], (), 0),
     "pair streamed": (PAIR, [5, 5], 9, [(0, 1)], [], (), 0),
     "pair sliced": (PAIR, [5, 5], 0.9, [], [], (0, 1), 0),
-    "two pairs, blocks": (Feedback.pairs([0, 1], [2, 3]), [3, 3, 3, 3], 6, [], [(0, 2), (1, 3)], (), 0),
-    "two pairs, one block": (Feedback.pairs([0, 1], [2, 3]), [3, 3, 3, 3], 12, [], [(0, 1, 2, 3)], (), 0),
+    "two pairs, blocks": (Feedback.pairs([0, 1], [2, 3]), [3, 3, 3, 3], 6.6, [], [(0, 2), (1, 3)], (), 0),
+    "two pairs, one block": (Feedback.pairs([0, 1], [2, 3]), [3, 3, 3, 3], 13, [], [(0, 1, 2, 3)], (), 0),
     "two long pairs, room": (Feedback.pairs([0, 2], [1, 3]), [9, 9, 9, 9], 8, [(0, 1), (2, 3)], [], (), 1),
     "two long pairs, no room": (Feedback.pairs([0, 2], [1, 3]), [9, 9, 9, 9], 3, [(0, 1)], [], (2, 3), 0),
     "both scores, room": (BOTH_SCORES, [9, 9], 8, [(0, 1)], [], (), 1),
@@ -122,9 +122,9 @@ def test_scratch_leaves_room_for_a_row_of_logits():
 
 
 @pytest.mark.parametrize("feedback", [PAIR, BOTH_SCORES, ALL_PAIRS_OF_FOUR, Feedback.pairs([0, 2], [1, 3])])
-@pytest.mark.parametrize("rows", [1, 9, 1000])
+@pytest.mark.parametrize("rows", [1.1, 9, 1000])
 def test_a_frozen_head_always_streams_without_scratch(feedback, rows):
-    found = plan(feedback, [9] * 5, rows=rows, train_head=False)
+    found = plan(feedback, [9] * 5, rows=rows, accumulator_width=0)
     scored = tuple(sorted({*feedback.first.tolist(), *feedback.second.tolist()} - {-1}))
     assert [part.responses for part in found.streamed] == [scored]
     assert not found.resident and not found.recomputed
@@ -151,7 +151,7 @@ def test_random_plans(seed):
     feedback = random_feedback(rng, responses)
     vocab, dim, acc_bytes = rng.randint(1, 60), rng.randint(1, 12), rng.choice([4, 8])
     budget = int(10 ** rng.uniform(0, 6))
-    train_head, cast = rng.random() < 0.8, rng.random() < 0.3
+    width, cast = rng.choice([0, 1, dim, dim, dim + 1]), rng.random() < 0.3
     found = make_plan(
         feedback,
         lengths,
@@ -160,7 +160,7 @@ def test_random_plans(seed):
         acc_bytes=acc_bytes,
         cast=cast,
         budget=budget,
-        train_head=train_head,
+        accumulator_width=width,
         length_normalize=False,
     )
     streamed = [i for part in found.streamed for i in part.responses]
@@ -175,7 +175,7 @@ def test_random_plans(seed):
         assert sum(lengths[i] for i in block) <= found.tile.rows and list(block) == sorted(block)
     if found.streamed or found.resident:
         assert found.tile.vocab == vocab, "slices of the vocabulary cannot be streamed"
-    scratch = found.scratch * vocab * dim * acc_bytes if train_head else 0
+    scratch = found.scratch * vocab * width * acc_bytes
     assert found.tile.rows * found.tile.vocab * acc_bytes + scratch <= max(budget, acc_bytes)
 
 
@@ -188,6 +188,8 @@ def test_chunks_cover_every_row_once_in_order(seed):
     cut = list(chunks(chosen, cu, rows))
     flat = [row for spans in cut for start, stop in spans for row in range(start, stop)]
     assert flat == [row for i in chosen for row in range(cu[i], cu[i + 1])]
-    assert all(span_rows(spans) == rows for spans in cut[:-1]) and all(0 < span_rows(spans) <= rows for spans in cut)
+    assert len(cut) == -(-len(flat) // rows), "the fewest chunks"
+    even = -(-len(flat) // max(len(cut), 1))
+    assert all(span_rows(spans) == even for spans in cut[:-1]) and all(0 < span_rows(spans) <= even for spans in cut)
     for spans in cut:
         assert all(left[1] < right[0] for left, right in zip(spans, spans[1:], strict=False)), "adjacent spans join"

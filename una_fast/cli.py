@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,9 @@ class CheckConfig:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0, or 1 after an error in the settings, the data or their files."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    # One process is no reason for a warning, and the progress shown is that of the run.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     commands = {"train": _train, "precompute-ref": _precompute, "check": _check, "demo": _demo}
     parsed = _parser().parse_args(arguments)
     try:

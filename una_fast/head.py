@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from una_fast.engine import LogitTransform, accumulator_dtype, row_blocks, row_grad_, row_logps
 from una_fast.feedback import Feedback
-from una_fast.losses import Objective, UnaOutput, una_loss
+from una_fast.losses import Objective, UnaOutput, check_units, una_loss
 from una_fast.passes import IGNORE, Grads, Head, Lengths, OnePass, Workspace, empty_hidden_grad
 from una_fast.plan import chunks
 
@@ -77,7 +77,7 @@ def linear_una_loss(
     _check_head("", hidden, weight, targets, bias)
     targets = _int64_targets(targets, weight.shape[0])
     cu = _check_cu_seqlens(cu_seqlens, hidden.shape[0])
-    feedback.check(len(cu) - 1)
+    check_units(feedback, objective, len(cu) - 1)  # before any GEMM
     workspace = Workspace.of(hidden.device, workspace_mb)
     lengths = Lengths(cu, hidden.device)
 
@@ -116,7 +116,7 @@ def linear_una_loss(
     if not any(needs):
         with torch.no_grad():
             return loss_of(lengths.sums(head.logps(hidden, targets, head.tile(hidden.shape[0]))[0]))
-    plan = head.plan(feedback, lengths, needs[1] or needs[2], objective.length_normalize)
+    plan = head.plan(feedback, lengths, needs[1], needs[2], objective.length_normalize)
     job = OnePass(head, plan, targets, lengths, loss_of, needs)
     return UnaOutput(*_LinearUna.apply(hidden, weight, bias, job))
 

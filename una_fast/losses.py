@@ -122,7 +122,7 @@ def una_loss(
         raise ValueError(
             f"logps {tuple(logps.shape)} and ref_logps {tuple(ref_logps.shape)} must both be [S], one sum per response"
         )
-    feedback.check(logps.numel())
+    check_units(feedback, objective, logps.numel())
     rewards = implicit_rewards(logps, ref_logps, objective, lengths)
     unit_losses = _unit_losses(rewards, feedback, objective)
     loss = (unit_losses * feedback.weight.to(rewards.device, non_blocking=True)).sum()
@@ -169,16 +169,17 @@ def _unit_losses(rewards: Tensor, feedback: Feedback, objective: Objective) -> T
             term = value * form(lead, margin) + (1 - value) * form(-lead, margin)
         else:
             form = BINARY_FORMS[objective.binary] if kind == BINARY else SCORE_FORMS[objective.score]
-            if kind == SCORE and objective.scores_in_unit_interval:
-                _check_scores(feedback.value[units], objective)
             term = form(rewards[first] + column(feedback.offset, units) + objective.offset, value)
         losses = losses.index_copy(0, units.to(device, non_blocking=True), term)
     return losses
 
 
-def _check_scores(scores: Tensor, objective: Objective) -> None:
+def check_units(feedback: Feedback, objective: Objective, num_responses: int) -> None:
+    """Raise ValueError for units on missing responses, and for scores that the objective cannot compare."""
+    feedback.check(num_responses)
+    scores = feedback.value[feedback.kind == SCORE]
     outside = (scores < 0) | (scores > 1)
-    if outside.any():
+    if objective.scores_in_unit_interval and outside.any():
         raise ValueError(
             f"score {scores[outside][0].item()} lies outside [0, 1], which score={objective.score!r} compares with "
             'sigmoid(r); rescale the scores, or use score="reward_mse" for raw rewards'

@@ -81,7 +81,9 @@ class Head:
         budget = self.workspace.tile_bytes(self.engine.narrow)
         return fit_tile(rows, self.vocab, self.dim, self.acc_bytes, self.engine.narrow, budget)
 
-    def plan(self, feedback: Feedback, lengths: Lengths, train_head: bool, length_normalize: bool) -> Plan:
+    def plan(
+        self, feedback: Feedback, lengths: Lengths, train_weight: bool, train_bias: bool, length_normalize: bool
+    ) -> Plan:
         """The block plan of a call with gradients."""
         plan = make_plan(
             feedback,
@@ -91,7 +93,7 @@ class Head:
             acc_bytes=self.acc_bytes,
             cast=self.engine.narrow,
             budget=self.workspace.tile_bytes(self.engine.narrow),
-            train_head=train_head,
+            accumulator_width=(self.dim if train_weight else 0) + train_bias,
             length_normalize=length_normalize,
         )
         if plan.tile.rows < min(FEW_ROWS, sum(lengths.ints)):
@@ -99,7 +101,7 @@ class Head:
                 logging.WARNING,
                 f"the workspace of {self.workspace.budget / 2**20:g} MiB holds {plan.tile.rows} rows of "
                 f"{plan.tile.vocab} logits: every such chunk reads the head"
-                f"{' and reads and writes its gradient' if train_head else ''} once; raise workspace_mb for speed",
+                f"{' and reads and writes its gradient' if train_weight else ''} once; raise workspace_mb for speed",
             )
         return plan
 

@@ -109,15 +109,15 @@ def components(feedback: Feedback, lengths: Sequence[int], length_normalize: boo
     return result
 
 
-def row_bytes(vocab: int, hidden: int, acc_bytes: int, cast: bool) -> int:
-    """Bytes of a row of a chunk: its logits, and, with operands narrower than the accumulator (cast), its hidden state
-    and the gradient of that once more."""
-    return vocab * acc_bytes + (2 * hidden * acc_bytes if cast else 0)
+def row_bytes(vocab: int, hidden: int, acc_bytes: int, copies: bool) -> int:
+    """Bytes of a row of a chunk: its logits, and copies of its hidden state and the gradient of that, where operands
+    are narrower than the accumulator or the rows of a chunk are gathered from several places."""
+    return vocab * acc_bytes + (2 * hidden * acc_bytes if copies else 0)
 
 
-def fit_tile(rows: int, vocab: int, hidden: int, acc_bytes: int, cast: bool, budget: int) -> Tile:
+def fit_tile(rows: int, vocab: int, hidden: int, acc_bytes: int, copies: bool, budget: int) -> Tile:
     """The largest tile whose rows (row_bytes) stay within `budget` bytes."""
-    whole = budget // row_bytes(vocab, hidden, acc_bytes, cast)
+    whole = budget // row_bytes(vocab, hidden, acc_bytes, copies)
     if whole >= 1:
         return Tile(min(whole, max(rows, 1)), vocab)
     cells = max(budget // acc_bytes, 1)
@@ -134,33 +134,41 @@ def make_plan(
     acc_bytes: int,
     cast: bool,
     budget: int,
-    train_head: bool,
+    accumulator_width: int,
     length_normalize: bool,
 ) -> Plan:
-    """Plan one call. lengths: tokens per response. budget: workspace in bytes."""
+    """Plan one call. lengths: tokens per response. cast: operands are narrower than the accumulator. budget: workspace
+    in bytes. accumulator_width: numbers per vocabulary entry that the gradients of the head take: D for the weight and
+    one more for the bias, 0 for a frozen head."""
     rows = sum(lengths)
     parts = components(feedback, lengths, length_normalize)
     scored = sorted(i for part in parts for i in part.responses)
     unscored = tuple(sorted(set(range(len(lengths))) - set(scored)))
-    tile = fit_tile(rows, vocab, hidden, acc_bytes, cast, budget)
+
+    def size(part: Component) -> int:
+        return sum(lengths[i] for i in part.responses)
+
+    in_place = all(part.responses[-1] - part.responses[0] < len(part.responses) for part in parts) and not unscored
+    copies = cast or not in_place
+    tile = fit_tile(rows, vocab, hidden, acc_bytes, copies, budget)
+    if not copies and len(parts) > 1 and any(size(part) > tile.rows for part in parts):
+        copies = True  # blocks of what is left may have gaps
+        tile = fit_tile(rows, vocab, hidden, acc_bytes, copies, budget)
     if tile.vocab < vocab:
         return Plan(tile, recomputed=tuple(scored), unscored=unscored)
-    if not train_head:
+    if not accumulator_width:
         groups = tuple(Group((i,), (1.0,)) for i in scored)
         return Plan(tile, streamed=(Component(tuple(scored), groups),) if scored else (), unscored=unscored)
 
-    accumulator = vocab * hidden * acc_bytes
+    accumulator = vocab * accumulator_width * acc_bytes
     streamed: list[Component] = []
     recomputed: list[int] = []
     blocks: list[list[int]] = []
     room = 0
 
-    def size(part: Component) -> int:
-        return sum(lengths[i] for i in part.responses)
-
     # The first streamed component needs one accumulator less. Scratch may take half of the budget, and must leave room
     # for one row of logits.
-    room_for_scratch = min(budget // 2, budget - row_bytes(vocab, hidden, acc_bytes, cast))
+    room_for_scratch = min(budget // 2, budget - row_bytes(vocab, hidden, acc_bytes, copies))
     long = sorted((part for part in parts if size(part) > tile.rows), key=lambda part: len(part.groups))
     for part in long:
         if (len(part.groups) - (not streamed)) * accumulator <= room_for_scratch:
@@ -169,7 +177,7 @@ def make_plan(
             recomputed.extend(part.responses)
     scratch = Plan(tile, tuple(streamed)).scratch * accumulator
     if scratch:
-        tile = fit_tile(rows, vocab, hidden, acc_bytes, cast, budget - scratch)
+        tile = fit_tile(rows, vocab, hidden, acc_bytes, copies, budget - scratch)
     for part in parts:
         if part in long:
             continue
@@ -187,7 +195,10 @@ def make_plan(
 
 
 def chunks(responses: Sequence[int], cu: Sequence[int], rows: int) -> Iterator[list[Span]]:
-    """Cut the rows of `responses` into chunks of at most `rows` rows; adjacent spans are joined."""
+    """Cut the rows of `responses` into the fewest chunks of at most `rows` rows, of about equal size; spans that touch
+    are joined."""
+    total = sum(cu[i + 1] - cu[i] for i in responses)
+    rows = -(-total // max(-(-total // rows), 1))
     chunk: list[Span] = []
     room = rows
     for i in responses:

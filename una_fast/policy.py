@@ -205,8 +205,16 @@ class Policy:
             raise ValueError(
                 "a fully trained policy has no adapter to switch off; use a frozen copy or cached ref_logps"
             )
-        with self.model.disable_adapter():
+        layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        # peft's own disable_adapter also freezes the adapters, which FSDP2 may see in its first forward.
+        before = [layer._disable_adapters for layer in layers]
+        try:
+            for layer in layers:
+                layer._disable_adapters = True
             yield
+        finally:
+            for layer, disabled in zip(layers, before, strict=True):
+                layer._disable_adapters = disabled
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Parameters that require a gradient, tied ones once."""

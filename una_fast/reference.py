@@ -13,7 +13,6 @@ from dataclasses import replace
 from typing import Protocol
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from una_fast.data import Batch, Example
@@ -48,14 +47,9 @@ class AdapterReference:
         self.policy, self.scoring = policy, scoring
         base = ((name, p) for name, p in policy.model.named_parameters() if not p.requires_grad)
         self.identity = "adapter:" + fingerprint(base)
-        layers = [module for module in policy.model.modules() if isinstance(module, BaseTunerLayer)]
-        self.adapters = [getattr(layer, name) for layer in layers for name in layer.adapter_layer_names]
 
     def logps(self, batch: Batch) -> Tensor:
         with self.policy.reference_mode():
-            # peft freezes what it switches off, and FSDP2 settles in its first forward what it will reduce, and how.
-            for adapter in self.adapters:
-                adapter.requires_grad_(True)
             return self.scoring.logps(self.policy, batch)
 
 
