@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from una_fast.kernels.rowgrad import LOGIT_DTYPES, block_size, logit_at, row_gradient, row_logsumexp
+from una_fast.kernels.rowgrad import LAUNCH, LOGIT_DTYPES, logit_at, row_gradient, row_logsumexp
 
 IGNORE = tl.constexpr(-100)
 
@@ -72,9 +72,8 @@ def gather_logps(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> t
     logps = torch.empty(rows, dtype=torch.float32, device=logits.device)
     lse = torch.empty_like(logps)
     if rows:
-        options = block_size(width, logits.element_size())
         with torch.cuda.device_of(logits):
-            gather_kernel[(rows,)](logits, targets, logps, lse, logits.stride(0), width, 1 / temperature, **options)
+            gather_kernel[(rows,)](logits, targets, logps, lse, logits.stride(0), width, 1 / temperature, **LAUNCH)
     return logps, lse
 
 
@@ -89,7 +88,6 @@ def gather_logps_backward(
     grad = logits if inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     assert upstream.shape == lse.shape == (rows,) and lse.dtype == torch.float32
     if rows:
-        options = block_size(width, logits.element_size())
         with torch.cuda.device_of(logits):
             gather_backward_kernel[(rows,)](
                 logits,
@@ -101,6 +99,6 @@ def gather_logps_backward(
                 grad.stride(0),
                 width,
                 1 / temperature,
-                **options,
+                **LAUNCH,
             )
     return grad

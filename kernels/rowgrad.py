@@ -12,14 +12,12 @@ Bytes moved per logit, float32 logits and a 2-byte gradient (peak rates are to b
 
     row_logps        4 read                             one exp
     row_grad         4 read, 2 written                  one exp
-    row_logps_grad   4 read, 4 read again, 2 written    two exps; the second read comes from L2 where the rows in
-                                                        flight fit there, and the launch between the two is saved
+    row_logps_grad   4 read, 4 read again, 2 written    two exps; saves a launch, and the second read where it hits L2
 
 A program walks its row in blocks of 2048 logits with 8 warps: 8 logits per thread, two independent 16-byte loads of
 float32 (one of 2-byte logits), at 40 registers or fewer, so that six to eight programs share a multiprocessor and keep
 some 50 KB in flight (4.8 TB/s at 700 ns asks for 25 KB of each of 132; 2-byte logits keep half of it, and 16 of them
-per thread spill). row_logps_grad wants its row to be still in L2 the second time; with rows of 256 KiB or less it runs
-as 32 warps of more than 32 registers, one row per multiprocessor, at most 33 MiB in flight.
+per thread spill). With that many rows in flight the second read of row_logps_grad hits L2 for small vocabularies only.
 
 Blocks that lie wholly inside the row carry no mask, so that a vocabulary that is no multiple of 16 still gets 16-byte
 loads. Rows must start on a 16-byte boundary for that, which is the caller's row stride (padded to 64 elements).
@@ -41,9 +39,7 @@ import triton.language as tl
 from torch import Tensor
 
 FUSED = {"enable_fp_fusion": True}  # a * b + c as one instruction, whatever the installed Triton's default
-BLOCK = 2048
-NUM_WARPS = 8
-L2_ROW_BYTES = 1 << 18
+LAUNCH = {"BLOCK": 2048, "num_warps": 8, **FUSED}
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -192,12 +188,6 @@ def affine(softcap: float | None, logit_scale: float, temperature: float) -> tup
     return logit_scale / softcap, softcap / temperature
 
 
-def block_size(width: int, itemsize: int, rereads: bool = False) -> dict[str, int]:
-    """Launch options for rows of `width` logits; rereads: the kernel goes over its row twice."""
-    wide = 4 if rereads and width * itemsize <= L2_ROW_BYTES else 1
-    return {"BLOCK": wide * BLOCK, "num_warps": wide * NUM_WARPS, **FUSED}
-
-
 def _launch(
     u: Tensor,
     targets: Tensor,
@@ -240,7 +230,7 @@ def _launch(
             HAS_SOFTCAP=softcap is not None,
             LOGPS=target_logit is not None,
             GRAD=du is not None,
-            **block_size(width, u.element_size(), target_logit is not None and du is not None),
+            **LAUNCH,
         )
 
 

@@ -38,12 +38,12 @@ def test_the_table_has_every_variant(table, fresh):
     assert list(table["rows"]) == fresh["names"], REMEDY
 
 
-def test_nothing_spills(table, fresh):
-    for rows in (table["rows"], fresh["rows"]):
-        assert not {name: row for name, row in rows.items() if row["spills"]}
+def test_nothing_spills(table):
+    assert not {name: row for name, row in table["rows"].items() if row["spills"]}
 
 
 def test_the_table_is_what_the_compiler_says(table, fresh):
+    """Spills included: a kernel that changed so that it spills is a row that differs."""
     if table["triton"] != fresh["triton"]:
         pytest.skip(f"the table was made with Triton {table['triton']}, this is {fresh['triton']}")
     assert {name: table["rows"][name] for name in fresh["rows"]} == fresh["rows"], REMEDY
