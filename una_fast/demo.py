@@ -1,7 +1,7 @@
 """The demo: a small language model of docstrings is trained, aligned with mixed feedback, and compared with itself.
 
-Everything comes from the Python standard library (demo_data.py); nothing is downloaded. The alignment is an ordinary
-run of `train`; the comparison loads the two models and scores held-out prompts as the trainer does.
+Everything comes from the Python standard library (demo_text.py); nothing is downloaded. The alignment is an ordinary
+run of `train`; the comparison (demo_report.py) scores held-out prompts as the trainer does.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,12 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from una_fast.packing import packing_refusal
 from una_fast.config import RunConfig
-from una_fast.data import Example, Source, collate, load_examples
-from una_fast.demo_data import Corpus, Documented, make_records, read_corpus, rouge_l, write_jsonl
-from una_fast.feedback import Feedback
-from una_fast.policy import Policy, load_policy
-from una_fast.scoring import Scoring
+from una_fast.demo_report import Comparison, plot, table
+from una_fast.demo_text import Corpus, Documented, make_records, read_corpus, write_jsonl
 from una_fast.train import train
 
 KINDS = ("pairs", "labels", "scores")
-BINS = 10
-SCORING_BATCH = 16
-NEW_TOKENS = 64
 
 
 @dataclass
@@ -57,12 +50,15 @@ class Sizes:
     hidden_size: int = 128
     layers: int = 4
     base_epochs: int = 6
-    align_epochs: float = 2.0
+    align_epochs: float = 1.0
     samples: int = 128
 
 
 QUICK = Sizes(max_modules=40, vocab_size=512, hidden_size=32, layers=1, base_epochs=1, align_epochs=0.2, samples=8)
-BETA, LEARNING_RATE = 0.2, 1e-3
+BETA, LEARNING_RATE = 0.3, 7e-4
+OFFSET = 1.0
+"""Labels and scores are compared with sigmoid(r + 1): an unchanged policy finds every text rather good (0.73), and
+learns which are not. On unseen prompts bad texts become less likely, while good ones hardly become more likely."""
 
 
 def run_demo(config: DemoConfig) -> dict[str, Any]:
@@ -78,8 +74,8 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     corpus = read_corpus(config.seed, max_modules=sizes.max_modules)
     counts = _write_records(output_dir / "data", corpus, config.seed)
     say(
-        f"docstrings of the standard library: {len(corpus.base)} for the base model, {len(corpus.align)} for alignment, "
-        f"{len(corpus.held_out)} held out (other modules) -> {output_dir}/data"
+        f"docstrings of the standard library: {len(corpus.base)} for the base model, {len(corpus.align)} for "
+        f"alignment, {len(corpus.held_out)} held out -> {output_dir}/data"
     )
     base_dir = output_dir / "base"
     tokenizer = train_tokenizer(corpus.base, sizes.vocab_size)
@@ -92,11 +88,29 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     result = train(align_config(output_dir, base_dir, aligned_dir, sizes, config.seed))
     say(f"aligned in {result.steps} steps -> {aligned_dir}")
 
-    comparison = Comparison(base_dir, aligned_dir, tokenizer, BETA)
-    summary = comparison.run(output_dir / "data", corpus.held_out, sizes.samples, config.seed)
-    say("compared on held-out prompts\n")
-    print(summary)
+    settings = RunConfig(**read_yaml(aligned_dir / "config.yaml"))
+    comparison = Comparison(base_dir, aligned_dir, tokenizer, settings)
+    found = comparison.run(corpus.held_out, sizes.samples, config.seed)
+    plot(aligned_dir / "metrics.jsonl", found, output_dir / "demo.png")
+    say(f"compared on {len(corpus.held_out)} held-out objects -> {output_dir / 'demo.png'}")
+    print(f"\n{table(found)}\n\n{found.show_texts()}\n\n{next_commands(output_dir, aligned_dir)}\n")
+    summary = {"output_dir": str(output_dir), "seconds": round(time.perf_counter() - start, 1), **found.summary()}
+    (output_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(summary))
     return summary
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def next_commands(output_dir: Path, aligned_dir: Path) -> str:
+    return f"""Next:
+  una-fast train --config {aligned_dir}/config.yaml --output_dir {output_dir}/again --beta 0.5    # the same, changed
+  una-fast train --model YOUR_MODEL --data YOUR_RECORDS.jsonl --output_dir runs/first             # your own
+  una-fast train --help"""
 
 
 def _fresh_directory(wanted: Path) -> Path:
@@ -143,7 +157,11 @@ def train_tokenizer(entries: Sequence[Documented], vocab_size: int) -> PreTraine
 
 
 def train_base(
-    entries: Sequence[Documented], tokenizer: PreTrainedTokenizerBase, sizes: Sizes, seed: int, say: Any
+    entries: Sequence[Documented],
+    tokenizer: PreTrainedTokenizerBase,
+    sizes: Sizes,
+    seed: int,
+    say: Callable[[str], None],
 ) -> LlamaForCausalLM:
     """A small Llama that continues prompts with docstrings: next-token training on prompt + docstring + EOS."""
     torch.manual_seed(seed)
@@ -208,6 +226,7 @@ def align_config(output_dir: Path, base_dir: Path, aligned_dir: Path, sizes: Siz
         output_dir=str(aligned_dir),
         beta=BETA,
         learning_rate=LEARNING_RATE,
+        offset=OFFSET,
         epochs=sizes.align_epochs,
         batch_size=64,
         micro_batch_size=32,
@@ -216,119 +235,3 @@ def align_config(output_dir: Path, base_dir: Path, aligned_dir: Path, sizes: Siz
         loggers=[],
         progress=sys.stderr.isatty(),
     )
-
-
-
-
-# --- before and after ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Held-out records of one kind with the log-probs of their responses under both models, sums over tokens.
-
-    before, after: one array [K] per record; lengths: tokens per response.
-    """
-
-    examples: list[Example]
-    before: list[np.ndarray]
-    after: list[np.ndarray]
-
-    @property
-    def lengths(self) -> list[np.ndarray]:
-        return [np.array([len(ids) for ids in example.responses]) for example in self.examples]
-
-
-class Comparison:
-    """The base model and the aligned one, on the same held-out records and prompts."""
-
-    def __init__(self, base_dir: Path, aligned_dir: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
-        self.base, self.aligned = (load_policy(d, dtype=torch.float32) for d in (base_dir, aligned_dir))
-        for policy in (self.base, self.aligned):
-            policy.packed = packing_refusal(policy.causal_lm) is None
-            policy.model.eval()
-
-    def score(self, examples: list[Example]) -> Scored:
-        return Scored(examples, self._logps(self.base, examples), self._logps(self.aligned, examples))
-
-    def _logps(self, policy: Policy, examples: list[Example]) -> list[np.ndarray]:
-        parts = []
-        for k in range(0, len(examples), SCORING_BATCH):
-            batch = collate(examples[k : k + SCORING_BATCH], packed=policy.packed, pad_id=self.tokenizer.pad_token_id)
-            parts.append(Scoring().logps(policy, batch).numpy())
-        ends = np.cumsum([len(example.responses) for example in examples])
-        return np.split(np.concatenate(parts), ends[:-1])
-
-    @torch.no_grad()
-    def sample(self, policy: Policy, prompts: Sequence[str], seed: int | None) -> list[np.ndarray]:
-        """Token ids of one continuation per prompt, at most NEW_TOKENS, up to and with EOS. seed: drawn at temperature
-        1 from the whole distribution, so that their log-probs are those of the policy; None: greedy."""
-        self.tokenizer.padding_side = "left"
-        inputs = self.tokenizer(list(prompts), return_tensors="pt", padding=True, return_token_type_ids=False)
-        drawn = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-        torch.manual_seed(seed or 0)
-        output = policy.model.generate(
-            **inputs, max_new_tokens=NEW_TOKENS, **({"do_sample": False} if seed is None else drawn)
-        )
-        eos, samples = self.tokenizer.eos_token_id, []
-        for ids in output[:, inputs["input_ids"].shape[1] :].numpy():
-            ends = np.flatnonzero(ids == eos)
-            samples.append(ids[: ends[0] + 1] if ends.size else ids)
-        return samples
-
-    def texts(self, samples: Sequence[np.ndarray]) -> list[str]:
-        return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in samples]
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """sigmoid(r) of every held-out score unit, before (0.5) and after, and the scores."""
-
-    implied: np.ndarray
-    scores: np.ndarray
-
-
-def pair_accuracies(pairs: Scored) -> dict[str, tuple[float, float]]:
-    """(before, after) shares of pairs in which the chosen response has the higher value."""
-
-    def share(values: list[np.ndarray]) -> float:
-        return float(np.mean([(v[0] > v[1]) + 0.5 * (v[0] == v[1]) for v in values]))
-
-    reward = [after - before for before, after in zip(pairs.before, pairs.after, strict=True)]
-    per_token = [
-        [logps / n for logps, n in zip(side, pairs.lengths, strict=True)] for side in (pairs.before, pairs.after)
-    ]
-    return {
-        "pair_accuracy": (share([np.zeros(2)] * len(reward)), share(reward)),
-        "logp_accuracy": (share(pairs.before), share(pairs.after)),
-        "logp_per_token_accuracy": (share(per_token[0]), share(per_token[1])),
-    }
-
-
-def calibration(scored: Scored) -> Calibration:
-    reward = BETA * (np.concatenate(scored.after) - np.concatenate(scored.before))
-    targets = np.concatenate([example.feedback.value.numpy() for example in scored.examples])
-    return Calibration(1 / (1 + np.exp(-reward)), targets)
-
-
-def samples_and_kl(comparison: Comparison, prompts: Sequence[Documented], seed: int) -> dict[str, Any]:
-    """KL per response, E[log pi - log pi_ref] over responses drawn from the aligned policy, with its standard error,
-    and the mean ROUGE-L of drawn responses of both models against the true docstrings."""
-    texts = [entry.prompt for entry in prompts]
-    drawn = {name: comparison.sample(policy, texts, seed) for name, policy in comparison.policies.items()}
-    examples = [
-        Example(np.array(comparison.tokenizer(text)["input_ids"], dtype=np.int32), (ids,), Feedback.merge([]), None, text)
-        for text, ids in zip(texts, drawn["aligned"], strict=True)
-    ]
-    scored = comparison.score(examples)
-    log_ratio = np.concatenate(scored.after) - np.concatenate(scored.before)
-    rouge = {
-        name: float(np.mean([rouge_l(t, e.docstring) for t, e in zip(comparison.texts(ids), prompts, strict=True)]))
-        for name, ids in drawn.items()
-    }
-    return {
-        "kl": float(log_ratio.mean()),
-        "kl_standard_error": float(log_ratio.std(ddof=1) / np.sqrt(len(log_ratio))),
-        "rouge_l": (rouge["base"], rouge["aligned"]),
-    }

@@ -93,7 +93,7 @@ class Head:
             acc_bytes=self.acc_bytes,
             cast=self.engine.narrow,
             budget=self.workspace.tile_bytes(self.engine.narrow),
-            accumulator_width=(self.dim if train_weight else 0) + train_bias,
+            accumulator_width=self.dim if train_weight else int(train_bias),
             length_normalize=length_normalize,
         )
         if plan.tile.rows < min(FEW_ROWS, sum(lengths.ints)):

@@ -138,8 +138,9 @@ def make_plan(
     length_normalize: bool,
 ) -> Plan:
     """Plan one call. lengths: tokens per response. cast: operands are narrower than the accumulator. budget: workspace
-    in bytes. accumulator_width: numbers per vocabulary entry that the gradients of the head take: D for the weight and
-    one more for the bias, 0 for a frozen head."""
+    in bytes. accumulator_width: numbers per vocabulary entry that an accumulator of the head's gradients takes: D for
+    the weight, 1 for the bias alone, 0 for a frozen head.
+    """
     rows = sum(lengths)
     parts = components(feedback, lengths, length_normalize)
     scored = sorted(i for part in parts for i in part.responses)

@@ -7,18 +7,19 @@ Nothing is imported or run: the .py files are parsed. A prompt is where a docstr
         \"\"\"
 
 (the name spelled out, since a small model cannot learn much about how identifiers are cut into tokens), and the true
-answer is the first paragraph of the docstring that stands there. Whole modules are held out, so that
-no prompt, docstring or neighbour of an evaluation prompt is seen before. Labels are true docstrings (True) and damaged
-ones (False); scores are ROUGE-L F1 against the true docstring (`rouge_l`).
+answer is the first paragraph of the docstring that stands there. Objects are split three ways, and every docstring
+text is on one side only: for the base model, for alignment, and held out from both for evaluation. Labels are true
+docstrings (True) and damaged ones (False); scores are ROUGE-2 F1 against the true docstring (`rouge_2`).
 """
 
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import re
 import sysconfig
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ class Documented:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Objects of disjoint sets of modules: for the base model, for alignment, and for evaluation."""
+    """Disjoint sets of objects: for the base model, for alignment, and for evaluation."""
 
     base: list[Documented]
     align: list[Documented]
@@ -59,7 +60,7 @@ class Corpus:
 
 
 def read_corpus(seed: int, root: Path | None = None, max_modules: int | None = None) -> Corpus:
-    """Documented objects of the standard library (or of the .py files under `root`), split by module.
+    """Documented objects of the standard library (or of the .py files under `root`), split at random.
 
     A docstring that stands in several places is kept once. max_modules: only so many modules, drawn at random.
     Raises ValueError where the library has no source files.
@@ -116,22 +117,22 @@ def _spelled(name: str) -> str:
     return " ".join(word if word.isupper() and len(word) > 1 else word.lower() for word in words)
 
 
-def rouge_l(text: str, truth: str) -> float:
-    """ROUGE-L F1 of two texts: twice their longest common subsequence of words (lower case), over the words of both."""
-    a, b = text.lower().split(), truth.lower().split()
-    row = [0] * (len(b) + 1)
-    for word in a:
-        diagonal = 0
-        for j, other in enumerate(b, start=1):
-            diagonal, row[j] = row[j], diagonal + 1 if word == other else max(row[j], row[j - 1])
-    return 2 * row[-1] / (len(a) + len(b))
+def rouge_2(text: str, truth: str) -> float:
+    """ROUGE-2 F1: twice the word pairs (neighbours, lower case) that both texts have, over the word pairs of both."""
+    a, b = (Counter(itertools.pairwise(side.lower().split())) for side in (text, truth))
+    return 2 * (a & b).total() / max(a.total() + b.total(), 1)
 
 
 def make_records(entries: Iterable[Documented], seed: int) -> dict[str, list[Record]]:
-    """Pairs, labels and scores, by kind; every object whose module has another one gives one record of each."""
+    """Pairs, labels and scores, by kind; every object whose module has another one gives one record of each.
+
+    The true docstring is chosen over, or labelled True against, one that is truncated, shuffled, or (in pairs) that of
+    another object of the module. Scored are the true one, a truncated and a half shuffled one, and another object's
+    shuffled one.
+    """
     rng = np.random.default_rng(seed)
-    neighbours: dict[str, list[str]] = defaultdict(list)
     entries = list(entries)
+    neighbours: dict[str, list[str]] = defaultdict(list)
     for entry in entries:
         neighbours[entry.module].append(entry.docstring)
     records: dict[str, list[Record]] = {"pairs": [], "labels": [], "scores": []}
@@ -140,29 +141,28 @@ def make_records(entries: Iterable[Documented], seed: int) -> dict[str, list[Rec
         others = [text for text in neighbours[entry.module] if text != truth]
         if not others:
             continue
-
-        def other(others: list[str] = others) -> str:
-            return others[rng.integers(len(others))]
-
-        records["pairs"].append({"prompt": prompt, "chosen": truth, "rejected": other()})
-        label = bool(rng.integers(2))
-        damage = (_shuffled, _truncated)[rng.integers(2)]
-        records["labels"].append(
-            {"prompt": prompt, "completion": truth if label else damage(truth, rng), "label": label}
-        )
-        damaged = [_truncated(truth, rng), _shuffled(truth, rng), _shuffled(other(), rng)]
-        completions = list(dict.fromkeys([truth, *damaged]))
-        scores = [round(rouge_l(text, truth), 3) for text in completions]
+        truncated, shuffled = _truncated(truth, rng), _shuffled(truth, rng)
+        other = others[rng.integers(len(others))]
+        rejected = (truncated, shuffled, other)[rng.integers(3)]
+        if rejected != truth:
+            records["pairs"].append({"prompt": prompt, "chosen": truth, "rejected": rejected})
+        completion = truth if rng.integers(2) else (truncated, shuffled)[rng.integers(2)]
+        records["labels"].append({"prompt": prompt, "completion": completion, "label": completion == truth})
+        half_shuffled = _shuffled(truth, rng, kept=len(truth.split()) // 2)
+        completions = list(dict.fromkeys([truth, truncated, half_shuffled, _shuffled(other, rng)]))
+        scores = [round(rouge_2(text, truth), 3) for text in completions]
         records["scores"].append({"prompt": prompt, "completions": completions, "scores": scores})
     return records
 
 
-def _shuffled(text: str, rng: np.random.Generator) -> str:
+def _shuffled(text: str, rng: np.random.Generator, kept: int = 0) -> str:
+    """The first `kept` words, then the others in random order."""
     words = text.split()
-    return " ".join(words[i] for i in rng.permutation(len(words)))
+    return " ".join(words[:kept] + [words[kept + i] for i in rng.permutation(len(words) - kept)])
 
 
 def _truncated(text: str, rng: np.random.Generator) -> str:
+    """The first words, at most 3 of 4."""
     words = text.split()
     return " ".join(words[: rng.integers(1, max(2, 3 * len(words) // 4))])
 

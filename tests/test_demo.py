@@ -1,0 +1,69 @@
+"""The demo at its quick size, through the same code as the real one, and its records and measures."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from una_fast.data import Source, load_examples
+from una_fast.demo import DemoConfig, run_demo
+from una_fast.demo_report import reliability
+from una_fast.demo_text import make_records, read_corpus, rouge_2
+from una_fast.records import RecordOptions
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    wanted = tmp_path_factory.mktemp("runs") / "demo"
+    wanted.mkdir()
+    (wanted / "earlier").touch()
+    summary = run_demo(DemoConfig(output_dir=str(wanted), quick=True))
+    return wanted, summary
+
+
+def test_quick_demo_leaves_everything_and_keeps_an_earlier_run(demo):
+    wanted, summary = demo
+    directory = wanted.with_name("demo-2")
+    assert summary["output_dir"] == str(directory) and [p.name for p in wanted.iterdir()] == ["earlier"]
+    assert (directory / "demo.png").stat().st_size > 10_000
+    assert json.loads((directory / "summary.json").read_text()) == summary
+    assert set(summary) >= {"pair_accuracy", "score_gap", "calibration_error", "kl", "kl_standard_error", "seconds"}
+    model = AutoModelForCausalLM.from_pretrained(directory / "aligned")
+    tokenizer = AutoTokenizer.from_pretrained(directory / "aligned")
+    assert model.generate(**tokenizer("# os: ", return_tensors="pt"), max_new_tokens=3).shape[1] > 3
+    lines = [json.loads(line) for line in (directory / "aligned/metrics.jsonl").read_text().splitlines()]
+    assert any("eval_rewards/accuracies" in line for line in lines), "held-out records are evaluated by the trainer"
+
+
+def test_records_are_real_text_split_without_leaks():
+    corpus = read_corpus(0, max_modules=60)
+    parts = [{e.docstring.casefold() for e in part} for part in (corpus.base, corpus.align, corpus.held_out)]
+    assert all(parts) and not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
+    records = make_records(corpus.align, 0)
+    assert records == make_records(corpus.align, 0), "the same seed gives the same records"
+    for record in records["scores"]:
+        assert record["scores"][0] == 1.0 and max(record["scores"][1:]) <= 1.0
+    labels = [record["label"] for record in records["labels"]]
+    assert 0.2 < np.mean(labels) < 0.8
+
+
+def test_scores_are_the_stated_overlap():
+    assert rouge_2("a b c", "a b c") == 1.0 and rouge_2("b a", "a b") == rouge_2("a", "a") == 0.0
+    assert rouge_2("x A b", "a b c d") == pytest.approx(2 * 1 / 5)
+
+
+def test_reliability_bins_cover_everything():
+    implied, scores = np.array([0.0, 0.05, 0.5, 1.0]), np.array([0.0, 1.0, 0.25, 0.75])
+    assert reliability(implied, scores) == [(0.025, 0.5, 2), (0.5, 0.25, 1), (1.0, 0.75, 1)]
+
+
+def test_the_records_load_as_any_others(demo):
+    directory = demo[0].with_name("demo-2")
+    tokenizer = AutoTokenizer.from_pretrained(directory / "base")
+    for kind, unit in (("pairs", "pair"), ("labels", "binary"), ("scores", "score")):
+        source = Source(str(directory / f"data/{kind}.jsonl"), options=RecordOptions())
+        _, report = load_examples(source, tokenizer, require_unit_scores=True)
+        assert report.units[unit] == sum(report.units.values()) > 0
