@@ -145,3 +145,7 @@ def test_constraints_pin_what_setup_asks_for():
             wanted = {ast.literal_eval(e) for e in node.value.elts}
     names = {"".join(c for c in w.split(";")[0].split("[")[0] if c not in "<>=!. 0123456789").lower() for w in wanted}
     assert names and names <= pinned, names - pinned
+
+
+def test_readme_tables_are_those_of_the_stored_results():
+    subprocess.run([sys.executable, ROOT / "bench" / "tables.py", "--check"], check=True)

@@ -47,18 +47,25 @@ class Findings:
     """Everything that the demo measured; pairs of numbers are (before, after)."""
 
     pair_accuracy: tuple[float, float]
+    pair_accuracy_by_rejected: dict[str, tuple[float, int]]
     logp_accuracy: tuple[float, float]
     logp_per_token_accuracy: tuple[float, float]
     implied: tuple[np.ndarray, np.ndarray]
     scores: np.ndarray
+    offset: float
     kl: tuple[float, float]
     rouge_2: tuple[float, float]
     texts: list[tuple[str, str, str, str]]
 
     @property
     def score_gap(self) -> tuple[float, float]:
-        """Mean |sigmoid(r) - score|."""
+        """Mean |sigmoid(r + offset) - score|."""
         return tuple(float(np.abs(implied - self.scores).mean()) for implied in self.implied)
+
+    @property
+    def correlation(self) -> float:
+        """Of sigmoid(r + offset) after the alignment with the scores."""
+        return float(np.corrcoef(self.implied[1], self.scores)[0, 1])
 
     @property
     def constant_gap(self) -> float:
@@ -67,7 +74,7 @@ class Findings:
 
     @property
     def calibration_error(self) -> tuple[float, float]:
-        """Mean over bins of sigmoid(r), weighted by their responses, of |mean sigmoid(r) - mean score|."""
+        """Mean over bins of p = sigmoid(r + offset), weighted by their responses, of |mean p - mean score|."""
         return tuple(
             sum(count * abs(x - y) for x, y, count in reliability(implied, self.scores)) / len(self.scores)
             for implied in self.implied
@@ -82,7 +89,8 @@ class Findings:
                 *("score_gap", "calibration_error", "rouge_2"),
             )
         }
-        pairs["score_gap_of_the_mean"] = round(self.constant_gap, 4)
+        pairs["pair_accuracy_by_rejected"] = {k: round(v, 4) for k, (v, _) in self.pair_accuracy_by_rejected.items()}
+        pairs |= {"score_gap_of_the_mean": round(self.constant_gap, 4), "score_correlation": round(self.correlation, 4)}
         return {**pairs, "kl": round(self.kl[0], 3), "kl_standard_error": round(self.kl[1], 3)}
 
     def show_texts(self) -> str:
@@ -114,8 +122,10 @@ class Comparison:
         kl, rouge = self._on_policy([held_out[i] for i in order], seed)
         return Findings(
             **pair_accuracies(pairs),
+            pair_accuracy_by_rejected=self._by_rejected(pairs),
             implied=tuple(implied),
             scores=feedback.value.numpy(),
+            offset=self.settings.offset,
             kl=kl,
             rouge_2=rouge,
             texts=self._texts([held_out[i] for i in order[:SHOWN_TEXTS]]),
@@ -135,6 +145,19 @@ class Comparison:
             parts.append(Scoring().logps(policy, batch).numpy())
         ends = np.cumsum([len(example.responses) for example in examples])
         return np.split(np.concatenate(parts), ends[:-1])
+
+    def _by_rejected(self, pairs: Scored) -> dict[str, tuple[float, int]]:
+        """(accuracy of the implicit reward, pairs) for each way in which the rejected text is worse."""
+        right: dict[str, list[bool]] = {"truncated": [], "shuffled": [], "of another object": []}
+        for example, before, after in zip(pairs.examples, pairs.before, pairs.after, strict=True):
+            chosen, rejected = self._decode(example.responses)
+            if chosen.startswith(rejected):
+                kind = "truncated"
+            else:
+                kind = "shuffled" if sorted(chosen.split()) == sorted(rejected.split()) else "of another object"
+            reward = after - before
+            right[kind].append(bool(reward[0] > reward[1]))
+        return {kind: (float(np.mean(found)), len(found)) for kind, found in right.items() if found}
 
     def _on_policy(self, prompts: Sequence[Documented], seed: int) -> tuple[tuple[float, float], tuple[float, float]]:
         """(KL of a response, its standard error): the mean of log pi - log pi_ref over responses drawn from the aligned
@@ -202,33 +225,34 @@ def pair_accuracies(pairs: Scored) -> dict[str, tuple[float, float]]:
 
 
 def reliability(implied: np.ndarray, scores: np.ndarray) -> list[tuple[float, float, int]]:
-    """(mean sigmoid(r), mean score, responses) of every bin that holds any."""
+    """(mean implied score, mean score, responses) of every bin that holds any."""
     index = np.minimum((implied * BINS).astype(int), BINS - 1)
     parts = [(implied[index == b], scores[index == b]) for b in range(BINS)]
     return [(float(x.mean()), float(y.mean()), len(x)) for x, y in parts if len(x)]
 
 
 def table(found: Findings) -> str:
-    rows = (
-        ("pair accuracy, implicit reward", *found.pair_accuracy, "higher is better; 0.5 = coin"),
-        ("pair accuracy, log-prob", *found.logp_accuracy, "the model's own preference"),
-        ("pair accuracy, log-prob per token", *found.logp_per_token_accuracy, ""),
-        (
-            "|sigmoid(r) - score|, mean",
-            *found.score_gap,
-            f"lower is better; always the mean score: {found.constant_gap:.3f}",
-        ),
-        ("calibration error, 10 bins", *found.calibration_error, "lower is better"),
-        ("ROUGE-2 of samples", *found.rouge_2, "against the written docstring"),
-    )
-    lines = [f"{'held-out prompts':36} {'before':>8} {'after':>8}"]
-    lines += [f"{name:36} {before:8.3f} {after:8.3f}   {note}".rstrip() for name, before, after, note in rows]
-    lines.append(f"{'KL per response, nats':36} {0:8.3f} {found.kl[0]:8.3f}   +- {found.kl[1]:.3f}, on samples")
+    point = f"sigmoid(r + {found.offset:g})" if found.offset else "sigmoid(r)"
+    lines = [f"{'held-out prompts':40} {'before':>8} {'after':>8}"]
+
+    def row(name: str, before: float | None, after: float, note: str = "") -> None:
+        lines.append(f"{name:40} {'' if before is None else f'{before:.3f}':>8} {after:8.3f}   {note}".rstrip())
+
+    row("pair accuracy, implicit reward", *found.pair_accuracy, "0.5 is a coin; the reward is 0 for all before")
+    for kind, (accuracy, count) in found.pair_accuracy_by_rejected.items():
+        row(f"  rejected: {kind}", None, accuracy, f"{count} pairs")
+    row("pair accuracy, log-prob", *found.logp_accuracy, "the models' own preference, sums over tokens")
+    row("pair accuracy, log-prob per token", *found.logp_per_token_accuracy)
+    row(f"|{point} - score|, mean", *found.score_gap, f"always guessing the mean score: {found.constant_gap:.3f}")
+    row(f"calibration error of {point}", *found.calibration_error, "10 bins; near 0 for a constant at the mean score")
+    row(f"correlation of {point} with scores", None, found.correlation)
+    row("ROUGE-2 of samples", *found.rouge_2, "against the written docstring; this small a model knows little")
+    row("KL per response, nats", 0.0, found.kl[0], f"+- {found.kl[1]:.3f}, on samples of the aligned model")
     return "\n".join(lines)
 
 
 def plot(metrics: Path, found: Findings, path: Path) -> None:
-    """Training curves, and the reliability of sigmoid(r) against the scores."""
+    """Training curves, and the reliability of sigmoid(r + offset) against the scores."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -254,7 +278,13 @@ def plot(metrics: Path, found: Findings, path: Path) -> None:
         x, y, count = zip(*reliability(implied, found.scores), strict=True)
         right.plot(x, y, marker="o", label=label)
         right.scatter(x, y, s=[10 + 300 * n / len(found.scores) for n in count], alpha=0.3)
-    right.set(xlim=(0, 1), ylim=(0, 1), xlabel="sigmoid(r), binned", ylabel="mean score", title="held-out scores")
+    right.set(
+        xlim=(0, 1),
+        ylim=(0, 1),
+        xlabel=f"sigmoid(r + {found.offset:g}), binned",
+        ylabel="mean score",
+        title="held-out scores",
+    )
     right.legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
