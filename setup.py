@@ -28,6 +28,7 @@ setup(
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; sys_platform == 'linux'",
+        "numpy>=1.26",
         "transformers>=5.17",
         "peft>=0.18",
         "datasets>=4.0",

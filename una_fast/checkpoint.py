@@ -41,10 +41,9 @@ def complete_checkpoints(output_dir: Path) -> list[Path]:
 
 def save_model(directory: Path, policy: Policy, tokenizer: PreTrainedTokenizerBase, world: World) -> None:
     """Weights and tokenizer in Hugging Face form, gathered from all ranks, written by the first."""
-    is_adapter = policy.model is not policy.causal_lm
     state_dict = None
     if world.sharded:
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=is_adapter)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=policy.is_adapter)
         state_dict = get_model_state_dict(policy.model, options=options)
         first: dict[int, str] = {}
         for name, parameter in policy.model.named_parameters(remove_duplicate=False):

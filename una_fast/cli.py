@@ -81,9 +81,12 @@ def _settings(kind: type, parsed: Namespace) -> Any:
 
 def _train(parsed: Namespace) -> None:
     from una_fast.config import RunConfig
-    from una_fast.train import train
+    from una_fast.train import DivergedError, train
 
-    result = train(_settings(RunConfig, parsed))
+    try:
+        result = train(_settings(RunConfig, parsed))
+    except DivergedError as error:
+        raise ValueError(str(error)) from error
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps({"output_dir": str(result.output_dir), "steps": result.steps, **result.metrics}))
 

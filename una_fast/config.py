@@ -168,8 +168,8 @@ class RunConfig(RecordOptions):
         for name in ("max_steps", "eval_every", "save_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1, or null")
-        if not self.epochs > 0:
-            raise ValueError(f"epochs={self.epochs} must be positive")
+        if not 0 < self.epochs < float("inf"):
+            raise ValueError(f"epochs={self.epochs} must be positive and finite")
         if not self.learning_rate >= 0 or not 0 <= self.warmup_ratio <= 1:
             raise ValueError(
                 f"learning_rate={self.learning_rate} must not be negative, and warmup_ratio={self.warmup_ratio} must "

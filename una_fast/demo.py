@@ -108,10 +108,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def next_commands(output_dir: Path, aligned_dir: Path) -> str:
+    command = Path(sys.argv[0])
+    una_fast = command if command.name == "una-fast" else "una-fast"
     return f"""Next:
-  una-fast train --config {aligned_dir}/config.yaml --output_dir {output_dir}/again --beta 0.5    # the same, changed
-  una-fast train --model YOUR_MODEL --data YOUR_RECORDS.jsonl --output_dir runs/first             # your own
-  una-fast train --help"""
+  {una_fast} train --config {aligned_dir}/config.yaml --output_dir {output_dir}/again --beta 0.5    # the same, changed
+  {una_fast} train --model YOUR_MODEL --data YOUR_RECORDS.jsonl --output_dir runs/first             # your own
+  {una_fast} train --help"""
 
 
 def _fresh_directory(wanted: Path) -> Path:

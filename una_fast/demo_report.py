@@ -148,7 +148,7 @@ class Comparison:
 
     def _by_rejected(self, pairs: Scored) -> dict[str, tuple[float, int]]:
         """(accuracy of the implicit reward, pairs) for each way in which the rejected text is worse."""
-        right: dict[str, list[bool]] = {"truncated": [], "shuffled": [], "of another object": []}
+        right: dict[str, list[float]] = {"truncated": [], "shuffled": [], "of another object": []}
         for example, before, after in zip(pairs.examples, pairs.before, pairs.after, strict=True):
             chosen, rejected = self._decode(example.responses)
             if chosen.startswith(rejected):
@@ -156,7 +156,7 @@ class Comparison:
             else:
                 kind = "shuffled" if sorted(chosen.split()) == sorted(rejected.split()) else "of another object"
             reward = after - before
-            right[kind].append(bool(reward[0] > reward[1]))
+            right[kind].append((reward[0] > reward[1]) + 0.5 * (reward[0] == reward[1]))
         return {kind: (float(np.mean(found)), len(found)) for kind, found in right.items() if found}
 
     def _on_policy(self, prompts: Sequence[Documented], seed: int) -> tuple[tuple[float, float], tuple[float, float]]:
@@ -247,7 +247,12 @@ def table(found: Findings) -> str:
     row(f"calibration error of {point}", *found.calibration_error, "10 bins; near 0 for a constant at the mean score")
     row(f"correlation of {point} with scores", None, found.correlation)
     row("ROUGE-2 of samples", *found.rouge_2, "against the written docstring; this small a model knows little")
-    row("KL per response, nats", 0.0, found.kl[0], f"+- {found.kl[1]:.3f}, on samples of the aligned model")
+    row(
+        f"KL of the first {NEW_TOKENS} tokens, nats",
+        0.0,
+        found.kl[0],
+        f"+- {found.kl[1]:.3f}, on samples of the aligned model",
+    )
     return "\n".join(lines)
 
 

@@ -1,6 +1,6 @@
 """The two things a device may do its own way: the GEMMs of the head, and the row operations on a tile of logits.
 
-The loop in head.py is the same for every engine. Legend: C rows of a chunk, T vocabulary entries of a tile (all V,
+The loop in passes.py is the same for every engine. Legend: C rows of a chunk, T vocabulary entries of a tile (all V,
 or a slice), D hidden.
 
     raw logits   u = W h + bias                                        [C, T], accumulator dtype
@@ -32,7 +32,7 @@ class LogitTransform:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.softcap is not None and not self.softcap > 0:
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
             raise ValueError(f"softcap={self.softcap} must be positive, or None for no cap")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature={self.temperature} must be positive and finite")

@@ -13,7 +13,7 @@ the whole component is in the chunk) or without it, to be scaled at the end (pla
 One GEMM pass = 2 N D V flop. Policy: 3 passes with a trained head, 2 with a frozen one; reference: 1, or 0 when
 its log-probs are cached. Per-token losses with arbitrary upstream gradients (token_logps) recompute: 4 and 3.
 Stored between forward and backward: dH [N, D] in the dtype of hidden, dW [V, D] in the accumulator dtype.
-Never stored: logits of more than one chunk.
+Never stored: logits of more rows than the workspace holds.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def linear_una_loss(
     feedback: units over the S responses; responses in no unit get log-probs but no gradient.
 
     Reference, one of: ref_logps [S], cached sums over tokens; or ref_hidden [N, D'] with ref_weight [V, D'] and
-    ref_bias [V] (default: the policy's weight and bias, detached). No gradient reaches the reference.
+    ref_bias [V] (default: the policy's weight and bias, detached; with a ref_weight of its own, no bias unless
+    ref_bias gives one). No gradient reaches the reference.
 
     Logits are z = softcap * tanh(logit_scale * (W h + bias) / softcap) / temperature, policy and reference alike.
     reduction: "mean" = weighted sum of unit losses / num_units (default: the units of this call), or "sum".
@@ -91,6 +92,10 @@ def linear_una_loss(
     elif ref_hidden is not None:
         if ref_weight is None:
             ref_weight, ref_bias = weight, bias if ref_bias is None else ref_bias
+        elif ref_weight.shape[:1] != weight.shape[:1]:
+            raise ValueError(
+                f"ref_weight {tuple(ref_weight.shape)} and weight {tuple(weight.shape)} must have the same vocabulary"
+            )
         ref_hidden, ref_weight, ref_bias = _autocast(ref_hidden, ref_weight, ref_bias)
         _check_head("ref_", ref_hidden, ref_weight, targets, ref_bias)
         with torch.no_grad():

@@ -185,6 +185,11 @@ class Policy:
     packed: bool
     """Whether batches are packed rows with a shared prompt."""
 
+    @property
+    def is_adapter(self) -> bool:
+        """Whether an adapter is trained, and saved, instead of the whole model."""
+        return self.model is not self.causal_lm
+
     def score(self, batch: Batch, scorer: Scorer) -> Any:
         """scorer(hidden rows, head weight, head bias) at the batch's rows, run inside the model's forward."""
         score = functools.partial(

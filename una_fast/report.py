@@ -29,7 +29,11 @@ _PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "B200": 2250.0, "A100": 312.0, "MI
 
 
 class Meter:
-    """Sums over units and responses since the last report, on the device; one read per report."""
+    """Sums over units and responses since the last report, on the device; one read per report.
+
+    Metric `kl` is the mean of log pi - log pi_ref over the responses of the data, chosen and rejected: an estimate of
+    the KL only where the policy itself drew them, negative where it finds them less likely than the reference does.
+    """
 
     def __init__(self, objective: Objective, device: torch.device) -> None:
         self.objective = objective
@@ -140,11 +144,13 @@ class Reporter:
         self.world = world
         self.writers: list[Any] = []
         self.bar = None
+        self.last: dict[str, float] = {}  # newest value of every metric of the steps that are kept
         if not world.is_main:
             return
         output_dir = Path(config.output_dir)
         self.path = output_dir / "metrics.jsonl"
-        _drop_after(self.path, first_step)
+        for line in _keep_until(self.path, first_step):
+            self.last |= {name: value for name, value in line.items() if name != "step"}
         self.writers = [_make_writer(name, output_dir, first_step) for name in config.loggers]
         if config.progress:
             from tqdm.auto import tqdm
@@ -180,18 +186,21 @@ class Reporter:
             self.bar.close()
 
 
-def _drop_after(path: Path, step: int) -> None:
-    """Forget metrics of steps that a resumed run will take again, and a line that was cut off by a kill."""
-    if not path.exists():
-        return
-    kept = []
+def _keep_until(path: Path, step: int) -> list[dict[str, float]]:
+    """The metrics that a run resumed after `step` keeps. Those of steps that it takes again, and a line that was cut
+    off by a kill, leave the file."""
+    kept: list[dict[str, float]] = []
+    if not path.exists() or step == 0:
+        path.write_text("", encoding="utf-8")
+        return kept
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+            kept.append(json.loads(line))
         except json.JSONDecodeError:
             continue
-    path.write_text("".join(kept) if step else "", encoding="utf-8")
+    kept = [line for line in kept if line["step"] <= step]
+    path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    return kept
 
 
 def _make_writer(name: str, output_dir: Path, first_step: int) -> Any:
@@ -235,21 +244,23 @@ class Clock:
         return spent
 
 
-def model_card(config: RunConfig, reports: Sequence[SourceReport], metrics: dict[str, float]) -> str:
+def model_card(config: RunConfig, reports: Sequence[SourceReport], metrics: dict[str, float], is_adapter: bool) -> str:
     """README.md of the trained model."""
+    mean = ", a mean over tokens" if config.length_normalize else ""
+    offset = f", labels and scores compared with r + {config.offset:g}" if config.offset else ""
     rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in metrics.items())
     data = "\n".join(f"- {report}" for report in reports)
     return f"""---
 base_model: {config.model}
-library_name: {"peft" if config.lora else "transformers"}
+library_name: {"peft" if is_adapter else "transformers"}
 tags: [una, alignment, preference-optimization]
 ---
 
 # {Path(config.output_dir).name}
 
 {config.model} aligned with UNA ([arXiv 2408.15339](https://arxiv.org/abs/2408.15339)) by una_fast: the implicit reward
-r = {config.beta} * (log pi - log pi_ref) regressed on the feedback below (pairs: {config.pair}, labels:
-{config.binary}, scores: {config.score}). All settings: `config.yaml`; every logged step: `metrics.jsonl`.
+r = {config.beta} * (log pi - log pi_ref){mean} regressed on the feedback below (pairs: {config.pair}, labels:
+{config.binary}, scores: {config.score}{offset}). All settings: `config.yaml`; every logged step: `metrics.jsonl`.
 
 ## Data
 

@@ -39,6 +39,10 @@ from una_fast.sharding import World, local_scalar, shard, start_world
 logger = logging.getLogger(__name__)
 
 
+class DivergedError(RuntimeError):
+    """The gradient is not finite: the run cannot go on."""
+
+
 @dataclass
 class TrainResult:
     """What a finished run leaves: where the model is, the steps taken, and the last training and eval metrics."""
@@ -67,7 +71,9 @@ def train(config: RunConfig) -> TrainResult:
     metrics = trainer.run()
     save_model(output_dir, trainer.policy, tokenizer, world)
     if world.is_main:
-        (output_dir / "README.md").write_text(model_card(config, reports, metrics), encoding="utf-8")
+        (output_dir / "README.md").write_text(
+            model_card(config, reports, metrics, trainer.policy.is_adapter), encoding="utf-8"
+        )
     world.barrier()
     return TrainResult(output_dir, trainer.total_steps, metrics)
 
@@ -169,6 +175,7 @@ class Trainer:
         """Policy (from the checkpoint, if any) and reference (always from the start of the run)."""
         config, world = self.config, self.world
         compute, dtype = run_dtypes(config, world.device)
+        self.bf16 = compute == torch.bfloat16
         autocast = None if compute == dtype or world.sharded else compute  # FSDP2 casts by itself
         self.scoring = Scoring(config.workspace_mb, config.engine, autocast)
 
@@ -184,6 +191,7 @@ class Trainer:
             )
 
         self.policy = load(checkpoint or config.model, trained=True)
+        check_token_ids(examples, self.policy)
         refusal = packing_refusal(self.policy.causal_lm) if config.packing else "packing=false"
         self.policy.packed = refusal is None
         if refusal is not None and config.packing and world.is_main:
@@ -205,7 +213,7 @@ class Trainer:
 
     def run(self) -> dict[str, float]:
         """All steps that are left. Returns the last metrics."""
-        config, last = self.config, {}
+        config, last = self.config, self.reporter.last
         if self.first_step == 0:
             last |= self.evaluate(0)
         for step, work in enumerate(self.loader.steps(self.first_step, self.total_steps), start=self.first_step + 1):
@@ -231,9 +239,9 @@ class Trainer:
         value = local_scalar(norm)
         if not value < float("inf"):
             origins = ", ".join(e.origin for part in work.micro_batches for e in part) or "another rank"
-            raise RuntimeError(
+            raise DivergedError(
                 f"the gradient norm is {value} in the step of the records {origins}; lower learning_rate or beta, or "
-                "look at these records. The last checkpoint is from before this step"
+                "look at these records. A checkpoint of this run, if there is one, is from before this step"
             )
         if self.config.max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, norm)
@@ -277,16 +285,19 @@ class Trainer:
             "memory/peak_gib": peak_gib(self.world.device),
         }
         peak = peak_tflops(self.world.device)
-        if peak is not None:
+        if peak is not None and self.bf16:  # the peak is that of bf16
             metrics["mfu"] = self._flops(metrics["tokens"]) / seconds / (peak * 1e12 * self.world.size)
         self.reporter.step(step, metrics)
         return metrics
 
     def _flops(self, tokens: float) -> float:
         """Of the linear layers alone: 2 per weight and token forward, 4 backward (2 where weights are frozen), and 2
-        for a reference that is computed."""
-        weights = sum(p.numel() for p in self.policy.causal_lm.parameters())
-        passes = (4 if self.config.lora else 6) + (0 if isinstance(self.reference, CachedReference) else 2)
+        for a reference that is computed. An estimate from above: the head is counted for every token."""
+        model = self.policy.causal_lm
+        weights = sum(p.numel() for p in model.parameters())
+        if model.get_input_embeddings().weight is not model.get_output_embeddings().weight:
+            weights -= model.get_input_embeddings().weight.numel()  # a look-up
+        passes = (4 if self.policy.is_adapter else 6) + (0 if isinstance(self.reference, CachedReference) else 2)
         return passes * weights * tokens
 
     def save(self, step: int) -> None:
@@ -320,6 +331,18 @@ def refuse_another_run(checkpoint: Path, saved: dict[str, Any], current: dict[st
             f"{checkpoint} belongs to another run: {'; '.join(changed)}. Restore these to continue it, or set another "
             "output_dir to start anew"
         )
+
+
+def check_token_ids(examples: list[Example], policy: Policy) -> None:
+    """ValueError for a tokenizer with more tokens than the model has embeddings."""
+    size = policy.causal_lm.get_input_embeddings().weight.shape[0]
+    for example in examples:
+        largest = max(int(ids.max()) for ids in (example.prompt_ids, *example.responses))
+        if largest >= size:
+            raise ValueError(
+                f"{example.origin}: the tokenizer gives token {largest}, but the model has {size} embeddings; set "
+                "tokenizer to the model's own"
+            )
 
 
 def make_optimizer(policy: Policy, config: RunConfig) -> Optimizer:
