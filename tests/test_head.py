@@ -946,6 +946,11 @@ REFUSED = {
     ),
     "cached reference with a bias": ({}, {"ref_logps": torch.zeros(2), "ref_bias": torch.zeros(101)}, r"ref_bias"),
     "reference per token": ({}, {"ref_logps": torch.zeros(7)}, r"ref_logps is \(7,\); expected \[2\], one sum per"),
+    "reference vocabulary": (
+        {},
+        {"ref_hidden": torch.zeros(7, 24), "ref_weight": torch.zeros(50, 24)},
+        r"ref_weight \(50, 24\) and weight \(101, 24\) must have the same vocabulary",
+    ),
     "reference rows": ({}, {"ref_hidden": torch.zeros(6, 24)}, r"ref_hidden"),
     "reference width": ({}, {"ref_hidden": torch.zeros(7, 5)}, r"ref_hidden \(7, 5\) and ref_weight \(101, 24\)"),
     "reference bias": ({}, {"ref_hidden": torch.zeros(7, 24), "ref_bias": torch.zeros(5)}, r"ref_bias \(5,\) must be"),

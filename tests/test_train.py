@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,10 +30,11 @@ import una_fast.checkpoint as checkpoint_module
 import una_fast.train as train_module
 from una_fast.checkpoint import complete_checkpoints
 from una_fast.config import LoraOptions, RunConfig
-from una_fast.data import Source, load_examples
+from una_fast.data import Example, Source, load_examples
+from una_fast.feedback import Feedback
 from una_fast.precompute import precompute_reference
 from una_fast.sharding import start_world
-from una_fast.train import Trainer, load_data, train
+from una_fast.train import Trainer, check_token_ids, load_data, train
 
 LORA = LoraOptions(r=4, alpha=8)
 
@@ -731,6 +733,25 @@ def test_a_half_deleted_checkpoint_does_not_look_complete(uninterrupted, tmp_pat
             train(RunConfig(**settings))
     assert (tmp_path / "run" / "checkpoint-2").is_dir()
     assert [path.name for path in complete_checkpoints(tmp_path / "run")] == ["checkpoint-4"]
+
+
+def test_resuming_a_finished_run_keeps_its_metrics(uninterrupted, tmp_path):
+    """There is no step left to take; the model card and the result still tell what the run ended with."""
+    settings = again(uninterrupted("full")[0], tmp_path / "run", max_steps=2, log_every=1)
+    first = train(RunConfig(**settings))
+    assert complete_checkpoints(tmp_path / "run")[-1].name == "checkpoint-2"
+    (tmp_path / "run" / "README.md").unlink()
+    second = train(RunConfig(**settings | {"resume": True}))
+    assert second.metrics == first.metrics and "loss" in first.metrics
+    assert "| loss |" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_a_tokenizer_of_another_model_is_refused():
+    embedding = SimpleNamespace(weight=torch.zeros(5, 2))
+    policy = SimpleNamespace(causal_lm=SimpleNamespace(get_input_embeddings=lambda: embedding))
+    example = Example(np.array([1, 2]), (np.array([4, 5]),), Feedback.binary([0], [True]), None, "file.jsonl:3")
+    with pytest.raises(ValueError, match=r"file.jsonl:3: the tokenizer gives token 5, but the model has 5 embeddings"):
+        check_token_ids([example], policy)
 
 
 def test_resume_without_a_checkpoint_starts_afresh(uninterrupted, tmp_path):
