@@ -370,7 +370,7 @@ def test_packed_rows_score_as_separate_sequences(lora, checkpointing, saved):
     for batch in (padded, packed):
         torch.manual_seed(0)
         policy = load_policy(
-            saved("gemma2"), dtype=torch.float32, lora=lora, gradient_checkpointing=checkpointing, packed=True
+            saved("gemma2"), dtype=torch.float32, lora=lora, gradient_checkpointing=checkpointing, packing=True
         )
         perturb(policy)
         logps.append(score(policy, batch))

@@ -16,7 +16,6 @@ from una_fast.config import RunConfig
 from una_fast.data import Example, Source, collate, load_examples
 from una_fast.demo_text import Documented, rouge_2
 from una_fast.feedback import Feedback
-from una_fast.packing import packing_refusal
 from una_fast.policy import Policy, load_policy
 from una_fast.scoring import Scoring
 
@@ -106,9 +105,8 @@ class Comparison:
 
     def __init__(self, base: Path, aligned: Path, tokenizer: PreTrainedTokenizerBase, settings: RunConfig) -> None:
         self.tokenizer, self.settings = tokenizer, settings
-        self.base, self.aligned = (load_policy(path, dtype=torch.float32) for path in (base, aligned))
+        self.base, self.aligned = (load_policy(path, dtype=torch.float32, packing=True) for path in (base, aligned))
         for policy in (self.base, self.aligned):
-            policy.packed = packing_refusal(policy.causal_lm) is None
             policy.model.eval()
 
     def run(self, held_out: Sequence[Documented], samples: int, seed: int) -> Findings:

@@ -28,6 +28,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from una_fast.packing import packing_refusal
 from una_fast.probe import HeadSpec, hidden_states, is_number, probe_head
 
 if TYPE_CHECKING:
@@ -232,12 +233,13 @@ def load_policy(
     dtype: torch.dtype,
     lora: LoraOptions | None = None,
     gradient_checkpointing: bool = False,
-    packed: bool = False,
+    packing: bool = False,
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
 ) -> Policy:
     """Load a model for training: dropout removed, adapters added, head probed, scoring installed, in train mode
-    (which activation checkpointing needs). Raises ValueError for whatever cannot be trained truly."""
+    (which activation checkpointing needs). packing: pack batches if a probe finds that this model can be packed; a
+    refusal is logged. Raises ValueError for whatever cannot be trained truly."""
     model = load_causal_lm(
         path, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation=attn_implementation
     )
@@ -253,7 +255,14 @@ def load_policy(
         enable = getattr(causal_lm, "activation_checkpointing_enable", causal_lm.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
     model.train()
-    return Policy(model, causal_lm, head, packed)
+    return Policy(model, causal_lm, head, packing and _can_pack(causal_lm))
+
+
+def _can_pack(causal_lm: PreTrainedModel) -> bool:
+    refusal = packing_refusal(causal_lm)
+    if refusal is not None:
+        logger.warning("batches are padded, not packed: %s", refusal)
+    return refusal is None
 
 
 # --- saving ----------------------------------------------------------------------------------------------------------

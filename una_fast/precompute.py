@@ -10,7 +10,6 @@ from typing import Any
 
 from una_fast.config import RunConfig
 from una_fast.data import Example, Source, collate, load_examples, read_rows
-from una_fast.packing import packing_refusal
 from una_fast.policy import load_policy, load_tokenizer
 from una_fast.records import as_object
 from una_fast.scoring import Scoring, run_dtypes
@@ -33,8 +32,8 @@ def precompute_reference(config: RunConfig) -> dict[str, list[dict[str, Any]]]:
         dtype=dtype,
         trust_remote_code=config.trust_remote_code,
         attn_implementation=config.attn_implementation,
+        packing=config.packing,
     )
-    policy.packed = config.packing and packing_refusal(policy.causal_lm) is None
     policy.model.to(world.device).eval()
     scoring = Scoring(config.workspace_mb, config.engine, None if compute == dtype else compute)
     output_dir = Path(config.output_dir)

@@ -7,7 +7,6 @@ for every step:   micro-batches -> loss (divided by the units of the global batc
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,6 @@ from una_fast.config import RunConfig
 from una_fast.data import Example, Source, SourceReport, collate, load_examples
 from una_fast.loader import Loader, Step, hold_out
 from una_fast.losses import UnaOutput
-from una_fast.packing import packing_refusal
 from una_fast.policy import Policy, load_policy, load_tokenizer
 from una_fast.reference import (
     AdapterReference,
@@ -35,8 +33,6 @@ from una_fast.reference import (
 from una_fast.report import Clock, Meter, Reporter, model_card, peak_gib, peak_tflops
 from una_fast.scoring import Scoring, run_dtypes
 from una_fast.sharding import World, local_scalar, shard, start_world
-
-logger = logging.getLogger(__name__)
 
 
 class DivergedError(RuntimeError):
@@ -188,14 +184,11 @@ class Trainer:
                 gradient_checkpointing=config.gradient_checkpointing and trained,
                 trust_remote_code=config.trust_remote_code,
                 attn_implementation=config.attn_implementation,
+                packing=config.packing and trained,
             )
 
         self.policy = load(checkpoint or config.model, trained=True)
         check_token_ids(examples, self.policy)
-        refusal = packing_refusal(self.policy.causal_lm) if config.packing else "packing=false"
-        self.policy.packed = refusal is None
-        if refusal is not None and config.packing and world.is_main:
-            logger.warning("batches are padded, not packed: %s", refusal)
         models = [self.policy]
         self.reference: Reference
         if cached:
