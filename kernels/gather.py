@@ -78,14 +78,21 @@ def gather_logps(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> t
 
 
 def gather_logps_backward(
-    logits: Tensor, targets: Tensor, lse: Tensor, upstream: Tensor, temperature: float = 1.0, *, inplace: bool = False
+    logits: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    upstream: Tensor,
+    temperature: float = 1.0,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """dlogits [M, V] of the upstream gradient [M], dtype of the logits; 0 for rows whose target is -100.
 
-    inplace: written over the logits, which are lost; else into a new tensor."""
+    out: where it is written; the logits themselves, which are then lost, or a tensor beside them (None: a new one)."""
     _check(logits, targets)
     rows, width = logits.shape
-    grad = logits if inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if out is None else out
+    assert grad.shape == logits.shape and grad.dtype == logits.dtype and (grad.stride(1) == 1 or width == 1)
     assert upstream.shape == lse.shape == (rows,) and lse.dtype == torch.float32
     if rows:
         with torch.cuda.device_of(logits):

@@ -172,6 +172,11 @@ def _descriptors(arch: str, block: Tiling, hidden: Tensor, weight: Tensor) -> li
     return [TensorDescriptor.from_tensor(x, [rows, block.BK]) for x, rows in shapes]
 
 
+def row_bytes(device: torch.device, weight: Tensor) -> int:
+    """Workspace of linear_logps per row."""
+    return 4 * triton.cdiv(len(weight), tiling(_machine(device)[0], weight.dtype).BV)
+
+
 def linear_logps(
     hidden: Tensor,
     weight: Tensor,
@@ -188,7 +193,7 @@ def linear_logps(
 
     hidden: [N, D], weight: [V, D], one dtype of bfloat16, float16 and float32, last strides 1. targets: [N] indices
     into the whole vocabulary, of which weight and bias [V] hold the entries from `start` on; -100 lies outside.
-    Workspace: 4 N V / BV bytes."""
+    Workspace: N times `row_bytes`."""
     (rows, depth), entries = hidden.shape, weight.shape[0]
     assert weight.shape[1] == depth > 0 and entries > 0 and hidden.dtype == weight.dtype
     assert hidden.dtype in (torch.bfloat16, torch.float16, torch.float32) and hidden.stride(1) == weight.stride(1) == 1

@@ -8,7 +8,7 @@ from itertools import combinations
 import pytest
 
 from una_fast import Feedback
-from una_fast.plan import Group, Plan, Tile, chunks, components, fit_tile, make_plan, span_rows
+from una_fast.plan import Group, HeadSize, Plan, Tile, chunks, components, fit_tile, make_plan, span_rows
 
 PAIR = Feedback.pairs([0], [1])
 BOTH_SCORES = Feedback.merge([PAIR, Feedback.scores([0, 1], [0.9, 0.2])])
@@ -17,8 +17,9 @@ ALL_PAIRS_OF_FOUR = Feedback.pairs(*zip(*combinations(range(4), 2), strict=True)
 
 def plan(feedback: Feedback, lengths: list[int], *, rows: float, dim: int = 2, vocab: int = 50, **changes) -> Plan:
     """A float32 plan whose budget holds `rows` rows of logits."""
-    arguments = {"acc_bytes": 4, "cast": False, "accumulator_width": dim, "length_normalize": False, **changes}
-    return make_plan(feedback, lengths, vocab=vocab, hidden=dim, budget=int(rows * vocab * 4), **arguments)
+    arguments = {"accumulator_width": dim, "length_normalize": False, "budget": int(rows * vocab * 4)}
+    arguments |= {name: changes.pop(name) for name in list(changes) if name in arguments}
+    return make_plan(feedback, lengths, HeadSize(vocab, dim, **changes), **arguments)
 
 
 # ------------------------------------------------------------------------------------------------------ components
@@ -63,15 +64,16 @@ def test_long_chains_of_pairs_are_one_component():
 @pytest.mark.parametrize("budget", [1, 7, 399, 400, 5_000, 10**6, 10**12])
 @pytest.mark.parametrize(("rows", "vocab", "dim"), [(0, 100, 8), (1, 1, 1), (37, 101, 64), (10_000, 3, 500)])
 def test_tile_fits_the_budget_and_the_problem(rows, vocab, dim, budget, acc_bytes, cast):
-    tile = fit_tile(rows, vocab, dim, acc_bytes, cast, budget)
+    tile = fit_tile(HeadSize(vocab, dim, acc_bytes, acc_bytes, cast), rows, budget, gathered=False)
     assert 1 <= tile.rows <= max(rows, 1) and 1 <= tile.vocab <= vocab
     assert tile.rows * tile.vocab * acc_bytes <= max(budget, acc_bytes)
 
 
 def test_tile_uses_the_budget():
-    assert fit_tile(10_000, 100, 8, 4, False, 400 * 12) == Tile(12, 100)
-    assert fit_tile(5, 100, 8, 4, False, 400 * 12) == Tile(5, 100)
-    sliced = fit_tile(10_000, 100, 8, 4, False, 399)
+    size = HeadSize(100, 8)
+    assert fit_tile(size, 10_000, 400 * 12, False) == Tile(12, 100)
+    assert fit_tile(size, 5, 400 * 12, False) == Tile(5, 100)
+    sliced = fit_tile(size, 10_000, 399, False)
     assert sliced.vocab < 100 and sliced.rows * sliced.vocab >= 60, "slices should still be near the budget"
 
 
@@ -155,10 +157,7 @@ def test_random_plans(seed):
     found = make_plan(
         feedback,
         lengths,
-        vocab=vocab,
-        hidden=dim,
-        acc_bytes=acc_bytes,
-        cast=cast,
+        HeadSize(vocab, dim, acc_bytes, acc_bytes, cast),
         budget=budget,
         accumulator_width=width,
         length_normalize=False,

@@ -114,7 +114,7 @@ def _check(parsed: Namespace) -> None:
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     print(f"GPUs: {', '.join(devices) or 'none'}")
     device = torch.device("cuda" if devices else "cpu")
-    print(f"engine of the fused head on {device.type}: {choose_engine('auto', device).name}")
+    print(f"engine of the fused head on {device.type}: {choose_engine('auto', device, torch.bfloat16).name}")
     if settings.model:
         _check_model(settings)
 

@@ -5,14 +5,18 @@ or a slice), D hidden.
 
     raw logits   u = W h + bias                                        [C, T], accumulator dtype
     logits       z = softcap * tanh(logit_scale * u / softcap) / temperature
-    gradient     du = coef * (onehot - softmax(z)) * dz/du             over the storage of u
+    gradient     du = coef * (onehot - softmax(z)) * dz/du             over the storage of u, in the GEMMs' dtype
 
-A tile is an accumulator-dtype buffer (float32; float64 for float64 operands). Row operations walk it in blocks that
-stay in the CPU's cache: one trip to memory instead of one per operation.
+A tile is an accumulator-dtype buffer (float32; float64 for float64 operands). GEMMs read bfloat16 and float16 as they
+are where the device can accumulate and return float32 from them (CUDA); elsewhere narrow operands are cast, the weight
+slice by slice. Row operations of this file walk a tile in blocks: on a CPU they stay in its cache, one trip to memory
+instead of one per operation; on a GPU they bound the temporaries.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +24,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from una_fast.call_loss import CallLoss
+from una_fast.plan import HeadSize, Machine, say_once
+
+IGNORE = -100  # the target of a row without one
 CACHE_BLOCK_BYTES = 1 << 20
+GPU_BLOCK_BYTES = 8 << 20
+Vocab = tuple[int, int]  # a range of vocabulary entries
 
 
 @dataclass(frozen=True)
@@ -64,10 +74,16 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def row_blocks(rows: int, row_bytes: int, device: torch.device) -> Iterator[slice]:
-    """Row ranges that stay in a CPU's cache; on a GPU, eighths, to bound the temporaries."""
-    step = max(CACHE_BLOCK_BYTES // max(row_bytes, 1) if device.type == "cpu" else rows // 8, 1)
+    """Row ranges whose logits take about one block's bytes."""
+    block = CACHE_BLOCK_BYTES if device.type == "cpu" else GPU_BLOCK_BYTES
+    step = max(block // max(row_bytes, 1), 1)
     for start in range(0, rows, step):
         yield slice(start, start + step)
+
+
+def overlay(u: Tensor, dtype: torch.dtype) -> Tensor:
+    """A [C, T] view of `dtype`, no wider than that of u, over the start of every row of u."""
+    return u if dtype == u.dtype else u.view(dtype)[:, : u.shape[1]]
 
 
 def _local(targets: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -102,11 +118,13 @@ def row_grad_(
     transform: LogitTransform,
     bias: Tensor | None = None,
     start: int = 0,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """u becomes du = coef * (onehot - softmax(z)) * dz/du, in place.
+    """du = coef * (onehot - softmax(z)) * dz/du over the storage of u, which is lost: [C, T] in `dtype` (u's own).
 
     coef, lse: [C], dtype of u; lse is the logsumexp of the whole row. The rest as in row_logps."""
     inside, local = _local(targets, start, start + u.shape[1])
+    du = overlay(u, dtype or u.dtype)
     for rows in row_blocks(len(u), u.shape[1] * u.element_size(), u.device):
         block = u[rows] if bias is None else u[rows].add_(bias)
         slope = transform.apply_(block)
@@ -115,80 +133,165 @@ def row_grad_(
         block.scatter_add_(1, local[rows], torch.where(inside[rows].unsqueeze(1), c, 0.0))
         if isinstance(slope, Tensor) or slope != 1.0:
             block.mul_(slope)
-    return u
+        if du is not u:
+            du[rows] = block.to(du.dtype)  # by way of a copy: the two overlap
+    return du
 
 
 class TorchEngine:
     """Plain PyTorch on any device."""
 
     name = "torch"
+    loss = CallLoss  # how token log-probs become a loss
+    align = 1  # rows of a tile start at multiples of so many logits
+    quantum = 1  # chunks of more rows than this are multiples of it
+    machine: Machine | None = None  # rates of the cost model
 
     def __init__(self, weight: Tensor, bias: Tensor | None, transform: LogitTransform, cast_bytes: int) -> None:
-        """weight: [V, D]. bias: [V] or None. cast_bytes: room for a slice of the weight in the accumulator dtype,
-        used where a GEMM cannot accumulate and return float32 from narrower operands (CPU)."""
+        """weight: [V, D]. bias: [V] or None. cast_bytes: room for a slice of the weight in the accumulator dtype, used
+        where GEMMs need their operands cast."""
         self.weight = weight.detach()
         self.bias = None if bias is None else bias.detach()
         self.transform = transform
         self.acc = accumulator_dtype(weight.dtype)
-        self.narrow = weight.dtype != self.acc
-        self.native = self.narrow and weight.is_cuda  # mm(out_dtype=float32) exists
-        row_bytes = weight.shape[1] * torch.finfo(self.acc).bits // 8
+        self.operand = weight.dtype if self._native() else self.acc  # what GEMMs read, du included
+        self.cast = self.operand != weight.dtype
+        row_bytes = weight.shape[1] * self.acc.itemsize
         self.cast_rows = max(cast_bytes // row_bytes, 1)
 
-    def _weight_slices(self, start: int, stop: int) -> Iterator[tuple[int, int, Tensor]]:
-        """The weight rows [start, stop) in the dtype of the GEMM, with offsets relative to `start`."""
-        step = self.cast_rows if self.narrow and not self.native else max(stop - start, 1)
+    def _native(self) -> bool:
+        """Whether GEMMs accumulate and return float32 from narrower operands as they are."""
+        return self.weight.is_cuda and torch.version.hip is None
+
+    def size(self) -> HeadSize:
+        """What the block plan must know."""
+        return HeadSize(
+            *self.weight.shape,
+            acc_bytes=self.acc.itemsize,
+            operand_bytes=self.operand.itemsize,
+            cast=self.cast,
+            align=self.align,
+            quantum=self.quantum,
+            machine=self.machine,
+        )
+
+    def writes(self, dtype: torch.dtype) -> bool:
+        """Whether a GEMM can write this dtype."""
+        return dtype in (self.acc, self.operand)
+
+    def _weight_slices(self, vocab: Vocab) -> Iterator[tuple[int, int, Tensor]]:
+        """The weight rows of a range in the dtype of the GEMM, with offsets relative to its start."""
+        start, stop = vocab
+        step = self.cast_rows if self.cast else max(stop - start, 1)
         for low in range(start, stop, step):
             high = min(low + step, stop)
-            part = self.weight[low:high]
-            yield low - start, high - start, part if self.native else part.to(self.acc)
-
-    def _operand(self, x: Tensor) -> Tensor:
-        return x.to(self.weight.dtype if self.native else self.acc)
+            yield low - start, high - start, self.weight[low:high].to(self.operand)
 
     def _mm(self, a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
-        """out (+)= a @ b, accumulated and stored in the accumulator dtype."""
-        widen = {"out_dtype": self.acc} if self.native else {}
+        """out (+)= a @ b, accumulated in the accumulator dtype and stored in that of `out`."""
+        widen = {} if out.dtype == a.dtype else {"out_dtype": out.dtype}
         if accumulate:
             torch.addmm(out, a, b, out=out, **widen)
         else:
             torch.mm(a, b, out=out, **widen)
 
-    def logits(self, hidden: Tensor, vocab: tuple[int, int], out: Tensor) -> None:
+    def logits(self, hidden: Tensor, vocab: Vocab, out: Tensor) -> None:
         """Raw logits without bias. hidden: [C, D]; out: [C, T] for the vocabulary range."""
-        hidden = self._operand(hidden)
-        for low, high, part in self._weight_slices(*vocab):
+        hidden = hidden.to(self.operand)
+        for low, high, part in self._weight_slices(vocab):
             self._mm(hidden, part.T, out[:, low:high])
 
-    def hidden_grad(self, du: Tensor, vocab: tuple[int, int], out: Tensor, accumulate: bool = False) -> None:
-        """out [C, D] (+)= du @ W, in the accumulator dtype."""
-        for low, high, part in self._weight_slices(*vocab):
-            self._mm(self._operand(du[:, low:high]), part, out, accumulate or low > 0)
+    def hidden_grad(self, du: Tensor, vocab: Vocab, out: Tensor, accumulate: bool = False) -> None:
+        """out [C, D] (+)= du @ W, in a dtype that `writes`."""
+        for low, high, part in self._weight_slices(vocab):
+            self._mm(du[:, low:high], part, out, accumulate or low > 0)
 
     def weight_grad(self, du: Tensor, hidden: Tensor, out: Tensor, accumulate: bool = False) -> None:
         """out [T, D] (+)= du^T @ hidden, in the accumulator dtype."""
-        self._mm(self._operand(du).T, self._operand(hidden), out, accumulate)
+        self._mm(du.T, hidden.to(self.operand), out, accumulate)
 
-    def row_logps(self, u: Tensor, targets: Tensor, vocab: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def row_logps(self, u: Tensor, targets: Tensor, vocab: Vocab) -> tuple[Tensor, Tensor]:
         """row_logps of a tile over the vocabulary range."""
         return row_logps(u, targets, self.transform, self._bias(vocab), vocab[0])
 
-    def row_grad_(self, u: Tensor, targets: Tensor, vocab: tuple[int, int], coef: Tensor, lse: Tensor) -> None:
-        """row_grad_ of a tile over the vocabulary range."""
-        row_grad_(u, targets, coef, lse, self.transform, self._bias(vocab), vocab[0])
+    def row_grad_(self, u: Tensor, targets: Tensor, vocab: Vocab, coef: Tensor, lse: Tensor) -> Tensor:
+        """du of a tile over the vocabulary range, for GEMMs to read, over the storage of u."""
+        return row_grad_(u, targets, coef, lse, self.transform, self._bias(vocab), vocab[0], self.operand)
 
-    def _bias(self, vocab: tuple[int, int]) -> Tensor | None:
+    def row_logps_grad_(self, u: Tensor, targets: Tensor, coef: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(lse, target logit, du) of a tile over the whole vocabulary whose coef is known beforehand."""
+        lse, target_logit = u.new_empty(len(u)), u.new_empty(len(u))
+        vocab = (0, u.shape[1])
+        for rows in row_blocks(len(u), u.shape[1] * u.element_size(), u.device):
+            lse[rows], target_logit[rows] = self.row_logps(u[rows], targets[rows], vocab)
+            self.row_grad_(u[rows], targets[rows], vocab, coef[rows], lse[rows])
+        return lse, target_logit, overlay(u, self.operand)
+
+    def linear_logps(self, hidden: Tensor, targets: Tensor, budget: int) -> tuple[Tensor, Tensor] | None:
+        """(lse, target logit) of rows over the whole vocabulary without a tile of logits, in `budget` bytes; None where
+        the engine has no such way."""
+        return None
+
+    @staticmethod
+    def gather(logits: Tensor, targets: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor]:
+        """(log-prob, logsumexp), both [M], of logits [M, V] that the caller holds; a target of -100 gives 0."""
+        acc = accumulator_dtype(logits.dtype)
+        logps = torch.empty(len(logits), dtype=acc, device=logits.device)
+        lse = torch.empty_like(logps)
+        for rows in row_blocks(len(logits), logits.shape[1] * acc.itemsize, logits.device):
+            lse[rows], logps[rows] = row_logps(logits[rows].to(acc), targets[rows], transform)
+        return torch.where(targets == IGNORE, 0.0, logps - lse), lse
+
+    @staticmethod
+    def gather_grad(
+        logits: Tensor, targets: Tensor, lse: Tensor, upstream: Tensor, transform: LogitTransform, out: Tensor
+    ) -> None:
+        """out = upstream * d logp / d logits, [M, V]; out may be the logits."""
+        coef = torch.where(targets == IGNORE, 0.0, upstream)
+        for rows in row_blocks(len(logits), logits.shape[1] * lse.element_size(), logits.device):
+            u = logits[rows].to(lse.dtype, copy=True)
+            out[rows] = row_grad_(u, targets[rows], coef[rows], lse[rows], transform)
+
+    def _bias(self, vocab: Vocab) -> Tensor | None:
         return None if self.bias is None else self.bias[slice(*vocab)].to(self.acc)
 
 
 ENGINES = ("auto", "torch", "triton")
 
 
-def choose_engine(name: str, device: torch.device) -> type[TorchEngine]:
-    """The engine class for a device; asking for one that cannot run there is an error."""
+def choose_engine(name: str, device: torch.device, dtype: torch.dtype) -> type[TorchEngine]:
+    """The engine class for operands of `dtype` on a device; asking for one that cannot run there is an error."""
     if name not in ENGINES:
         raise ValueError(f"engine={name!r} is not one of {ENGINES}")
+    if name == "torch":
+        return TorchEngine
+    reason = triton_refusal(device, dtype)
+    if reason is None:
+        from una_fast.triton_engine import TritonEngine
+
+        return TritonEngine
     if name == "triton":
-        reason = "tensors are on the CPU" if device.type == "cpu" else "this version has no Triton engine yet"
         raise ValueError(f'engine="triton" cannot run: {reason}; use engine="auto" or "torch"')
+    if device.type != "cpu":
+        say_once(logging.WARNING, f"the Triton kernels of the fused head cannot run: {reason}; falling back to PyTorch")
     return TorchEngine
+
+
+def triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot run there; None if they can."""
+    if device.type != "cuda":
+        return f"tensors are on the {device.type.upper()}"
+    if dtype == torch.float64:
+        return "it computes in float32, and the operands are float64"
+    return _no_triton(device)
+
+
+@functools.cache
+def _no_triton(device: torch.device) -> str | None:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    return None

@@ -18,17 +18,18 @@ Never stored: logits of more rows than the workspace holds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from una_fast.engine import LogitTransform, accumulator_dtype, row_blocks, row_grad_, row_logps
+from una_fast.call_loss import Lengths
+from una_fast.engine import IGNORE, LogitTransform, accumulator_dtype, choose_engine
 from una_fast.feedback import Feedback
-from una_fast.losses import Objective, UnaOutput, check_units, una_loss
-from una_fast.passes import IGNORE, Grads, Head, Lengths, OnePass, Workspace, empty_hidden_grad
+from una_fast.losses import Objective, UnaOutput, check_units, denominator
+from una_fast.passes import Grads, Head, OnePass, Workspace, empty_hidden_grad, recompute
 from una_fast.plan import chunks
 
 
@@ -79,9 +80,14 @@ def linear_una_loss(
     targets = _int64_targets(targets, weight.shape[0])
     cu = _check_cu_seqlens(cu_seqlens, hidden.shape[0])
     check_units(feedback, objective, len(cu) - 1)  # before any GEMM
+    denominator(reduction, num_units, feedback.num_units)
     workspace = Workspace.of(hidden.device, workspace_mb)
     lengths = Lengths(cu, hidden.device)
+    head = Head(weight, bias, transform, workspace, engine)
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    sums = head.engine.loss.sums
 
+    logps = None  # of the policy, where no gradient is wanted
     if ref_logps is not None:
         for name, value in (("ref_hidden", ref_hidden), ("ref_weight", ref_weight), ("ref_bias", ref_bias)):
             if value is not None:
@@ -99,31 +105,22 @@ def linear_una_loss(
         ref_hidden, ref_weight, ref_bias = _autocast(ref_hidden, ref_weight, ref_bias)
         _check_head("ref_", ref_hidden, ref_weight, targets, ref_bias)
         with torch.no_grad():
-            ref = Head(ref_weight, ref_bias, transform, workspace, engine)
-            ref_logps = lengths.sums(ref.logps(ref_hidden, targets, ref.tile(hidden.shape[0]))[0])
-            del ref  # its logits buffer
+            if not any(needs) and ref_weight is weight and ref_bias is bias:
+                logps, ref_logps = head.logps_of_both(hidden, ref_hidden, targets)
+                ref_logps = sums(lengths, ref_logps)
+            else:
+                ref = Head(ref_weight, ref_bias, transform, workspace, engine)
+                ref_logps = sums(lengths, ref.logps(ref_hidden, targets)[0])
+                del ref  # its logits buffer
     else:
         raise ValueError("the loss needs a reference: give ref_logps (cached sums) or ref_hidden")
 
-    def loss_of(logps: Tensor) -> UnaOutput:
-        return una_loss(
-            logps,
-            ref_logps,
-            feedback,
-            objective=objective,
-            reduction=reduction,
-            num_units=num_units,
-            lengths=lengths.tensor,
-        )
-
-    head = Head(weight, bias, transform, workspace, engine)
-    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    loss = head.engine.loss(lengths, ref_logps, feedback, objective, reduction, num_units)
     if not any(needs):
         with torch.no_grad():
-            return loss_of(lengths.sums(head.logps(hidden, targets, head.tile(hidden.shape[0]))[0]))
+            return loss.output(head.logps(hidden, targets)[0] if logps is None else logps)
     plan = head.plan(feedback, lengths, needs[1], needs[2], objective.length_normalize)
-    job = OnePass(head, plan, targets, lengths, loss_of, needs)
-    return UnaOutput(*_LinearUna.apply(hidden, weight, bias, job))
+    return UnaOutput(*_LinearUna.apply(hidden, weight, bias, OnePass(head, plan, targets, loss, needs)))
 
 
 @torch.no_grad()
@@ -149,7 +146,7 @@ def sequence_logps(
     lengths = Lengths(_check_cu_seqlens(cu_seqlens, hidden.shape[0]), hidden.device)
     workspace = Workspace.of(hidden.device, workspace_mb)
     head = Head(weight, bias, LogitTransform(softcap, logit_scale, temperature), workspace, engine)
-    return lengths.sums(head.logps(hidden, targets, head.tile(hidden.shape[0]))[0])
+    return head.engine.loss.sums(lengths, head.logps(hidden, targets)[0])
 
 
 def token_logps(
@@ -175,16 +172,20 @@ def token_logps(
     return _TokenLogps.apply(hidden, weight, bias, targets, head)
 
 
-def gather_logps(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+def gather_logps(
+    logits: Tensor, targets: Tensor, temperature: float = 1.0, *, inplace_backward: bool = False
+) -> Tensor:
     """log softmax(logits / temperature) at the targets, for callers that already hold logits.
 
     logits: [..., V] float; targets: [...] int64, -100 gives 0 and no gradient. Returns [...] float32 (float64 for
-    float64 logits). Keeps no softmax: backward reads the logits again and writes their gradient once.
+    float64 logits). Keeps no softmax: backward reads the logits again and writes their gradient once: into a new
+    tensor, or with `inplace_backward` over the logits, which nothing else may need by then (autograd raises where it
+    knows of it).
     """
     if targets.shape != logits.shape[:-1]:
         raise ValueError(f"targets {tuple(targets.shape)} must have the shape of logits {tuple(logits.shape)} less V")
     targets = _int64_targets(targets, logits.shape[-1], ignore=True)
-    return _GatherLogps.apply(logits, targets, LogitTransform(temperature=temperature))
+    return _GatherLogps.apply(logits, targets, LogitTransform(temperature=temperature), inplace_backward)
 
 
 # ---------------------------------------------------------------------------------------------------- input checks
@@ -264,7 +265,7 @@ class _LinearUna(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: OnePass
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         out, grads, late = job.run(hidden)
-        ctx.grads = (grads.hidden, grads.weight, grads.bias, late)
+        ctx.grads = (grads.hidden, grads.weight, grads.bias, late, grads.scale)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*out[1:])
@@ -275,7 +276,7 @@ class _LinearUna(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
             raise RuntimeError("the gradients of this loss were handed out already; use backward(retain_graph=True)")
-        hidden, weight, bias, late = ctx.grads
+        hidden, weight, bias, late, scale = ctx.grads
         if upstream is None:
             return None, None, None, None
         keep = _graph_is_kept()
@@ -285,14 +286,17 @@ class _LinearUna(torch.autograd.Function):
         def scaled(grad: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
             if grad is None:
                 return None
+            if grad.is_cuda and grad.dtype != dtype:  # one trip through memory; a CPU would make a copy in between
+                return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
             # out= keeps the factor unrounded where the gradient is narrower.
             return torch.mul(grad, factor, out=torch.empty_like(grad) if keep else grad).to(dtype)
 
         rows = upstream if late is None else (upstream * late).unsqueeze(1)
+        whole = upstream if scale is None else upstream * scale
         return (
             scaled(hidden, rows, ctx.dtypes[0]),
-            scaled(weight, upstream, ctx.dtypes[1]),
-            scaled(bias, upstream, ctx.dtypes[2]),
+            scaled(weight, whole, ctx.dtypes[1]),
+            scaled(bias, whole, ctx.dtypes[2]),
             None,
         )
 
@@ -305,7 +309,7 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head) -> Tensor:
-        logps, lse = head.logps(hidden, targets, head.tile(hidden.shape[0]))
+        logps, lse = head.logps(hidden, targets)
         ctx.save_for_backward(hidden, weight, bias, targets, lse)
         ctx.head = head.drop_buffer()
         return logps
@@ -317,11 +321,11 @@ class _TokenLogps(torch.autograd.Function):
         head, count = ctx.head, hidden.shape[0]
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         tile = head.tile(count)
-        into = empty_hidden_grad(hidden, head, tile, all_rows=True) if need_hidden else None
-        grads = Grads(head, need_weight, need_bias, into)
+        into = empty_hidden_grad(hidden, head, all_rows=True) if need_hidden else None
+        grads = Grads(head, tile, need_weight, need_bias, into)
         coef = torch.where(targets == IGNORE, 0.0, upstream.to(lse.dtype))
-        cuts = list(chunks([0], [0, count], tile.rows))
-        grads.recompute(head, hidden, targets, coef, lse, tile, cuts)
+        cuts = list(chunks([0], [0, count], tile.rows, head.size.quantum))
+        recompute(head, tile, cuts, hidden, targets, coef, lse, grads)
         grads.finish()
         head.drop_buffer()
         return (
@@ -346,39 +350,45 @@ def _matrices(logits: Tensor) -> Iterator[Tensor]:
             yield from _matrices(part)
 
 
-def _row_parts(logits: Tensor, acc: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of rows: (their place among all rows, a [rows, V] view)."""
-    place = 0
-    for matrix in _matrices(logits):
-        for rows in row_blocks(len(matrix), logits.shape[-1] * acc.itemsize, logits.device):
-            part = matrix[rows]
-            yield slice(place, place + len(part)), part
-            place += len(part)
+def _places(matrices: Iterable[Tensor]) -> Iterator[slice]:
+    """Where the rows of each matrix stand among all rows."""
+    stop = 0
+    for matrix in matrices:
+        start, stop = stop, stop + len(matrix)
+        yield slice(start, stop)
 
 
 class _GatherLogps(torch.autograd.Function):
-    """Row operations on blocks of logits that the caller holds; backward writes each gradient row once."""
+    """Row operations on logits that the caller holds; backward writes each gradient row once."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, transform: LogitTransform) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, transform: LogitTransform, inplace: bool) -> Tensor:
+        engine = choose_engine("auto", logits.device, logits.dtype)
         labels = targets.reshape(-1)
         lse = torch.empty(labels.shape, dtype=accumulator_dtype(logits.dtype), device=logits.device)
-        target_logit = torch.empty_like(lse)
-        for place, part in _row_parts(logits, lse.dtype):
-            lse[place], target_logit[place] = row_logps(part.to(lse.dtype), labels[place], transform)
+        logps = torch.empty_like(lse)
+        parts = list(_matrices(logits))
+        for part, rows in zip(parts, _places(parts), strict=True):
+            logps[rows], lse[rows] = engine.gather(part, labels[rows], transform)
         ctx.save_for_backward(logits, targets, lse)
-        ctx.transform = transform
-        return torch.where(labels == IGNORE, 0.0, target_logit - lse).view(targets.shape)
+        ctx.engine, ctx.transform, ctx.inplace = engine, transform, inplace
+        return logps.view(targets.shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None, None, None]:
         logits, targets, lse = ctx.saved_tensors
-        labels = targets.reshape(-1)
-        coef = torch.where(labels == IGNORE, 0.0, upstream.reshape(-1).to(lse.dtype))
-        grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        rows = grad.view(-1, logits.shape[-1])
-        for place, part in _row_parts(logits, lse.dtype):
-            u = part.to(lse.dtype, copy=True)
-            rows[place] = row_grad_(u, labels[place], coef[place], lse[place], ctx.transform)
-        return grad, None, None
+        labels, upstream = targets.reshape(-1), upstream.reshape(-1).to(lse.dtype)
+        grad = logits.detach() if ctx.inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        parts = list(_matrices(logits))
+        for part, into, rows in zip(parts, _matrices_like(grad, parts), _places(parts), strict=True):
+            ctx.engine.gather_grad(part, labels[rows], lse[rows], upstream[rows], ctx.transform, into)
+        if ctx.inplace:
+            torch.autograd.graph.increment_version(logits)
+        return grad, None, None, None
+
+
+def _matrices_like(grad: Tensor, parts: Sequence[Tensor]) -> Iterable[Tensor]:
+    """The rows of `grad` cut as `parts` are."""
+    rows = list(_matrices(grad))
+    return rows if len(rows) == len(parts) else rows[0].split([len(part) for part in parts])

@@ -127,14 +127,14 @@ def una_loss(
     unit_losses = _unit_losses(rewards, feedback, objective)
     loss = (unit_losses * feedback.weight.to(rewards.device, non_blocking=True)).sum()
     # The empty sum keeps a loss without units in the graph, so that collectives on its backward happen.
-    loss = reduce_loss(loss, reduction, num_units, feedback.num_units) + rewards[:0].sum()
+    loss = loss / denominator(reduction, num_units, feedback.num_units) + rewards[:0].sum()
     # Copies: a caller's cache must not change with the output.
     sums = (x.detach().to(torch.float64, copy=True) for x in (logps, ref_logps))
     return UnaOutput(loss, *sums, rewards.detach(), unit_losses.detach())
 
 
-def reduce_loss(total: Tensor, reduction: str, num_units: int | Tensor | None, units: int) -> Tensor:
-    """The weighted sum of unit losses, divided by the (global) number of units for "mean"."""
+def denominator(reduction: str, num_units: int | Tensor | None, units: int) -> float | Tensor:
+    """What the weighted sum of unit losses is divided by: for "mean" the (global) number of units, for "sum" 1."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction={reduction!r} is not one of {REDUCTIONS}")
     if isinstance(num_units, Tensor) and num_units.dim() == 0 and num_units.device.type == "cpu":
@@ -146,8 +146,8 @@ def reduce_loss(total: Tensor, reduction: str, num_units: int | Tensor | None, u
     if not valid:
         raise ValueError(f"num_units={num_units} must be one positive number, the units of the global batch")
     if reduction == "sum":
-        return total
-    return total / (max(units, 1) if num_units is None else num_units)
+        return 1.0
+    return max(units, 1) if num_units is None else num_units
 
 
 def _unit_losses(rewards: Tensor, feedback: Feedback, objective: Objective) -> Tensor:

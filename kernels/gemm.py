@@ -1,0 +1,79 @@
+"""out (+)= a b in float32 from narrow operands, for devices whose torch.mm cannot return float32 from them (ROCm).
+
+    out [M, N] float32, any row stride;  a [M, K], b [K, N] bfloat16, float16 or float32, any strides
+
+Cost: 2 M N K flop; operands read once per tile of the other, out written once, and read once where it accumulates.
+What never exists: operands cast to float32. One program per BM x BN tile, rows of tiles in groups so that the operands
+of neighbours stay in L2. It is the plain kernel of its kind: where torch.mm can do the same, that is faster.
+"""
+
+from __future__ import annotations
+
+# ruff: noqa: ANN001, ANN201 -- Triton types the parameters of a kernel
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from una_fast.kernels.rowgrad import FUSED
+
+TILES = {"BM": 128, "BN": 128, "BK": 32, "GROUP": 8, "num_warps": 8, "num_stages": 2}
+WIDE = {"BM": 64, "BN": 64, "BK": 32, "GROUP": 8, "num_warps": 8, "num_stages": 2}  # float32: no tensor cores
+TINY = {"BM": 16, "BN": 32, "BK": 16, "GROUP": 2, "num_warps": 4, "num_stages": 1}  # the interpreter on a CPU
+
+
+@triton.jit
+def mm_kernel(
+    a_ptr,
+    b_ptr,
+    out_ptr,
+    M,
+    N,
+    K,
+    a_row,
+    a_col,
+    b_row,
+    b_col,
+    out_row,
+    ACCUMULATE: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    tile, down, across = tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN)
+    group = tile // (GROUP * across)
+    height = tl.minimum(down - group * GROUP, GROUP)
+    within = tile - group * GROUP * across
+    m = (group * GROUP + within % height) * BM + tl.arange(0, BM)
+    n = (within // height) * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    # Rows and columns beyond the edge read the last one, and are not stored.
+    a = a_ptr + tl.minimum(m, M - 1).to(tl.int64)[:, None] * a_row
+    b = b_ptr + tl.minimum(n, N - 1).to(tl.int64)[None, :] * b_col
+    total = tl.zeros([BM, BN], tl.float32)
+    for first in range(0, K, BK):
+        depth = (first + k).to(tl.int64)
+        left = tl.load(a + depth[None, :] * a_col, mask=(depth < K)[None, :], other=0.0)
+        right = tl.load(b + depth[:, None] * b_row, mask=(depth < K)[:, None], other=0.0)
+        total = tl.dot(left, right, total, input_precision="ieee")
+    out = out_ptr + m.to(tl.int64)[:, None] * out_row + n[None, :]
+    inside = (m < M)[:, None] & (n < N)[None, :]
+    if ACCUMULATE:
+        total += tl.load(out, mask=inside, other=0.0)
+    tl.store(out, total, mask=inside)
+
+
+def mm(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> Tensor:
+    """out (+)= a @ b. a: [M, K], b: [K, N], one dtype. out: [M, N] float32, last stride 1, not overlapping a or b."""
+    (rows, depth), columns = a.shape, b.shape[1]
+    assert b.shape[0] == depth and out.shape == (rows, columns) and a.dtype == b.dtype
+    assert out.dtype == torch.float32 and out.stride(1) == 1
+    if out.numel() == 0:
+        return out
+    tiles = TINY if a.device.type == "cpu" else WIDE if a.dtype == torch.float32 else TILES
+    grid = triton.cdiv(rows, tiles["BM"]) * triton.cdiv(columns, tiles["BN"])
+    with torch.cuda.device_of(a):
+        mm_kernel[(grid,)](
+            a, b, out, rows, columns, depth, *a.stride(), *b.stride(), out.stride(0), accumulate, **tiles, **FUSED
+        )
+    return out

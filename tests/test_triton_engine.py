@@ -1,0 +1,309 @@
+"""The whole op on the Triton engine: in Triton's interpreter, or on a GPU where there is one.
+
+The interpreter runs the kernels; what CUDA's torch.mm does with narrow operands (float32 out of float16) is done here
+in float32. So the loop, the plan with padded rows, the gradient over the logits' storage and the loss kernel are those
+of a GPU; bfloat16 is left to tests/test_gpu.py, since the interpreter cannot multiply it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from counters import LiveBytes
+from helpers import (
+    LEAVES,
+    MIXED,
+    MIXED_LENGTHS,
+    PAIR,
+    WAYS,
+    assert_close,
+    errors,
+    evaluate,
+    kinds,
+    problem,
+    reference,
+    truth,
+)
+
+pytest.importorskip("triton")
+from una_fast.kernels import gemm, una_loss
+
+from una_fast import Feedback, Objective, call_loss, eager, gather_logps, head, linear_una_loss, passes, token_logps
+from una_fast.engine import choose_engine
+from una_fast.losses import PAIR_FORMS
+from una_fast.plan import Tile
+from una_fast.triton_engine import TritonCallLoss, TritonEngine
+
+CUDA = torch.cuda.is_available()
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:divide by zero encountered in log"),
+    pytest.mark.skipif(CUDA, reason="tests/test_gpu.py runs the engine itself"),
+]
+
+
+class Interpreted(TritonEngine):
+    """The engine on CPU tensors: its kernels in the interpreter, its GEMMs in float32."""
+
+    products = 0
+
+    def _mm(self, a, b, out, accumulate=False):
+        Interpreted.products += 1
+        assert a.dtype == b.dtype and out.dtype in (a.dtype, torch.float32), "operands are never cast"
+        product = a.float() @ b.float()
+        out.copy_(out + product if accumulate else product)
+
+
+@pytest.fixture(autouse=True)
+def engine(monkeypatch):
+    for module in (passes, head):
+        monkeypatch.setattr(module, "choose_engine", lambda name, device, dtype: Interpreted)
+    monkeypatch.setattr(Interpreted, "machine", None)  # tiny shapes: the cost model would slice them all
+    return Interpreted
+
+
+@pytest.fixture
+def plans(monkeypatch):
+    made, make_plan = [], passes.make_plan
+    monkeypatch.setattr(passes, "make_plan", lambda *a, **k: made.append(make_plan(*a, **k)) or made[-1])
+    return made
+
+
+def budget_mb(rows: float, vocab: int, dim: int, dtype: torch.dtype = torch.float32, gathered: bool = True) -> float:
+    """A budget that holds `rows` rows of logits."""
+    p = problem(0, dim=dim, vocab=vocab, dtype=dtype, lengths=[1], feedback=Feedback.merge([]))
+    size = Interpreted(p.weight, None, None, 1).size()
+    return (rows * size.row_bytes(gathered) + 8) / 2**20
+
+
+# name -> (feedback, lengths, rows that the budget holds, D, what the plan is made of)
+CALLS = {
+    "resident": (PAIR, (6, 5), 11, 24, "resident"),
+    "streamed": (PAIR, (9, 8), 4, 24, "streamed"),
+    "mixed": (MIXED, MIXED_LENGTHS, 20, 24, "resident unscored"),
+    "everything": (MIXED, MIXED_LENGTHS, 16, 3, "streamed scratch resident recomputed unscored"),
+    "sliced": (PAIR, (9, 8), 0.4, 24, "sliced recomputed"),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_every_way_in_float32(call, plans):
+    feedback, lengths, rows, dim, expected = CALLS[call]
+    p = problem(1, lengths=lengths, dim=dim, vocab=101, feedback=feedback, dtype=torch.float32)
+    for k, train in enumerate([LEAVES, ("hidden",), ("weight",)]):
+        arguments = {
+            **reference(p, ("own", "cached", "policy")[k]),
+            **({}, {"softcap": 30.0, "logit_scale": 1.7, "temperature": 1.3}, {"temperature": 0.7})[k],
+            "objective": Objective(score="bce", offset=0.1, length_normalize=k == 1),
+            "upstream": 3.7,
+            "train": train,
+            "num_units": (None, 7, torch.tensor(5))[k],
+        }
+        out = evaluate(linear_una_loss, p, workspace_mb=budget_mb(rows, 101, dim), **arguments)
+        assert_close(out, truth(p, **arguments), 2e-5)
+        if k == 0:
+            assert kinds(plans[-1], 101) == frozenset(expected.split())
+
+
+@pytest.mark.parametrize("call", ["resident", "streamed", "everything", "sliced"])
+def test_float16_over_the_logits_is_no_worse_than_eager(call):
+    """The gradient is written over float32 logits in half their width; an odd vocabulary misaligns nothing."""
+    feedback, lengths, rows, dim, _ = CALLS[call]
+    ours, theirs = {}, {}
+    for seed, train in product(range(2), (LEAVES, ("hidden",))):
+        p = problem(seed, lengths=lengths, dim=dim, vocab=101, feedback=feedback, dtype=torch.float16, peak=20.0)
+        arguments = {**reference(p, ("cached", "own")[seed % 2]), "train": train}
+        exact = truth(p, **arguments)
+        out = evaluate(linear_una_loss, p, workspace_mb=budget_mb(rows, 101, dim, torch.float16), **arguments)
+        for worst, result in ((ours, out), (theirs, evaluate(eager.linear_una_loss, p, **arguments))):
+            for name, error in errors(result, exact).items():
+                worst[name] = max(worst.get(name, 0.0), error)
+    worse = {name: (ours[name], theirs[name]) for name in ours if ours[name] > theirs[name] + 1e-9}
+    assert not worse, f"(ours, eager): {worse}"
+
+
+def test_rows_are_padded_and_gradients_lie_over_the_logits():
+    p = problem(0, vocab=101, dtype=torch.float16)
+    one = passes.Head(p.weight, None, head.LogitTransform(), passes.Workspace(1 << 20), "triton")
+    u = one.logits(p.hidden[:3], (0, 101), Tile(3, 101))
+    assert u.shape == (3, 101) and u.stride() == (128, 1) and u.dtype == torch.float32
+    du = one.engine.row_grad_(u, p.targets[:3], (0, 101), torch.ones(3), torch.logsumexp(u, 1))
+    assert du.dtype == torch.float16 and du.data_ptr() == u.data_ptr() and du.stride() == (256, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("rows", [1000, 5, 0.8])
+def test_token_logps(rows, dtype, monkeypatch):
+    p = problem(2, lengths=[17], dim=24, vocab=101, dtype=dtype, peak=10.0)
+    monkeypatch.setitem(passes.DEFAULT_WORKSPACE_MB, "cpu", budget_mb(rows, 101, 24, dtype, gathered=False))
+    p.targets[3] = -100
+    leaves = [x.clone().requires_grad_() for x in (p.hidden, p.weight, p.bias)]
+    exact = [x.double().detach().requires_grad_() for x in leaves]
+    upstream = torch.randn(17, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    out = token_logps(leaves[0], leaves[1], p.targets, leaves[2], softcap=30.0)
+    out.backward(upstream.float())
+    expected = eager.token_logps(exact[0], exact[1], p.targets, exact[2], softcap=30.0)
+    expected.backward(upstream)
+    tolerance = 2e-5 if dtype == torch.float32 else 2e-3
+    for a, b in zip([out, *(x.grad for x in leaves)], [expected, *(x.grad for x in exact)], strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("layout", ["matrix", "shifted", "transposed"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_gather_logps(layout, inplace):
+    base = torch.randn(2, 6, 2300 if layout == "matrix" else 37, generator=torch.Generator().manual_seed(1)) * 8
+    targets = torch.randint(0, base.shape[-1], (2, 6))
+    targets[0, 1] = -100
+    if layout == "transposed":
+        logits = base.transpose(0, 1).contiguous().transpose(0, 1)
+    else:
+        logits = base[:, :-1] if layout == "shifted" else base
+    targets = targets[:, : logits.shape[1]]
+    exact = logits.double().requires_grad_()
+    expected = eager.gather_logps(exact, targets, 1.7)
+    expected.backward(torch.ones_like(expected) * 0.3)
+    leaf = base.clone().requires_grad_()
+    given = (leaf[:, :-1] if layout == "shifted" else leaf) * 1.0
+    out = gather_logps(given, targets, 1.7, inplace_backward=inplace)
+    (grad,) = torch.autograd.grad(out, given, torch.full_like(out, 0.3))
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad.double(), exact.grad, rtol=1e-5, atol=1e-6)
+    assert (grad.data_ptr() == given.data_ptr()) == inplace
+
+
+def test_a_form_without_a_kernel_runs_losses_py(monkeypatch):
+    monkeypatch.setitem(PAIR_FORMS, "cubic", lambda x, margin: (x - margin) ** 3)
+    p = problem(3, lengths=(4, 3), feedback=PAIR, dtype=torch.float32)
+    arguments = {**reference(p, "cached"), "objective": Objective(pair="cubic")}
+    assert_close(evaluate(linear_una_loss, p, **arguments), truth(p, **arguments), 2e-4)
+
+
+@pytest.mark.parametrize("units", [None, 3, torch.tensor(11)])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_loss_of_a_call_equals_that_of_pure_torch(reduction, units):
+    g = torch.Generator().manual_seed(5)
+    lengths = call_loss.Lengths([0, 5, 8, 15, 19, 25, 33, 38, 47], torch.device("cpu"))
+    tokens = -10 * torch.rand(47, generator=g)
+    ref = -40 * torch.rand(8, generator=g, dtype=torch.float64)
+    objective = Objective(offset=0.2, length_normalize=True)
+    both = [kind(lengths, ref, MIXED, objective, reduction, units) for kind in (call_loss.CallLoss, TritonCallLoss)]
+    for a, b in zip(both[0].output(tokens), both[1].output(tokens), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+        assert not b.requires_grad
+    torch.testing.assert_close(both[0].coefficients(tokens), both[1].coefficients(tokens), rtol=1e-12, atol=1e-14)
+    assert both[1].output(tokens).ref_logps.data_ptr() != ref.data_ptr()
+
+
+def test_a_repeated_call_copies_nothing_to_the_device(monkeypatch):
+    """What makes CUDA graph capture possible: lengths and units come from the first call's tensors."""
+    p = problem(0, dtype=torch.float32)
+    arguments = reference(p, "cached")
+    first = evaluate(linear_una_loss, p, **arguments)
+
+    def no_table(*_, **__):
+        raise AssertionError("built again")
+
+    monkeypatch.setattr(una_loss, "unit_table", no_table)
+    misses = call_loss.constant.cache_info().misses
+    second = evaluate(linear_una_loss, p, **arguments)
+    assert call_loss.constant.cache_info().misses == misses
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    with pytest.raises(AssertionError, match="built again"):
+        evaluate(linear_una_loss, replace(p, feedback=Feedback.pairs([0], [1])), **arguments)
+
+
+def test_constants_made_in_inference_mode_serve_training():
+    call_loss.constant.cache_clear()
+    p = problem(0, dtype=torch.float32, lengths=[3, 4], feedback=PAIR)
+    arguments = {**reference(p, "cached"), "objective": Objective(length_normalize=True)}
+    with torch.inference_mode():
+        linear_una_loss(p.hidden, p.weight, p.targets, p.cu_seqlens, p.feedback, **arguments)
+    assert_close(evaluate(linear_una_loss, p, **arguments), truth(p, **arguments), 2e-5)
+
+
+def test_policy_and_reference_that_share_a_head_are_one_product_in_evaluation():
+    p = problem(4, lengths=[6, 5], dim=24, vocab=101, dtype=torch.float32, feedback=PAIR)
+    exact = truth(p, ref_hidden=p.ref_hidden, bias=False)
+    for rows, products in ((22, 1), (21, 2)):
+        Interpreted.products = 0
+        with torch.no_grad():
+            out = linear_una_loss(
+                p.hidden, p.weight, p.targets, p.cu_seqlens, p.feedback,
+                ref_hidden=p.ref_hidden, workspace_mb=budget_mb(rows, 101, 24),
+            )  # fmt: skip
+        assert Interpreted.products == products
+        for name in ("loss", "logps", "ref_logps"):
+            torch.testing.assert_close(getattr(out, name), exact[name], rtol=1e-5, atol=1e-5)
+
+
+def test_the_budget_holds_with_padded_rows():
+    """Row strides are multiples of 64 logits: at a vocabulary of 101 that is a quarter more than the logits."""
+    p = problem(0, lengths=[300, 200], dim=4, vocab=101, dtype=torch.float16, feedback=PAIR)
+    budget = budget_mb(64, 101, 4, torch.float16, gathered=False)
+    p.hidden.requires_grad_(), p.weight.requires_grad_()
+    with LiveBytes() as memory:
+        ref = {"ref_logps": torch.zeros(2, dtype=torch.float64)}
+        out = linear_una_loss(p.hidden, p.weight, p.targets, p.cu_seqlens, p.feedback, workspace_mb=budget, **ref)
+    built = [x for x in out.loss.grad_fn.grads if x is not None]
+    emulation = 2 * 64 * 101 * 4 + 101 * 4 * 4  # float32 products of the GEMMs above
+    assert memory.peak(excluding=built) <= budget * 2**20 + 40 * 500 + emulation
+    assert memory.largest(excluding=built) <= budget * 2**20
+
+
+def test_bitwise_repeatable():
+    p = WAYS["two pairs, scratch"].problem(dtype=torch.float32)
+    runs = [evaluate(linear_una_loss, p, **reference(p, "own"), workspace_mb=0.008) for _ in range(2)]
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+# ------------------------------------------------------------------------------------------------ GEMM without cuBLAS
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (16, 32, 16), (37, 70, 21), (5, 130, 40)])
+def test_gemm(m, n, k, dtype, accumulate):
+    g = torch.Generator().manual_seed(m)
+    for transposed in (False, True):
+        a, b = (
+            torch.randn(*shape, generator=g).to(dtype)
+            for shape in (((k, m), (n, k)) if transposed else ((m, k), (k, n)))
+        )
+        a, b = (a.T, b.T) if transposed else (a, b)
+        out = torch.full((m, n + 3), float("nan"))
+        start = torch.randn(m, n, generator=g) if accumulate else torch.full((m, n), float("nan"))
+        out[:, :n] = start
+        gemm.mm(a, b, out[:, :n], accumulate=accumulate)
+        expected = a.double() @ b.double() + (start.double() if accumulate else 0)
+        torch.testing.assert_close(out[:, :n].double(), expected, rtol=1e-5, atol=1e-5)
+        assert out[:, n:].isnan().all()
+
+
+def test_where_torch_cannot_widen_the_engine_multiplies_itself(monkeypatch):
+    """ROCm: the same results through our own GEMM."""
+    monkeypatch.setattr(Interpreted, "_mm", TritonEngine._mm)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    p = problem(1, lengths=(9, 8), dim=24, vocab=101, feedback=PAIR, dtype=torch.float16, peak=10.0)
+    arguments = {**reference(p, "cached"), "train": ("weight",)}
+    out = evaluate(linear_una_loss, p, workspace_mb=budget_mb(4, 101, 24, torch.float16), **arguments)
+    assert_close(out, truth(p, **arguments), 2e-3)
+
+
+# ------------------------------------------------------------------------------------------------- choosing an engine
+
+
+def test_choice_of_the_engine(monkeypatch):
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr("una_fast.engine._no_triton", lambda device: None)
+    assert choose_engine("auto", cuda, torch.bfloat16) is choose_engine("triton", cuda, torch.float32) is TritonEngine
+    assert choose_engine("torch", cuda, torch.bfloat16).name == "torch"
+    assert choose_engine("auto", cuda, torch.float64).name == "torch"
+    with pytest.raises(ValueError, match="float64"):
+        choose_engine("triton", cuda, torch.float64)
+    monkeypatch.setattr("una_fast.engine._no_triton", lambda device: "Triton cannot be imported (no module)")
+    with pytest.raises(ValueError, match="cannot be imported"):
+        choose_engine("triton", cuda, torch.bfloat16)
+    assert choose_engine("auto", cuda, torch.bfloat16).name == "torch"
