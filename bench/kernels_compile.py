@@ -28,7 +28,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from una_fast.kernels import gather, logp_partials, rowgrad, una_loss
+from una_fast.kernels import gather, gemm, logp_partials, rowgrad, una_loss
 
 RESULTS = Path(__file__).parent / "results" / "kernels_compile.json"
 TARGETS = {
@@ -42,7 +42,7 @@ FLAGS = [(), ("bias",), ("softcap",), ("bias", "softcap")]
 SUBSET = re.compile(
     r"row_grad \| fp32->bf16 \| bias softcap |row_logps_grad \| fp32->bf16 \| \d+warps |row_logps \| fp32 \| softcap "
     r"|gather_backward \| bf16|linear_logps \| bf16 \| bias softcap \| (?!sm_9)|linear_logps \| bf16 \| tma \| sm_90"
-    r"|linear_logps \| fp32 \| - |merge|segment|unit \| fp64 \| squared"
+    r"|linear_logps \| fp32 \| - |mm \| bf16 \| col x row \+= |merge|segment|unit \| fp64 \| squared"
 )
 
 
@@ -145,6 +145,30 @@ def linear_variants(arch: str) -> list[Variant]:
     return found
 
 
+def gemm_variants() -> list[Variant]:
+    found = []
+    layouts = {"row x col": ("a_col", "b_row"), "row x row": ("a_col", "b_col"), "col x row": ("a_row", "b_col")}
+    tiles, options = split({**gemm.TILES, **rowgrad.FUSED})
+    for dtype in ("bf16", "fp16"):
+        for layout, ones in layouts.items():  # of the logits, of dH, of dW: the strides that are 1
+            for accumulate in (False, True):
+                types = {
+                    "a_ptr": f"*{dtype}",
+                    "b_ptr": f"*{dtype}",
+                    "out_ptr": "*fp32",
+                    "M": "i32",
+                    "N": "i32",
+                    "K": "i32",
+                }
+                strides = ["a_row", "a_col", "b_row", "b_col", "out_row"]
+                types |= {name: "i32" for name in strides if name not in ones}
+                aligned = (*pointers(types), *(name for name in strides if name not in ones))
+                constants = {**dict.fromkeys(ones, 1), "ACCUMULATE": accumulate, **tiles}
+                label = f"mm | {dtype} | {layout}{' +=' if accumulate else ''}"
+                found.append(Variant(label, gemm.mm_kernel, types, constants, aligned, options))
+    return found
+
+
 def loss_variants() -> list[Variant]:
     found = []
     for ref in (False, True):
@@ -170,7 +194,13 @@ def variants() -> dict[str, tuple[Variant, str]]:
     """Every row of the table: name -> (variant, target)."""
     found = {}
     for arch in TARGETS:
-        for variant in [*row_variants(), *gather_variants(), *linear_variants(arch), *loss_variants()]:
+        for variant in [
+            *row_variants(),
+            *gather_variants(),
+            *linear_variants(arch),
+            *gemm_variants(),
+            *loss_variants(),
+        ]:
             found[f"{variant.name} | {arch}"] = (variant, arch)
     return found
 

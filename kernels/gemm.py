@@ -1,6 +1,6 @@
 """out (+)= a b in float32 from narrow operands, for devices whose torch.mm cannot return float32 from them (ROCm).
 
-    out [M, N] float32, any row stride;  a [M, K], b [K, N] bfloat16, float16 or float32, any strides
+    out [M, N] float32, any row stride;  a [M, K], b [K, N] bfloat16 or float16, any strides
 
 Cost: 2 M N K flop; operands read once per tile of the other, out written once, and read once where it accumulates.
 What never exists: operands cast to float32. One program per BM x BN tile, rows of tiles in groups so that the operands
@@ -17,7 +17,6 @@ from torch import Tensor
 from una_fast.kernels.rowgrad import FUSED
 
 TILES = {"BM": 128, "BN": 128, "BK": 32, "GROUP": 8, "num_warps": 8, "num_stages": 2}
-WIDE = {"BM": 64, "BN": 64, "BK": 32, "GROUP": 8, "num_warps": 8, "num_stages": 2}  # float32: no tensor cores
 TINY = {"BM": 16, "BN": 32, "BK": 16, "GROUP": 2, "num_warps": 4, "num_stages": 1}  # the interpreter on a CPU
 
 
@@ -64,13 +63,15 @@ def mm_kernel(
 
 
 def mm(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> Tensor:
-    """out (+)= a @ b. a: [M, K], b: [K, N], one dtype. out: [M, N] float32, last stride 1, not overlapping a or b."""
+    """out (+)= a @ b. a: [M, K], b: [K, N], both bfloat16 or float16. out: [M, N] float32, last stride 1, overlapping
+    neither."""
     (rows, depth), columns = a.shape, b.shape[1]
-    assert b.shape[0] == depth and out.shape == (rows, columns) and a.dtype == b.dtype
+    assert b.shape[0] == depth and out.shape == (rows, columns)
+    assert a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16)
     assert out.dtype == torch.float32 and out.stride(1) == 1
     if out.numel() == 0:
         return out
-    tiles = TINY if a.device.type == "cpu" else WIDE if a.dtype == torch.float32 else TILES
+    tiles = TINY if a.device.type == "cpu" else TILES
     grid = triton.cdiv(rows, tiles["BM"]) * triton.cdiv(columns, tiles["BN"])
     with torch.cuda.device_of(a):
         mm_kernel[(grid,)](

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import product
 
@@ -847,6 +849,56 @@ def test_token_logps_and_una_loss_compose_to_linear_una_loss():
     assert relative_error(loss.detach(), fused["loss"]) <= 1e-12
     for name, grad in zip(LEAVES, torch.autograd.grad(loss, leaves), strict=True):
         assert relative_error(grad, fused[f"grad {name}"]) <= 1e-10
+
+
+# ------------------------------------------------------------------------------------------------------ integration
+
+
+def test_a_compiled_model_calls_the_ops_as_they_are():
+    """The loop over chunks is no graph: traced, it would be dozens of them and minutes of compilation."""
+    from torch._dynamo.utils import counters
+
+    p = problem(0, dtype=torch.float32)
+    layer, ref = torch.nn.Linear(24, 24), torch.zeros(8)
+
+    def loss_of(x: Tensor) -> Tensor:
+        hidden = torch.tanh(layer(x))
+        loss = linear_una_loss(hidden, p.weight, p.targets, p.cu_seqlens, p.feedback, ref_logps=ref).loss
+        return (
+            loss + token_logps(hidden, p.weight, p.targets).sum() + gather_logps(hidden @ p.weight.T, p.targets).sum()
+        )
+
+    expected = torch.autograd.grad(loss_of(p.hidden), layer.weight)[0]
+    torch._dynamo.reset()
+    counters.clear()
+    for _ in range(2):
+        found = torch.autograd.grad(torch.compile(loss_of, backend="eager")(p.hidden), layer.weight)[0]
+        torch.testing.assert_close(found, expected)
+    assert counters["stats"]["unique_graphs"] <= 8
+    torch._dynamo.reset()
+
+
+def test_importing_the_op_does_not_import_the_compiler():
+    code = "import sys, una_fast; una_fast.linear_una_loss; assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_gather_logps_in_place():
+    """The gradient takes the storage of the logits, and whoever still needs them is told by autograd."""
+    leaf = torch.randn(3, 4, 33, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    targets = torch.tensor([[0, 32, -100, 5]] * 3)
+    (expected,) = torch.autograd.grad(gather_logps(leaf, targets, 0.7).sum(), leaf)
+    for given in (leaf * 1.0, (leaf * 1.0)[:, :3]):
+        labels = targets[:, : given.shape[1]]
+        out = gather_logps(given, labels, 0.7, inplace_backward=True)
+        (grad,) = torch.autograd.grad(out.sum(), given, retain_graph=True)
+        assert torch.equal(grad, expected[:, : given.shape[1]]) and grad.data_ptr() == given.data_ptr()
+        with pytest.raises(RuntimeError):
+            torch.autograd.grad(out.sum(), given)
+    logits = leaf * 1.0
+    loss = gather_logps(logits, targets, inplace_backward=True).sum() + logits.square().sum()
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        loss.backward()
 
 
 # ------------------------------------------------------------------------------------------------------ log lines

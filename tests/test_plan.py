@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
 
 from una_fast import Feedback
-from una_fast.plan import Group, HeadSize, Plan, Tile, chunks, components, fit_tile, make_plan, span_rows
+from una_fast.plan import (
+    HOPPER,
+    Group,
+    HeadSize,
+    Plan,
+    Tile,
+    chunks,
+    components,
+    cost,
+    fit_tile,
+    make_plan,
+    sliced_tile,
+    span_rows,
+)
+from una_fast.plan_report import PlanConfig, describe_op
 
 PAIR = Feedback.pairs([0], [1])
 BOTH_SCORES = Feedback.merge([PAIR, Feedback.scores([0, 1], [0.9, 0.2])])
@@ -192,3 +207,79 @@ def test_chunks_cover_every_row_once_in_order(seed):
     assert all(span_rows(spans) == even for spans in cut[:-1]) and all(0 < span_rows(spans) <= even for spans in cut)
     for spans in cut:
         assert all(left[1] < right[0] for left, right in zip(spans, spans[1:], strict=False)), "adjacent spans join"
+
+
+# ------------------------------------------------------------------------------------------------------ cost model
+
+LLAMA = HeadSize(128256, 4096, 4, 2, align=64, quantum=128, machine=HOPPER)
+
+
+def llama_plan(rows: int, mb: float, width: int = 4096, size: HeadSize = LLAMA) -> Plan:
+    return make_plan(
+        PAIR, [rows // 2] * 2, size, budget=int(mb * 2**20), accumulator_width=width, length_normalize=False
+    )
+
+
+@pytest.mark.parametrize("rows", [8192, 131072])
+def test_chunks_on_a_gpu_are_whole_gemm_tiles(rows):
+    found = llama_plan(rows, 2048)
+    assert found.tile == Tile(4096, 128256) and found.streamed
+    cuts = found.cuts([0, 1], [0, rows // 2, rows])
+    assert {span_rows(c) for c in cuts} == {4096}
+    uneven = llama_plan(10_000, 2048)
+    assert [span_rows(c) for c in uneven.cuts([0, 1], [0, 5000, 10_000])] == [3456, 3456, 3088]
+
+
+def test_a_few_rows_of_logits_lose_to_slices_of_the_vocabulary():
+    """A trained head reads and writes its fp32 gradient once per chunk: below some hundred rows that takes longer than
+    one more pass over square tiles. A frozen head has no such gradient, and streams until products starve."""
+    assert not llama_plan(8192, 512).recomputed and not llama_plan(8192, 256).recomputed
+    sliced = llama_plan(8192, 64)
+    assert sliced.recomputed == (0, 1) and sliced.tile.vocab < 128256
+    assert abs(sliced.tile.rows - sliced.tile.vocab) < 1024, "both sums are read and written equally often"
+    frozen = llama_plan(8192, 128, width=0)
+    assert frozen.streamed and frozen.tile.rows == 256
+    unknown = replace(LLAMA, machine=None)
+    assert llama_plan(8192, 64, size=unknown).streamed, "without rates only what does not fit is sliced"
+
+
+def test_cost_counts_passes_and_bytes_by_hand():
+    size = HeadSize(1000, 64, 4, 2)
+    one_pass = 2 * 100 * 1000 * 64
+    streamed = make_plan(PAIR, [50, 50], size, budget=10 * 4000, accumulator_width=64, length_normalize=False)
+    found = cost(streamed, [50, 50], size, 64)
+    assert found.flop == 3 * one_pass
+    # per logit: written, read for its logsumexp, read again, narrow gradient written; per chunk: dH, and dW twice
+    assert found.traffic == 100 * 1000 * (4 + 4 + 4 + 2) + 4 * 100 * 64 + 10 * 2 * 4 * 1000 * 64
+    frozen = make_plan(PAIR, [50, 50], size, budget=10 * 4000, accumulator_width=0, length_normalize=False)
+    assert cost(frozen, [50, 50], size, 0).flop == 2 * one_pass
+    sliced = make_plan(PAIR, [50, 50], size, budget=3000, accumulator_width=64, length_normalize=False)
+    assert sliced.tile.vocab < 1000 and cost(sliced, [50, 50], size, 64).flop == pytest.approx(4 * one_pass)
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_sliced_tiles_stay_within_the_budget_with_their_copies(seed):
+    rng = random.Random(seed)
+    size = HeadSize(rng.randint(10_000, 300_000), rng.choice([1152, 2048, 4096]), 4, 2, align=64, quantum=128)
+    budget, rows, gathered = rng.randint(1 << 20, 1 << 28), rng.randint(1, 200_000), rng.random() < 0.5
+    tile = sliced_tile(size, rows, budget, gathered)
+    used = tile.rows * (size.stride(tile.vocab) * 4 + size.copied_bytes(gathered, sliced=True))
+    assert used <= budget and (tile.rows == rows or used >= budget // 2)
+
+
+@pytest.mark.parametrize("pairs", [0, 1, 3])
+def test_the_report_of_a_plan(pairs):
+    text = describe_op(8192, 4096, 128256, PlanConfig(pairs=pairs))
+    assert "policy     3.00 passes" in text and "reference  1.00 passes" in text and "4,008 MiB in float32" in text
+    text = describe_op(8192, 4096, 128256, PlanConfig(pairs=pairs, train_head=False, cached_reference=True))
+    assert "policy     2.00 passes" in text and "reference  0.00 passes" in text
+    assert "slices" in describe_op(8192, 4096, 128256, PlanConfig(pairs=pairs, workspace_mb=16))
+    assert "cpu" in describe_op(64, 32, 1000, PlanConfig(pairs=pairs, device="cpu"))
+
+
+@pytest.mark.parametrize("change", [{"device": "tpu"}, {"pairs": -1}, {"workspace_mb": 0.0}])
+def test_the_report_refuses(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        PlanConfig(**change)
+    with pytest.raises(ValueError, match="at least 6"):
+        describe_op(5, 8, 8, PlanConfig(pairs=3))

@@ -1,4 +1,4 @@
-"""The command `una-fast`: train, precompute-ref, check, demo."""
+"""The command `una-fast`: train, precompute-ref, plan, check, demo."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # One process is no reason for a warning, and the progress shown is that of the run.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    commands = {"train": _train, "precompute-ref": _precompute, "check": _check, "demo": _demo}
+    commands = {"train": _train, "precompute-ref": _precompute, "plan": _plan, "check": _check, "demo": _demo}
     parsed = _parser().parse_args(arguments)
     try:
         commands[parsed.subcommand](parsed)
@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> ArgumentParser:
     from una_fast.config import RunConfig
     from una_fast.demo import DemoConfig
+    from una_fast.plan_report import PlanConfig
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     # Abbreviated flags would take --lr for --lr_schedule.
@@ -62,12 +63,16 @@ def _parser() -> ArgumentParser:
     for name, settings, what in (
         ("train", RunConfig, "Align a model with preference records."),
         ("precompute-ref", RunConfig, "Write the records of a run again, with reference log-probs."),
+        ("plan", PlanConfig, "Show how a call of the fused head is cut into chunks, and what that costs."),
         ("check", CheckConfig, "Show the installation, and probe a model."),
         ("demo", DemoConfig, "Align a small model on real text, with nothing to download."),
     ):
         command = ArgumentParser(description=what, allow_abbrev=False)
         command.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the settings below.")
         command.add_class_arguments(settings, as_group=False)
+        if name == "plan":
+            what_op = "Rows, hidden size and vocabulary of the call."
+            command.add_argument("--op", type=int, nargs=3, metavar=("N", "D", "V"), required=True, help=what_op)
         commands.add_subcommand(name, command, help=what)
     return parser
 
@@ -75,8 +80,7 @@ def _parser() -> ArgumentParser:
 def _settings(kind: type, parsed: Namespace) -> Any:
     # Built here, not by the parser, which would print its whole usage with a refusal.
     values = parsed[parsed.subcommand].as_dict()
-    values.pop("config", None)
-    return kind(**values)
+    return kind(**{name: value for name, value in values.items() if name not in ("config", "op")})
 
 
 def _train(parsed: Namespace) -> None:
@@ -97,6 +101,12 @@ def _precompute(parsed: Namespace) -> None:
 
     entries = precompute_reference(_settings(RunConfig, parsed))
     print("train on the new files with:\n" + yaml.safe_dump(entries, sort_keys=False), end="")
+
+
+def _plan(parsed: Namespace) -> None:
+    from una_fast.plan_report import PlanConfig, describe_op
+
+    print(describe_op(*parsed.plan.op, _settings(PlanConfig, parsed)))
 
 
 def _check(parsed: Namespace) -> None:

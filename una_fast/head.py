@@ -18,8 +18,10 @@ Never stored: logits of more rows than the workspace holds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+import functools
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,7 +34,26 @@ from una_fast.losses import Objective, UnaOutput, check_units, denominator
 from una_fast.passes import Grads, Head, OnePass, Workspace, empty_hidden_grad, recompute
 from una_fast.plan import chunks
 
+Result = TypeVar("Result")
 
+
+def _outside_compile(function: Callable[..., Result]) -> Callable[..., Result]:
+    """A compiled model calls `function` as it is: its loop over chunks is no graph. torch.compiler.disable, without its
+    import of the compiler (seconds) for those who do not compile."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Result:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        if call.eager is None:
+            call.eager = torch.compiler.disable(function)
+        return call.eager(*args, **kwargs)
+
+    call.eager = None
+    return call
+
+
+@_outside_compile
 def linear_una_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -123,6 +144,7 @@ def linear_una_loss(
     return UnaOutput(*_LinearUna.apply(hidden, weight, bias, OnePass(head, plan, targets, loss, needs)))
 
 
+@_outside_compile
 @torch.no_grad()
 def sequence_logps(
     hidden: Tensor,
@@ -149,6 +171,7 @@ def sequence_logps(
     return head.engine.loss.sums(lengths, head.logps(hidden, targets)[0])
 
 
+@_outside_compile
 def token_logps(
     hidden: Tensor,
     weight: Tensor,
@@ -172,6 +195,7 @@ def token_logps(
     return _TokenLogps.apply(hidden, weight, bias, targets, head)
 
 
+@_outside_compile
 def gather_logps(
     logits: Tensor, targets: Tensor, temperature: float = 1.0, *, inplace_backward: bool = False
 ) -> Tensor:
