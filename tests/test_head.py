@@ -896,7 +896,8 @@ def test_gather_logps_in_place():
         with pytest.raises(RuntimeError):
             torch.autograd.grad(out.sum(), given)
     logits = leaf * 1.0
-    loss = gather_logps(logits, targets, inplace_backward=True).sum() + logits.square().sum()
+    needs_logits = logits.square().sum()  # its backward comes after that of the gather
+    loss = needs_logits + gather_logps(logits, targets, inplace_backward=True).sum()
     with pytest.raises(RuntimeError, match="inplace operation"):
         loss.backward()
 
