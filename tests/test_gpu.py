@@ -1,71 +1,332 @@
-"""On a CUDA device: the fused head in bf16, and packed rows through the variable-length attention kernel."""
+"""On a CUDA device: the fused head in bf16 and fp16, and packed rows through the variable-length attention kernel."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from helpers import problem, relative_error
+from helpers import MIXED, MIXED_LENGTHS, PAIR, Problem, cast, problem, relative_error
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from una_fast import Feedback, eager, linear_una_loss
+from una_fast import Feedback, Objective, eager, gather_logps, linear_una_loss, token_logps
 from una_fast.attention import Segment, packed_attention
+from una_fast.head import sequence_logps
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
+DEVICE = torch.device("cuda")
+MIB = 2**20
 
-def gradients(op, p, device, dtype, **options):
-    leaves = [x.to(device, dtype, copy=True).requires_grad_() for x in (p.hidden, p.weight)]
-    ref = {"ref_hidden": p.ref_hidden.to(device, dtype), "ref_weight": p.ref_weight.to(device, dtype)}
-    out = op(*leaves, p.targets.to(device), p.cu_seqlens, p.feedback, **ref, **options)
+
+def on_device(p: Problem, dtype: torch.dtype) -> Problem:
+    moved = cast(p, dtype)
+    for name in ("hidden", "weight", "bias", "targets", "ref_hidden", "ref_weight"):
+        setattr(moved, name, getattr(moved, name).to(DEVICE))
+    return moved
+
+
+def gradients(op, p: Problem, *, bias: bool = True, **options) -> dict[str, torch.Tensor]:
+    """Outputs and gradients of one call; cu_seqlens and feedback stay on the CPU."""
+    leaves = [x.detach().clone().requires_grad_() for x in (p.hidden, p.weight, p.bias)]
+    ref = {} if "ref_logps" in options else {"ref_hidden": p.ref_hidden, "ref_weight": p.ref_weight}
+    out = op(*leaves[:2], p.targets, p.cu_seqlens, p.feedback, bias=leaves[2] if bias else None, **ref, **options)
     out.loss.backward()
-    return {"logps": out.logps, "hidden": leaves[0].grad, "weight": leaves[1].grad}
+    grads = {"hidden": leaves[0].grad, "weight": leaves[1].grad} | ({"bias": leaves[2].grad} if bias else {})
+    return {"logps": out.logps, "loss": out.loss.detach(), **grads}
 
 
+def sized(rows: int, dim: int, vocab: int, dtype: torch.dtype = torch.bfloat16, peak: float = 24.0) -> Problem:
+    """A pair of rows / 2 tokens each, made on the device: for shapes too large to make on a CPU."""
+    g = torch.Generator(DEVICE).manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g, device=DEVICE, dtype=dtype)
+
+    weight = normal(vocab, dim) * dim**-0.5
+    hidden = normal(rows, dim) * (peak / 5)
+    targets = torch.randint(vocab, (rows,), generator=g, device=DEVICE)
+    lengths = [rows - rows // 2, rows // 2] if rows > 1 else [rows] * min(rows, 1)
+    feedback = PAIR if len(lengths) == 2 else Feedback.scores(range(len(lengths)), [0.7] * len(lengths))
+    cu = torch.tensor([0, *lengths]).cumsum(0)
+    noise = 0.05 * normal(rows, dim)
+    return Problem(hidden, weight, normal(vocab), targets, cu, feedback, hidden + noise, weight + 0.01)
+
+
+# --------------------------------------------------------------------------------------------------------- exactness
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("engine", ["triton", "torch"])
 @pytest.mark.parametrize("workspace_mb", [1, 8, 512])
 @pytest.mark.parametrize("vocab", [4001, 4096])
-def test_bf16_is_no_worse_than_eager(workspace_mb, vocab):
-    p = problem(0, longest=700, dim=256, vocab=vocab, peak=24.0, dtype=torch.bfloat16)
-    truth = gradients(eager.linear_una_loss, p, "cpu", torch.float64)
-    ours = gradients(linear_una_loss, p, "cuda", torch.bfloat16, workspace_mb=workspace_mb)
-    theirs = gradients(eager.linear_una_loss, p, "cuda", torch.bfloat16)
-    for name in truth:
-        error = relative_error(ours[name].cpu(), truth[name])
-        assert error <= relative_error(theirs[name].cpu(), truth[name]) + 1e-9, name
+def test_no_worse_than_eager(workspace_mb, vocab, engine, dtype):
+    """Against float64 on the same rounded inputs: vocabulary slices, streamed and resident blocks."""
+    p = problem(0, longest=700, dim=256, vocab=vocab, peak=24.0, dtype=dtype)
+    exact = gradients(eager.linear_una_loss, cast(p, torch.float64))
+    on_gpu = on_device(p, dtype)
+    ours = gradients(linear_una_loss, on_gpu, workspace_mb=workspace_mb, engine=engine)
+    theirs = gradients(eager.linear_una_loss, on_gpu)
+    for name in exact:
+        error, allowed = (relative_error(x[name].cpu(), exact[name]) for x in (ours, theirs))
+        assert error <= allowed + 1e-9, (name, error, allowed)
 
 
-def test_bitwise_repeat_and_no_sync_after_validation():
-    p = problem(1, longest=900, dim=128, vocab=5003, dtype=torch.bfloat16, feedback=Feedback.pairs([0, 2], [1, 3]))
-    hidden, weight = (x.cuda().requires_grad_() for x in (p.hidden, p.weight))
-    targets, ref = p.targets.cuda(), torch.zeros(8, dtype=torch.float64, device="cuda")
+@pytest.mark.parametrize("options", [{"softcap": 30.0, "logit_scale": 0.7}, {"temperature": 0.6}], ids=str)
+def test_logit_transforms(options):
+    p = problem(1, longest=90, dim=64, vocab=1999, peak=20.0, dtype=torch.bfloat16)
+    exact = gradients(eager.linear_una_loss, cast(p, torch.float64), **options)
+    ours = gradients(linear_una_loss, on_device(p, torch.bfloat16), **options)
+    for name in exact:
+        assert relative_error(ours[name].cpu(), exact[name]) < 1e-2, name
+    assert relative_error(ours["logps"].cpu(), exact["logps"]) < 1e-5
+
+
+def test_mixed_feedback_and_losses_equal_the_torch_engine():
+    p = on_device(problem(2, lengths=MIXED_LENGTHS, dim=64, vocab=999, feedback=MIXED), torch.bfloat16)
+    options = {"objective": Objective(offset=0.1, length_normalize=True), "num_units": torch.tensor(7, device=DEVICE)}
+    runs = {e: gradients(linear_una_loss, p, engine=e, workspace_mb=0.2, **options) for e in ("triton", "torch")}
+    for name, value in runs["torch"].items():
+        assert relative_error(runs["triton"][name], value) < 1e-2, name
+    torch.testing.assert_close(runs["triton"]["loss"], runs["torch"]["loss"], rtol=1e-5, atol=1e-7)
+
+
+def test_sum_over_8192_tokens_of_peaked_logits():
+    """At |z| = 24, logits rounded to bf16 are 5 nat off over such a response; ours at most 0.02."""
+    p = sized(8192, 1024, 32768, peak=24.0)
+    z = (p.hidden.double() @ p.weight.double().T).cpu()
+    exact = torch.log_softmax(z, 1).gather(1, p.targets.cpu().unsqueeze(1)).sum()
+    for engine in ("triton", "torch"):
+        found = sequence_logps(p.hidden, p.weight, p.targets, torch.tensor([0, 8192]), engine=engine)
+        assert abs(found.item() - exact.item()) <= 0.02
+    sliced = sequence_logps(p.hidden, p.weight, p.targets, torch.tensor([0, 8192]), workspace_mb=0.1)
+    assert abs(sliced.item() - exact.item()) <= 0.02
+
+
+@pytest.mark.parametrize(("rows", "dim", "vocab"), [(300, 576, 5003), (1, 128, 262145), (517, 1152, 32768)])
+def test_fused_linear_kernel_in_bf16(rows, dim, vocab):
+    from una_fast.kernels.logp_partials import linear_logps
+
+    p = sized(rows, dim, vocab)
+    z = p.hidden.double() @ p.weight.double().T
+    lse, target = linear_logps(p.hidden, p.weight, p.targets)
+    torch.testing.assert_close(lse.double(), torch.logsumexp(z, 1), rtol=0, atol=2e-4)
+    torch.testing.assert_close(target.double(), z.gather(1, p.targets.unsqueeze(1)).squeeze(1), rtol=0, atol=2e-4)
+
+
+# --------------------------------------------------------------------------------------------------- shapes and layouts
+
+
+@pytest.mark.parametrize(
+    ("rows", "dim", "vocab", "workspace_mb"),
+    [
+        (0, 64, 1000, None),
+        (1, 64, 1000, None),
+        (1, 64, 262145, None),
+        (130, 64, 262145, 8),
+        (70_000, 64, 1024, None),  # more rows in one launch than a grid's second dimension holds
+        (17_000, 64, 131_072, 10_000),  # offsets beyond 2^31 in one buffer of logits
+    ],
+)
+def test_extreme_shapes(rows, dim, vocab, workspace_mb):
+    p = sized(rows, dim, vocab)
+    ref = torch.zeros(len(p.cu_seqlens) - 1, dtype=torch.float64, device=DEVICE)
+    found = gradients(linear_una_loss, p, bias=False, ref_logps=ref, workspace_mb=workspace_mb)
+    if rows:
+        other = gradients(linear_una_loss, p, bias=False, ref_logps=ref, workspace_mb=64, engine="torch")
+        assert relative_error(found["logps"], other["logps"]) < 1e-6
+        for name in ("hidden", "weight"):
+            assert relative_error(found[name], other[name]) < 2e-2, name
+    else:
+        assert found["loss"].item() == 0 and not found["weight"].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_gather_logps_beyond_32_bits(dtype, inplace):
+    rows, vocab = (16_500 if dtype == torch.bfloat16 else 16_390), 131_072
+    logits = torch.randn(rows, vocab, device=DEVICE, dtype=dtype).requires_grad_()
+    targets = torch.randint(vocab, (rows,), device=DEVICE)
+    targets[5] = -100
+    last = logits[-3:].detach().double().requires_grad_()
+    expected = torch.log_softmax(last / 0.7, 1).gather(1, targets[-3:].unsqueeze(1)).squeeze(1)
+    upstream = torch.randn(rows, device=DEVICE)
+    (exact,) = torch.autograd.grad(expected, last, upstream[-3:].double())
+    given = logits.view_as(logits)
+    out = gather_logps(given, targets, 0.7, inplace_backward=inplace)
+    torch.testing.assert_close(out[-3:].double(), expected, rtol=1e-5, atol=1e-5)
+    assert out[5] == 0
+    (grad,) = torch.autograd.grad(out, given, upstream)
+    assert (grad.data_ptr() == logits.data_ptr()) == inplace
+    assert relative_error(grad[-3:], exact) < 1e-2 and not grad[5].any()
+
+
+@pytest.mark.parametrize("layout", ["columns", "every other row", "transposed weight", "padded"])
+def test_layouts(layout):
+    p = sized(300, 128, 4003)
+    expected = gradients(linear_una_loss, p, bias=False)
+    hidden, weight = p.hidden, p.weight
+    if layout == "columns":
+        hidden = torch.cat([hidden, hidden], 1)[:, :128]
+    elif layout == "every other row":
+        hidden = hidden.repeat_interleave(2, 0)[::2]
+    elif layout == "transposed weight":
+        weight = weight.T.contiguous().T
+    else:
+        hidden = torch.nn.functional.pad(hidden, (0, 3))[:, :128]  # rows off 16-byte boundaries
+    for workspace_mb in (None, 1):
+        leaves = [hidden.detach().requires_grad_(), weight.detach().requires_grad_()]
+        ref = {"ref_hidden": p.ref_hidden, "ref_weight": p.ref_weight}
+        out = linear_una_loss(*leaves, p.targets, p.cu_seqlens, p.feedback, workspace_mb=workspace_mb, **ref)
+        out.loss.backward()
+        assert relative_error(out.logps, expected["logps"]) < 1e-6
+        assert relative_error(leaves[0].grad, expected["hidden"]) < 2e-2
+        assert relative_error(leaves[1].grad, expected["weight"]) < 2e-2
+
+
+def test_token_logps_with_any_upstream():
+    p = sized(2000, 256, 20_011)
+    p.targets[7] = -100
+    leaves = [p.hidden.requires_grad_(), p.weight.requires_grad_()]
+    upstream = torch.randn(2000, device=DEVICE)
+    exact_leaves = [x.detach().double().requires_grad_() for x in leaves]
+    token_logps(*leaves, p.targets).backward(upstream)
+    eager.token_logps(*exact_leaves, p.targets).backward(upstream.double())
+    for ours, exact in zip(leaves, exact_leaves, strict=True):
+        assert relative_error(ours.grad, exact.grad) < 1e-2
+
+
+# ------------------------------------------------------------------------------------------------ repeats, sync, memory
+
+
+def test_a_hundred_bitwise_repeats():
+    """A gradient written over logits that another thread has yet to read would differ now and then."""
+    p = sized(3000, 128, 50_257)
     first = None
-    for _ in range(3):
+    for _ in range(100):
+        found = gradients(linear_una_loss, p, bias=False, workspace_mb=200)
+        first = first or found
+        assert all(torch.equal(first[name], found[name]) for name in first)
+
+
+def test_no_sync_after_validation():
+    p = on_device(problem(1, longest=900, dim=128, vocab=5003, feedback=Feedback.pairs([0, 2], [1, 3])), torch.bfloat16)
+    for options in ({"workspace_mb": 8}, {"workspace_mb": 0.5}, {"workspace_mb": 64}, {"engine": "torch"}):
+        for _ in range(2):
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                gradients(linear_una_loss, p, **options)
+                with torch.no_grad():
+                    linear_una_loss(
+                        p.hidden, p.weight, p.targets, p.cu_seqlens, p.feedback, ref_hidden=p.ref_hidden, **options
+                    )
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+@pytest.mark.parametrize("engine", ["triton", "torch"])
+@pytest.mark.parametrize(("rows", "workspace_mb"), [(16_384, 256), (131_072, 256), (65_536, 48)])
+def test_workspace_bounds_the_peak(rows, workspace_mb, engine, trained):
+    vocab, dim = 32_768, 256
+    p = sized(rows, dim, vocab)
+    hidden, weight = p.hidden.requires_grad_(), p.weight.requires_grad_(trained)
+    ref = {"ref_hidden": p.ref_hidden, "ref_weight": p.ref_weight}
+    for _ in range(2):  # the first call also loads cuBLAS and its workspace
         hidden.grad = weight.grad = None
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            out = linear_una_loss(hidden, weight, targets, p.cu_seqlens, p.feedback, ref_logps=ref, workspace_mb=8)
-            out.loss.backward()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        found = [out.loss.detach(), hidden.grad, weight.grad]
-        first = first or [x.clone() for x in found]
-        assert all(torch.equal(a, b) for a, b in zip(first, found, strict=True))
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        options = {"workspace_mb": workspace_mb, "engine": engine}
+        linear_una_loss(hidden, weight, p.targets, p.cu_seqlens, p.feedback, **ref, **options).loss.backward()
+        returned = hidden.grad.nbytes + (weight.grad.nbytes + 4 * vocab * dim if trained else 0)
+        extra = torch.cuda.max_memory_allocated() - before - returned
+    per_row = 64 * rows  # log-probs, logsumexps, coefficients, targets
+    assert extra <= 1.05 * workspace_mb * MIB + per_row
 
 
-def test_workspace_bounds_the_peak():
-    rows, vocab, dim = 16384, 32768, 256
-    hidden = torch.randn(rows, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    weight = (torch.randn(vocab, dim, device="cuda") * dim**-0.5).bfloat16().requires_grad_()
-    targets = torch.randint(vocab, (rows,), device="cuda")
-    cu = torch.tensor([0, rows // 2, rows])
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    ref = torch.zeros(2, dtype=torch.float64, device="cuda")
-    out = linear_una_loss(hidden, weight, targets, cu, Feedback.pairs([0], [1]), ref_logps=ref, workspace_mb=256)
-    out.loss.backward()
-    returned = hidden.grad.nbytes + weight.grad.nbytes + 4 * vocab * dim
-    extra = torch.cuda.max_memory_allocated() - before - returned
-    assert extra <= 1.05 * 256 * 2**20 + 16 * rows
+# -------------------------------------------------------------------------------------------------------- integration
+
+
+def test_cuda_graph():
+    """Captured once for fixed cu_seqlens and feedback, replayed on other values."""
+    p, other = sized(1500, 128, 10_007), sized(1500, 128, 10_007)
+    other.hidden.mul_(-0.7)
+    hidden, weight = p.hidden.clone().requires_grad_(), p.weight.clone().requires_grad_()
+    options = {"ref_hidden": p.ref_hidden, "ref_weight": p.ref_weight, "workspace_mb": 16}
+
+    def step() -> torch.Tensor:
+        out = linear_una_loss(hidden, weight, p.targets, p.cu_seqlens, p.feedback, **options)
+        out.loss.backward()
+        return out.loss.detach()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            hidden.grad = weight.grad = None
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    hidden.grad = weight.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+    for values in (p.hidden, other.hidden):
+        with torch.no_grad():
+            hidden.copy_(values)
+        graph.replay()
+        captured = [loss.clone(), hidden.grad.clone(), weight.grad.clone()]
+        leaves = [values.detach().clone().requires_grad_(), p.weight.detach().clone().requires_grad_()]
+        out = linear_una_loss(*leaves, p.targets, p.cu_seqlens, p.feedback, **options)
+        out.loss.backward()
+        for a, b in zip(captured, [out.loss.detach(), *(x.grad for x in leaves)], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-6)
+
+
+def test_a_first_call_inside_a_capture_is_refused():
+    p = sized(64, 64, 1003)
+    p.cu_seqlens = torch.tensor([0, 11, 64])  # lengths that no other test has
+    ref = torch.zeros(2, dtype=torch.float64, device=DEVICE)
+    with pytest.raises(RuntimeError, match="before the capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        linear_una_loss(p.hidden, p.weight, p.targets, p.cu_seqlens, p.feedback, ref_logps=ref)
+    torch.cuda.synchronize()
+
+
+def test_compiled_model_and_autocast():
+    p = sized(200, 64, 3001, dtype=torch.float32)
+    layer, ref = torch.nn.Linear(64, 64, device=DEVICE), torch.zeros(2, device=DEVICE)
+
+    def loss_of(x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(layer(x)) * 5
+        return linear_una_loss(hidden, p.weight, p.targets, p.cu_seqlens, p.feedback, ref_logps=ref).loss
+
+    with torch.autocast("cuda", torch.bfloat16):
+        expected = torch.autograd.grad(loss_of(p.hidden), layer.weight)[0]
+        found = torch.autograd.grad(torch.compile(loss_of)(p.hidden), layer.weight)[0]
+    assert expected.dtype == torch.float32 and relative_error(found, expected) < 2e-2
+
+
+def test_gradient_accumulation():
+    p = sized(900, 64, 3001)
+    halves = [slice(0, 450), slice(450, 900)]
+    pairs = [Feedback.pairs([0], [1])] * 2
+    leaves = [p.hidden.detach().clone().requires_grad_(), p.weight.detach().clone().requires_grad_()]
+    lengths = torch.tensor([0, 225, 450])
+    total = gradients(
+        linear_una_loss,
+        Problem(p.hidden, p.weight, p.bias, p.targets, torch.tensor([0, 225, 450, 675, 900]),
+                Feedback.pairs([0, 2], [1, 3]), p.ref_hidden, p.ref_weight),
+        bias=False,
+    )  # fmt: skip
+    for rows, feedback in zip(halves, pairs, strict=True):
+        linear_una_loss(
+            leaves[0][rows], leaves[1], p.targets[rows], lengths, feedback,
+            ref_hidden=p.ref_hidden[rows], ref_weight=p.ref_weight, num_units=2,
+        ).loss.backward()  # fmt: skip
+    assert relative_error(leaves[0].grad, total["hidden"]) < 1e-2
+    assert relative_error(leaves[1].grad, total["weight"]) < 2e-2
+
+
+# ---------------------------------------------------------------------------------------------------------- attention
 
 
 @pytest.mark.parametrize("window", [None, 64])

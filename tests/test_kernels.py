@@ -20,9 +20,9 @@ pytest.importorskip("triton")
 from una_fast.kernels import gather, logp_partials, rowgrad, una_loss
 
 # What the interpreter's numpy says of log(0), in lanes that nobody reads or slices of nothing but -inf.
-pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log")
-
 CUDA = torch.cuda.is_available()
+pytestmark = [pytest.mark.filterwarnings("ignore:divide by zero encountered in log")]
+pytestmark += [pytest.mark.gpu] if CUDA else []
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 NARROW = [torch.float16, torch.bfloat16] if CUDA else [torch.float16]
 BLOCK = rowgrad.LAUNCH["BLOCK"]

@@ -1,0 +1,423 @@
+"""The work that bench_head.py times, its float64 truth, and who does it.
+
+The work: forward and backward of a loss over S responses of N rows in all, policy and reference, head trained or
+frozen. Pairs carry the DPO loss, single responses (s - sigmoid(r))^2. Every contender gets the same tensors and
+leaves its gradients in x.hidden.grad and, with a trained head, in x.weight.grad.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+import os
+import site
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from una_fast import Feedback, Objective, linear_una_loss, token_logps
+from una_fast.head import sequence_logps
+
+if not torch.cuda.is_available():  # before anything imports triton: the forward suite then runs in its interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+if "BENCH_PEERS" in os.environ:  # a folder of installed peers, searched after the packages of this machine
+    site.addsitedir(os.environ["BENCH_PEERS"])
+
+BETA = 0.1
+PEAK, SPREAD = 24.0, 4.0  # of the target's logit, of all others: half of the probability lies on the target
+TRL_CHUNK = 32768  # as trl/trainer/utils.py calls it
+HEADS = ("trained", "frozen")
+
+
+class Inputs:
+    """S responses of `lengths` rows: (chosen, rejected), (chosen, rejected), … or, with scores, one by one."""
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        dim: int,
+        vocab: int,
+        *,
+        scores: bool = False,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        g = torch.Generator(device).manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=g, device=device, dtype=dtype)
+
+        self.lengths, self.rows, self.dim, self.vocab = list(lengths), sum(lengths), dim, vocab
+        drift = max(lengths) ** -0.5  # of the reference: rewards of order 1 at every length
+        self.weight = normal(vocab, dim).mul_(dim**-0.5)
+        self.targets = torch.randint(vocab, (self.rows,), generator=g, device=device)
+        self.hidden = normal(self.rows, dim).mul_(SPREAD).add_(self.weight[self.targets], alpha=PEAK)
+        self.ref_hidden = normal(self.rows, dim).mul_(drift).add_(self.hidden)
+        self.ref_weight = normal(vocab, dim).mul_(drift * dim**-0.5).add_(self.weight)
+        self.cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+        count = len(self.lengths)
+        self.scores = torch.linspace(0, 1, count, device=device, dtype=torch.float64) if scores else None
+        if scores:
+            self.feedback = Feedback.scores(range(count), self.scores.tolist())
+        else:
+            self.feedback = Feedback.pairs(range(0, count, 2), range(1, count, 2))
+        self.head("trained")
+
+    def head(self, head: str) -> None:
+        """ "trained" or "frozen"."""
+        self.clear()
+        self.hidden.requires_grad_()
+        self.weight.requires_grad_(head == "trained")
+
+    @property
+    def trained(self) -> bool:
+        return self.weight.requires_grad
+
+    @property
+    def device(self) -> torch.device:
+        return self.hidden.device
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """What gets a gradient."""
+        return {"hidden": self.hidden} | ({"weight": self.weight} if self.trained else {})
+
+    def clear(self) -> None:
+        self.hidden.grad = self.weight.grad = None
+
+    def sums(self, per_token: Tensor) -> Tensor:
+        """[N] -> [S], in the precision given."""
+        return torch.stack([part.sum() for part in per_token.split(self.lengths)])
+
+    def loss_of(self, logps: Tensor, ref_logps: Tensor) -> Tensor:
+        """The loss from sums of log-probs [S]."""
+        rewards = BETA * (logps - ref_logps)
+        if self.scores is None:
+            return -F.logsigmoid(rewards[0::2] - rewards[1::2]).mean()
+        return (rewards.sigmoid() - self.scores).square().mean()
+
+
+class Truth(NamedTuple):
+    """In float64 from full rows of logits; the gradients are kept on the CPU in float32."""
+
+    loss: float
+    logps: Tensor  # [N]
+    sums: Tensor  # [S]
+    coef: Tensor  # [N], dL/dlogp
+    hidden: Tensor  # [N, D]
+    weight: Tensor  # [V, D]
+
+
+@torch.no_grad()
+def truth(x: Inputs, block_bytes: int | None = None) -> Truth:
+    """block_bytes: of one block of float64 logits (default 1 GiB on a GPU, 128 MiB on a CPU)."""
+    step = max((block_bytes or (1 << 30 if x.device.type == "cuda" else 1 << 27)) // (8 * x.vocab), 1)
+    targets = x.targets.unsqueeze(1)
+
+    def blocks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        for start in range(0, x.rows, step):
+            rows = slice(start, start + step)
+            wide = hidden[rows].double()
+            yield rows, wide, wide @ weight.T
+
+    def log_probs(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        logps = torch.empty(x.rows, dtype=torch.float64, device=x.device)
+        lse = torch.empty_like(logps)
+        for rows, _, z in blocks(hidden, weight):
+            lse[rows] = z.logsumexp(1)
+            logps[rows] = z.gather(1, targets[rows]).squeeze(1) - lse[rows]
+        return logps, lse
+
+    ref_sums = x.sums(log_probs(x.ref_hidden, x.ref_weight.double())[0])
+    weight = x.weight.double()
+    logps, lse = log_probs(x.hidden, weight)
+    sums = x.sums(logps).requires_grad_()
+    with torch.enable_grad():
+        loss = x.loss_of(sums, ref_sums)
+    coef = torch.autograd.grad(loss, sums)[0].repeat_interleave(torch.tensor(x.lengths, device=x.device))
+    grad_hidden, grad_weight = torch.empty(x.rows, x.dim), torch.zeros_like(weight)
+    for rows, hidden, z in blocks(x.hidden, weight):
+        c = coef[rows].unsqueeze(1)
+        du = z.sub_(lse[rows].unsqueeze(1)).exp_().mul_(-c).scatter_add_(1, targets[rows], c)
+        grad_hidden[rows] = (du @ weight).float().cpu()
+        grad_weight.addmm_(du.T, hidden)
+    return Truth(loss.item(), logps, sums.detach(), coef, grad_hidden, grad_weight.float().cpu())
+
+
+class Mismatch(NamedTuple):
+    """A gradient g beside the true one g*: |g - g*| / |g*|, the best factor a in g = a g*, and |g - a g*| / |a g*|.
+
+    One pair has one coefficient: an error of the sums of log-probs shows in the factor, any other in the rest."""
+
+    error: float
+    factor: float
+    rest: float
+
+
+def mismatch(found: Tensor, expected: Tensor, row_factor: Tensor | None = None) -> Mismatch:
+    """found [R, D] on any device; expected [R, D] on the CPU, times row_factor [R] if given. Block by block."""
+    step = max((1 << 24) // found.shape[1], 1)
+    ff = fe = ee = 0.0
+    for start in range(0, len(found), step):
+        rows = slice(start, start + step)
+        f, e = found[rows].double(), expected[rows].to(found.device).double()
+        if row_factor is not None:
+            e *= row_factor[rows].unsqueeze(1)
+        ff, fe, ee = ff + (f * f).sum().item(), fe + (f * e).sum().item(), ee + (e * e).sum().item()
+    rest = math.sqrt(max(ff * ee / fe**2 - 1, 0.0)) if fe else math.inf
+    return Mismatch(math.sqrt(max(ff - 2 * fe + ee, 0.0) / ee), fe / ee, rest)
+
+
+# ------------------------------------------------------------------------------------------------------- contenders
+
+
+class Contender:
+    """Who does the work, under `name`. `passes`: its GEMM passes of 2 N D V flop with a trained and a frozen head.
+
+    rounds_logits: its logits, or the target's alone, are rounded to the dtype of the operands, so that sums of
+    log-probs, and with them the coefficient of a pair, carry noise. same_work: False where it does something else.
+    """
+
+    name: str
+    module: str | None = None  # to be imported
+    needs_cuda = False
+    passes = {"trained": 4, "frozen": 3}
+    minimal = {"trained": 4, "frozen": 3}
+    rounds_logits = False
+    same_work = True
+    pairs_only = False
+
+    def unavailable(self, x: Inputs) -> str | None:
+        """Why it cannot do this work here, or None."""
+        if self.needs_cuda and x.device.type != "cuda":
+            return "needs a GPU"
+        if self.pairs_only and (x.scores is not None or len(set(x.lengths)) > 1):
+            return "takes pairs of one length only"
+        try:
+            importlib.import_module(self.module or "torch")
+        except Exception as error:  # a peer's import may fail in any way
+            return f"cannot import {self.module}: {error}"
+        return None
+
+    def loss(self, x: Inputs) -> Tensor:
+        raise NotImplementedError
+
+    def logps(self, x: Inputs) -> Tensor | None:
+        """[N] log-probs of the policy, where it exposes them."""
+        return None
+
+    def sums(self, x: Inputs) -> Tensor | None:
+        """[S] sums of them as its users form them."""
+        logps = self.logps(x)
+        return None if logps is None else x.sums(logps)
+
+
+class Una(Contender):
+    def __init__(self, workspace_mb: int | None = None, engine: str = "auto", name: str = "una_fast") -> None:
+        self.workspace_mb, self.engine = workspace_mb, engine
+        self.name = name if workspace_mb is None else f"{name} {workspace_mb} MiB"
+
+    def loss(self, x: Inputs) -> Tensor:
+        return linear_una_loss(
+            x.hidden,
+            x.weight,
+            x.targets,
+            x.cu_seqlens,
+            x.feedback,
+            objective=Objective(beta=BETA),
+            ref_hidden=x.ref_hidden,
+            ref_weight=x.ref_weight,
+            workspace_mb=self.workspace_mb,
+            engine=self.engine,
+        ).loss
+
+    def logps(self, x: Inputs) -> Tensor:
+        return token_logps(x.hidden, x.weight, x.targets, engine=self.engine)
+
+    def sums(self, x: Inputs) -> Tensor:
+        options = {"workspace_mb": self.workspace_mb, "engine": self.engine}
+        return sequence_logps(x.hidden, x.weight, x.targets, x.cu_seqlens, **options)
+
+
+class PerToken(Contender):
+    """A function of (hidden, weight, targets) that gives log-probs [N]; the loss is taken from their sums."""
+
+    def per_token(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def logps(self, x: Inputs) -> Tensor:
+        return self.per_token(x.hidden, x.weight, x.targets)
+
+    def loss(self, x: Inputs) -> Tensor:
+        with torch.no_grad():
+            ref = x.sums(self.per_token(x.ref_hidden, x.ref_weight, x.targets))
+        return x.loss_of(self.sums(x), ref)
+
+
+def full_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    logps = F.linear(hidden, weight).float().log_softmax(-1)
+    return logps.gather(1, targets.unsqueeze(1)).squeeze(1)
+
+
+class Eager(PerToken):
+    name = "eager"
+    rounds_logits = True
+    per_token = staticmethod(full_logits)
+
+
+class Compiled(PerToken):
+    name = "torch.compile"
+    rounds_logits = True
+    needs_cuda = True  # a CPU's compiler would take longer than the smoke test
+
+    @functools.cached_property
+    def per_token(self) -> Callable[..., Tensor]:
+        return torch.compile(full_logits, dynamic=False)
+
+
+class Trl(PerToken):
+    name = "trl"
+    module = "trl.kernels"
+    passes = {"trained": 5, "frozen": 4}
+    rounds_logits = True
+
+    def per_token(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        from trl.kernels import ChunkedLogProbFunction
+
+        return ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, TRL_CHUNK, None, 1.0, ())[0]
+
+
+class Cce(PerToken):
+    name = "cce"
+    module = "cut_cross_entropy"
+    needs_cuda = True
+    passes = {"trained": 5, "frozen": 4}
+    rounds_logits = True  # the target's, whose products are rounded one by one
+
+    def per_token(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        from cut_cross_entropy import linear_cross_entropy
+
+        return -linear_cross_entropy(hidden, weight, targets, reduction="none")
+
+
+class Liger(Contender):
+    name = "liger"
+    module = "liger_kernel.chunked_loss"
+    rounds_logits = True
+    pairs_only = True
+
+    def _apply(self, x: Inputs) -> tuple[Tensor, Tensor]:
+        """(loss, [S] sums of log-probs). Liger wants [2 B, T, D], all chosen responses before all rejected ones."""
+        from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+        def stacked(rows: Tensor) -> Tensor:
+            pairs = rows.view(-1, 2, x.lengths[0], *rows.shape[1:])
+            return pairs.transpose(0, 1).flatten(0, 1)
+
+        head = LigerFusedLinearDPOLoss(beta=BETA, compiled=x.device.type == "cuda")
+        hidden, targets, ref_hidden = map(stacked, (x.hidden, x.targets, x.ref_hidden))
+        loss, (chosen, rejected, *_) = head(x.weight, hidden, targets, ref_input=ref_hidden, ref_weight=x.ref_weight)
+        return loss, torch.stack((chosen, rejected), 1).flatten()
+
+    def loss(self, x: Inputs) -> Tensor:
+        return self._apply(x)[0]
+
+    def sums(self, x: Inputs) -> Tensor:
+        return self._apply(x)[1].detach()
+
+
+class Quack(Contender):
+    """Cross entropy alone, one number for all rows: no reference, no preference. A yardstick for its GEMM rate."""
+
+    name = "quack ce"
+    module = "quack.linear_cross_entropy"
+    needs_cuda = True
+    passes = minimal = {"trained": 3, "frozen": 2}
+    rounds_logits = True
+    same_work = False
+
+    def loss(self, x: Inputs) -> Tensor:
+        from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+        return chunked_linear_cross_entropy(x.hidden, x.weight, x.targets, reduction="sum")
+
+
+def everybody(workspaces: Sequence[int | None], engine: str = "auto") -> list[Contender]:
+    """una_fast once per workspace in MiB (None: its default), then the others."""
+    ours = [Una(workspace_mb, engine) for workspace_mb in workspaces]
+    return [*ours, Trl(), Liger(), Cce(), Eager(), Compiled(), Quack()]
+
+
+# ----------------------------------------------------------------------------------------------------------- parity
+
+
+class WrongResult(Exception):
+    """A contender that does not compute what it would be timed for."""
+
+
+def step(contender: Contender, x: Inputs) -> Tensor:
+    x.clear()
+    loss = contender.loss(x)
+    loss.backward()
+    return loss.detach()
+
+
+def sum_noise(x: Inputs) -> float:
+    """Standard deviation, in nat, of the sum over the longest response when target logits are rounded to bfloat16."""
+    if x.hidden.dtype == torch.float32:
+        return 0.0
+    spacing = 2.0 ** (math.floor(math.log2(PEAK)) - 7)
+    return spacing / math.sqrt(12) * math.sqrt(max(x.lengths))
+
+
+def check(contender: Contender, x: Inputs, true: Truth) -> dict[str, float]:
+    """Errors of one step against the truth; WrongResult where they are no rounding. Also the warm-up."""
+    exact = x.hidden.dtype == torch.float32
+    rounds = contender.rounds_logits and not exact
+    limit = 1e-4 if exact else 0.2 if rounds else 0.02
+    if contender.same_work:
+        # Six standard deviations of the margin of a pair, which its coefficient follows.
+        noise = 6 * BETA * math.sqrt(2) * sum_noise(x) if rounds else 0.0
+        expected, row_factor, loss_limit = true.loss, None, noise + max(limit / 4, 1e-4)
+    else:  # cross entropy: dL/dlogp = -1, no coefficient
+        expected, row_factor, noise = -true.logps.sum().item(), -1 / true.coef, 0.0
+        loss_limit = 0.01 * abs(expected)
+    loss = step(contender, x).item()
+    found = {"loss_error": abs(loss - expected)}
+    ensure(found["loss_error"] <= loss_limit, f"loss {loss:.4f} is not {expected:.4f}")
+    for name, leaf in x.leaves.items():
+        ensure(leaf.grad is not None, f"no gradient for {name}")
+        if row_factor is not None and name == "weight":
+            continue  # the truth of another loss
+        g = mismatch(leaf.grad, getattr(true, name), row_factor)
+        found[f"{name}_grad_error"] = g.error
+        in_step = abs(math.log(g.factor)) <= noise + limit if g.factor > 0 else False
+        several = noise / 6 if len(x.lengths) > 2 else 0.0  # coefficients no longer share one factor
+        ensure(
+            g.rest <= limit + several and in_step, f"gradient of {name} is off by {g.rest:.1e}, factor {g.factor:.3f}"
+        )
+    return found
+
+
+def ensure(right: bool, what: str) -> None:
+    if not right:
+        raise WrongResult(what)
+
+
+@torch.no_grad()
+def logp_errors(contender: Contender, x: Inputs, true: Truth) -> dict[str, float]:
+    """Largest and root-mean-square error of log-probs, largest error of a response's sum, in nat."""
+    found = {}
+    logps = contender.logps(x)
+    if logps is not None:
+        error = logps.double() - true.logps
+        found |= {"logp_error": error.abs().max().item(), "logp_rms": error.square().mean().sqrt().item()}
+        del logps, error
+    sums = contender.sums(x)
+    if sums is not None:
+        found |= {"sum_error": (sums.double() - true.sums).abs().max().item(), "sum_tokens": max(x.lengths)}
+    return found

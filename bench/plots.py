@@ -1,0 +1,53 @@
+"""Time and extra memory against N, log axes, from the memory suite of bench_head.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+PLOTS = {  # file -> (key of a row, unit, what to divide by)
+    "head_time.png": ("seconds", "time of a step, ms", 1e-3),
+    "head_memory.png": ("extra_bytes", "extra memory, GiB", 2**30),
+}
+
+
+def curves(results: list[dict[str, Any]], key: str) -> dict[str, list[tuple[int, float]]]:
+    """name -> [(N, value)] by N, of the memory suite with a trained head; what was not measured is left out."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for entry in results:
+        if entry["suite"] == "memory" and entry["head"] == "trained":
+            for row in entry["table"]:
+                if row.get(key) is not None and "reason" not in row:
+                    found.setdefault(row["name"], []).append((entry["rows"], row[key]))
+    return {name: sorted(points) for name, points in found.items()}
+
+
+def draw(report: dict[str, Any], folder: Path) -> list[Path]:
+    """The PNG files written: none where the report has no memory suite."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    written = []
+    for file, (key, label, unit) in PLOTS.items():
+        lines = curves(report["results"], key)
+        if not lines:
+            continue
+        first = next(entry for entry in report["results"] if entry["suite"] == "memory")
+        figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
+        for name, points in lines.items():
+            style = {"color": "black", "linestyle": ":"} if name == "bare mm" else {"marker": "o", "markersize": 4}
+            width = 2.4 if name.startswith("una_fast") else 1.2
+            axes.plot([n for n, _ in points], [value / unit for _, value in points], label=name, lw=width, **style)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("rows N (policy + reference, one pair, head trained)")
+        axes.set_ylabel(label)
+        axes.set_title(f"D {first['dim']}, V {first['vocab']}, {report['environment'].get('gpu', 'CPU')}", fontsize=10)
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize=8)
+        figure.savefig(folder / file, dpi=130, metadata={"Software": None})
+        plt.close(figure)
+        written.append(folder / file)
+    return written
