@@ -14,7 +14,8 @@ narrower, one float32 [V, D] accumulator.
     pytest bench/bench_head.py --benchmark-only
 
 Suites: cpu (default there), smoke (default on a GPU), bars (una_fast against the bare products), peers, accuracy,
-memory (N up to 131072), layouts (many short responses), forward (the ways to a log-prob; row kernels), all.
+memory (N up to 131072), layouts (many short responses), slices (workspaces that hold few rows of logits), forward (the
+ways to a log-prob; row kernels), all.
 Exit status: 1 if a bar is missed; 75 if a contender broke the GPU's context (run again with --resume).
 """
 
@@ -102,6 +103,7 @@ class Case(NamedTuple):
     without: tuple[str, ...] = ()
     bars: tuple[str, ...] = ()  # of "cpu", "time", "peers", "memory", "accuracy"
     runs: int = 20
+    workspaces: tuple[int, ...] = ()  # MiB, instead of those of the command line
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -130,6 +132,9 @@ def cases(suite: str, shapes: list[tuple[int, int, int]] | None) -> list[Case]:
         shapes = shapes or [(2048 << k, *MODELS["llama3-8b"]) for k in range(6)]
         found = [pair(suite, s, without=without, bars=("memory",), runs=5) for s in shapes]
         return [*found[:-1], found[-1]._replace(bars=("time", "peers", "memory"), runs=3)]
+    if suite == "slices":
+        s = shapes[0] if shapes else (8192, *MODELS["llama3-8b"])
+        return [pair(suite, s, only=("una_fast",), bars=("memory",), runs=10, workspaces=(64, 16))]
     assert suite == "layouts", suite
     dim, vocab = shapes[0][1:] if shapes else MODELS["llama3-8b"]
     longest = shapes[0][0] if shapes else 1000
@@ -625,7 +630,7 @@ def ceilings(device: torch.device) -> dict[str, float]:
 
 # ------------------------------------------------------------------------------------------------------------- main
 
-SUITES = ("cpu", "smoke", "bars", "peers", "accuracy", "memory", "layouts", "forward")
+SUITES = ("cpu", "smoke", "bars", "peers", "accuracy", "memory", "layouts", "slices", "forward")
 
 
 def parse_shapes(text: str) -> list[tuple[int, int, int]]:
@@ -752,7 +757,7 @@ def run_case(
     x, true = made
     entrants = [
         c
-        for c in contenders.everybody(options.workspaces, options.engine)
+        for c in contenders.everybody(case.workspaces or options.workspaces, options.engine)
         if c.name.startswith(case.only) and c.name.startswith(options.only) and not c.name.startswith(case.without)
     ]
     for head in heads:

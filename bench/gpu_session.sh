@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Everything that waits for a GPU, in three parts of at most 9.5 minutes each; results as JSON, a short table last.
+# Everything that waits for a GPU, in three parts of at most ten minutes each; results as JSON, a short table last.
 # usage: bash bench/gpu_session.sh OUT_DIR 1|2|3
 #   1  tests, smoke of every contender, una_fast against the bare matrix products
 #   2  the peers at every shape, then accuracy
-#   3  forward variants and row kernels; time and memory up to N = 131072; many short responses
+#   3  forward variants, row kernels and vocabulary slices; time and memory up to N = 131072; many short responses
 # A folder peers/ of wheels (or .tar.xz of installed files) at the repository root is unpacked beside the machine's
 # packages. Afterwards: python bench/tables.py --merge OUT_DIR/head_*.json
 set -uo pipefail
@@ -45,9 +45,16 @@ rm -f "$out"/head_*.json "$out/smoke.json"
 case $part in
 1)
   # -P: the repository root off sys.path, where kernels/ would hide the package of that name
-  timeout -k 5 190 python3 -P -m pytest -m gpu -q 2>&1 | tee "$out/tests.log" | tail -25
-  bench "$out/smoke.json" 100 --suite smoke --warmup 45
-  bench "$out/head_bars.json" 240 --suite bars --seconds 8
+  timeout -k 5 150 python3 -P -m pytest tests/test_gpu.py -q 2>&1 | tee "$out/tests.log" | tail -25
+  few="4095 or linear or loss or gather or segment or offsets" # every kernel and dtype, one shape of the row kernels
+  timeout -k 5 100 python3 -P -m pytest tests/test_kernels.py -q -k "$few" 2>&1 | tee "$out/kernels.log" | tail -12
+  if command -v compute-sanitizer >"$out/sanitizer.log"; then # shared memory alone: the rest is the hundred repeats
+    timeout -k 5 30 compute-sanitizer --tool racecheck --error-exitcode 9 \
+      python3 -P -m pytest tests/test_kernels.py -q -k "test_row_kernels and 4095 and plain" >>"$out/sanitizer.log" 2>&1
+    echo "racecheck: exit status $?"
+  fi
+  bench "$out/smoke.json" 80 --suite smoke --warmup 45
+  bench "$out/head_bars.json" 190 --suite bars --seconds 8
   last=head_bars
   ;;
 2)
@@ -55,8 +62,8 @@ case $part in
   last=head_peers
   ;;
 3)
-  bench "$out/head_long.json" 90 --suite forward --seconds 4
-  bench "$out/head_long.json" 435 --suite memory,layouts --seconds 8 --warmup 60
+  bench "$out/head_long.json" 105 --suite forward,slices --seconds 4
+  bench "$out/head_long.json" 420 --suite memory,layouts --seconds 8 --warmup 60
   last=head_long
   ;;
 *)

@@ -22,7 +22,7 @@ from typing import Any
 import plots
 
 ROOT = Path(__file__).resolve().parents[1]
-GPU_SUITES = ("peers", "bars", "memory", "layouts")  # of the same work the first is shown
+GPU_SUITES = ("peers", "bars", "memory", "layouts", "slices")  # of the same work the first is shown
 MODELS = {(4096, 128256): "Llama-3-8B", (4096, 151936): "Qwen3-8B", (2048, 151936): "Qwen3-1.7B",
           (1152, 262144): "gemma-3-1b"}  # fmt: skip
 

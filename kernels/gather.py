@@ -29,11 +29,12 @@ def gather_kernel(
     row = tl.program_id(0).to(tl.int64)
     logits_row = logits_ptr + row * logits_stride
     target = tl.load(targets_ptr + row)
-    known = target != IGNORE
-    target_logit = logit_at(logits_row, None, target, known, inverse_temperature, 1.0, False, False)
+    inside = (target >= 0) & (target < width)
+    target_logit = logit_at(logits_row, None, target, inside, inverse_temperature, 1.0, False, False)
     lse = row_logsumexp(logits_row, None, width, inverse_temperature, 1.0, False, False, BLOCK)
     tl.store(lse_ptr + row, lse)
-    tl.store(logps_ptr + row, tl.where(known, target_logit - lse, 0.0))
+    logp = tl.where(inside, target_logit - lse, float("nan"))
+    tl.store(logps_ptr + row, tl.where(target == IGNORE, 0.0, logp))
 
 
 @triton.jit
@@ -66,7 +67,7 @@ def gather_logps(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> t
     """(log softmax(logits / temperature) at the targets, its logsumexp), both [M] float32.
 
     logits: [M, V] float32, bfloat16 or float16, any row stride. targets: [M] integers in [0, V), or -100, which gives
-    a log-prob of 0."""
+    a log-prob of 0; any other gives NaN."""
     _check(logits, targets)
     rows, width = logits.shape
     logps = torch.empty(rows, dtype=torch.float32, device=logits.device)

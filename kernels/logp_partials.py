@@ -58,6 +58,9 @@ NARROW = {  # bfloat16 and float16 operands, by architecture
     "sm_100": Tiling(128, 128, 64, num_warps=8, num_stages=3),
     "gfx942": Tiling(128, 128, 64, num_warps=8, num_stages=2),
 }
+# Architecture -> hidden size below which the kernel beats a GEMM into float32 logits and row_logps, by
+# bench_head.py --suite forward. None has been measured: callers that can hold logits use the GEMM.
+FASTER_BELOW: dict[str, int] = {}
 WIDE = Tiling(64, 64, 32, num_warps=8, num_stages=2)  # float32 operands multiply outside the tensor cores
 TINY = Tiling(16, 32, 16, num_warps=4, num_stages=1, GROUP=2)  # the interpreter on a CPU
 MERGE_ROWS, MERGE_TILES = 32, 64
@@ -170,6 +173,11 @@ def _descriptors(arch: str, block: Tiling, hidden: Tensor, weight: Tensor) -> li
         return None
     shapes = ((hidden, block.BM), (weight, block.BV))
     return [TensorDescriptor.from_tensor(x, [rows, block.BK]) for x, rows in shapes]
+
+
+def is_faster(device: torch.device, depth: int) -> bool:
+    """Whether linear_logps has been measured to beat logits in memory at this hidden size."""
+    return depth < FASTER_BELOW.get(_machine(device)[0], 0)
 
 
 def row_bytes(device: torch.device, weight: Tensor) -> int:

@@ -194,6 +194,18 @@ def test_token_logps_with_any_upstream():
         assert relative_error(ours.grad, exact.grad) < 1e-2
 
 
+@pytest.mark.parametrize("target", [4003, -1, -100])
+@pytest.mark.parametrize("workspace_mb", [None, 1])
+def test_a_target_outside_the_vocabulary_is_nan(target, workspace_mb):
+    """Asking the GPU for an error message would wait for it: the loss says it instead."""
+    p = sized(300, 128, 4003)
+    p.targets[5] = target
+    out = linear_una_loss(
+        p.hidden, p.weight, p.targets, p.cu_seqlens, p.feedback, ref_hidden=p.ref_hidden, workspace_mb=workspace_mb
+    )
+    assert out.loss.isnan() and out.logps[0].isnan() and out.logps[1].isfinite()
+
+
 # ------------------------------------------------------------------------------------------------ repeats, sync, memory
 
 

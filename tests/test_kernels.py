@@ -22,7 +22,7 @@ from una_fast.kernels import gather, logp_partials, rowgrad, una_loss
 # What the interpreter's numpy says of log(0), in lanes that nobody reads or slices of nothing but -inf.
 CUDA = torch.cuda.is_available()
 pytestmark = [pytest.mark.filterwarnings("ignore:divide by zero encountered in log")]
-pytestmark += [pytest.mark.gpu] if CUDA else []
+pytestmark += [pytest.mark.gpu] if CUDA else []  # the interpreter's tests are a GPU's too
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 NARROW = [torch.float16, torch.bfloat16] if CUDA else [torch.float16]
 BLOCK = rowgrad.LAUNCH["BLOCK"]
@@ -184,6 +184,12 @@ def test_gather(rows, width, dtype, inplace):
     check(actual, grad, {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype])
     assert (actual.data_ptr() == logits.data_ptr()) == inplace
     assert buffer[:, width:].isnan().all()
+
+
+def test_gather_of_a_target_outside_the_vocabulary_is_nan():
+    """And reads no memory that is not the row's."""
+    logps, lse = gather.gather_logps(torch.zeros(4, 9, device=DEVICE), torch.tensor([9, -1, 2**40, 3], device=DEVICE))
+    assert logps[:3].isnan().all() and lse.isfinite().all() and logps[3].isfinite()
 
 
 # ------------------------------------------------------------------------------------------------------ fused linear

@@ -138,6 +138,13 @@ def row_grad_(
     return du
 
 
+def log_probs(target_logit: Tensor, lse: Tensor, targets: Tensor, vocab: int) -> Tensor:
+    """target_logit - lse; 0 where the target is -100, NaN where it is none of the vocabulary (on a GPU nobody looks at
+    the targets beforehand: that would wait for it)."""
+    outside = (targets < 0) | (targets >= vocab)
+    return torch.where(targets == IGNORE, 0.0, torch.where(outside, math.nan, target_logit - lse))
+
+
 class TorchEngine:
     """Plain PyTorch on any device."""
 
@@ -227,9 +234,11 @@ class TorchEngine:
             self.row_grad_(u[rows], targets[rows], vocab, coef[rows], lse[rows])
         return lse, target_logit, overlay(u, self.operand)
 
-    def linear_logps(self, hidden: Tensor, targets: Tensor, budget: int) -> tuple[Tensor, Tensor] | None:
+    def linear_logps(
+        self, hidden: Tensor, targets: Tensor, budget: int, *, only_if_faster: bool
+    ) -> tuple[Tensor, Tensor] | None:
         """(lse, target logit) of rows over the whole vocabulary without a tile of logits, in `budget` bytes; None where
-        the engine has no such way."""
+        the engine has no such way, or not one known to beat whole rows of logits."""
         return None
 
     @staticmethod
@@ -240,7 +249,7 @@ class TorchEngine:
         lse = torch.empty_like(logps)
         for rows in row_blocks(len(logits), logits.shape[1] * acc.itemsize, logits.device):
             lse[rows], logps[rows] = row_logps(logits[rows].to(acc), targets[rows], transform)
-        return torch.where(targets == IGNORE, 0.0, logps - lse), lse
+        return log_probs(logps, lse, targets, logits.shape[1]), lse
 
     @staticmethod
     def gather_grad(

@@ -92,7 +92,7 @@ def linear_una_loss(
 
     Returns UnaOutput: float64 loss (scalar), logps, ref_logps, rewards [S] and unit_losses [U]; only loss carries a
     gradient: to hidden, weight and bias where they require one. Raises ValueError for inconsistent shapes, an empty
-    response, feedback on missing responses and targets outside the vocabulary (checked on the CPU).
+    response, feedback on missing responses and targets outside the vocabulary (on a GPU those give NaN instead).
     """
     objective = objective or Objective()
     hidden, weight, bias = _autocast(hidden, weight, bias)
@@ -115,7 +115,7 @@ def linear_una_loss(
                 raise ValueError(f"give ref_logps or ref_hidden, not both: {name} is not read beside ref_logps")
         if ref_logps.shape != (len(cu) - 1,):
             raise ValueError(f"ref_logps is {tuple(ref_logps.shape)}; expected [{len(cu) - 1}], one sum per response")
-        ref_logps = ref_logps.detach().to(hidden.device, torch.float64)
+        ref_logps = ref_logps.detach().to(hidden.device, torch.float64, non_blocking=True)
     elif ref_hidden is not None:
         if ref_weight is None:
             ref_weight, ref_bias = weight, bias if ref_bias is None else ref_bias
@@ -247,10 +247,11 @@ def _check_head(prefix: str, hidden: Tensor, weight: Tensor, targets: Tensor, bi
 
 
 def _int64_targets(targets: Tensor, vocab: int, ignore: bool = False) -> Tensor:
-    """Targets of any integer type as int64. Their values are checked on the CPU only: on a GPU a look would wait."""
+    """Targets of any integer type as int64. Their values are checked on the CPU only: on a GPU a look would wait, and
+    what is none of the vocabulary gives NaN."""
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise ValueError(f"targets {tuple(targets.shape)} must be {list(targets.shape)} integers, not {targets.dtype}")
-    targets = targets.long()
+    targets = targets.long().contiguous()
     if targets.device.type == "cpu":
         wrong = (targets < 0) | (targets >= vocab)
         if ignore:
@@ -258,6 +259,8 @@ def _int64_targets(targets: Tensor, vocab: int, ignore: bool = False) -> Tensor:
         if wrong.any():
             bad = int(wrong.flatten().nonzero()[0])
             raise ValueError(f"targets[{bad}] is {int(targets.flatten()[bad])}, outside the vocabulary [0, {vocab})")
+    elif not ignore:
+        targets = torch.where(targets < 0, -1, targets)  # -100 too is none of the vocabulary here
     return targets
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from una_fast.call_loss import CallLoss, Lengths, constant
-from una_fast.engine import IGNORE, LogitTransform, TorchEngine, choose_engine
+from una_fast.engine import LogitTransform, TorchEngine, choose_engine, log_probs
 from una_fast.feedback import Feedback
 from una_fast.losses import UnaOutput
 from una_fast.plan import DEFAULT_WORKSPACE_MB, FEW_ROWS, Plan, Span, Tile, chunks, fit_tile, make_plan, say_once
@@ -111,10 +111,13 @@ class Head:
         self.engine.logits(hidden, vocab, u)
         return u
 
-    def chunk_stats(self, hidden: Tensor, targets: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
-        """([C] logsumexp, [C] target logit) of one chunk. With a full-width tile its logits stay in the buffer."""
-        if tile.vocab < self.vocab:
-            stats = self.engine.linear_logps(hidden, targets, self.budget)
+    def chunk_stats(
+        self, hidden: Tensor, targets: Tensor, tile: Tile, *, keep_logits: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """([C] logsumexp, [C] target logit) of one chunk. keep_logits: of a full-width tile, in the buffer."""
+        sliced = tile.vocab < self.vocab
+        if sliced or not keep_logits:
+            stats = self.engine.linear_logps(hidden, targets, self.budget, only_if_faster=not sliced)
             if stats is not None:
                 return stats
         lse = target_logit = None
@@ -132,8 +135,9 @@ class Head:
         target_logit = torch.empty_like(lse)
         for ((start, stop),) in chunks([0], [0, len(lse)], tile.rows, self.size.quantum):
             rows = slice(start, stop)
-            lse[rows], target_logit[rows] = self.chunk_stats(hidden[rows], targets[rows], tile)
-        return torch.where(targets == IGNORE, 0.0, target_logit - lse), lse
+            stats = self.chunk_stats(hidden[rows], targets[rows], tile, keep_logits=False)
+            lse[rows], target_logit[rows] = stats
+        return log_probs(target_logit, lse, targets, self.vocab), lse
 
     def logps_of_both(self, hidden: Tensor, ref_hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """[N] log-probs of policy and reference, which share this head: stacked where one chunk holds both."""
@@ -293,7 +297,7 @@ class OnePass:
         """Log-probs of a chunk into place; returns its hidden rows, targets and logsumexp."""
         hidden, targets = _take(self.hidden, spans), _take(self.targets, spans)
         lse, target_logit = self.head.chunk_stats(hidden, targets, self.plan.tile)
-        _put(self.logps, spans, target_logit - lse)
+        _put(self.logps, spans, log_probs(target_logit, lse, targets, self.head.vocab))
         return hidden, targets, lse
 
     def _resident(self, block: Sequence[int]) -> None:
@@ -341,7 +345,7 @@ class OnePass:
             hidden, targets = _take(self.hidden, spans), _take(self.targets, spans)
             u = self.head.logits(hidden, (0, self.head.vocab), self.plan.tile)
             lse, target_logit, du = self.head.engine.row_logps_grad_(u, targets, _take(factors, spans))
-            _put(self.logps, spans, target_logit - lse)
+            _put(self.logps, spans, log_probs(target_logit, lse, targets, self.head.vocab))
             grads.add(spans, hidden, iter([((0, self.head.vocab), du)]))
 
     def _recompute(self) -> None:

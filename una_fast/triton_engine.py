@@ -118,9 +118,13 @@ class TritonEngine(TorchEngine):
     def row_logps_grad_(self, u: Tensor, targets: Tensor, coef: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return rowgrad.row_logps_grad(u, targets, coef, dtype=self.operand, **self._options((0, u.shape[1])))
 
-    def linear_logps(self, hidden: Tensor, targets: Tensor, budget: int) -> tuple[Tensor, Tensor] | None:
+    def linear_logps(
+        self, hidden: Tensor, targets: Tensor, budget: int, *, only_if_faster: bool
+    ) -> tuple[Tensor, Tensor] | None:
         """The fused linear kernel, as many rows at a time as its partial sums allow."""
         if self.weight.stride(1) != 1:
+            return None
+        if only_if_faster and not logp_partials.is_faster(hidden.device, hidden.shape[1]):
             return None
         step = max(budget // logp_partials.row_bytes(hidden.device, self.weight), 1)
         parts = [
