@@ -8,7 +8,7 @@ and policy, dL/dh and, with a trained head, dL/dW. For each the fastest single t
 N rows counts, scaled to N. Extra memory is the peak beyond inputs, returned gradients and, where a trained head is
 narrower, one float32 [V, D] accumulator.
 
-    python bench/bench_head.py --out bench/results/head_cpu.json   # on a CPU: float32, minimum of the runs
+    python bench/bench_head.py --suite cpu,memory --out bench/results/head_cpu.json   # float32, minimum of the runs
     python bench/bench_head.py --shapes 64x32x1000                 # rows per response x hidden x vocabulary, no bars
     python bench/bench_head.py --suite bars,layouts --out FILE     # on a GPU: bfloat16, CUDA events, median
     pytest bench/bench_head.py --benchmark-only
@@ -114,9 +114,9 @@ def pair(suite: str, shape: tuple[int, int, int], **options: Any) -> Case:
     return Case(suite, (shape[0], shape[0]), *shape[1:], **options)
 
 
-def cases(suite: str, shapes: list[tuple[int, int, int]] | None) -> list[Case]:
+def cases(suite: str, shapes: list[tuple[int, int, int]] | None, cpu: bool = False) -> list[Case]:
+    heads, only = ("trained",), ("una_fast", "trl", "eager")  # on a CPU
     if suite == "cpu":
-        heads, only = ("trained",), ("una_fast", "trl", "eager")
         return [pair(suite, s, heads=heads, only=only, bars=("cpu",), runs=5) for s in shapes or BARS]
     if suite == "smoke":
         return [pair(suite, s, runs=3) for s in shapes or [(256, 512, 8192)]]
@@ -128,6 +128,10 @@ def cases(suite: str, shapes: list[tuple[int, int, int]] | None) -> list[Case]:
     if suite == "accuracy":
         shapes = shapes or [(8192, *model) for model in MODELS.values()]
         return [pair(suite, s, heads=("trained",), without=without, bars=("accuracy",), runs=0) for s in shapes]
+    if suite == "memory" and cpu:
+        return [
+            pair(suite, s, heads=heads, only=only, runs=3) for s in shapes or [(128 << k, 512, 32000) for k in range(5)]
+        ]
     if suite == "memory":
         shapes = shapes or [(2048 << k, *MODELS["llama3-8b"]) for k in range(6)]
         found = [pair(suite, s, without=without, bars=("memory",), runs=5) for s in shapes]
@@ -716,7 +720,7 @@ def main(arguments: list[str] | None = None) -> int:
                         show_forward(entry)
                         save(entry)
                 continue
-            for case in cases(suite, options.shapes):
+            for case in cases(suite, options.shapes, device.type == "cpu"):
                 if time.perf_counter() - begin > options.budget:
                     late += 1
                     continue

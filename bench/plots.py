@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-PLOTS = {  # file -> (key of a row, unit, what to divide by)
-    "head_time.png": ("seconds", "time of a step, ms", 1e-3),
-    "head_memory.png": ("extra_bytes", "extra memory, GiB", 2**30),
+PLOTS = {  # what follows the name of the results -> (key of a row, label, unit)
+    "time": ("seconds", "time of a step, ms", 1e-3),
+    "memory": ("extra_bytes", "extra memory, MiB", 2**20),
 }
 
 
@@ -22,15 +22,20 @@ def curves(results: list[dict[str, Any]], key: str) -> dict[str, list[tuple[int,
     return {name: sorted(points) for name, points in found.items()}
 
 
-def draw(report: dict[str, Any], folder: Path) -> list[Path]:
-    """The PNG files written: none where the report has no memory suite."""
+def files(result: Path) -> list[Path]:
+    """The plots of a result, written or not."""
+    return [result.with_name(f"{result.stem}_{what}.png") for what in PLOTS]
+
+
+def draw(report: dict[str, Any], result: Path) -> list[Path]:
+    """The PNG files written beside the result: none where it has no memory suite."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     written = []
-    for file, (key, label, unit) in PLOTS.items():
+    for file, (key, label, unit) in zip(files(result), PLOTS.values(), strict=True):
         lines = curves(report["results"], key)
         if not lines:
             continue
@@ -47,7 +52,7 @@ def draw(report: dict[str, Any], folder: Path) -> list[Path]:
         axes.set_title(f"D {first['dim']}, V {first['vocab']}, {report['environment'].get('gpu', 'CPU')}", fontsize=10)
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=8)
-        figure.savefig(folder / file, dpi=130, metadata={"Software": None})
+        figure.savefig(file, dpi=130, metadata={"Software": None})
         plt.close(figure)
-        written.append(folder / file)
+        written.append(file)
     return written

@@ -40,6 +40,8 @@ def head_table(result: Path, name: str) -> str:
         "|---|---|---|---|---|---|",
     ]
     for entry in report["results"]:
+        if entry.get("suite", "cpu") != "cpu":
+            continue
         for k, row in enumerate(entry["table"]):
             shape = f"{row['rows']}, {row['dim']}, {row['vocab']}" if k == 0 else ""
             who = f"**{row['name']}**" if row["name"] == "una_fast" else row["name"]
@@ -198,12 +200,14 @@ def merge(reports: Iterable[dict[str, Any]]) -> dict[str, Any]:
 def tables(root: Path) -> dict[str, Callable[[], str]]:
     """Marker -> text; of the results there are."""
     cpu, gpu = (f"bench/results/head_{device}.json" for device in ("cpu", "gpu"))
-    found = {"head": lambda: head_table(root / cpu, cpu)}
+
+    def images(result: str) -> str:
+        there = [path for path in plots.files(root / result) if path.exists()]
+        return "\n".join(f"![{path.stem}]({path.relative_to(root)})" for path in there)
+
+    found = {"head": lambda: f"{head_table(root / cpu, cpu)}\n\n{images(cpu)}".strip()}
     if (root / gpu).exists():
-        images = "\n".join(
-            f"![{file}](bench/results/{file})" for file in plots.PLOTS if (root / "bench/results" / file).exists()
-        )
-        found["head_gpu"] = lambda: f"{gpu_table(read(root / gpu), gpu)}\n\n{images}".strip()
+        found["head_gpu"] = lambda: f"{gpu_table(read(root / gpu), gpu)}\n\n{images(gpu)}".strip()
     return found
 
 
@@ -233,8 +237,9 @@ def main() -> int:
     text = readme.read_text(encoding="utf-8")
     if arguments.check:
         return int(regenerate(text) != text)
-    if gpu.exists():
-        plots.draw(read(gpu), gpu.parent)
+    for result in (gpu.with_stem("head_cpu"), gpu):
+        if result.exists():
+            plots.draw(read(result), result)
     readme.write_text(regenerate(text), encoding="utf-8")
     return 0
 

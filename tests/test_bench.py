@@ -312,12 +312,12 @@ def test_results_become_a_readme_table_and_plots(tmp_path):
     assert "old" in tables.regenerate(text, tmp_path)  # no GPU results: nothing to say
     report = gpu_report()
     (folder / "head_gpu.json").write_text(json.dumps(report))
-    written = plots.draw(report, folder)
-    assert [path.name for path in written] == ["head_time.png", "head_memory.png"]
+    written = plots.draw(report, folder / "head_gpu.json")
+    assert [path.name for path in written] == ["head_gpu_time.png", "head_gpu_memory.png"]
     assert all(path.stat().st_size > 5000 for path in written)
     new = tables.regenerate(text, tmp_path)
     assert "old" not in new and tables.regenerate(new, tmp_path) == new
-    assert "![head_time.png](bench/results/head_time.png)" in new
+    assert "![head_gpu_time](bench/results/head_gpu_time.png)" in new
     assert "| Llama-3-8B, 8192, trained | **81.9 (1.50)** | – | 163.8 (1.50) | 41.0 (700 TF/s)* |" in new
     assert "| Llama-3-8B, 32768, trained | **327.7 (1.50)** | – | OOM |" in new
     assert "– cce: needs a GPU" in new

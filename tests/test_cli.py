@@ -211,3 +211,13 @@ def test_help_shows_every_setting(capsys):
     said = " ".join(capsys.readouterr().out.split())
     for text in ("--lora LORA", "--score_center", "Peak learning rate", "--workspace_mb"):
         assert text in said
+
+
+def test_plan_of_one_call(capsys):
+    assert main(["plan", "--op", "8192", "4096", "128256", "--workspace_mb", "512"]) == 0
+    said = capsys.readouterr().out
+    assert "8 chunks of at most 1024 x 128256 logits" in said and "policy     3.00 passes" in said
+    assert main(["plan", "--op", "1", "4096", "128256"]) == 1
+    assert "N at least 2" in capsys.readouterr().err
+    assert main(["plan", "--op", "8192", "4096", "128256", "--device", "tpu"]) == 1
+    assert "device='tpu' is not one of" in capsys.readouterr().err

@@ -656,6 +656,12 @@ def test_autocast_is_the_cast_of_the_inputs(workspace_mb, backward_inside):
     found = {name: x.detach() for name, x in out._asdict().items()} | {f"grad {n}": x.grad for n, x in leaves.items()}
     assert {x.dtype for x in leaves.values()} == {x.grad.dtype for x in leaves.values()} == {torch.float32}
     assert {x.dtype for x in out} == {torch.float64}
+    # A float32 weight gets the accumulator itself; what a cast outside would have rounded it to is the same number.
+    exact = errors(found, truth(narrow, **reference(narrow, "own")))
+    rounded = errors(expected, truth(narrow, **reference(narrow, "own")))
+    assert exact["grad weight"] < rounded["grad weight"] / 10
+    for name in ("grad weight", "grad bias"):
+        found[name] = found[name].bfloat16()
     assert_close(found, {name: x.double() for name, x in expected.items()}, 1e-12)
 
 

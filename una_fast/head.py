@@ -95,7 +95,8 @@ def linear_una_loss(
     response, feedback on missing responses and targets outside the vocabulary (on a GPU those give NaN instead).
     """
     objective = objective or Objective()
-    hidden, weight, bias = _autocast(hidden, weight, bias)
+    leaves = hidden, weight, bias
+    hidden, weight, bias = _autocast(*leaves)
     transform = LogitTransform(softcap, logit_scale, temperature)
     _check_head("", hidden, weight, targets, bias)
     targets = _int64_targets(targets, weight.shape[0])
@@ -105,7 +106,7 @@ def linear_una_loss(
     workspace = Workspace.of(hidden.device, workspace_mb)
     lengths = Lengths(cu, hidden.device)
     head = Head(weight, bias, transform, workspace, engine)
-    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in leaves]
     sums = head.engine.loss.sums
 
     logps = None  # of the policy, where no gradient is wanted
@@ -141,7 +142,7 @@ def linear_una_loss(
         with torch.no_grad():
             return loss.output(head.logps(hidden, targets)[0] if logps is None else logps)
     plan = head.plan(feedback, lengths, needs[1], needs[2], objective.length_normalize)
-    return UnaOutput(*_LinearUna.apply(hidden, weight, bias, OnePass(head, plan, targets, loss, needs)))
+    return UnaOutput(*_LinearUna.apply(*leaves, OnePass(head, plan, hidden, targets, loss, needs)))
 
 
 @_outside_compile
@@ -187,12 +188,13 @@ def token_logps(
     hidden: [N, D]; weight: [V, D], same dtype; targets: [N] int64, -100 gives 0 and no gradient. The logits follow
     the formula of linear_una_loss. Backward recomputes them: 4 GEMM passes, 3 with a frozen head.
     """
-    hidden, weight, bias = _autocast(hidden, weight, bias)
+    leaves = hidden, weight, bias
+    hidden, weight, bias = _autocast(*leaves)
     _check_head("", hidden, weight, targets, bias)
     targets = _int64_targets(targets, weight.shape[0], ignore=True)
     workspace = Workspace.of(hidden.device, None)
     head = Head(weight, bias, LogitTransform(softcap, logit_scale, temperature), workspace, engine)
-    return _TokenLogps.apply(hidden, weight, bias, targets, head)
+    return _TokenLogps.apply(*leaves, hidden.detach(), targets, head)
 
 
 @_outside_compile
@@ -215,8 +217,10 @@ def gather_logps(
 # ---------------------------------------------------------------------------------------------------- input checks
 
 
+@torch.no_grad()
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Under autocast, operands take its dtype as a linear layer's would, and gradients flow back through the cast."""
+    """Under autocast, operands take its dtype as a linear layer's would. Gradients do not flow through the cast: they
+    are made in the dtype of what was given, so that a float32 weight gets the float32 accumulator itself."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return list(tensors)
@@ -291,7 +295,7 @@ class _LinearUna(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: OnePass
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        out, grads, late = job.run(hidden)
+        out, grads, late = job.run()
         ctx.grads = (grads.hidden, grads.weight, grads.bias, late, grads.scale)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.set_materialize_grads(False)
@@ -332,19 +336,29 @@ class _LinearUna(torch.autograd.Function):
 
 
 class _TokenLogps(torch.autograd.Function):
-    """Forward keeps the logsumexp; backward recomputes the logits."""
+    """Forward keeps the logsumexp; backward recomputes the logits. hidden: in the dtype of the head; the leaves, as
+    given, get the gradients."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden_leaf: Tensor,
+        weight_leaf: Tensor,
+        bias_leaf: Tensor | None,
+        hidden: Tensor,
+        targets: Tensor,
+        head: Head,
+    ) -> Tensor:
         logps, lse = head.logps(hidden, targets)
-        ctx.save_for_backward(hidden, weight, bias, targets, lse)
+        # The weight of the head too, so that autograd sees it change; under autocast the head has a copy.
+        ctx.save_for_backward(hidden_leaf, weight_leaf, bias_leaf, hidden, targets, lse)
         ctx.head = head.drop_buffer()
         return logps
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, lse = ctx.saved_tensors
+        *leaves, hidden, targets, lse = ctx.saved_tensors
         head, count = ctx.head, hidden.shape[0]
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         tile = head.tile(count)
@@ -355,13 +369,9 @@ class _TokenLogps(torch.autograd.Function):
         recompute(head, tile, cuts, hidden, targets, coef, lse, grads)
         grads.finish()
         head.drop_buffer()
-        return (
-            None if into is None else into.to(hidden.dtype),
-            None if grads.weight is None else grads.weight.to(weight.dtype),
-            None if grads.bias is None else grads.bias.to(bias.dtype),
-            None,
-            None,
-        )
+        made = (grads.hidden, grads.weight, grads.bias)
+        found = (None if x is None else x.to(leaf.dtype) for x, leaf in zip(made, leaves, strict=True))
+        return *found, None, None, None
 
 
 def _matrices(logits: Tensor) -> Iterator[Tensor]:

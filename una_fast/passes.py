@@ -259,16 +259,18 @@ def _put(x: Tensor, spans: Sequence[Span], values: Tensor) -> None:
 class OnePass:
     """One linear_una_loss call with gradients, following its plan."""
 
-    def __init__(self, head: Head, plan: Plan, targets: Tensor, loss: CallLoss, needs: Sequence[bool]) -> None:
-        """needs: whether hidden, weight and bias want a gradient."""
+    def __init__(
+        self, head: Head, plan: Plan, hidden: Tensor, targets: Tensor, loss: CallLoss, needs: Sequence[bool]
+    ) -> None:
+        """hidden: [N, D] in the dtype of the head. needs: whether hidden, weight and bias want a gradient."""
         self.head, self.plan, self.targets, self.loss = head, plan, targets, loss
+        self.hidden = hidden.detach()
         self.lengths = loss.lengths
         self.need_hidden, self.need_weight, self.need_bias = needs
 
-    def run(self, hidden: Tensor) -> tuple[UnaOutput, Grads, Tensor | None]:
+    def run(self) -> tuple[UnaOutput, Grads, Tensor | None]:
         """Loss, gradients, and the [N] factors that the rows of the hidden gradient still lack (None: none)."""
-        plan = self.plan
-        self.hidden = hidden
+        plan, hidden = self.plan, self.hidden
         self.logps = torch.zeros(hidden.shape[0], dtype=self.head.engine.acc, device=hidden.device)
         self.lse = torch.zeros_like(self.logps) if plan.recomputed else None
         into = empty_hidden_grad(hidden, self.head, not plan.unscored) if self.need_hidden else None
