@@ -288,6 +288,7 @@ def una_losses(
             raise ValueError(f"{name}={form!r} is not a form of the loss kernel; it has {FORMS[name]}")
     responses, units = len(table.scale), table.ints.shape[1]
     assert logps.shape == ref_logps.shape == (responses,) and logps.dtype == ref_logps.dtype == torch.float64
+    assert logps.is_contiguous() and ref_logps.is_contiguous()
     out = UnaLosses(*(logps.new_empty(shape) for shape in ((), (responses,), (units,), (responses,))))
     with torch.cuda.device_of(logps):
         unit_kernel[(1,)](

@@ -19,6 +19,8 @@ from una_fast.plan import (
     components,
     cost,
     fit_tile,
+    forward_pass,
+    forward_tile,
     make_plan,
     sliced_tile,
     span_rows,
@@ -257,6 +259,28 @@ def test_cost_counts_passes_and_bytes_by_hand():
     assert sliced.tile.vocab < 1000 and cost(sliced, [50, 50], size, 64).flop == pytest.approx(4 * one_pass)
 
 
+def test_a_forward_pass_takes_slices_where_rows_are_few():
+    """It loses no pass to them, so it does before a pass with gradients does."""
+    assert forward_tile(LLAMA, 8192, 512 << 20) == Tile(1024, 128256)
+    sliced = forward_tile(LLAMA, 8192, 16 << 20)
+    assert sliced.vocab < 128256
+    whole = fit_tile(LLAMA, 8192, 16 << 20, gathered=False)
+    assert forward_pass(LLAMA, 8192, whole).seconds(HOPPER) > 4 * forward_pass(LLAMA, 8192, sliced).seconds(HOPPER)
+    assert forward_pass(LLAMA, 8192, sliced).flop == pytest.approx(2 * 8192 * 4096 * 128256)
+    assert forward_tile(replace(LLAMA, machine=None), 8192, 16 << 20) == whole
+    assert forward_pass(LLAMA, 0, whole).flop == 0
+
+
+def test_scratch_is_not_free_in_the_cost_model():
+    size, lengths = HeadSize(1000, 4), [40, 40]
+    one, two = (
+        make_plan(f, lengths, size, budget=60 * 4000, accumulator_width=4, length_normalize=False)
+        for f in (PAIR, BOTH_SCORES)
+    )
+    assert one.scratch == 0 and two.scratch == 1
+    assert cost(two, lengths, size, 4).traffic - cost(one, lengths, size, 4).traffic >= 3 * 1000 * 4 * 4
+
+
 @pytest.mark.parametrize("seed", range(100))
 def test_sliced_tiles_stay_within_the_budget_with_their_copies(seed):
     rng = random.Random(seed)
@@ -277,7 +301,9 @@ def test_the_report_of_a_plan(pairs):
     assert "cpu" in describe_op(64, 32, 1000, PlanConfig(pairs=pairs, device="cpu"))
 
 
-@pytest.mark.parametrize("change", [{"device": "tpu"}, {"pairs": -1}, {"workspace_mb": 0.0}])
+@pytest.mark.parametrize(
+    "change", [{"device": "tpu"}, {"pairs": -1}, {"workspace_mb": 0.0}, {"workspace_mb": float("inf")}]
+)
 def test_the_report_refuses(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         PlanConfig(**change)

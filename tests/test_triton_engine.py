@@ -25,6 +25,7 @@ from helpers import (
     kinds,
     problem,
     reference,
+    relative_error,
     truth,
 )
 
@@ -122,6 +123,35 @@ def test_float16_over_the_logits_is_no_worse_than_eager(call):
                 worst[name] = max(worst.get(name, 0.0), error)
     worse = {name: (ours[name], theirs[name]) for name in ours if ours[name] > theirs[name] + 1e-9}
     assert not worse, f"(ours, eager): {worse}"
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("rows", [1000, 20, 0.4])
+def test_float16_with_small_coefficients(rows, normalize):
+    """A coefficient of a large batch times a small probability underflows in float16, and a loss scale comes too late
+    for what the forward pass has built: resident, streamed and sliced."""
+    p = problem(0, lengths=[31, 30], dim=8, vocab=400, feedback=PAIR, dtype=torch.float16, peak=3.0)
+    scale = 65536.0
+    arguments = {
+        **reference(p, "cached"),
+        "objective": Objective(length_normalize=normalize),
+        "num_units": 1000,
+        "upstream": scale,
+    }
+    exact = truth(p, **arguments)
+    budget = budget_mb(rows, 400, 8, torch.float16, gathered=False)
+    out = evaluate(linear_una_loss, p, workspace_mb=budget, **arguments)
+    for name in ("grad hidden", "grad weight", "grad bias"):
+        assert relative_error(out[name], exact[name]) < 2e-3, name
+
+
+@pytest.mark.parametrize("layout", ["column", "expanded"])
+def test_cached_reference_of_any_stride(layout):
+    p = problem(0, lengths=[4, 3], dtype=torch.float32, feedback=PAIR)
+    table = torch.tensor([[-300.0, 7.0], [-290.0, 9.0]], dtype=torch.float64)
+    ref = table[:, 0] if layout == "column" else table[0, :1].expand(2)
+    arguments = {"ref_logps": ref, "train": ("hidden",)}
+    assert_close(evaluate(linear_una_loss, p, **arguments), truth(p, **arguments), 2e-5)
 
 
 def test_rows_are_padded_and_gradients_lie_over_the_logits():

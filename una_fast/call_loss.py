@@ -2,37 +2,63 @@
 
 The loss itself is losses.py. What stands here is how the fused head calls it: S numbers in float64, on the device,
 without waiting for it. Small tensors that a call needs there (lengths, units) are copied once per content and kept, so
-that a call repeated with the same cu_seqlens and feedback copies nothing and can be captured in a CUDA graph.
+that a call repeated with the same cu_seqlens and feedback copies nothing and, where the loss kernel runs, can be
+captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from una_fast.feedback import Feedback
-from una_fast.losses import Objective, UnaOutput, una_loss
+from una_fast.losses import Objective, UnaOutput, denominator, una_loss
+
+Made = TypeVar("Made")
+BOOSTED = 2.0**10
 
 
-def refuse_in_capture(device: torch.device) -> None:
-    """A copy from the CPU cannot be part of a CUDA graph."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "while a CUDA graph is captured, lengths, feedback and objective must be those of an earlier call: run the "
-            "call once before the capture"
-        )
+_captured: list[object] = []  # what a CUDA graph points to lives as long as the process
 
 
-@functools.lru_cache(maxsize=1024)
+def capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def kept_on_device(make: Callable[..., Made]) -> Callable[..., Made]:
+    """make(*content, device), called once per content: its tensors are shared, and never to be written to. They belong
+    to the stream of the first call; another one must wait for it, as for any tensor."""
+
+    @functools.lru_cache(maxsize=1024)
+    def cached(*content: Any) -> Made:
+        if capturing(content[-1]):  # a copy from the CPU cannot be part of a graph
+            raise RuntimeError(
+                "while a CUDA graph is captured, lengths, feedback and objective must be those of an earlier call: run "
+                "the call once before the capture"
+            )
+        with torch.inference_mode(False):
+            return make(*content)
+
+    @functools.wraps(make)
+    def call(*content: Any) -> Made:
+        made = cached(*content)
+        if capturing(content[-1]):
+            _captured.append(made)
+        return made
+
+    call.cache_info, call.cache_clear = cached.cache_info, cached.cache_clear
+    return call
+
+
+@kept_on_device
 def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A one-dimensional tensor of a few numbers, the same one for the same numbers: never to be written to."""
-    refuse_in_capture(device)
-    with torch.inference_mode(False):
-        return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+    """A one-dimensional tensor of a few numbers."""
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
 class Lengths:
@@ -78,7 +104,21 @@ class CallLoss:
             loss = self._loss(leaf).loss
         return torch.autograd.grad(loss, leaf)[0]
 
+    def boost(self) -> float | Tensor:
+        """A factor that brings the coefficients up to some 2^10, for gradients of logits in float16: times a small
+        probability they would be zero, and no loss scale reaches what the forward pass has built."""
+        weights = torch.zeros(len(self.lengths.ints), dtype=torch.float64)
+        for column in (self.feedback.first, self.feedback.second):
+            weights.index_add_(0, column[column >= 0], self.feedback.weight[column >= 0])
+        if self.objective.length_normalize:
+            weights /= torch.tensor(self.lengths.ints)
+        most = self.objective.beta * weights.max().item() if len(weights) else 0.0
+        units = denominator(self.reduction, self.num_units, self.feedback.num_units)
+        return units * (BOOSTED / most) if most else 1.0
+
     def _loss(self, logps: Tensor) -> UnaOutput:
+        if capturing(logps.device):
+            raise RuntimeError("only the loss kernel can be captured in a CUDA graph: engine triton, a form it has")
         return una_loss(
             logps,
             self.ref_logps,

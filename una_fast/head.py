@@ -12,7 +12,8 @@ the whole component is in the chunk) or without it, to be scaled at the end (pla
 
 One GEMM pass = 2 N D V flop. Policy: 3 passes with a trained head, 2 with a frozen one; reference: 1, or 0 when
 its log-probs are cached. Per-token losses with arbitrary upstream gradients (token_logps) recompute: 4 and 3.
-Stored between forward and backward: dH [N, D] in the dtype of hidden, dW [V, D] in the accumulator dtype.
+Stored between forward and backward: dH [N, D] in the dtype of hidden (float32 for float16), dW [V, D] in the
+accumulator dtype.
 Never stored: logits of more rows than the workspace holds.
 """
 
@@ -116,7 +117,7 @@ def linear_una_loss(
                 raise ValueError(f"give ref_logps or ref_hidden, not both: {name} is not read beside ref_logps")
         if ref_logps.shape != (len(cu) - 1,):
             raise ValueError(f"ref_logps is {tuple(ref_logps.shape)}; expected [{len(cu) - 1}], one sum per response")
-        ref_logps = ref_logps.detach().to(hidden.device, torch.float64, non_blocking=True)
+        ref_logps = ref_logps.detach().to(hidden.device, torch.float64, non_blocking=True).contiguous()
     elif ref_hidden is not None:
         if ref_weight is None:
             ref_weight, ref_bias = weight, bias if ref_bias is None else ref_bias

@@ -14,11 +14,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from una_fast.call_loss import CallLoss, Lengths, constant
+from una_fast.call_loss import BOOSTED, CallLoss, Lengths, constant
 from una_fast.engine import LogitTransform, TorchEngine, choose_engine, log_probs
 from una_fast.feedback import Feedback
 from una_fast.losses import UnaOutput
-from una_fast.plan import DEFAULT_WORKSPACE_MB, FEW_ROWS, Plan, Span, Tile, chunks, fit_tile, make_plan, say_once
+from una_fast.plan import (
+    DEFAULT_WORKSPACE_MB,
+    FEW_ROWS,
+    Plan,
+    Span,
+    Tile,
+    chunks,
+    fit_tile,
+    forward_tile,
+    make_plan,
+    say_once,
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +71,7 @@ class Head:
 
     def tile(self, rows: int) -> Tile:
         """The tile of a pass without a plan, over rows that lie together."""
-        return fit_tile(self.size, rows, self.budget, gathered=False)
+        return forward_tile(self.size, rows, self.budget)
 
     def plan(
         self, feedback: Feedback, lengths: Lengths, train_weight: bool, train_bias: bool, length_normalize: bool
@@ -78,7 +89,7 @@ class Head:
             say_once(
                 logging.WARNING,
                 f"the workspace of {self.workspace.budget / 2**20:g} MiB holds too few rows of {self.vocab} logits: "
-                f"tiles of {plan.tile.rows} x {plan.tile.vocab}, and one more pass; raise workspace_mb for speed",
+                "slices of the vocabulary, for one more pass; raise workspace_mb for speed",
             )
         elif plan.tile.rows < min(FEW_ROWS, sum(lengths.ints)):
             say_once(
@@ -90,7 +101,7 @@ class Head:
         return plan
 
     def drop_buffer(self) -> Head:
-        """Free the logits between forward and backward."""
+        """Free the logits."""
         self._buffer = None
         return self
 
@@ -117,6 +128,8 @@ class Head:
         """([C] logsumexp, [C] target logit) of one chunk. keep_logits: of a full-width tile, in the buffer."""
         sliced = tile.vocab < self.vocab
         if sliced or not keep_logits:
+            if sliced:
+                self.drop_buffer()  # its room is for the partial sums
             stats = self.engine.linear_logps(hidden, targets, self.budget, only_if_faster=not sliced)
             if stats is not None:
                 return stats
@@ -160,7 +173,7 @@ class Grads:
         self.bias = torch.empty(head.vocab, dtype=acc, device=device) if bias else None
         self.head_parts = [x for x in (self.weight, self.bias) if x is not None]
         self.started = False  # whether weight and bias hold anything yet
-        self.scale: Tensor | None = None  # a factor that weight and bias still lack
+        self.scale: Tensor | float | None = None  # a factor that weight and bias still lack
 
     def add(self, spans: Sequence[Span], hidden: Tensor, tiles: Iterator[tuple[Span, Tensor]]) -> None:
         """The gradients of one chunk. hidden: [C, D], the rows of the spans. tiles: (vocabulary range, du [C, T])."""
@@ -267,6 +280,8 @@ class OnePass:
         self.hidden = hidden.detach()
         self.lengths = loss.lengths
         self.need_hidden, self.need_weight, self.need_bias = needs
+        self.boosted = head.engine.operand == torch.float16
+        self.boost = loss.boost() if self.boosted else 1.0  # every gradient but a streamed one is built times this
 
     def run(self) -> tuple[UnaOutput, Grads, Tensor | None]:
         """Loss, gradients, and the [N] factors that the rows of the hidden gradient still lack (None: none)."""
@@ -283,6 +298,9 @@ class OnePass:
         for spans in self._cuts(plan.unscored):
             self._forward(spans)
         self.grads.finish()
+        if self.boosted:
+            self.grads.scale = (1.0 if self.grads.scale is None else self.grads.scale) / self.boost
+            late = torch.ones_like(self.logps) / self.boost if late is None else late
         self.head.drop_buffer()
         return self.loss.output(self.logps), self.grads, late
 
@@ -305,7 +323,7 @@ class OnePass:
     def _resident(self, block: Sequence[int]) -> None:
         (spans,) = self._cuts(block)
         hidden, targets, lse = self._forward(spans)
-        factors = _take(self._row_factors(self.loss.coefficients(self.logps)), spans)
+        factors = _take(self._row_factors(self.loss.coefficients(self.logps) * self.boost), spans)
         vocab = (0, self.head.vocab)
         u = self.head.buffer(self.plan.tile, len(hidden), self.head.vocab)
         self.grads.add(spans, hidden, iter([(vocab, self.head.engine.row_grad_(u, targets, vocab, factors, lse))]))
@@ -317,6 +335,9 @@ class OnePass:
                 for i, unit in zip(group.responses, group.units, strict=True):
                     units[i], streamed[i] = unit, 1.0
         device = self.hidden.device
+        if self.boosted:
+            most = max(abs(unit) for unit, used in zip(units, streamed, strict=True) if used)
+            units = [unit * BOOSTED / most for unit in units]
         units = constant(tuple(units), torch.float64, device)
         streamed = constant(tuple(streamed), torch.float64, device) > 0
         factors = self._row_factors(units)
@@ -332,14 +353,14 @@ class OnePass:
             for group, accumulators in zip(component.groups, into, strict=False):
                 accumulators.started = False
                 self._stream_rows(group.responses, factors, accumulators)
-            scalars = (self.loss.coefficients(self.logps) / units).to(self.logps.dtype)
+            scalars = (self.loss.coefficients(self.logps) / units * self.boost).to(self.logps.dtype)
             for group, accumulators in zip(component.groups, into, strict=False):
                 scalar = scalars[group.responses[0]]
                 if accumulators is self.grads:
                     self.grads.scale = scalar
                 else:
                     self.grads.fold(accumulators, scalar)
-        return self._row_factors(torch.where(streamed, self.loss.coefficients(self.logps) / units, 1.0))
+        return self._row_factors(torch.where(streamed, self.loss.coefficients(self.logps) / units, 1.0 / self.boost))
 
     def _stream_rows(self, responses: Sequence[int], factors: Tensor, grads: Grads) -> None:
         """Log-probs and gradients of rows whose coefficient is yet to be multiplied in."""
@@ -355,5 +376,5 @@ class OnePass:
         for spans in cuts:
             _, _, lse = self._forward(spans)
             _put(self.lse, spans, lse)
-        coef = self._row_factors(self.loss.coefficients(self.logps))
+        coef = self._row_factors(self.loss.coefficients(self.logps) * self.boost)
         recompute(self.head, self.plan.tile, cuts, self.hidden, self.targets, coef, self.lse, self.grads)

@@ -192,6 +192,16 @@ def sliced_tile(size: HeadSize, rows: int, budget: int, gathered: bool) -> Tile:
     return Tile(height, min(width, size.vocab))
 
 
+def forward_tile(size: HeadSize, rows: int, budget: int) -> Tile:
+    """The tile of a pass without gradients over rows that lie together: whole rows, or slices where they are cheaper
+    (no pass is lost to them here)."""
+    whole = fit_tile(size, rows, budget, gathered=False)
+    if size.machine is None or whole.rows >= rows:
+        return whole
+    sliced = sliced_tile(size, rows, budget, gathered=False)
+    return min(whole, sliced, key=lambda tile: forward_pass(size, rows, tile).seconds(size.machine))
+
+
 def make_plan(
     feedback: Feedback,
     lengths: Sequence[int],
@@ -341,6 +351,17 @@ def forward_cost(size: HeadSize, rows: float, vocab: float) -> Cost:
     return Cost(((flop, operands),), 2 * size.acc_bytes * rows * vocab)
 
 
+def forward_pass(size: HeadSize, rows: int, tile: Tile) -> Cost:
+    """One pass over `rows` rows without gradients."""
+    cuts = chunks([0], [0, rows], tile.rows, size.quantum) if rows else ()
+    slices = -(-size.vocab // tile.vocab)
+    pieces = (
+        forward_cost(size, height, size.vocab / slices) * (slices * times)
+        for height, times in Counter(map(span_rows, cuts)).items()
+    )
+    return sum(pieces, start=Cost())
+
+
 def backward_cost(size: HeadSize, rows: float, vocab: float, accumulator_width: int) -> Cost:
     """The gradients of one tile whose logits are there: du over them, then dH, and dW where the head is trained."""
     narrow, wide, dim = size.operand_bytes, size.acc_bytes, size.hidden
@@ -371,7 +392,8 @@ def cost(plan: Plan, lengths: Sequence[int], size: HeadSize, accumulator_width: 
         add(responses, 1, 1)
     add(plan.recomputed, 2, 1)
     add(plan.unscored, 1, 0)
-    return total
+    folds = sum(len(part.groups) - (k == 0) for k, part in enumerate(plan.streamed)) if accumulator_width else 0
+    return total + Cost(traffic=3 * folds * size.vocab * accumulator_width * size.acc_bytes)
 
 
 @functools.cache

@@ -4,6 +4,7 @@ Times come from the cost model of plan.py and the rates of its machine: to compa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -17,8 +18,8 @@ from una_fast.plan import (
     Machine,
     Plan,
     cost,
-    fit_tile,
-    forward_cost,
+    forward_pass,
+    forward_tile,
     make_plan,
     span_rows,
 )
@@ -52,8 +53,8 @@ class PlanConfig:
             raise ValueError(f"device={self.device!r} is not one of {sorted(DEFAULT_WORKSPACE_MB)}")
         if self.pairs < 0:
             raise ValueError(f"pairs={self.pairs} must be 0 or more")
-        if self.workspace_mb is not None and not self.workspace_mb > 0:
-            raise ValueError(f"workspace_mb={self.workspace_mb} must be positive")
+        if self.workspace_mb is not None and not 0 < self.workspace_mb < math.inf:
+            raise ValueError(f"workspace_mb={self.workspace_mb} must be positive and finite")
 
 
 def describe_op(rows: int, hidden: int, vocab: int, settings: PlanConfig) -> str:
@@ -79,10 +80,8 @@ def describe_op(rows: int, hidden: int, vocab: int, settings: PlanConfig) -> str
     )
     one_pass = 2 * rows * hidden * vocab
     policy = cost(plan, lengths, size, width)
-    tile = fit_tile(size, rows, budget, gathered=False)
-    reference = Cost()
-    if not settings.cached_reference:
-        reference = sum((forward_cost(size, n, vocab) for n in _pieces(rows, tile.rows)), start=Cost())
+    tile = forward_tile(size, rows, budget)
+    reference = Cost() if settings.cached_reference else forward_pass(size, rows, tile)
     minimal = (3 if width else 2) + (not settings.cached_reference)
     ideal = minimal * one_pass / machine.flops
     total = (policy + reference).seconds(machine)
@@ -94,9 +93,13 @@ def describe_op(rows: int, hidden: int, vocab: int, settings: PlanConfig) -> str
         f"policy     {policy.flop / one_pass:.2f} passes of 2 N D V = {one_pass / 1e12:.2f} Tflop",
         *_ways(plan, lengths, size),
         f"reference  {reference.flop / one_pass:.2f} passes"
-        + (f", chunks of {tile.rows} rows" if reference.gemms else ""),
+        + (f", tiles of at most {tile.rows} x {tile.vocab} logits" if reference.gemms else ""),
         f"workspace  logits {_mib(logits)}"
-        + (f", {plan.scratch} more accumulators of {_mib(vocab * width * size.acc_bytes)}" if width else ""),
+        + (
+            f", {plan.scratch} more accumulators of {_mib(vocab * width * size.acc_bytes)}"
+            if plan.scratch and width
+            else ""
+        ),
         f"gradients  hidden {_mib(rows * hidden * size.operand_bytes)}"
         + (f", head {_mib(vocab * hidden * size.acc_bytes)} in float32" if width else ""),
         f"never      [N, V] logits: {_mib(rows * vocab * size.acc_bytes)} in float32",
@@ -123,10 +126,6 @@ def _ways(plan: Plan, lengths: Sequence[int], size: HeadSize) -> list[str]:
             count = f"{len(rows)} chunk{'s' * (len(rows) > 1)}" + (f" x {slices} slices" if slices > 1 else "")
             lines.append(f"  {way:10} {count} of at most {tile} logits: {WAYS[way]}")
     return lines
-
-
-def _pieces(rows: int, most: int) -> list[int]:
-    return [min(most, rows - start) for start in range(0, rows, most)]
 
 
 def _mib(size: float) -> str:

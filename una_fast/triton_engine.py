@@ -7,12 +7,10 @@ else has V columns. The loss and the coefficients of all responses are two launc
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
-from una_fast.call_loss import CallLoss, Lengths, refuse_in_capture
+from una_fast.call_loss import CallLoss, Lengths, kept_on_device
 from una_fast.engine import LogitTransform, TorchEngine, Vocab
 from una_fast.kernels import gather, gemm, logp_partials, rowgrad, una_loss
 from una_fast.losses import UnaOutput, denominator
@@ -65,7 +63,7 @@ class TritonCallLoss(CallLoss):
         return una_loss.una_losses(logps, self.ref_logps, table, **self._forms, denominator=on_device)
 
 
-@functools.lru_cache(maxsize=256)
+@kept_on_device
 def _unit_table(
     feedback: tuple[tuple[float, ...], ...],
     lengths: tuple[int, ...],
@@ -75,20 +73,17 @@ def _unit_table(
     units: float,
     device: torch.device,
 ) -> una_loss.UnitTable:
-    """The units on the device, one copy per content, so that a call can be captured in a CUDA graph."""
-    refuse_in_capture(device)
-    with torch.inference_mode(False):
-        columns = [torch.tensor(values, dtype=torch.int64) for values in feedback[:3]]
-        columns += [torch.tensor(values, dtype=torch.float64) for values in feedback[3:]]
-        return una_loss.unit_table(
-            *columns,
-            torch.tensor(lengths, dtype=torch.int64),
-            beta=beta,
-            constant=constant,
-            length_normalize=length_normalize,
-            denominator=units,
-            device=device,
-        )
+    columns = [torch.tensor(values, dtype=torch.int64) for values in feedback[:3]]
+    columns += [torch.tensor(values, dtype=torch.float64) for values in feedback[3:]]
+    return una_loss.unit_table(
+        *columns,
+        torch.tensor(lengths, dtype=torch.int64),
+        beta=beta,
+        constant=constant,
+        length_normalize=length_normalize,
+        denominator=units,
+        device=device,
+    )
 
 
 class TritonEngine(TorchEngine):
