@@ -6,10 +6,11 @@ from setuptools import find_packages, setup
 
 EXTRAS = {
     # kernels: Hugging Face's, whose name our folder must not hide.
-    "test": ["pytest>=8", "pytest-benchmark>=5", "ruff>=0.14", "kernels>=0.10"],
+    "test": ["pytest>=8", "pytest-benchmark>=5", "ruff>=0.14", "kernels>=0.10", "torchao>=0.16"],
     "bench": ["pytest-benchmark>=5", "matplotlib>=3.9"],
     "flash": ["flash-attn>=2.8"],
     "liger": ["liger-kernel>=0.8.5"],
+    "optim": ["torchao>=0.16"],  # the first whose 8-bit DTensors know torch 2.11
     "trl": ["trl>=1.16"],
     "logging": ["wandb", "trackio"],
 }

@@ -22,34 +22,24 @@ Exit status: 1 if a bar is missed; 75 if a contender broke the GPU's context (ru
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
-import gc
-import hashlib
 import json
 import logging
-import os
-import platform
 import random
-import shlex
-import signal
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from importlib import metadata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import contenders
+import harness
 import torch
-from contenders import HEADS, Contender, Inputs, WrongResult, check, logp_errors, step, truth
+from contenders import HEADS, Contender, Inputs, check, logp_errors, step, truth
 from counters import FlopCounter, LiveBytes
+from harness import GPU_LOST, DeviceLost, open_report, release, typical, write_report
 from torch import Tensor
-
-ROOT = Path(__file__).resolve().parents[1]
-GPU_LOST = 75
 
 # CPU shape (rows per response, hidden, vocabulary) -> largest allowed ratios
 BARS = {
@@ -150,61 +140,17 @@ def cases(suite: str, shapes: list[tuple[int, int, int]] | None, cpu: bool = Fal
 # -------------------------------------------------------------------------------------------------------- measuring
 
 
-class DeviceLost(Exception):
-    """(who, why): an error after which the GPU answers nothing more in this process."""
-
-
-@contextlib.contextmanager
-def deadline(seconds: float | None) -> Iterator[None]:
-    """TimeoutError after so many seconds of Python; a running kernel is waited for."""
-    if not seconds:
-        yield
-        return
-
-    def stop(*_: Any) -> None:
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def attempt(
     name: str, run: Callable[[], Any], x: Inputs | None = None, seconds: float | None = None
 ) -> tuple[Any, str | None]:
-    """(result, None) or (None, the reason). Leaves no memory behind. name: of whom, should the GPU be lost."""
-    try:
-        with deadline(seconds):
-            return run(), None
-    except DeviceLost:
-        raise
-    except torch.OutOfMemoryError:
-        reason = "out of memory"
-    except WrongResult as error:
-        reason = f"wrong result: {error}"
-    except TimeoutError:
-        reason = f"not done in {seconds:g} s"
-    except Exception as error:  # a peer may fail in any way
-        text = " ".join(str(error).split())
-        reason = "out of memory" if "out of memory" in text.lower() else f"{type(error).__name__}: {text}"[:200]
-    if x is not None:
-        x.clear()
-    try:
+    """harness.attempt, leaving no gradients of x behind either."""
+
+    def clean() -> None:
+        if x is not None:
+            x.clear()
         release()
-    except Exception as error:
-        raise DeviceLost(name, reason) from error
-    return None, reason
 
-
-def release() -> None:
-    if torch.cuda.is_available():
-        gc.collect()
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
+    return harness.attempt(name, run, clean, seconds)
 
 
 class Job(NamedTuple):
@@ -252,11 +198,6 @@ def alternate(
             else:
                 times[name].append(value)
     return times, failed
-
-
-def typical(values: list[float], device: torch.device) -> float:
-    """The median; on a shared CPU the minimum."""
-    return min(values) if device.type == "cpu" else statistics.median(values)
 
 
 def gemm_jobs(x: Inputs) -> dict[Any, Job]:
@@ -573,51 +514,6 @@ def show_forward(entry: dict[str, Any]) -> None:
         print(f"{row['name']:28}" + (row["reason"] if "reason" in row else f"{row['seconds'] * 1e3:10.3f} ms {rate}"))
 
 
-# ------------------------------------------------------------------------------------------------------ environment
-
-
-def command_output(*command: str) -> str | None:
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def installed(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    measured = ["una_fast", "kernels", "bench"]
-    changes = command_output("git", "status", "--porcelain", "--", *measured)  # None: no git there
-    sources = sorted(path for folder in measured for path in (ROOT / folder).glob("*.py"))
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
-    found = {
-        "torch": torch.__version__,
-        "trl": installed("trl"),
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
-        "threads": torch.get_num_threads(),
-        "command": shlex.join(["python", *sys.argv]),
-        "commit": command_output("git", "rev-parse", "HEAD"),
-        "uncommitted_changes": None if changes is None else bool(changes),
-        "sources": digest[:16],
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-    if device.type == "cuda":
-        query = command_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        found["allocator"] = os.environ.get("PYTORCH_ALLOC_CONF")
-        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "driver": query}
-        found |= {"memory_gib": torch.cuda.get_device_properties(0).total_memory / 2**30}
-        peers = ("triton", "liger-kernel", "cut-cross-entropy", "quack-kernels", "transformers")
-        found |= {name: installed(name) for name in peers}
-    return found
-
-
 def ceilings(device: torch.device) -> dict[str, float]:
     """This machine's own rates: a square product, and a copy, bytes read and written."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -686,9 +582,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(options.device)
     if device.type == "cpu":
         torch.set_num_threads(options.threads)
-    report: dict[str, Any] = {"environment": environment(device), "results": []}
-    if options.resume and options.out and options.out.exists():
-        report = json.loads(options.out.read_text(encoding="utf-8"))
+    report = open_report(options.out, options.resume, device)
     options.lost = report.setdefault("lost", {})
     if "ceilings" not in report and device.type == "cuda":
         report["ceilings"] = ceilings(device)
@@ -697,9 +591,7 @@ def main(arguments: list[str] | None = None) -> int:
     def save(entry: dict[str, Any] | None = None) -> None:
         if entry is not None:
             report["results"].append(json.loads(json.dumps(entry)))
-        if options.out:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_report(report, options.out)
 
     done = {key_of(entry) for entry in report["results"]}
     late = 0

@@ -1,14 +1,19 @@
 #!/usr/bin/env bash
-# Everything that waits for a GPU, in three parts of at most ten minutes each; results as JSON, a short table last.
-# usage: bash bench/gpu_session.sh OUT_DIR 1|2|3
+# Everything that waits for a GPU, in parts of at most ten minutes each; results as JSON, a short table last.
+# usage: bash bench/gpu_session.sh OUT_DIR PART
 #   1  tests, smoke of every contender, una_fast against the bare matrix products
 #   2  the peers at every shape, then accuracy
 #   3  forward variants, row kernels and vocabulary slices; time and memory up to N = 131072; many short responses
+#   4  tests of whole steps: memory against its plan, offloads; training steps of Llama-3-8B against TRL: equal, ragged and shared prompts
+#   5  the same of Qwen3-8B (equal), Qwen3-1.7B and gemma-3-1b
+#   6  the longest gemma-3-1b sequences of una_fast at 79 GiB
+#   7  gemma-3-1b trained in full at 256k tokens, and at 79 GiB; TRL's longest sequences
+#   8  Llama-3-8B with LoRA at 128k and 256k tokens    9  at 384k with 16 layers
 # A folder peers/ of wheels (or .tar.xz of installed files) at the repository root is unpacked beside the machine's
-# packages. Afterwards: python bench/tables.py --merge OUT_DIR/head_*.json
+# packages. Afterwards: python bench/tables.py --merge OUT_DIR/head_*.json, and the same for step_*.json
 set -uo pipefail
-out=${1:?usage: gpu_session.sh OUT_DIR 1|2|3}
-part=${2:?usage: gpu_session.sh OUT_DIR 1|2|3}
+out=${1:?usage: gpu_session.sh OUT_DIR 1..9}
+part=${2:?usage: gpu_session.sh OUT_DIR 1..9}
 cd "$(dirname "$0")/.."
 mkdir -p "$out"
 export PYTHONUNBUFFERED=1
@@ -31,17 +36,17 @@ if PYTORCH_ALLOC_CONF=$segments python3 -c 'import torch; torch.empty(1 << 28, d
 fi
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee "$out/gpu.txt"
 
-bench() { # JSON SECONDS ARGUMENTS...: again without a contender that broke the GPU's context (status 75)
-  local json=$1 end=$((SECONDS + $2)) status=75
-  shift 2
+bench() { # bench_NAME JSON SECONDS ARGUMENTS...: again without a contender that broke the GPU's context (status 75)
+  local script=bench/bench_$1.py json=$2 end=$((SECONDS + $3)) status=75
+  shift 3
   while [ $status -eq 75 ] && [ $((end - SECONDS)) -gt 20 ]; do
     local left=$((end - SECONDS))
-    timeout -k 5 $left python3 bench/bench_head.py --device cuda --out "$json" --resume --budget $((left - 50)) "$@"
+    timeout -k 5 $left python3 "$script" --device cuda --out "$json" --resume --budget $((left - 50)) "$@"
     status=$?
   done 2>&1 | tee -a "${json%.json}.log"
 }
 
-rm -f "$out"/head_*.json "$out/smoke.json"
+rm -f "$out"/head_*.json "$out"/step_*.json "$out"/smoke*.json
 case $part in
 1)
   # -P: the repository root off sys.path, where kernels/ would hide the package of that name
@@ -53,21 +58,53 @@ case $part in
       python3 -P -m pytest tests/test_kernels.py -q -k "test_row_kernels and 4095 and plain" >>"$out/sanitizer.log" 2>&1
     echo "racecheck: exit status $?"
   fi
-  bench "$out/smoke.json" 80 --suite smoke --warmup 45
-  bench "$out/head_bars.json" 190 --suite bars --seconds 8
+  bench head "$out/smoke.json" 80 --suite smoke --warmup 45
+  bench head "$out/head_bars.json" 190 --suite bars --seconds 8
   last=head_bars
   ;;
 2)
-  bench "$out/head_peers.json" 525 --suite peers,accuracy --seconds 8 --warmup 60
+  bench head "$out/head_peers.json" 525 --suite peers,accuracy --seconds 8 --warmup 60
   last=head_peers
   ;;
 3)
-  bench "$out/head_long.json" 105 --suite forward,slices --seconds 4
-  bench "$out/head_long.json" 420 --suite memory,layouts --seconds 8 --warmup 60
+  bench head "$out/head_long.json" 105 --suite forward,slices --seconds 4
+  bench head "$out/head_long.json" 420 --suite memory,layouts --seconds 8 --warmup 60
   last=head_long
   ;;
+4)
+  timeout -k 5 110 python3 -P -m pytest tests/test_gpu_steps.py -q 2>&1 | tee "$out/tests_steps.log" | tail -15
+  # both loops once: a broken install shows before a model of 8B is built
+  bench step "$out/smoke_step.json" 80 --suite equal,ragged --models tiny-llama --rounds 1 --steps 1
+  bench step "$out/step_llama.json" 340 --suite equal,shared16,shared64,ragged --models llama3-8b --deadline 120
+  last=step_llama
+  ;;
+5)
+  bench step "$out/step_others.json" 420 --suite equal,shared16,shared64,ragged --models gemma3-1b,qwen3-1.7b \
+    --deadline 90
+  bench step "$out/step_others.json" 110 --suite equal --models qwen3-8b --deadline 90
+  last=step_others
+  ;;
+6) # lengths from the one TRL published: its doubles are the bars
+  bench step "$out/step_longest.json" 530 --suite maxlen --models gemma3-1b --memory-cap 79 --offload \
+    --start 59392 --contenders una_fast --mlp-tile 8192 --deadline 150
+  last=step_longest
+  ;;
+7)
+  bench step "$out/step_gemma.json" 190 --suite long --models gemma3-1b --deadline 120
+  bench step "$out/step_gemma.json" 340 --suite maxlen --models gemma3-1b --memory-cap 79 --offload \
+    --start 59392 --contenders trl --deadline 100
+  last=step_gemma
+  ;;
+8)
+  bench step "$out/step_long.json" 535 --suite long --models llama3-8b --layers 32 --deadline 420
+  last=step_long
+  ;;
+9)
+  bench step "$out/step_long_16.json" 535 --suite long --models llama3-8b --layers 16 --deadline 480
+  last=step_long_16
+  ;;
 *)
-  echo "part $part is not 1, 2 or 3" && exit 2
+  echo "part $part is not one of 1 to 9" && exit 2
   ;;
 esac
 echo

@@ -2,8 +2,8 @@
 
 python bench/tables.py                 # write them
 python bench/tables.py --check         # exit status 1 if README.md does not match the results
-python bench/tables.py --merge FILES   # parts of one GPU's results -> bench/results/head_gpu.json
-python bench/tables.py --show FILE     # the GPU tables of a result, to stdout
+python bench/tables.py --merge FILES   # parts of one GPU's results -> bench/results/head_gpu.json or step_gpu.json
+python bench/tables.py --show FILE     # the tables of a GPU's result, or of steps, to stdout
 
 A table stands between <!-- bench:NAME --> and <!-- end bench:NAME -->; without a result file, or markers, it is left
 out (but for the CPU's).
@@ -176,6 +176,115 @@ def gpu_table(report: dict[str, Any], name: str) -> str:
     )
 
 
+# ------------------------------------------------------------------------------------------------------------- steps
+
+STEP_TABLES = {  # suites -> what they are
+    ("equal",): "Pairs of one length, nothing to share",
+    ("ragged",): "Pairs of many lengths, several per forward: packed here, padded there",
+    ("shared16", "shared64"): "A long prompt, encoded once here and twice there",
+}
+
+
+def step_label(entry: dict[str, Any]) -> str:
+    depth = "" if entry["layers"] == entry["full_layers"] else f", {entry['layers']} of {entry['full_layers']} layers"
+    lora = " LoRA" if entry["lora"] else " full"
+    cap = f", {entry['memory_cap']:g} GiB" if entry["memory_cap"] else ""
+    return f"{entry['label']}{depth},{lora}, {entry['mode']}{cap}: {entry['layout']}"
+
+
+def step_lines(entries: list[dict[str, Any]]) -> str:
+    """A line for every contender: time, rates, memory, loss, and the ratio to TRL."""
+    lines = [
+        "| model, training, reference: prompt + response | | seconds (spread) | tokens/s | row tokens | TFLOP/s (MFU) "
+        "| peak, GiB | loss | × TRL |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for entry in entries:
+        for k, row in enumerate(entry["table"]):
+            cells = [step_label(entry) if k == 0 else "", f"**{row['name']}**" if k == 0 else row["name"]]
+            if "reason" in row:
+                cells += [row["reason"], *[""] * 6]
+            else:
+                ratio = f"{row['x trl']:.2f}" if "x trl" in row else ""
+                mfu = f" ({row['mfu']:.0%})" if "mfu" in row else ""
+                cells += [f"{row['seconds']:.3g} ({row['spread']:.0%})", f"{row['tokens_per_s']:.0f}"]
+                cells += [str(row["row_tokens"]), f"{row['tflops']:.3g}{mfu}", f"{row['peak_bytes'] / 2**30:.3g}"]
+                cells += [f"{row['loss']:.4f}" + ("" if entry["parity"] else " (alone)"), ratio]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def longest_lines(entries: list[dict[str, Any]]) -> str:
+    lines = [
+        "| model, training, reference: layout | | tokens per sequence | tokens per forward | seconds | peak, GiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for entry in entries:
+        for k, row in enumerate(entry["table"]):
+            cells = [step_label(entry) if k == 0 else "", f"**{row['name']}**" if k == 0 else row["name"]]
+            if "reason" in row:
+                cells += [row["reason"], "", "", ""]
+            else:
+                more = "≥ " if row.get("unfinished") else ""
+                cells += [f"{more}{row['sequence_tokens']}", str(row["row_tokens"])]
+                cells += [f"{row['seconds']:.3g}", f"{row['peak_bytes'] / 2**30:.3g}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def extrapolated_lines(lines: list[dict[str, Any]]) -> str:
+    found = []
+    for line in lines:
+        what = f"{line['label']}, {line['suite']}, {line['layout']}, {line['mode']}"
+        cells = ", ".join(f"{row['name']} {row['extrapolated_seconds']:.3g} s" for row in line["table"])
+        found.append(
+            f"- {what}, {line['full_layers']} layers from {' and '.join(map(str, line['from_layers']))}: {cells}"
+        )
+    return "\n".join(found)
+
+
+def step_table(report: dict[str, Any], name: str) -> str:
+    """Separate tables for pairs of one length, of many, and with a shared prompt; then how long a sequence may be."""
+    where, cpu, results = report["environment"], "gpu" not in report["environment"], report["results"]
+    parts = []
+    for suites, title in STEP_TABLES.items():
+        entries = [entry for entry in results if entry["suite"] in suites]
+        if entries:
+            parts.append(f"{title}:\n\n{step_lines(entries)}")
+    if lines := report.get("extrapolated"):
+        parts.append(
+            f"Extrapolated to full depth along a line through two depths, not measured:\n\n{extrapolated_lines(lines)}"
+        )
+    if entries := [entry for entry in results if entry["suite"] == "maxlen"]:
+        parts.append(
+            f"The longest sequence (prompt + response) of a pair that trains, by search:\n\n{longest_lines(entries)}"
+        )
+    if entries := [entry for entry in results if entry["suite"] == "long"]:
+        parts.append(
+            f"Long rows, una_fast alone, one step (the second where all weights are trained):\n\n{step_lines(entries)}"
+        )
+    bars = [(entry, bar) for entry in results for bar in entry["bars"]]
+    missed = [
+        f"\n- {step_label(e)}: {b['bar']} {number(b['found'])} < {b['least']:.2f}" for e, b in bars if not b["held"]
+    ]
+    if bars:
+        parts.append(f"{len(bars) - len(missed)} of {len(bars)} bars held." + "".join(missed))
+    machine = f"{where['threads']} CPU threads" if cpu else f"{where['gpu']} (driver {where['driver']})"
+    times = "the fastest step" if cpu else "medians"
+    memory = "what a step allocates beyond weights and optimizer state" if cpu else "all that is allocated"
+    return (
+        f"Whole optimizer steps of random weights, {times} of alternating turns, the same losses and gradient norms on "
+        f"both sides, on {machine} (torch {where['torch']}, triton {where.get('triton')}, transformers "
+        f"{where['transformers']}, TRL {where['trl']}, Liger {where.get('liger-kernel')}, flash-attn "
+        f"{where.get('flash-attn')}; `{name}`, made by `{where['command']}`). tokens/s and flop count every response "
+        "as a sequence of its own, without padding and recomputation, so that a prompt encoded once may show more than "
+        f"100 % MFU (of {report['peak']['source']}). Memory: {memory}.\n\n" + "\n\n".join(parts)
+    )
+
+
+NO_GPU = "No GPU has run it yet: `bench/GPU_TODO.md` says what is to be measured, how, and what is predicted."
+
+
 def number(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.2f}"
 
@@ -185,11 +294,15 @@ def merge(reports: Iterable[dict[str, Any]]) -> dict[str, Any]:
     first, *others = list(reports)
     merged = {**first, "results": list(first["results"]), "parts": [first["environment"]]}
     for other in others:
+        kinds = [("kind", first.get("kind"), other.get("kind"))]
         for name in ("gpu", "torch", "sources"):
-            mine, theirs = (part["environment"].get(name) for part in (first, other))
+            kinds.append((name, *(part["environment"].get(name) for part in (first, other))))
+        for name, mine, theirs in kinds:
             if mine != theirs:
                 raise ValueError(f"parts of different {name} are not one result: {mine} and {theirs}")
         merged["results"] += other["results"]
+        if "extrapolated" in other:
+            merged["extrapolated"] = merged.get("extrapolated", []) + other["extrapolated"]
         merged["parts"].append(other["environment"])
     return merged
 
@@ -208,7 +321,15 @@ def tables(root: Path) -> dict[str, Callable[[], str]]:
     found = {"head": lambda: f"{head_table(root / cpu, cpu)}\n\n{images(cpu)}".strip()}
     if (root / gpu).exists():
         found["head_gpu"] = lambda: f"{gpu_table(read(root / gpu), gpu)}\n\n{images(gpu)}".strip()
+    step_cpu, step_gpu = (f"bench/results/step_{device}.json" for device in ("cpu", "gpu"))
+    if (root / step_cpu).exists():
+        found["step"] = lambda: step_table(read(root / step_cpu), step_cpu)
+    found["step_gpu"] = lambda: step_table(read(root / step_gpu), step_gpu) if (root / step_gpu).exists() else NO_GPU
     return found
+
+
+def any_table(report: dict[str, Any], name: str) -> str:
+    return (step_table if report.get("kind") == "step" else gpu_table)(report, name)
 
 
 def regenerate(text: str, root: Path = ROOT) -> str:
@@ -229,11 +350,13 @@ def main() -> int:
     parser.add_argument("--show", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     if arguments.show:
-        print(gpu_table(read(arguments.show), arguments.show.name))
+        print(any_table(read(arguments.show), arguments.show.name))
         return 0
     gpu, readme = ROOT / "bench/results/head_gpu.json", ROOT / "README.md"
     if arguments.merge:
-        gpu.write_text(json.dumps(merge(map(read, arguments.merge)), indent=1) + "\n", encoding="utf-8")
+        merged = merge(map(read, arguments.merge))
+        target = gpu.with_stem("step_gpu") if merged.get("kind") == "step" else gpu
+        target.write_text(json.dumps(merged, indent=1) + "\n", encoding="utf-8")
     text = readme.read_text(encoding="utf-8")
     if arguments.check:
         return int(regenerate(text) != text)

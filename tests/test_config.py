@@ -13,12 +13,14 @@ import yaml
 import una_fast
 from una_fast.config import TRAJECTORY, LoraOptions, RunConfig
 from una_fast.losses import Objective
+from una_fast.memory import MemoryOptions
 from una_fast.records import RecordOptions
 
 PACKAGE = Path(una_fast.__file__).parent
 NEEDED = {"model": "some/model", "data": ["x.jsonl"], "output_dir": "out"}
 RECORD_FIELDS = {f.name for f in fields(RecordOptions)}
 OBJECTIVE_FIELDS = {f.name for f in fields(Objective)}
+MEMORY_FIELDS = {f.name for f in fields(MemoryOptions)}
 
 
 def config(**settings) -> RunConfig:
@@ -43,7 +45,7 @@ def attributes_read(holders: set[str], skip: str = "") -> set[str]:
 def test_every_field_is_read():
     """A setting that nobody reads is accepted and ignored."""
     read = attributes_read({"config"}, skip="config.py")
-    own = {f.name for f in fields(RunConfig)} - RECORD_FIELDS - OBJECTIVE_FIELDS
+    own = {f.name for f in fields(RunConfig)} - RECORD_FIELDS - OBJECTIVE_FIELDS - MEMORY_FIELDS
     assert not own - read
     assert not {f.name for f in fields(LoraOptions)} - attributes_read({"options"}, skip="config.py")
 
@@ -63,6 +65,14 @@ def test_every_field_of_the_objective_is_passed_on(name):
         "length_normalize": True,
     }
     assert config(**{name: other[name]}).objective() == replace(Objective(), **{name: other[name]})
+
+
+def test_every_memory_switch_is_passed_on():
+    on = {"gradient_checkpointing": True, "offload_activations": True, "mlp_tile": 7, "liger": True}
+    assert set(on) == MEMORY_FIELDS
+    assert config(**on).memory_options() == MemoryOptions(**on)
+    # A model that only scores keeps nothing for a backward.
+    assert config(**on).memory_options(trained=False) == MemoryOptions(mlp_tile=7, liger=True)
 
 
 @pytest.mark.parametrize("kind", [RunConfig, LoraOptions, RecordOptions])
@@ -86,6 +96,7 @@ def test_the_trajectory_names_settings():
     free = {
         *("data", "output_dir", "tokenizer", "trust_remote_code", "reference", "gradient_checkpointing", "packing"),
         *("attn_implementation", "workspace_mb", "engine", "device", "epochs", "max_steps", "micro_batch_size"),
+        *("max_tokens_per_batch", "offload_activations", "mlp_tile", "liger", "memory_gib"),
         *("eval_data", "eval_fraction", "eval_every", "save_every", "keep_checkpoints", "resume", "log_every"),
         *("loggers", "progress"),
     }
@@ -119,15 +130,20 @@ def test_settings_survive_their_file(settings, tmp_path):
         ({"pair": "hinge"}, "pair='hinge' is not a loss form"),
         ({"reference": "cache"}, "reference='cache' is not one of auto, frozen, adapter, cached"),
         ({"precision": "fp16"}, "precision='fp16' is not one of auto, bf16, fp32"),
-        ({"optimizer": "lion"}, "optimizer='lion' is not one of adamw, sgd"),
+        ({"optimizer": "lion"}, "optimizer='lion' is not one of adamw, adamw_8bit, sgd"),
         ({"lr_schedule": "wsd"}, "lr_schedule='wsd' is not one of cosine, linear, constant"),
         ({"engine": "cuda"}, "engine='cuda' is not one of auto, torch, triton"),
         ({"device": "mps"}, "device='mps' is not one of auto, cpu, cuda"),
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
-        ({"micro_batch_size": -1}, "micro_batch_size=-1 must be at least 1"),
+        ({"micro_batch_size": -1}, "micro_batch_size=-1 must be at least 1, or null"),
+        ({"max_tokens_per_batch": 0}, "max_tokens_per_batch=0 must be at least 1, or null"),
         ({"log_every": 0}, "log_every=0 must be at least 1"),
         ({"keep_checkpoints": 0}, "keep_checkpoints=0 must be at least 1"),
         ({"max_steps": 0}, "max_steps=0 must be at least 1, or null"),
+        ({"mlp_tile": 0}, "mlp_tile=0 must be at least 1 token, or null"),
+        ({"memory_gib": 0.0}, "memory_gib=0.0 must be positive and finite, or null"),
+        ({"offload_activations": True}, "set gradient_checkpointing=true too"),
+        ({"liger": True, "device": "cpu"}, "liger=true needs a GPU; set liger=false"),
         ({"save_every": 0}, "save_every=0 must be at least 1, or null"),
         ({"epochs": 0.0}, "epochs=0.0 must be positive"),
         ({"epochs": float("nan")}, "epochs=nan must be positive"),
@@ -138,7 +154,12 @@ def test_settings_survive_their_file(settings, tmp_path):
         ({"eval_fraction": 0.1, "eval_data": "x"}, "give eval_data or eval_fraction, not both"),
         ({"eval_every": 5}, "eval_every=5 has nothing to evaluate on; set eval_data or eval_fraction"),
         ({"reference": "adapter"}, "reference=adapter needs lora; use reference=frozen or cached"),
-        ({"optimizer": "sgd", "weight_decay": 0.1}, "weight_decay=0.1 acts on adamw only; remove it, or set optimizer"),
+        ({"optimizer": "sgd", "weight_decay": 0.1}, "weight_decay=0.1 acts on adamw and adamw_8bit only; rem"),
+        (
+            {"optimizer": "sgd", "offload_optimizer": True},
+            "offload_optimizer=true .* not that of sgd; set optimizer=adamw",
+        ),
+        ({"optimizer": "adamw_8bit", "offload_optimizer": True}, "offload_optimizer=true .* not that of adamw_8bit"),
         ({"output_dir": "some/../some/model"}, "output_dir=.* is the model itself, which would be overwritten"),
         ({"loggers": ["tensorbord"]}, r"loggers: unknown \['tensorbord'\]; known: tensorboard, wandb, trackio"),
         ({"lora": {"r": 0}}, "lora r=0, alpha=16: r must be at least 1"),

@@ -23,6 +23,7 @@ from una_fast import policy as policy_module
 from una_fast.attention import Segment
 from una_fast.config import LoraOptions
 from una_fast.head import token_logps
+from una_fast.memory import MemoryOptions
 from una_fast.policy import (
     add_lora,
     install_scorer,
@@ -329,7 +330,9 @@ def test_a_deep_copy_scores_with_its_own_weights(saved, batch):
 def test_gradient_checkpointing(lora, saved, batch):
     def run(checkpointing):
         torch.manual_seed(0)
-        policy = load_policy(saved("gemma2"), dtype=torch.float32, lora=lora, gradient_checkpointing=checkpointing)
+        policy = load_policy(
+            saved("gemma2"), dtype=torch.float32, lora=lora, memory=MemoryOptions(gradient_checkpointing=checkpointing)
+        )
         perturb(policy)
         calls = []
         layer = policy.causal_lm.model.layers[0].mlp
@@ -370,7 +373,11 @@ def test_packed_rows_score_as_separate_sequences(lora, checkpointing, saved):
     for batch in (padded, packed):
         torch.manual_seed(0)
         policy = load_policy(
-            saved("gemma2"), dtype=torch.float32, lora=lora, gradient_checkpointing=checkpointing, packing=True
+            saved("gemma2"),
+            dtype=torch.float32,
+            lora=lora,
+            memory=MemoryOptions(gradient_checkpointing=checkpointing),
+            packing=True,
         )
         perturb(policy)
         logps.append(score(policy, batch))
@@ -546,7 +553,7 @@ def reload_and_compare(directory, policy, batch):
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "gemma2", "gptj"])
 @pytest.mark.parametrize("gathered", [False, True])
 def test_full_model_round_trip(family, gathered, saved, batch, tmp_path, tokenizer):
-    policy = load_policy(saved(family), dtype=torch.float32, gradient_checkpointing=True)
+    policy = load_policy(saved(family), dtype=torch.float32, memory=MemoryOptions(gradient_checkpointing=True))
     perturb(policy)
     state = copy.deepcopy(policy.model.state_dict()) if gathered else None
     save_pretrained(policy, tmp_path, tokenizer, state)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,8 +31,9 @@ import una_fast.checkpoint as checkpoint_module
 import una_fast.train as train_module
 from una_fast.checkpoint import complete_checkpoints
 from una_fast.config import LoraOptions, RunConfig
-from una_fast.data import Example, Source, load_examples
+from una_fast.data import Example, Source, layout_tokens, load_examples
 from una_fast.feedback import Feedback
+from una_fast.loader import plan_batches
 from una_fast.precompute import precompute_reference
 from una_fast.sharding import start_world
 from una_fast.train import Trainer, check_token_ids, load_data, train
@@ -384,6 +386,10 @@ def two_steps(llamas, biased, tmp_path_factory):
         {"micro_batch_size": 2},
         {"micro_batch_size": 36},
         {"micro_batch_size": 36, "packing": False},
+        {"micro_batch_size": None},
+        *({"micro_batch_size": None, "max_tokens_per_batch": tokens} for tokens in (1, 60, 150, 10**6)),
+        *({"micro_batch_size": None, "max_tokens_per_batch": tokens, "packing": False} for tokens in (60, 10**6)),
+        {"micro_batch_size": 3, "max_tokens_per_batch": 100},
         {"seed": 5},  # another order within the batch
         {"gradient_checkpointing": True},
         {"gradient_checkpointing": True, "packing": False},
@@ -412,6 +418,20 @@ def test_packing_packs(llamas, mixed, tmp_path):
         train(make_config(llamas["untied"], mixed, tmp_path / str(packing), packing=packing, batch_size=36))
     (packed,), (padded,) = read_metrics(tmp_path / "True"), read_metrics(tmp_path / "False")
     assert packed["tokens"] < padded["tokens"] and packed["response_tokens"] == padded["response_tokens"]
+
+
+def test_padding_is_the_share_of_what_collate_adds(llamas, mixed, tmp_path):
+    settings = {"batch_size": 36, "micro_batch_size": 36}
+    for packing in (True, False):
+        train(make_config(llamas["untied"], mixed, tmp_path / str(packing), packing=packing, **settings))
+    (packed,), (padded,) = (read_metrics(tmp_path / name, without=()) for name in ("True", "False"))
+    tokenizer = AutoTokenizer.from_pretrained(llamas["untied"])
+    examples, _ = load_examples(Source(mixed), tokenizer, require_unit_scores=True)
+    lengths = [len(e.prompt_ids) + len(response) for e in examples for response in e.responses]
+    assert packed["padding"] == 0 and padded["tokens"] == sum(lengths)
+    batches = plan_batches(examples, packed=False, max_tokens=None, max_records=36)
+    laid_out = sum(layout_tokens(batch, packed=False) for batch in batches)
+    assert padded["padding"] == pytest.approx(1 - sum(lengths) / laid_out) and padded["padding"] > 0.1
 
 
 # ---------------------------------------------------------------------- references
@@ -446,6 +466,19 @@ def test_cached_reference_is_the_frozen_one(llamas, mixed, tmp_path, frozen_run)
     assert_same_metrics(read_metrics(tmp_path / "run"), frozen_run, 1e-6)
 
 
+def test_precomputed_logps_do_not_depend_on_the_batches(llamas, mixed, tmp_path):
+    """Batches of other records, in another order, padded and packed: each line keeps its own numbers."""
+    ways = [{}, {"max_tokens_per_batch": 100}, {"max_tokens_per_batch": 150, "packing": False, "batch_size": 7}]
+    found = []
+    for number, way in enumerate(ways):
+        entries = precompute_reference(make_config(llamas["untied"], mixed, tmp_path / str(number), **way))
+        lines = Path(entries["data"][0]["path"]).read_text().splitlines()
+        found.append([value for line in lines for value in json.loads(line)["ref_logps"]])
+    assert len(found[0]) > 40
+    for values in found[1:]:
+        assert values == pytest.approx(found[0], rel=1e-5)
+
+
 def test_precomputed_columns_keep_their_names(llamas, tmp_path):
     records = [{**record, "old": [1.0, 2.0]} for record in make_records("pairs", 3)]
     source = {"path": write_jsonl(tmp_path / "x.jsonl", records), "columns": {"ref_logps": "old"}}
@@ -476,9 +509,19 @@ def test_no_reference_model_is_kept_where_none_is_needed(llamas, mixed, biased, 
 # ---------------------------------------------------------------------- precision
 
 
-def test_bf16_full_fine_tuning(llamas, mixed, tmp_path, frozen_run):
+@pytest.fixture(scope="module")
+def bf16_llama(tmp_path_factory):
+    """The untied model, its weights rounded to bf16, as most models come."""
+    directory = save_llama(tmp_path_factory.mktemp("bf16") / "llama")
+    AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
+def test_bf16_master_weights(bf16_llama, mixed, tmp_path, frozen_run):
     """Computed in bf16, trained in fp32: an update of 1e-5 is not lost to the rounding of bf16 weights."""
-    train(make_config(llamas["untied"], mixed, tmp_path / "run", eval_data=mixed, precision="bf16", **FEW))
+    master = {"precision": "bf16", "master_weights": True}
+    config = make_config(bf16_llama, mixed, tmp_path / "run", eval_data=mixed, **master, **FEW)
+    train(config)
     lines = read_metrics(tmp_path / "run")
     assert lines[0]["eval_kl"] == 0  # the reference is computed exactly as the policy
     assert all(math.isfinite(value) for line in lines for value in line.values())
@@ -486,10 +529,72 @@ def test_bf16_full_fine_tuning(llamas, mixed, tmp_path, frozen_run):
     assert losses == pytest.approx(expected, abs=0.02) and losses != expected
     assert {w.dtype for w in weights_of(tmp_path / "run").values()} == {torch.float32}
 
-    tiny_step = {"precision": "bf16", "optimizer": "sgd", "max_steps": 1, "learning_rate": 1e-4, "batch_size": 36}
-    train(make_config(llamas["untied"], mixed, tmp_path / "tiny", **tiny_step))
-    before, after = weights_of(llamas["untied"])["lm_head.weight"], weights_of(tmp_path / "tiny")["lm_head.weight"]
-    assert (before != after).float().mean() > 0.5 and (before.bfloat16() == after.bfloat16()).float().mean() > 0.9
+    parts = open_trainer(make_config(bf16_llama, mixed, tmp_path / "parts", **master))
+    assert {p.dtype for p in parts.policy.model.parameters()} == {torch.float32}
+    assert {p.dtype for p in parts.reference.policy.model.parameters()} == {torch.bfloat16}, "no fp32 copy"
+
+    tiny_step = {**master, "optimizer": "sgd", "max_steps": 1, "learning_rate": 1e-4, "batch_size": 36}
+    train(make_config(bf16_llama, mixed, tmp_path / "tiny", **tiny_step))
+    before, after = weights_of(bf16_llama)["lm_head.weight"], weights_of(tmp_path / "tiny")["lm_head.weight"]
+    assert (before.float() != after).float().mean() > 0.5 and (before == after.bfloat16()).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_bf16_weights(bf16_llama, mixed, tmp_path, frozen_run, offload):
+    """Weights, gradients and what is saved are bf16; the run learns as one in fp32 does."""
+    settings = {"precision": "bf16", "offload_optimizer": offload}
+    train(make_config(bf16_llama, mixed, tmp_path / "run", eval_data=mixed, **settings, **FEW))
+    lines = read_metrics(tmp_path / "run")
+    assert lines[0]["eval_kl"] == 0  # the reference is computed exactly as the policy
+    losses, expected = ([line[k] for line in run for k in line if "loss" in k] for run in (lines, frozen_run))
+    assert losses == pytest.approx(expected, abs=0.02) and losses != expected
+    assert {w.dtype for w in weights_of(tmp_path / "run").values()} == {torch.bfloat16}
+
+
+def test_bf16_weights_move_by_less_than_they_can(bf16_llama, mixed, tmp_path):
+    """Four updates of 1e-6 are below half the spacing of most weights, which rounding to the nearest would not move.
+    Stochastically, a weight moves as often as its spacing demands, and in the mean by what fp32 training moves it."""
+    small = {"precision": "bf16", "learning_rate": 1e-6, "batch_size": 9, "max_steps": 4}
+    moved = {}
+    for master in (True, False):
+        train(make_config(bf16_llama, mixed, tmp_path / str(master), master_weights=master, **small))
+        before, after = weights_of(bf16_llama), weights_of(tmp_path / str(master))
+        moved[master] = torch.cat([(after[n].double() - before[n].double()).flatten() for n in before])
+        if master:
+            kept = torch.cat([(after[n].bfloat16() == before[n]).flatten() for n in before])
+            direction = moved[True].sign()
+    assert kept.double().mean() > 0.95
+    along = (moved[False] * direction)[kept]
+    share = float((along != 0).double().mean())
+    assert 0.002 < share < 0.2
+    error = along - (moved[True] * direction)[kept]
+    standard_error = float(error.std()) / len(error) ** 0.5
+    assert float((moved[True] * direction)[kept].mean()) > 8 * standard_error, "the test can see the update"
+    assert abs(float(error.mean())) < 4 * standard_error
+
+
+@pytest.mark.slow
+def test_adamw_8bit_runs_and_resumes(llamas, mixed, tmp_path):
+    """torchao's optimizer under a schedule of numbers, with some moments in 8 bits."""
+    pytest.importorskip("torchao")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(llamas["untied"])
+    model.resize_token_embeddings(320)  # of 32 numbers: whole blocks of 256
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(llamas["untied"]).save_pretrained(tmp_path / "model")
+    settings = {"optimizer": "adamw_8bit", "precision": "bf16", "weight_decay": 0.1, "lr_schedule": "cosine"}
+    config = make_config(str(tmp_path / "model"), mixed, tmp_path / "whole", save_every=2, **settings, **FEW)
+    train(config)
+    lines = read_metrics(tmp_path / "whole")
+    rates = [line["learning_rate"] for line in lines]
+    assert rates == pytest.approx([3e-3 * 0.5 * (1 + math.cos(math.pi * k / 5)) for k in range(5)])
+    parts = open_trainer(RunConfig(**again(config, tmp_path / "parts")))
+    parts.take_step(next(parts.loader.steps(0, 1)))
+    assert parts.optimizer.state[parts.policy.causal_lm.lm_head.weight]["exp_avg"].codes.dtype == torch.uint8
+    run_case(again(config, tmp_path / "run"), 4)
+    train(RunConfig(**again(config, tmp_path / "run", resume=True)))
+    assert_same_weights(tmp_path / "run", tmp_path / "whole")
+    assert read_metrics(tmp_path / "run") == lines
 
 
 def test_bf16_lora(llamas, mixed, tmp_path):
@@ -508,13 +613,13 @@ def test_bf16_lora(llamas, mixed, tmp_path):
     assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
 
 
-def test_bf16_cached_reference_starts_at_zero(llamas, mixed, tmp_path):
-    """precompute-ref computes as the trainer does: fp32 weights under autocast, not weights rounded to bf16."""
-    for lora in (None, LORA):
-        out = tmp_path / f"cache-{lora is None}"
-        settings = {"precision": "bf16", "lora": lora, "micro_batch_size": 4}
-        entries = precompute_reference(make_config(llamas["untied"], mixed, out, **settings))
-        config = make_config(llamas["untied"], output_dir=out / "run", **entries, **settings, batch_size=36)
+def test_bf16_cached_reference_starts_at_zero(bf16_llama, mixed, tmp_path):
+    """precompute-ref computes as the trainer does: in bf16, or under autocast beside fp32 weights."""
+    for name, way in {"lora": {"lora": LORA}, "full": {}, "master": {"master_weights": True}}.items():
+        out = tmp_path / name
+        settings = {"precision": "bf16", "micro_batch_size": 4, **way}
+        entries = precompute_reference(make_config(bf16_llama, mixed, out, **settings))
+        config = make_config(bf16_llama, output_dir=out / "run", **entries, **settings, batch_size=36)
         train(config)
         assert abs(read_metrics(out / "run")[0]["kl"]) < 1e-3
 
@@ -596,7 +701,7 @@ def test_held_out_records_are_not_trained_on(llamas, mixed, tmp_path):
 
 
 def settings_of(config: RunConfig) -> dict:
-    return {name: getattr(config, name) for name in RunConfig.__dataclass_fields__}
+    return {field.name: getattr(config, field.name) for field in fields(config)}
 
 
 # 36 records in steps of 8 make an epoch of 5 steps: the tenth step ends the second one.
@@ -610,7 +715,10 @@ VARIANTS = {
     "lora": ("untied", {"lora": LORA}),
     "lora bf16": ("tied", {"lora": LORA, "precision": "bf16"}),
     "short": ("untied", {"max_steps": 6}),
-    "sgd bf16": ("tied", {"optimizer": "sgd", "precision": "bf16"}),
+    "sgd bf16": ("tied", {"optimizer": "sgd", "precision": "bf16", "master_weights": True}),
+    "bf16": ("tied", {"precision": "bf16", "weight_decay": 0.1}),
+    "bf16 offloaded": ("tied", {"precision": "bf16", "offload_optimizer": True}),
+    "fp32 offloaded": ("untied", {"offload_optimizer": True}),
 }
 
 
@@ -637,7 +745,10 @@ def again(config: RunConfig, output_dir: Path, **changes) -> dict:
 
 @pytest.mark.parametrize(
     ("variant", "die_at"),
-    [("full", 6), ("full", 13), ("tied", 8), ("lora", 7), ("lora bf16", 7), ("sgd bf16", 7)],
+    [
+        *(("full", 6), ("full", 13), ("tied", 8), ("lora", 7), ("lora bf16", 7), ("sgd bf16", 7)),
+        *(("bf16", 7), ("bf16 offloaded", 7), ("fp32 offloaded", 8)),
+    ],
 )
 def test_a_resumed_run_is_the_same_run(uninterrupted, tmp_path, variant, die_at):
     """Killed inside step 7, say, it goes on from checkpoint-6, in the second epoch and between two reports."""

@@ -20,7 +20,7 @@ CHAT_TEMPLATE = (
 )
 TEXT = "the cat sat on a mat while rain fell and nobody asked why it would ever stop or begin again"
 WORDS = TEXT.split()
-TIMING = ("tok_per_sec", "memory/peak_gib", "mfu")
+TIMING = ("tok_per_sec", "memory/peak_gib", "mfu", "padding", "eval_padding")
 Record = dict[str, Any]
 
 

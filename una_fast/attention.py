@@ -2,13 +2,15 @@
 
 A row is `[prompt | response 1 | ... | response K]`, prompt after prompt. The queries of a prompt see the prompt up to
 themselves; the queries of a response see its prompt and the response up to themselves. Both are one rule, lower-right
-causal attention of R queries over the E keys that end where the queries end:
+causal attention of R queries over the E keys that end where the queries end. Prompt and first response are one plain
+causal sequence:
 
-    range           queries   keys                    R            E
-    prompt          prompt    prompt                  P            P
-    response i      resp i    [prompt | resp i]       R_i          P + R_i     (window W: the last W - 1 of the prompt)
+    range           queries            keys                R          E
+    first           prompt, resp 1     the same            P + R_1    P + R_1
+    response i > 1  resp i             [prompt | resp i]   R_i        P + R_i     (window W: the prompt's last W - 1)
 
-so the row costs P + sum R tokens where separate sequences cost K P + sum R. The function is registered with
+so the row costs P + sum R tokens where separate sequences cost K P + sum R, and `attended_pairs` (query, key) pairs.
+Only the responses after the first need their prompt's keys a second time. The function is registered with
 transformers under `PACKED`; `packed_attention(model)` switches a model to it, and the table of segments travels through
 the model's forward keyword arguments: `model(input_ids, position_ids=..., una_segments=batch.segments)`.
 
@@ -82,32 +84,53 @@ class _Scores(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """A row as consecutive pieces. Piece i is a range of queries; `prompt_of[i]` is the piece before its keys."""
+    """A row as consecutive ranges of queries. The keys of range i are its own tokens, after those of its prompt: the
+    first n tokens of range j, `prompt_of[i]` being (j, n), or None where the prompt is in range i itself."""
 
     sizes: tuple[int, ...]
-    prompt_of: tuple[int | None, ...]
+    prompt_of: tuple[tuple[int, int] | None, ...]
 
 
 @functools.lru_cache(maxsize=64)  # every layer asks for the same row
 def _row(segments: Segments, total: int) -> _Row:
-    """The pieces of a row of `total` tokens; ValueError unless the segments tile it in order."""
+    """The ranges of a row of `total` tokens; ValueError unless the segments tile it in order."""
     sizes: list[int] = []
-    prompt_of: list[int | None] = []
+    prompt_of: list[tuple[int, int] | None] = []
     end = 0
     for number, segment in enumerate(segments):
-        prompt = len(sizes)
+        first = len(sizes)
         for index, (start, stop) in enumerate((segment.prompt, *segment.responses)):
             if start != end or stop <= start:
                 raise ValueError(
                     f"una_segments[{number}] has the range [{start}, {stop}) where one that starts at {end} and is not "
                     "empty is due: segments hold the prompt, then its responses, and follow each other without gaps"
                 )
-            sizes.append(stop - start)
-            prompt_of.append(prompt if index else None)
             end = stop
+            if index == 1:  # goes on where its prompt ends
+                sizes[first] += stop - start
+            else:
+                sizes.append(stop - start)
+                prompt_of.append((first, segment.prompt[1] - segment.prompt[0]) if index else None)
     if end != total:
         raise ValueError(f"una_segments cover {end} tokens and the row has {total}; they must cover the whole row")
     return _Row(tuple(sizes), tuple(prompt_of))
+
+
+def attended_pairs(segments: Segments, window: int | None = None) -> int:
+    """How many (query, key) pairs a packed row computes scores of: 4 H D flop each in forward, for H heads of size D.
+
+    window: a query sees itself and the window - 1 tokens before it."""
+    total = 0
+    for segment in segments:
+        before = 0  # keys in front of the range's first query
+        for start, stop in (segment.prompt, *segment.responses):
+            queries = stop - start
+            growing = queries if window is None else min(max(window - before, 0), queries)  # each sees one key more
+            total += growing * before + growing * (growing + 1) // 2
+            if growing < queries:
+                total += (queries - growing) * window
+            before = segment.prompt[1] - segment.prompt[0]
+    return total
 
 
 def _visible(prompt_size: int, window: int | None) -> int:
@@ -118,17 +141,23 @@ def _visible(prompt_size: int, window: int | None) -> int:
 def _keys_per_range(states: Tensor, row: _Row, window: int | None, dim: int) -> list[list[Tensor]]:
     """For each range the parts that, concatenated along `dim`, are its keys (or values)."""
     # One split, not one slice per range: its backward is a single concatenation.
-    pieces = states.split(row.sizes, dim=dim)
-    parts = []
-    for piece, prompt in zip(pieces, row.prompt_of, strict=True):
+    ranges = states.split(row.sizes, dim=dim)
+    parts, prompts = [], {}
+    for own, prompt in zip(ranges, row.prompt_of, strict=True):
         if prompt is None:
-            parts.append([piece])
+            parts.append([own])
             continue
-        size = row.sizes[prompt]
-        visible = _visible(size, window)
-        shared = pieces[prompt]
-        parts.append([shared if visible == size else shared.narrow(dim, size - visible, visible), piece])
+        if prompt not in prompts:
+            first, size = prompt
+            visible = _visible(size, window)
+            prompts[prompt] = ranges[first].narrow(dim, size - visible, visible)
+        parts.append([prompts[prompt], own])
     return parts
+
+
+def _join(parts: list[Tensor], dim: int) -> Tensor:
+    """Concatenated; a single part as it is, without the copy."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 # ---- scaled_dot_product_attention, chunk by chunk --------------------------------------------------------------------
@@ -206,15 +235,21 @@ def _attend_sdpa(query: Tensor, key: Tensor, value: Tensor, row: _Row, scores: _
     keys = _keys_per_range(key, row, scores.window, dim=2)
     values = _keys_per_range(value, row, scores.window, dim=2)
     outputs = [
-        _attend(q, torch.cat(k, dim=2), torch.cat(v, dim=2), scores)
+        _attend(q, _join(k, dim=2), _join(v, dim=2), scores).transpose(1, 2)
         for q, k, v in zip(queries, keys, values, strict=True)
     ]
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+    return torch.cat(outputs, dim=1)  # always a copy: some models take a view of it, as of a contiguous tensor
 
 
 # ---- varlen kernels on CUDA ------------------------------------------------------------------------------------------
-# Not run on hardware: the tests drive this path through a stand-in with varlen_attn's signature. What they cannot show
-# is that the kernels align causal masks and windows to the lower right, and how fast they are.
+# The tests drive this path through stand-ins with the kernels' signatures. What those cannot show, that a kernel aligns
+# causal masks and windows to the lower right, is asked of the kernel itself on the device (`_varlen_fault`).
+#
+# Memory, in tokens of keys and values (4 H_kv D bytes each), for K responses to a long prompt of P tokens. One call for
+# the whole row would repeat the prompt for each range: (K + 1) P, kept for backward, where a kernel makes the gradients
+# of as many (flash-attn H / H_kv times as many first, one per query head). So no call gets more keys than the row has
+# tokens: a long prompt's responses are run one by one, the ranges of short rows together. (K - 1) P are kept, and what
+# backward makes is that of one call. With one response per prompt nothing is copied.
 
 
 class _Varlen(NamedTuple):
@@ -262,16 +297,71 @@ def _torch_varlen() -> _Varlen | None:
 
 
 @functools.cache
-def _varlen_kernel() -> _Varlen | None:
-    kernel = _flash_attn() or _torch_varlen()
-    logger.info("packed attention on CUDA in half precision: %s", kernel.name if kernel else "no varlen kernel, SDPA")
-    return kernel
+def _varlen_kernel(device: torch.device) -> _Varlen | None:
+    """The first varlen kernel that is installed and right on this device."""
+    for kernel in filter(None, (_flash_attn(), _torch_varlen())):
+        # Compilers trace through the cache: they would put the check into every layer.
+        fault = None if torch.compiler.is_compiling() else _varlen_fault(kernel, device)
+        if fault is None:
+            logger.info("packed attention on %s in half precision: %s", device, kernel.name)
+            return kernel
+        logger.warning("packed attention does not use %s on %s: %s", kernel.name, device, fault)
+    return None
+
+
+def _varlen_fault(kernel: _Varlen, device: torch.device) -> str | None:
+    """What is wrong with a kernel on a device, by comparison with the SDPA path in float32; None if nothing is.
+
+    Masks aligned to the upper left, or a window that is one off, would train a model on wrong numbers without a word.
+    """
+    total = 301
+    row = _row((Segment((0, 75), ((75, 104), (104, total))),), total)
+    generator = torch.Generator().manual_seed(0)
+    states = [
+        torch.randn(1, heads, total, 64, generator=generator).to(device, torch.bfloat16) for heads in (4, 2, 2, 4)
+    ]
+    for window, softcap in [(None, None), (40, None), *([(None, 2.0)] if kernel.softcap else [])]:
+        scores = _Scores(0.4, window, softcap, None)  # peaked: each key counts
+        results = []
+        try:
+            with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+                for call in (kernel.call, None):
+                    *qkv, upstream = (x.clone() if call else x.float() for x in states)
+                    qkv = [x.requires_grad_() for x in qkv]
+                    out = _attend_varlen(*qkv, row, scores, call) if call else _attend_sdpa(*qkv, row, scores)
+                    results.append((out.detach(), *torch.autograd.grad(out, qkv, upstream.transpose(1, 2))))
+        except (RuntimeError, TypeError, ValueError) as error:
+            return f"{type(error).__name__}: {error}"
+        worst = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*results, strict=True))
+        if not worst < 0.05:  # half precision is 0.01 off; not: NaN is wrong too
+            return f"it is {worst:.1e} off (relative) with window {window} and softcap {softcap}"
+    return None
+
+
+_stand_in: _Varlen | None = None
+
+
+@contextmanager
+def traced_attention(kernel: Callable[..., Tensor] | None) -> Iterator[None]:
+    """For tensors that have no numbers: tables kept between calls are made anew, before and after, and `kernel`, called
+    as a varlen kernel is, serves as that of a GPU on whatever device (None: the path of the device)."""
+    global _stand_in
+    tables = (_mask_table, _cu_seqlens)
+    try:
+        for table in tables:
+            table.cache_clear()
+        _stand_in = None if kernel is None else _Varlen("traced", kernel, softcap=True)
+        yield
+    finally:
+        _stand_in = None
+        for table in tables:
+            table.cache_clear()
 
 
 def _varlen_refusal(query: Tensor, value: Tensor, scores: _Scores, kernel: _Varlen | None) -> str | None:
     """Why the varlen kernel cannot serve this call; None if it can."""
     if kernel is None:
-        return "neither flash-attn nor torch.nn.attention.varlen is there"
+        return "neither flash-attn nor torch.nn.attention.varlen is there and right on this device"
     if query.dtype not in (torch.float16, torch.bfloat16):
         return f"it runs in half precision, and the model in {query.dtype}"
     if query.shape[-1] != value.shape[-1] or query.shape[-1] > 256 or query.shape[-1] % 8:
@@ -288,34 +378,61 @@ def _log_slow_path(reason: str) -> None:
     logger.warning("packed attention runs on the slower SDPA path: the varlen kernel is not used because %s", reason)
 
 
+def _groups(sizes: list[int], most: int) -> list[slice]:
+    """Consecutive sizes together while their sum is `most` or less."""
+    groups, start, total = [], 0, 0
+    for i, size in enumerate(sizes):
+        if i > start and total + size > most:
+            groups.append(slice(start, i))
+            start, total = i, 0
+        total += size
+    return [*groups, slice(start, len(sizes))]
+
+
+class _Call(NamedTuple):
+    """One kernel call: consecutive ranges of a row."""
+
+    ranges: slice
+    cu_q: Tensor  # int32 offsets of the ranges' queries and keys, on the device
+    cu_k: Tensor
+    max_q: int
+    max_k: int
+
+
 @functools.lru_cache(maxsize=8)  # every layer asks for the same lengths: one copy to the device per batch and window
-def _cu_seqlens(row: _Row, window: int | None, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
-    """int32 offsets of the ranges' queries and keys on the device, and the longest of each."""
+def _cu_seqlens(row: _Row, window: int | None, device: torch.device) -> tuple[_Call, ...]:
+    """The kernel calls of a row: as few as possible in order, each with at most as many keys as the row has tokens."""
     lengths_k = [
-        size + (0 if prompt is None else _visible(row.sizes[prompt], window))
+        size + (0 if prompt is None else _visible(prompt[1], window))
         for size, prompt in zip(row.sizes, row.prompt_of, strict=True)
     ]
-    with torch.inference_mode(False):
-        cu_q, cu_k = (
-            torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
-            for lengths in (row.sizes, lengths_k)
-        )
-    return cu_q, cu_k, max(row.sizes), max(lengths_k)
+    calls = []
+    for ranges in _groups(lengths_k, most=sum(row.sizes)):
+        queries, keys = row.sizes[ranges], lengths_k[ranges]
+        with torch.inference_mode(False):
+            cu_q, cu_k = (
+                torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device) for lengths in (queries, keys)
+            )
+        calls.append(_Call(ranges, cu_q, cu_k, max(queries), max(keys)))
+    return tuple(calls)
 
 
 def _attend_varlen(
     query: Tensor, key: Tensor, value: Tensor, row: _Row, scores: _Scores, call: Callable[..., Tensor]
 ) -> Tensor:
-    """The whole row in one kernel call: [1, T, H, D]. The prompt's keys are repeated for each response."""
+    """The whole row by a varlen kernel: [1, T, H, D]."""
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
-    cu_q, cu_k, max_q, max_k = _cu_seqlens(row, scores.window, query.device)
-    keys, values = (
-        torch.cat([part for parts in _keys_per_range(states, row, scores.window, dim=0) for part in parts])
-        for states in (k, v)
-    )
-    if scores.window is not None and scores.window >= max_k:
-        scores = scores._replace(window=None)
-    return call(q.contiguous(), keys, values, cu_q, cu_k, max_q, max_k, scores=scores)[None]
+    calls = _cu_seqlens(row, scores.window, query.device)
+    # Where nothing is shared, one call takes the row as it is.
+    keys, values = ([[x]] if not any(row.prompt_of) else _keys_per_range(x, row, scores.window, dim=0) for x in (k, v))
+
+    def run(queries: Tensor, one: _Call) -> Tensor:  # a function: without gradients one call's copies live at a time
+        own = scores._replace(window=None) if scores.window is not None and scores.window >= one.max_k else scores
+        states = (_join([part for parts in x[one.ranges] for part in parts], dim=0) for x in (keys, values))
+        return call(queries, *states, one.cu_q, one.cu_k, one.max_q, one.max_k, scores=own)
+
+    queries = q.contiguous().split([sum(row.sizes[one.ranges]) for one in calls])
+    return _join([run(*pair) for pair in zip(queries, calls, strict=True)], dim=0)[None]
 
 
 # ---- what transformers calls -----------------------------------------------------------------------------------------
@@ -379,8 +496,8 @@ def packed_attention_forward(
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     row = _row(una_segments, query.shape[2])
     scores = _Scores(query.shape[-1] ** -0.5 if scaling is None else float(scaling), sliding_window, softcap, s_aux)
-    if query.is_cuda:
-        kernel = _varlen_kernel()
+    if query.is_cuda or _stand_in is not None:
+        kernel = _stand_in or _varlen_kernel(query.device)
         refusal = _varlen_refusal(query, value, scores, kernel)
         if refusal is None:
             return _attend_varlen(query, key, value, row, scores, kernel.call), None
@@ -407,7 +524,8 @@ def packed_attention(model: nn.Module) -> Iterator[None]:
 
     Only the forward pass belongs inside. Activation checkpointing recomputes the attention of a packed row as packed
     attention even when `backward` runs after the block. Nothing is validated or rebuilt: the name in every config that
-    a module of the model holds (nested ones and copies too) is exchanged.
+    a module of the model holds (nested ones and copies too) is exchanged. Ask `packing.packing_refusal(model)` first: a
+    model that does not call the registered function attends over the whole row, and nothing here would notice.
     """
     configs = {id(c): c for m in model.modules() if isinstance(c := m.__dict__.get("config"), PreTrainedConfig)}
     before = [(config, config._attn_implementation_internal) for config in configs.values()]

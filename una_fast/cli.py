@@ -9,11 +9,14 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
+
+if TYPE_CHECKING:
+    from una_fast.run_report import RunPlanConfig
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "datasets", "flash-attn", "liger-kernel", "trl")
 
@@ -52,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> ArgumentParser:
     from una_fast.config import RunConfig
     from una_fast.demo import DemoConfig
-    from una_fast.plan_report import PlanConfig
+    from una_fast.run_report import RunPlanConfig
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     # Abbreviated flags would take --lr for --lr_schedule.
@@ -63,7 +66,7 @@ def _parser() -> ArgumentParser:
     for name, settings, what in (
         ("train", RunConfig, "Align a model with preference records."),
         ("precompute-ref", RunConfig, "Write the records of a run again, with reference log-probs."),
-        ("plan", PlanConfig, "Show how a call of the fused head is cut into chunks, and what that costs."),
+        ("plan", RunPlanConfig, "Show what a run, or a call of the fused head, will need before it is loaded."),
         ("check", CheckConfig, "Show the installation, and probe a model."),
         ("demo", DemoConfig, "Align a small model on real text, with nothing to download."),
     ):
@@ -71,8 +74,8 @@ def _parser() -> ArgumentParser:
         command.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the settings below.")
         command.add_class_arguments(settings, as_group=False)
         if name == "plan":
-            what_op = "Rows, hidden size and vocabulary of the call."
-            command.add_argument("--op", type=int, nargs=3, metavar=("N", "D", "V"), required=True, help=what_op)
+            what_op = "Plan one call of the fused head instead: its rows, hidden size and vocabulary."
+            command.add_argument("--op", type=int, nargs=3, metavar=("N", "D", "V"), help=what_op)
         commands.add_subcommand(name, command, help=what)
     return parser
 
@@ -105,8 +108,44 @@ def _precompute(parsed: Namespace) -> None:
 
 def _plan(parsed: Namespace) -> None:
     from una_fast.plan_report import PlanConfig, describe_op
+    from una_fast.run_report import RunPlanConfig
 
-    print(describe_op(*parsed.plan.op, _settings(PlanConfig, parsed)))
+    if parsed.plan.op is not None:
+        given = parsed.plan.as_dict()
+        settings = {f.name: given[f.name] for f in fields(PlanConfig)}
+        settings["device"] = "cuda" if settings["device"] == "auto" else settings["device"]
+        print(describe_op(*parsed.plan.op, PlanConfig(**settings)))
+    else:
+        print(_plan_run(_settings(RunPlanConfig, parsed)))
+
+
+def _plan_run(settings: RunPlanConfig) -> str:
+    """The plan of a run. With --measure it is loaded, and two steps are taken in a directory that is thrown away."""
+    import tempfile
+
+    from una_fast.policy import load_tokenizer
+    from una_fast.run_plan import Planner, Row
+    from una_fast.run_report import describe_run, largest_batch, measured_peak
+    from una_fast.sharding import start_world
+    from una_fast.train import Trainer, load_data
+
+    planner = Planner(settings, device="cuda" if settings.device == "auto" else None, world_size=settings.world_size)
+    if settings.prompt:
+        batch = [Row(settings.prompt, tuple(settings.responses)).example()]
+    elif settings.data:
+        tokenizer = load_tokenizer(settings.tokenizer or settings.model, trust_remote_code=settings.trust_remote_code)
+        examples = [example for part in load_data(settings, tokenizer)[0] for example in part]
+        batch = largest_batch(examples, settings, packed=planner.packed)
+    else:
+        raise ValueError("what is to be planned? Give a row (--prompt 8000 --responses '[1000, 1000]'), or --data")
+    measured = None
+    if settings.measure:
+        tokenizer = load_tokenizer(settings.tokenizer or settings.model, trust_remote_code=settings.trust_remote_code)
+        with tempfile.TemporaryDirectory() as scratch:
+            run = replace(settings, output_dir=scratch, progress=False, loggers=[], resume=False)
+            trainer = Trainer(run, start_world(planner.device), tokenizer, [batch], [], [1.0])
+            measured = measured_peak(trainer, batch)
+    return describe_run(planner, batch, settings, measured)
 
 
 def _check(parsed: Namespace) -> None:

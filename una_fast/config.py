@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from una_fast.losses import Objective
+from una_fast.memory import MemoryOptions
 from una_fast.records import RecordOptions
 
 Precision = Literal["auto", "bf16", "fp32"]
 ReferenceKind = Literal["auto", "frozen", "adapter", "cached"]
-Optimizer = Literal["adamw", "sgd"]
+Optimizer = Literal["adamw", "adamw_8bit", "sgd"]
 Schedule = Literal["cosine", "linear", "constant"]
 Logger = Literal["tensorboard", "wandb", "trackio"]
 Engine = Literal["auto", "torch", "triton"]
@@ -29,6 +30,8 @@ TRAJECTORY = (
         "lr_schedule",
         "warmup_ratio",
         "optimizer",
+        "offload_optimizer",
+        "master_weights",
         "weight_decay",
         "adam_betas",
         "max_grad_norm",
@@ -88,15 +91,25 @@ class RunConfig(RecordOptions):
     lora: LoraOptions | None = None
     """Train low-rank adapters instead of all weights; null: full fine-tuning."""
     precision: Precision = "auto"
-    """Compute dtype; trained weights are fp32 either way. auto: bf16 on a GPU, fp32 on a CPU."""
+    """Compute dtype, also of the weights unless master_weights. auto: bf16 on a GPU, fp32 on a CPU."""
+    master_weights: bool = False
+    """Keep trained weights and gradients in fp32, for 4 more bytes per weight; adamw rounds bf16 ones at random."""
     gradient_checkpointing: bool = False
     """Keep one hidden state per layer and recompute the rest in backward."""
+    offload_activations: bool = False
+    """Move the hidden states of gradient_checkpointing to pinned host memory until backward."""
+    mlp_tile: int | None = None
+    """Run MLPs on so many tokens at a time, recomputed in backward; null: on all tokens at once."""
+    liger: bool = False
+    """Use liger-kernel's RMSNorm, RoPE and gated MLPs (a GPU, and liger-kernel installed)."""
     packing: bool = True
     """Pack prompts with all their responses into rows without padding, where a probe shows that the model allows it."""
     attn_implementation: str | None = None
     """Attention of unpacked batches and generation (eager, sdpa, flash_attention_2); null: the model's default."""
     workspace_mb: float | None = None
     """Workspace of the fused head in MiB; null: 2048 on a GPU, 256 on a CPU."""
+    memory_gib: float | None = None
+    """Memory per device that the run may take, in GiB; a run planned to need more is refused. null: all there is."""
     engine: Engine = "auto"
     """Engine of the fused head."""
     device: Device = "auto"
@@ -108,8 +121,10 @@ class RunConfig(RecordOptions):
     """Stop after this many optimizer steps; null: epochs decide."""
     batch_size: int = 32
     """Records per optimizer step, over all ranks."""
-    micro_batch_size: int = 1
-    """Records per forward on one rank."""
+    micro_batch_size: int | None = None
+    """Records per forward on one rank, at most; null: 1, or as many as max_tokens_per_batch takes."""
+    max_tokens_per_batch: int | None = None
+    """Tokens per forward on one rank, padding included; a longer record is a batch of its own. null: no limit."""
     learning_rate: float = 5e-6
     """Peak learning rate."""
     lr_schedule: Schedule = "cosine"
@@ -117,11 +132,13 @@ class RunConfig(RecordOptions):
     warmup_ratio: float = 0.1
     """Fraction of all steps over which the learning rate rises from zero."""
     optimizer: Optimizer = "adamw"
-    """adamw | sgd (plain)."""
+    """adamw | adamw_8bit (torchao's, moments in 8 bits) | sgd (plain, of fp32 weights only)."""
+    offload_optimizer: bool = False
+    """Keep adamw's moments, and fp32 copies of the trained weights, in host memory, and step there."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of adamw."""
+    """Decoupled weight decay of adamw and adamw_8bit."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of the moments of adamw."""
+    """Decay rates of the moments of adamw and adamw_8bit."""
     max_grad_norm: float | None = 1.0
     """Clip the gradient to this norm; null: no clipping."""
     seed: int = 0
@@ -152,7 +169,7 @@ class RunConfig(RecordOptions):
         if isinstance(self.lora, dict):  # as it comes from YAML
             self.lora = LoraOptions(**self.lora)
         self.adam_betas = tuple(self.adam_betas)
-        for name in ("model", "output_dir", "data"):
+        for name in self.required_settings():
             if not getattr(self, name):
                 raise ValueError(f"{name} is missing; set --{name} or `{name}:` in the configuration file")
         self.objective()  # refuses wrong forms and a wrong beta
@@ -162,10 +179,10 @@ class RunConfig(RecordOptions):
         ):
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(get_args(choices))}")
-        for name in ("batch_size", "micro_batch_size", "log_every", "keep_checkpoints"):
+        for name in ("batch_size", "log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("max_steps", "eval_every", "save_every"):
+        for name in ("micro_batch_size", "max_tokens_per_batch", "max_steps", "eval_every", "save_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1, or null")
         if not 0 < self.epochs < float("inf"):
@@ -183,10 +200,27 @@ class RunConfig(RecordOptions):
             raise ValueError("give eval_data or eval_fraction, not both")
         if self.eval_every and not (self.eval_data or self.eval_fraction):
             raise ValueError(f"eval_every={self.eval_every} has nothing to evaluate on; set eval_data or eval_fraction")
+        if self.offload_activations and not self.gradient_checkpointing:
+            raise ValueError(
+                "offload_activations=true moves what gradient_checkpointing keeps; set gradient_checkpointing=true too"
+            )
+        if self.liger and self.device == "cpu":
+            raise ValueError("liger=true needs a GPU; set liger=false, or device=cuda")
+        if self.mlp_tile is not None and self.mlp_tile < 1:
+            raise ValueError(f"mlp_tile={self.mlp_tile} must be at least 1 token, or null")
+        if self.memory_gib is not None and not 0 < self.memory_gib < float("inf"):
+            raise ValueError(f"memory_gib={self.memory_gib} must be positive and finite, or null for all of the device")
         if self.reference == "adapter" and self.lora is None:
             raise ValueError("reference=adapter needs lora; use reference=frozen or cached for full fine-tuning")
         if self.optimizer == "sgd" and self.weight_decay:
-            raise ValueError(f"weight_decay={self.weight_decay} acts on adamw only; remove it, or set optimizer=adamw")
+            raise ValueError(
+                f"weight_decay={self.weight_decay} acts on adamw and adamw_8bit only; remove it, or set optimizer=adamw"
+            )
+        if self.offload_optimizer and self.optimizer != "adamw":
+            raise ValueError(
+                f"offload_optimizer=true keeps the state of adamw on the host, not that of {self.optimizer}; set "
+                "optimizer=adamw"
+            )
         if Path(self.output_dir).resolve() == Path(self.model).resolve():
             raise ValueError(
                 f"output_dir={self.output_dir} is the model itself, which would be overwritten; set another"
@@ -195,9 +229,19 @@ class RunConfig(RecordOptions):
         if unknown:
             raise ValueError(f"loggers: unknown {sorted(unknown)}; known: {', '.join(get_args(Logger))}")
 
+    def required_settings(self) -> tuple[str, ...]:
+        """Names of the fields that have no default."""
+        return ("model", "output_dir", "data")
+
     def objective(self) -> Objective:
         """The loss of every kind of feedback."""
         return Objective(self.beta, self.pair, self.binary, self.score, self.offset, self.length_normalize)
+
+    def memory_options(self, *, trained: bool = True) -> MemoryOptions:
+        """The switches of a model that is trained, or of one that only scores."""
+        checkpointing = {"gradient_checkpointing": trained and self.gradient_checkpointing}
+        offload = {"offload_activations": trained and self.offload_activations}
+        return MemoryOptions(**checkpointing, **offload, mlp_tile=self.mlp_tile, liger=self.liger)
 
     def record_options(self) -> RecordOptions:
         """The defaults that sources start from."""

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     *("Batch", "Example", "RecordOptions", "Source", "SourceReport"),
-    *("collate", "load_examples", "mixture_order", "read_rows"),
+    *("collate", "footprint", "layout_tokens", "load_examples", "mixture_order", "read_rows"),
 ]
 
 DATA_SUFFIXES = (".jsonl", ".parquet")
@@ -439,6 +439,25 @@ def _pad(examples: Sequence[Example], pad_id: int) -> _Layout:
         rows.append(b * width + np.arange(len(prompt) - 1, length - 1))
     positions = np.tile(np.arange(width), (len(pairs), 1))
     return _Layout(input_ids, positions, mask, None, rows, int(mask.sum()))
+
+
+def footprint(example: Example, *, packed: bool) -> tuple[int, int]:
+    """(rows, width) such that a batch of examples takes sum(rows) * max(width) tokens in a layout.
+
+    Padded, these are the responses and the longest sequence. Packed examples stand one after another: what adds up is
+    their tokens, and the width is 1. An example without responses is left out of batches, and takes (0, 0).
+    """
+    lengths = [len(response) for response in example.responses]
+    if not lengths:
+        return 0, 0
+    prompt = len(example.prompt_ids)
+    return (prompt + sum(lengths), 1) if packed else (len(lengths), prompt + max(lengths))
+
+
+def layout_tokens(examples: Sequence[Example], *, packed: bool) -> int:
+    """Tokens that `collate` lays out for examples, padding included; 0 for its dummy row."""
+    sizes = [footprint(example, packed=packed) for example in examples]
+    return sum(rows for rows, _ in sizes) * max((width for _, width in sizes), default=0)
 
 
 def _dummy(packed: bool, pad_id: int) -> _Layout:

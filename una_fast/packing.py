@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
-from una_fast.attention import Segment, packed_attention, ran_packed
+from una_fast.attention import PACKED, Segment, packed_attention, ran_packed
 
 PROBE_TOLERANCE = 1e-4  # of the largest hidden state; fp32 gives 1e-6, a wrong mask 1e-1
+_PROMPT = 30  # tokens of the probe's prompt
 _WINDOWS = re.compile(r"sliding_window(_size|s)?|attention_chunk_size|attention_window(_size)?|window_size|index_topk")
 _WIDTHS = re.compile(r"(.*_)?intermediate_size(_.*)?|ffn_dim|ffn_hidden_size|n_inner|d_ff")
 _EXPERTS = re.compile(r"num_(local_)?experts|n_routed_experts|moe_num_experts")
@@ -131,7 +133,11 @@ def _randomize(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _probe(model: PreTrainedModel) -> str | None:
-    error = _packing_error(model)
+    with _windows_in_masks() as windows:
+        error = _packing_error(model)
+    longest = max(windows, default=0)
+    if longest >= _PROMPT:
+        return f"{type(model).__name__} has windows of {longest} tokens that its packing probe found no name for"
     if PROBE_TOLERANCE < error < 100 * PROBE_TOLERANCE:
         error = _packing_error(model.double())  # a model that amplifies rounding; a real difference stays
     name, layers = type(model).__name__, model.config.num_hidden_layers
@@ -148,9 +154,27 @@ def _probe(model: PreTrainedModel) -> str | None:
     return reason
 
 
+@contextmanager
+def _windows_in_masks() -> Iterator[set[int]]:
+    """The windows and chunks that a model asks masks for while it runs packed. They should be the shortened ones: a
+    longer window is not told from none in the probe's short row."""
+    windows: set[int] = set()
+    own = AttentionMaskInterface()[PACKED]
+
+    def record(*args: object, local_size: int | None = None, **kwargs: object) -> object:
+        windows.update([local_size] if local_size else [])
+        return own(*args, **kwargs)
+
+    AttentionMaskInterface.register(PACKED, record)
+    try:
+        yield windows
+    finally:
+        AttentionMaskInterface.register(PACKED, own)
+
+
 def _packing_error(model: PreTrainedModel) -> float:
     """The largest difference between one packed row and its sequences, relative to the largest hidden state."""
-    prompt, lengths = 30, (23, 29, 19)  # all longer than the windows of the reduced config
+    prompt, lengths = _PROMPT, (23, 29, 19)  # all longer than the windows of the reduced config
     bounds = [0, *accumulate((prompt, *lengths))]
     responses = tuple(zip(bounds[1:-1], bounds[2:], strict=True))
     ids = torch.randint(1, model.get_input_embeddings().num_embeddings, (1, bounds[-1]))

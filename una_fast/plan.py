@@ -85,6 +85,13 @@ class HeadSize:
         return self.stride(self.vocab) * self.acc_bytes + self.copied_bytes(gathered, sliced=False)
 
 
+def head_size(vocab: int, hidden: int, device: str, operand_bytes: int) -> HeadSize:
+    """Of a head on a kind of device, "cuda" (the Triton engine) or "cpu"; operand_bytes: of a number of its weight."""
+    if device == "cpu":
+        return HeadSize(vocab, hidden, cast=operand_bytes < 4)
+    return HeadSize(vocab, hidden, 4, operand_bytes, align=64, quantum=128, machine=HOPPER)
+
+
 @dataclass(frozen=True)
 class Group:
     """Responses whose gradient shares one unknown scalar: c_i = scalar * unit_i."""

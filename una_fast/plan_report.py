@@ -12,7 +12,6 @@ from itertools import accumulate
 from una_fast.feedback import Feedback
 from una_fast.plan import (
     DEFAULT_WORKSPACE_MB,
-    HOPPER,
     Cost,
     HeadSize,
     Machine,
@@ -20,6 +19,7 @@ from una_fast.plan import (
     cost,
     forward_pass,
     forward_tile,
+    head_size,
     make_plan,
     span_rows,
 )
@@ -63,7 +63,7 @@ def describe_op(rows: int, hidden: int, vocab: int, settings: PlanConfig) -> str
     if min(rows, hidden, vocab) < 1 or rows < responses:
         raise ValueError(f"--op {rows} {hidden} {vocab}: N, D and V must be positive, and N at least {responses} here")
     gpu = settings.device == "cuda"
-    size = HeadSize(vocab, hidden, 4, 2, align=64, quantum=128, machine=HOPPER) if gpu else HeadSize(vocab, hidden)
+    size = head_size(vocab, hidden, settings.device, 2 if gpu else 4)
     machine = size.machine or CPU
     budget = int((settings.workspace_mb or DEFAULT_WORKSPACE_MB[settings.device]) * 2**20)
     bounds = [rows * i // responses for i in range(responses + 1)]

@@ -28,6 +28,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from una_fast.memory import KEEP_ALL, MemoryOptions
 from una_fast.packing import packing_refusal
 from una_fast.probe import HeadSpec, hidden_states, is_number, probe_head
 
@@ -83,6 +84,17 @@ def load_tokenizer(path: str | os.PathLike[str], *, trust_remote_code: bool = Fa
     return tokenizer
 
 
+def model_and_adapter(path: str | os.PathLike[str]) -> tuple[str, str | None]:
+    """(the model, the PEFT adapter directory that is on it, if `path` is one)."""
+    path = _resolve(path, "model")
+    if not (Path(path) / "adapter_config.json").is_file():
+        return path, None
+    config = PeftConfig.from_pretrained(path)
+    if config.is_prompt_learning:
+        raise ValueError(f"{path} holds a {config.peft_type} adapter; adapters inside the layers (LoRA) are allowed")
+    return _resolve(config.base_model_name_or_path, f"{path}/adapter_config.json: base_model_name_or_path, model"), path
+
+
 def load_causal_lm(
     path: str | os.PathLike[str],
     *,
@@ -95,17 +107,7 @@ def load_causal_lm(
     Raises ValueError for a directory that does not exist and for adapters that are not inside the layers (prompt
     tuning and the like).
     """
-    path = _resolve(path, "model")
-    adapter = path if (Path(path) / "adapter_config.json").is_file() else None
-    if adapter is not None:
-        config = PeftConfig.from_pretrained(adapter)
-        if config.is_prompt_learning:
-            raise ValueError(
-                f"{adapter} holds a {config.peft_type} adapter; adapters inside the layers (LoRA) are allowed"
-            )
-        path = _resolve(
-            config.base_model_name_or_path, f"{adapter}/adapter_config.json: base_model_name_or_path, model"
-        )
+    path, adapter = model_and_adapter(path)
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation=attn_implementation
     )
@@ -141,6 +143,13 @@ def add_lora(model: PreTrainedModel, options: LoraOptions) -> PeftModel:
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config, autocast_adapter_dtype=True)
+
+
+def _cast_outside_autocast(layer: BaseTunerLayer, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """For peft's layers: under autocast the product casts its operands; peft would first copy x, [T, D], to fp32."""
+    if x is not None and torch.is_autocast_enabled(x.device.type):
+        return x
+    return type(layer)._cast_input_dtype(layer, x, dtype)
 
 
 # --- scoring inside the model's forward ------------------------------------------------------------------------------
@@ -232,7 +241,7 @@ def load_policy(
     *,
     dtype: torch.dtype,
     lora: LoraOptions | None = None,
-    gradient_checkpointing: bool = False,
+    memory: MemoryOptions = KEEP_ALL,
     packing: bool = False,
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
@@ -247,15 +256,27 @@ def load_policy(
         if isinstance(model, PeftModel):
             raise ValueError(f"{path} is an adapter already, and is trained on as it is; leave the lora options out")
         model = add_lora(model, lora)
-    causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
-    head = probe_head(causal_lm)
+    return make_policy(model, probe_head(_inside(model)), memory, packing=packing)
+
+
+def make_policy(
+    model: PreTrainedModel | PeftModel, head: HeadSpec, memory: MemoryOptions = KEEP_ALL, *, packing: bool = False
+) -> Policy:
+    """A policy from a model whose head is known: scoring installed, packing probed, then the switches of `memory` (in
+    this order: what they patch is not for a CPU)."""
+    causal_lm = _inside(model)
+    for layer in causal_lm.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer._cast_input_dtype = types.MethodType(_cast_outside_autocast, layer)
     install_scorer(causal_lm)
-    if gradient_checkpointing:
-        # The name changed in transformers 5.2x; the old one warns.
-        enable = getattr(causal_lm, "activation_checkpointing_enable", causal_lm.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+    packed = packing and _can_pack(causal_lm)
+    memory.apply(causal_lm)
     model.train()
-    return Policy(model, causal_lm, head, packing and _can_pack(causal_lm))
+    return Policy(model, causal_lm, head, packed)
+
+
+def _inside(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _can_pack(causal_lm: PreTrainedModel) -> bool:

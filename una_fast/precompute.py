@@ -8,11 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from una_fast.config import RunConfig
 from una_fast.data import Example, Source, collate, load_examples, read_rows
+from una_fast.loader import Loader
 from una_fast.policy import load_policy, load_tokenizer
 from una_fast.records import as_object
-from una_fast.scoring import Scoring, run_dtypes
+from una_fast.scoring import Scoring, match_autocast, run_dtypes
 from una_fast.sharding import start_world
 
 
@@ -29,19 +32,32 @@ def precompute_reference(config: RunConfig) -> dict[str, list[dict[str, Any]]]:
     tokenizer = load_tokenizer(config.tokenizer or config.model, trust_remote_code=config.trust_remote_code)
     policy = load_policy(
         config.model,
-        dtype=dtype,
+        dtype=compute,
         trust_remote_code=config.trust_remote_code,
         attn_implementation=config.attn_implementation,
+        memory=config.memory_options(trained=False),
         packing=config.packing,
     )
     policy.model.to(world.device).eval()
-    scoring = Scoring(config.workspace_mb, config.engine, None if compute == dtype else compute)
+    # As the trainer's reference, adapter or frozen.
+    autocast = compute if compute != torch.float32 and (config.lora or dtype != compute) else None
+    if dtype != compute:
+        match_autocast(policy)
+    scoring = Scoring(config.workspace_mb, config.engine, autocast)
     output_dir = Path(config.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
 
     def logps(examples: list[Example]) -> Iterator[tuple[str, list[float]]]:
-        for start in range(0, len(examples), config.micro_batch_size):
-            part = examples[start : start + config.micro_batch_size]
+        loader = Loader(
+            [examples],
+            [1.0],
+            batch_size=config.batch_size,
+            micro_batch_size=config.micro_batch_size,
+            max_tokens_per_batch=config.max_tokens_per_batch,
+            packed=policy.packed,
+            seed=config.seed,
+        )
+        for part in (part for step in loader.in_order() for part in step.micro_batches):
             batch = collate(part, packed=policy.packed, device=world.device, pad_id=tokenizer.pad_token_id)
             values = iter(scoring.logps(policy, batch).tolist())
             for example in part:

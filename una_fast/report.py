@@ -23,6 +23,7 @@ BINS = 10
 _SUMS = (
     *("loss", "units", "pairs", "chosen", "rejected", "correct", "decided", "logps_chosen", "logps_rejected"),
     *("points", "target", "implicit", "calibrated", "log_ratio", "responses", "tokens", "response_tokens"),
+    "computed",
 )
 # Dense bf16 tensor-core peak, TFLOP/s, by a part of the device name.
 _PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "B200": 2250.0, "A100": 312.0, "MI300X": 1307.0, "L40S": 362.0}
@@ -68,6 +69,7 @@ class Meter:
             "responses": out.logps.numel(),
             "tokens": batch.num_tokens,
             "response_tokens": batch.targets.numel(),
+            "computed": batch.input_ids.numel(),
         }
         self.sums += torch.cat(
             [
@@ -118,6 +120,7 @@ class Meter:
         if s["responses"]:
             metrics["kl"] = s["log_ratio"] / s["responses"]
         metrics |= {n: s[n] for n in ("units", "tokens", "response_tokens")}
+        metrics["padding"] = 1.0 - s["tokens"] / max(s["computed"], 1.0)
         return metrics
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from una_fast.data import Batch
 from una_fast.head import linear_una_loss, sequence_logps
@@ -19,11 +19,31 @@ if TYPE_CHECKING:
 
 
 def run_dtypes(config: RunConfig, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
-    """(of the computation, of the loaded weights) of a run: weights that are trained stay float32, while the frozen
-    base under new adapters is loaded in the dtype of the computation."""
+    """(of the computation, of the weights of the policy as it is loaded) of a run.
+
+    The two differ under master_weights alone. bf16 weights have bf16 gradients, which micro-batches are added up in;
+    with fp32 weights both are fp32. New adapters are fp32 in any case, over a base in the dtype of the computation,
+    which every frozen reference has too.
+    """
     bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     compute = torch.bfloat16 if bf16 else torch.float32
-    return compute, compute if config.lora else torch.float32
+    return compute, torch.float32 if config.master_weights and not config.lora else compute
+
+
+def autocast_dtype(policy: Policy, compute: torch.dtype) -> torch.dtype | None:
+    """The dtype to run a policy under autocast in: that of the computation where trained weights, adapters too, are in
+    another; None where none is."""
+    return compute if any(p.dtype != compute for p in policy.trainable_parameters()) else None
+
+
+def match_autocast(policy: Policy) -> None:
+    """Let a frozen model of bf16 weights compute what fp32 weights of the same values compute under autocast: there
+    the embeddings, and with them the residual stream, are fp32, as are the norms."""
+    policy.causal_lm.get_input_embeddings().register_forward_hook(lambda module, given, out: out.float())
+    for module in policy.causal_lm.modules():
+        for name, p in module.named_parameters(recurse=False):
+            if p.dim() < 2:
+                setattr(module, name, nn.Parameter(p.detach().float(), p.requires_grad))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim import SGD, AdamW, Optimizer
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from una_fast.checkpoint import complete_checkpoints, load_training_state, read_state, save_checkpoint, save_model
@@ -21,6 +20,7 @@ from una_fast.config import RunConfig
 from una_fast.data import Example, Source, SourceReport, collate, load_examples
 from una_fast.loader import Loader, Step, hold_out
 from una_fast.losses import UnaOutput
+from una_fast.optim import gradient_norm, make_optimizer
 from una_fast.policy import Policy, load_policy, load_tokenizer
 from una_fast.reference import (
     AdapterReference,
@@ -31,7 +31,8 @@ from una_fast.reference import (
     without_cached_logps,
 )
 from una_fast.report import Clock, Meter, Reporter, model_card, peak_gib, peak_tflops
-from una_fast.scoring import Scoring, run_dtypes
+from una_fast.run_report import refuse_too_large
+from una_fast.scoring import Scoring, autocast_dtype, match_autocast, run_dtypes
 from una_fast.sharding import World, local_scalar, shard, start_world
 
 
@@ -138,6 +139,8 @@ class Trainer:
         options = {
             "batch_size": config.batch_size,
             "micro_batch_size": config.micro_batch_size,
+            "max_tokens_per_batch": config.max_tokens_per_batch,
+            "packed": self.policy.packed,
             "seed": config.seed,
             "rank": world.rank,
             "world_size": world.size,
@@ -170,18 +173,17 @@ class Trainer:
     def _load_models(self, cached: bool, examples: list[Example], checkpoint: Path | None) -> None:
         """Policy (from the checkpoint, if any) and reference (always from the start of the run)."""
         config, world = self.config, self.world
+        refuse_too_large(config, examples, device=world.device.type, ranks=world.size, cached=cached)
         compute, dtype = run_dtypes(config, world.device)
         self.bf16 = compute == torch.bfloat16
-        autocast = None if compute == dtype or world.sharded else compute  # FSDP2 casts by itself
-        self.scoring = Scoring(config.workspace_mb, config.engine, autocast)
 
         def load(path: Any, *, trained: bool) -> Policy:
             lora = config.lora if trained and checkpoint is None else None
             return load_policy(
                 path,
-                dtype=dtype,
+                dtype=dtype if trained else compute,
                 lora=lora,
-                gradient_checkpointing=config.gradient_checkpointing and trained,
+                memory=config.memory_options(trained=trained),
                 trust_remote_code=config.trust_remote_code,
                 attn_implementation=config.attn_implementation,
                 packing=config.packing and trained,
@@ -189,6 +191,8 @@ class Trainer:
 
         self.policy = load(checkpoint or config.model, trained=True)
         check_token_ids(examples, self.policy)
+        autocast = None if world.sharded else autocast_dtype(self.policy, compute)  # FSDP2 casts by itself
+        self.scoring = Scoring(config.workspace_mb, config.engine, autocast)
         models = [self.policy]
         self.reference: Reference
         if cached:
@@ -198,7 +202,10 @@ class Trainer:
         else:
             models.append(load(config.model, trained=False))
             models[1].packed = self.policy.packed
+            if autocast is not None and dtype != compute:
+                match_autocast(models[1])
             self.reference = FrozenReference(models[1], self.scoring)
+        self.models = models
         for policy in models:
             policy.model.to(world.device)
             if world.sharded:
@@ -228,7 +235,7 @@ class Trainer:
             out = self.score(examples, work.num_units)
             out.loss.backward()
         parameters = self.policy.trainable_parameters()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = gradient_norm(parameters)
         value = local_scalar(norm)
         if not value < float("inf"):
             origins = ", ".join(e.origin for part in work.micro_batches for e in part) or "another rank"
@@ -336,15 +343,3 @@ def check_token_ids(examples: list[Example], policy: Policy) -> None:
                 f"{example.origin}: the tokenizer gives token {largest}, but the model has {size} embeddings; set "
                 "tokenizer to the model's own"
             )
-
-
-def make_optimizer(policy: Policy, config: RunConfig) -> Optimizer:
-    """Over the trainable parameters; norms and biases are not decayed."""
-    parameters = policy.trainable_parameters()
-    if config.optimizer == "sgd":
-        return SGD(parameters, lr=config.learning_rate)
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return AdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=tuple(config.adam_betas))

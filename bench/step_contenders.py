@@ -1,0 +1,559 @@
+"""The training steps that bench_step.py times: real architectures with random weights, ours and TRL's loop.
+
+Both sides run the loop their users run on the same token ids: `una_fast.train.Trainer.run` and `trl.DPOTrainer.train`.
+Only where weights and tokens come from is exchanged: models are built from their configuration, tokens are drawn. A
+step lasts from the first micro-batch of an optimizer step to the end of that step (forward, backward, clipping,
+optimizer, schedule); fetching data and logging stand outside on both sides, but for our collate, which is inside.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import hashlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import contenders  # noqa: F401  finds the peers, and lets triton be imported without a GPU
+import harness
+import numpy as np
+import torch
+from counters import LiveBytes
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
+
+SEED = 0
+PAD, EOS = 0, 1
+LEARNING_RATE = 1e-5
+LORA = {"r": 32, "alpha": 16}
+_ROPE = {"rope_type": "default", "rope_theta": 1e6}
+_LONGEST = 1 << 20  # positions: rotary embeddings need no table, but a configuration states a limit
+
+# --------------------------------------------------------------------------------------------------------- the models
+
+
+class Shape(NamedTuple):
+    """A published architecture. tokens: of a response in the suite "equal". mode: the reference it is trained with."""
+
+    label: str
+    tokens: int
+    mode: str
+    config: dict[str, Any]
+
+
+def _sizes(hidden: int, layers: int, heads: tuple[int, int, int], inner: int, vocab: int, tied: bool) -> dict[str, Any]:
+    """heads: of the queries, of the keys, and the size of one."""
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        "head_dim": heads[2],
+        "intermediate_size": inner,
+        "vocab_size": vocab,
+        "tie_word_embeddings": tied,
+        "max_position_embeddings": _LONGEST,
+    }
+
+
+SHAPES = {
+    "llama3-8b": Shape(
+        "Llama-3-8B",
+        4096,
+        "adapter",
+        {"model_type": "llama", **_sizes(4096, 32, (32, 8, 128), 14336, 128256, False), "rope_parameters": _ROPE},
+    ),
+    "qwen3-8b": Shape(
+        "Qwen3-8B",
+        4096,
+        "adapter",
+        {"model_type": "qwen3", **_sizes(4096, 36, (32, 8, 128), 12288, 151936, False), "rope_parameters": _ROPE},
+    ),
+    "qwen3-1.7b": Shape(
+        "Qwen3-1.7B",
+        8192,
+        "cached",
+        {"model_type": "qwen3", **_sizes(2048, 28, (16, 8, 128), 6144, 151936, True), "rope_parameters": _ROPE},
+    ),
+    "gemma3-1b": Shape(
+        "gemma-3-1b",
+        8192,
+        "cached",
+        {"model_type": "gemma3_text", **_sizes(1152, 26, (4, 1, 256), 6912, 262144, True), "sliding_window": 512},
+    ),
+    "tiny-llama": Shape(
+        "tiny Llama", 512, "cached", {"model_type": "llama", **_sizes(256, 4, (8, 4, 32), 688, 8000, False)}
+    ),
+    "tiny-gemma": Shape(
+        "tiny gemma",
+        64,
+        "cached",
+        {"model_type": "gemma3_text", **_sizes(64, 6, (4, 1, 16), 96, 500, True), "sliding_window": 16},
+    ),
+}
+
+
+class Case(NamedTuple):
+    """Steps to be measured.
+
+    pairs: (prompt, chosen, rejected) lengths of the pairs of one step, in micro-batches of `micro`. mode: where the
+    reference comes from, cached | adapter | frozen. changes: of the Setup. memory_cap: GiB, None for all there is.
+    """
+
+    suite: str
+    model: str
+    layers: int
+    mode: str
+    pairs: tuple[tuple[int, int, int], ...]
+    micro: int = 1
+    lora: bool = False
+    changes: tuple[tuple[str, Any], ...] = ()
+    memory_cap: float | None = None
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        values = SHAPES[self.model].config | {"num_hidden_layers": self.layers}
+        special = {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": EOS}
+        return AutoConfig.for_model(**values, **special, use_cache=False)
+
+    @property
+    def tokens(self) -> int:
+        """Of the pairs as separate sequences, padding not counted: the same for whoever trains on them."""
+        return sum(2 * prompt + chosen + rejected for prompt, chosen, rejected in self.pairs)
+
+    @property
+    def beta(self) -> float:
+        """So small that margins are of order 1 at every length, and a loss shows what it was computed from."""
+        return max(max(pair[1:]) for pair in self.pairs) ** -0.5
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is the same on both sides. mlp_tile is ours alone: TRL has no such option."""
+
+    device: torch.device
+    dtype: torch.dtype
+    checkpointing: bool = True
+    offload: bool = False
+    liger: bool = False
+    master_weights: bool = False
+    attention: str = "sdpa"
+    optimizer: str = "adamw"
+    mlp_tile: int | None = None
+
+    def weights(self, lora: bool) -> torch.dtype:
+        return torch.float32 if self.master_weights and not lora else self.dtype
+
+
+def build(case: Case, setup: Setup, dtype: torch.dtype) -> PreTrainedModel:
+    """The same weights at every call, drawn on the device."""
+    torch.manual_seed(SEED)
+    with setup.device:
+        return AutoModelForCausalLM.from_config(case.config, dtype=dtype, attn_implementation=setup.attention)
+
+
+@torch.no_grad()
+def drift(model: torch.nn.Module) -> None:
+    """Move the trained weights away from the reference's, the same way on both sides: a policy that is its own
+    reference has the loss log 2 whatever is computed."""
+    for name, p in model.named_parameters():
+        if p.requires_grad and p.dim() == 2:
+            generator = torch.Generator(p.device).manual_seed(int(hashlib.sha256(name.encode()).hexdigest()[:8], 16))
+            noise = torch.randn(p.shape, generator=generator, device=p.device, dtype=p.dtype)
+            if "lora_" in name:  # new adapters: one half is zero, the other drawn by each side for itself
+                p.copy_(noise * p.shape[1] ** -0.5)
+            else:
+                p.add_(noise * (0.3 * p.float().std()).to(p.dtype))
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Neither side tokenizes anything, and both ask for the token that pads."""
+    from tokenizers import Tokenizer, models
+
+    vocab = {"<pad>": PAD, "</s>": EOS}
+    raw = Tokenizer(models.WordLevel(vocab, unk_token="</s>"))
+    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="</s>")
+
+
+def draw(case: Case) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Token ids of every pair: prompt, chosen, rejected."""
+    rng = np.random.default_rng(SEED)
+    vocab = SHAPES[case.model].config["vocab_size"]
+    return [tuple(rng.integers(2, vocab, size=n, dtype=np.int32) for n in pair) for pair in case.pairs]
+
+
+# ----------------------------------------------------------------------------------------------------------- the work
+
+
+def attended(length: int, window: int | None) -> int:
+    """(query, key) pairs of causal attention over one sequence."""
+    full = min(length, window or length)
+    return full * (full + 1) // 2 + (length - full) * full
+
+
+def needed_flop(case: Case) -> float:
+    """Flop of a step that nobody can do without, if every response stands in a sequence of its own.
+
+    Forward: 2 per weight of the layers' linear maps and token, 4 per attended (query, key) pair, head and element of
+    it, 2 per weight of the head and response token. Backward: as much for inputs, and again for weights that are
+    trained (attention: twice). A reference that is computed: one forward. Not counted: recomputation, norms, adapters.
+    Who encodes a shared prompt once does less than this, and may show more than the machine's peak.
+    """
+    c = case.config
+    per_layer = c.hidden_size * c.head_dim * 2 * (c.num_attention_heads + c.num_key_value_heads)
+    per_layer += 3 * c.hidden_size * c.intermediate_size
+    kinds = getattr(c, "layer_types", None) or ["full_attention"] * case.layers
+    windows = [c.sliding_window if kind == "sliding_attention" else None for kind in kinds]
+    sequences = [prompt + response for prompt, *responses in case.pairs for response in responses]
+    pairs = sum(attended(length, window) for window in windows for length in sequences)
+    responses = sum(chosen + rejected for _, chosen, rejected in case.pairs)
+    linear = 2.0 * per_layer * case.layers * case.tokens + 2.0 * c.vocab_size * c.hidden_size * responses
+    attention = 4.0 * c.num_attention_heads * c.head_dim * pairs
+    reference = case.mode != "cached"
+    return linear * (2 + (not case.lora) + reference) + attention * (3 + reference)
+
+
+# ----------------------------------------------------------------------------------------------------------- watching
+
+
+class Session(NamedTuple):
+    """One run of a contender, alone in memory. history: what it logged for every step. sequences: digests of (prompt,
+    response) of the tokens that went through the model. row_tokens: of a step, padding included."""
+
+    history: list[dict[str, float]]
+    seconds: list[float]
+    peak_bytes: int
+    row_tokens: int
+    sequences: list[str]
+    weights: str
+    packed: bool
+
+
+class Watch:
+    """Called around every optimizer step: the time of those after the warm-up, the memory of one that finds the
+    optimizer's state in place. On a CPU the bytes born within the last step of the warm-up, alive at once: gradients
+    and activations, not weights. On a GPU all that is allocated, in the timed steps. Without a warm-up the only step
+    shows both."""
+
+    def __init__(self, device: torch.device, warmup: int, timed: int, memory_cap: float | None = None) -> None:
+        self.device, self.warmup, self.steps, self.memory_cap = device, warmup, warmup + timed, memory_cap
+        self.seconds: list[float] = []
+        self.peak_bytes, self.count = 0, 0
+        self.sequences: list[str] = []
+        self.row_tokens = 0
+        self._live: LiveBytes | None = None
+        self._start = 0.0
+
+    @property
+    def first(self) -> bool:
+        return self.count == 0
+
+    def saw(self, rows: int, sequences: list[str]) -> None:
+        """A micro-batch of the first step."""
+        self.row_tokens += rows
+        self.sequences += sequences
+
+    def begin(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            if self.count == self.warmup:
+                torch.cuda.reset_peak_memory_stats()
+        elif self.count == max(self.warmup - 1, 0):
+            self._live = LiveBytes().__enter__()
+        self._start = time.perf_counter()
+
+    def end(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        spent = time.perf_counter() - self._start
+        if self.count >= self.warmup:
+            self.seconds.append(spent)
+            if self.device.type == "cuda":
+                self.peak_bytes = torch.cuda.max_memory_allocated()
+        self.close()
+        self.count += 1
+
+    def close(self) -> None:
+        """Stop counting; also after a step that failed."""
+        if self._live is not None:
+            live, self._live = self._live, None
+            live.__exit__(None, None, None)
+            self.peak_bytes = live.peak()
+            if self.memory_cap and self.peak_bytes > self.memory_cap * 2**30:
+                raise torch.OutOfMemoryError(f"out of memory: {self.peak_bytes} bytes, of {self.memory_cap} GiB")
+
+    def session(self, history: list[dict[str, float]], weights: torch.dtype, packed: bool) -> Session:
+        assert len(history) == self.count == self.steps, (len(history), self.count, self.steps)
+        name = str(weights).removeprefix("torch.")
+        return Session(history, self.seconds, self.peak_bytes, self.row_tokens, sorted(self.sequences), name, packed)
+
+
+def digest(prompt: Tensor, response: Tensor) -> str:
+    parts = (part.detach().cpu().numpy().astype(np.int64).tobytes() for part in (prompt, response))
+    return hashlib.sha256(b"|".join(parts)).hexdigest()[:16]
+
+
+# --------------------------------------------------------------------------------------------------------------- ours
+
+
+def ours(case: Case, setup: Setup, watch: Watch) -> Session:
+    from una_fast import train
+    from una_fast.data import Example, collate
+    from una_fast.feedback import Feedback
+    from una_fast.sharding import start_world
+
+    examples = [
+        Example(prompt, (chosen, rejected), Feedback.pairs([0], [1]), None, f"pair {k}")
+        for k, (prompt, chosen, rejected) in enumerate(draw(case))
+    ]
+    with tempfile.TemporaryDirectory() as folder, random_weights(case, setup):
+        config = run_config(case, setup, watch.steps, folder)
+        if case.mode == "cached":
+            examples = with_reference(case, setup, config, examples)
+        torch.manual_seed(SEED)
+        trainer = train.Trainer(config, start_world(setup.device.type), tokenizer(), [examples], [], [1.0])
+        packed, take_step = trainer.policy.packed, trainer.take_step
+
+        def look(parts: list[list[Example]]) -> None:
+            for part in parts:
+                batch = collate(part, packed=packed, pad_id=PAD)
+                watch.saw(batch.input_ids.numel(), list(digests(batch)))
+
+        def watched(work: Any) -> dict[str, float]:
+            if watch.first:
+                look(work.micro_batches)
+            watch.begin()
+            taken = take_step(work)
+            watch.end()
+            return taken
+
+        trainer.take_step = watched
+        weights = trainer.policy.causal_lm.get_input_embeddings().weight.dtype
+        trainer.run()
+        history = harness.read_lines(Path(folder) / "metrics.jsonl")
+    return watch.session(history, weights, packed)
+
+
+def run_config(case: Case, setup: Setup, steps: int, folder: str) -> Any:
+    from una_fast.config import LoraOptions, RunConfig
+
+    return RunConfig(
+        model="random weights",
+        data="random tokens",
+        output_dir=folder,
+        device=setup.device.type,
+        precision="bf16" if setup.dtype == torch.bfloat16 else "fp32",
+        master_weights=setup.master_weights,
+        beta=case.beta,
+        reference=case.mode,
+        lora=LoraOptions(**LORA) if case.lora else None,
+        gradient_checkpointing=setup.checkpointing,
+        offload_activations=setup.offload,
+        mlp_tile=setup.mlp_tile,
+        liger=setup.liger,
+        attn_implementation=setup.attention,
+        optimizer=setup.optimizer,
+        batch_size=len(case.pairs),
+        micro_batch_size=case.micro,
+        epochs=float(steps),
+        max_steps=steps,
+        learning_rate=LEARNING_RATE,
+        lr_schedule="constant",
+        warmup_ratio=0.0,
+        seed=SEED,
+        loggers=[],
+        progress=False,
+    )
+
+
+@contextmanager
+def random_weights(case: Case, setup: Setup) -> Iterator[None]:
+    """The trainer builds its models instead of reading them, and drifts before it makes its optimizer."""
+    from una_fast import policy, train
+
+    make_optimizer = train.make_optimizer
+
+    def drifted(policy: Any, *arguments: Any, **options: Any) -> Any:
+        drift(policy.model)
+        return make_optimizer(policy, *arguments, **options)
+
+    def load(path: str, *, dtype: torch.dtype, **_: Any) -> PreTrainedModel:
+        return build(case, setup, dtype)
+
+    with (
+        mock.patch.object(policy, "load_causal_lm", load),
+        mock.patch.object(train, "make_optimizer", drifted),
+        mock.patch.object(train, "refuse_too_large", lambda *_, **__: None),  # it would look for the model's files
+    ):
+        yield
+
+
+def with_reference(case: Case, setup: Setup, config: Any, examples: list[Any]) -> list[Any]:
+    """The examples with the log-probs of the undrifted model, as `una-fast precompute-ref` takes them."""
+    from una_fast.data import collate
+    from una_fast.policy import load_policy
+    from una_fast.scoring import Scoring, run_dtypes
+
+    compute, dtype = run_dtypes(config, setup.device)
+    policy = load_policy("random weights", dtype=dtype, memory=config.memory_options(trained=False), packing=True)
+    policy.model.eval()
+    scoring = Scoring(autocast=None if compute == dtype else compute)
+    found = []
+    for example in examples:
+        batch = collate([example], packed=policy.packed, device=setup.device, pad_id=PAD)
+        found.append(replace(example, ref_logps=tuple(scoring.logps(policy, batch).tolist())))
+    del policy, batch
+    clean()
+    return found
+
+
+def digests(batch: Any) -> Iterator[str]:
+    """Of every sequence of our batch, read from what the model and the loss take."""
+    ids, width = batch.input_ids.flatten(), batch.input_ids.shape[1]
+    begins = [s.prompt[0] for s in batch.segments or () for _ in s.responses]
+    bounds = batch.cu_seqlens.tolist()
+    for k, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        last = int(batch.rows[start])  # of the prompt, it predicts the first token of the response
+        begin = begins[k] if batch.segments else last // width * width
+        yield digest(ids[begin : last + 1], batch.targets[start:stop])
+
+
+# --------------------------------------------------------------------------------------------------------------- TRL
+
+
+class Steps(TrainerCallback):
+    """Puts a Watch around the optimizer steps of a transformers Trainer."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.watch.begin()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.watch.end()
+
+
+def theirs(case: Case, setup: Setup, watch: Watch) -> Session:
+    import datasets
+    from peft import LoraConfig
+    from transformers import PrinterCallback
+    from trl import DPOTrainer
+    from trl.trainer import dpo_trainer
+
+    datasets.disable_progress_bars()
+
+    class Pretokenized(DPOTrainer):
+        """Takes token ids as they are, and tells what goes through the model in the first step."""
+
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset
+
+        def training_step(self, model: Any, inputs: dict[str, Tensor], *rest: Any) -> Tensor:
+            if watch.first:
+                watch.saw(inputs["input_ids"].numel(), list(padded_digests(inputs)))
+            return super().training_step(model, inputs, *rest)
+
+    columns = zip(*draw(case), strict=True)
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    data = datasets.Dataset.from_dict({n: [ids.tolist() for ids in c] for n, c in zip(names, columns, strict=True)})
+    # transformers hashes every weight on the CPU to name a cache; the case names these weights as well.
+    named = mock.patch.object(dpo_trainer, "hash_module", lambda module: repr((case, setup)))
+    with tempfile.TemporaryDirectory() as folder, named, mock.patch.dict("os.environ", {"TQDM_DISABLE": "1"}):
+        lora = {"r": LORA["r"], "lora_alpha": LORA["alpha"], "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+        weights = setup.weights(case.lora)
+        trainer = Pretokenized(
+            build(case, setup, weights),
+            build(case, setup, weights) if case.mode == "frozen" else None,
+            args=trl_config(case, setup, watch.steps, folder),
+            train_dataset=data,
+            processing_class=tokenizer(),
+            peft_config=LoraConfig(**lora) if case.lora else None,
+            callbacks=[Steps(watch)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        drift(trainer.model)
+        trainer.train()
+    history = [line for line in trainer.state.log_history if "loss" in line]
+    return watch.session(history, weights, packed=False)
+
+
+def trl_config(case: Case, setup: Setup, steps: int, folder: str) -> Any:
+    from trl import DPOConfig
+
+    optimizers = {"adamw_8bit": {"optim": "adamw_torch_8bit"}, "sgd": {"optim": "sgd"}}  # adamw: its own default
+    return DPOConfig(
+        output_dir=folder,
+        per_device_train_batch_size=case.micro,
+        gradient_accumulation_steps=len(case.pairs) // case.micro,
+        max_steps=steps,
+        max_length=None,  # else it truncates to 1024
+        beta=case.beta,
+        precompute_ref_log_probs=case.mode == "cached",
+        precompute_ref_batch_size=1,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        gradient_checkpointing=setup.checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        activation_offloading=setup.offload,
+        use_liger_kernel=setup.liger,
+        bf16=setup.dtype == torch.bfloat16,
+        use_cpu=setup.device.type == "cpu",
+        seed=SEED,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        **optimizers.get(setup.optimizer, {}),
+    )
+
+
+def padded_digests(inputs: dict[str, Tensor]) -> Iterator[str]:
+    for ids, mask, completion in zip(
+        inputs["input_ids"], inputs["attention_mask"].bool(), inputs["completion_mask"].bool(), strict=True
+    ):
+        yield digest(ids[mask & ~completion], ids[completion])
+
+
+# ---------------------------------------------------------------------------------------------------------- everybody
+
+CONTENDERS: dict[str, Callable[[Case, Setup, Watch], Session]] = {"una_fast": ours, "trl": theirs}
+
+
+def clean() -> None:
+    """Trainers stand in reference cycles: without a collection the next one finds the memory of the last."""
+    gc.collect()
+    harness.release()
+
+
+def run(
+    name: str, case: Case, setup: Setup, warmup: int, timed: int, seconds: float | None
+) -> tuple[Session | None, str | None]:
+    """(what came of it, None) or (None, the reason). Nothing stays in memory."""
+    watch = Watch(setup.device, warmup, timed, case.memory_cap)
+    setup = replace(setup, **dict(case.changes))
+
+    def close() -> None:
+        watch.memory_cap = None  # the reason is known
+        watch.close()
+        clean()
+
+    session, reason = harness.attempt(name, functools.partial(CONTENDERS[name], case, setup, watch), close, seconds)
+    if not reason:
+        clean()
+    return session, reason

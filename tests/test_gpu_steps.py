@@ -1,0 +1,91 @@
+"""On a CUDA device: whole training steps take the memory that was planned, and what travels beside them arrives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import make_config, make_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from una_fast.loader import Step
+from una_fast.run_plan import Planner, Row
+from una_fast.run_report import measured_peak
+from una_fast.sharding import start_world
+from una_fast.train import Trainer
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.fixture(scope="module")
+def llama_200m(tmp_path_factory):
+    """A Llama of 200 M weights on disk, large enough for allocator roundings not to show."""
+    directory = tmp_path_factory.mktemp("llama")
+    tokenizer = make_tokenizer()
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=10,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        max_position_embeddings=1 << 20,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory), tokenizer
+
+
+MEMORY_SETTINGS = {
+    "plain": {},
+    "checkpointing": {"gradient_checkpointing": True},
+    "offload": {"gradient_checkpointing": True, "offload_activations": True, "mlp_tile": 2048},
+    "lora": {"lora": {"r": 16, "alpha": 16}, "gradient_checkpointing": True, "mlp_tile": 2048},
+    "host optimizer": {"gradient_checkpointing": True, "offload_optimizer": True},
+    "masters": {"gradient_checkpointing": True, "master_weights": True},
+}
+
+
+def open_run(directory, tokenizer, output_dir, batch, **changes):
+    settings = {"device": "cuda", "batch_size": 1, "workspace_mb": 256, "learning_rate": 1e-4, "max_grad_norm": None}
+    config = make_config(directory, ["unread.jsonl"], output_dir, **settings | changes)
+    output_dir.mkdir()
+    torch.manual_seed(0)
+    return config, Trainer(config, start_world("cuda"), tokenizer, [batch], [], [1.0])
+
+
+@pytest.mark.parametrize("name", MEMORY_SETTINGS)
+def test_the_plan_of_a_step_is_within_a_tenth_of_what_is_allocated(name, llama_200m, tmp_path):
+    batch = [Row(12000, (1000, 1500)).example()]
+    before = torch.cuda.memory_allocated()
+    config, trainer = open_run(*llama_200m, tmp_path / "run", batch, **MEMORY_SETTINGS[name])
+    measured = measured_peak(trainer, batch) - before
+    planned = Planner(config).step(batch)
+    assert planned.peak == pytest.approx(measured, rel=0.1), planned.parts
+
+
+@pytest.mark.parametrize("name", ["offload", "host optimizer"])
+def test_what_travels_beside_the_computation_arrives(name, llama_200m, tmp_path):
+    """Copies on streams of their own, awaited: three steps give the numbers of a run without them, bitwise."""
+    batch = [Row(3000, (500, 700)).example()]
+    on = MEMORY_SETTINGS[name]
+    off = {**on, "offload_activations": False}
+    if name == "host optimizer":  # the moments of fp32 weights on the device, by torch's own
+        on, off = on | {"master_weights": True}, {"gradient_checkpointing": True, "master_weights": True}
+    norms = []
+    for number, changes in enumerate((on, off)):
+        _, trainer = open_run(*llama_200m, tmp_path / f"run{number}", batch, **changes)
+        norms.append([trainer.take_step(Step(0.0, [batch], 1))["grad_norm"] for _ in range(3)])
+    assert norms[0] == pytest.approx(norms[1], rel=0 if name == "offload" else 1e-5)
+
+
+def test_liger_computes_what_the_model_does(llama_200m, tmp_path):
+    pytest.importorskip("liger_kernel")
+    batch = [Row(300, (50, 70)).example()]
+    norms = []
+    for number, liger in enumerate((False, True)):  # in this order: liger patches the family for the whole process
+        _, trainer = open_run(*llama_200m, tmp_path / f"run{number}", batch, liger=liger, mlp_tile=100)
+        norms.append(trainer.take_step(Step(0.0, [batch], 1))["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=0.03)

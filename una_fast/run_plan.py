@@ -1,0 +1,452 @@
+"""What a training step will need, before anything is loaded: peak memory by part, and flop.
+
+The step itself is run, on tensors that have shapes and no memory (torch's fake tensors): the model is built from its
+config alone, and its own forward, checkpointing, tiles and backward decide what lives when. LiveBytes counts it. So
+there is no formula per architecture to go stale. Three things are stood in for, because they differ between devices or
+look at numbers: the fused head (its plan is made as always; what it allocates is allocated), the attention kernel of a
+GPU, and the optimizer (sizes of its state).
+
+    peak = weights + optimizer state + max(what the step holds, gradients + temporaries of the optimizer)
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftConfig, get_peft_model
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from una_fast import attention
+from una_fast.config import RunConfig
+from una_fast.counters import FlopCounter, LiveBytes, part
+from una_fast.data import Batch, Example, collate, layout_tokens
+from una_fast.engine import CACHE_BLOCK_BYTES
+from una_fast.feedback import Feedback
+from una_fast.memory import decoder_layers
+from una_fast.optim import state_bytes, step_bytes
+from una_fast.packing import packing_refusal
+from una_fast.plan import DEFAULT_WORKSPACE_MB, HeadSize, Tile, cost, forward_pass, forward_tile, head_size, make_plan
+from una_fast.policy import Policy, add_lora, make_policy, model_and_adapter, remove_dropout
+from una_fast.probe import HeadSpec
+from una_fast.scoring import autocast_dtype, match_autocast, run_dtypes
+
+PARTS = ("weights", "gradients", "optimizer", "head", "activations", "attention", "layer", "reference", "gathered")
+"""Parts of the peak. activations: kept from forward to backward. layer: the one at work. gathered: FSDP's whole
+weights of the layers at work."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt and its responses, in tokens."""
+
+    prompt: int
+    responses: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.prompt < 1 or not self.responses or min(self.responses) < 1:
+            raise ValueError(f"a row needs a prompt and responses of at least 1 token, not {self}")
+
+    @property
+    def tokens(self) -> int:
+        """Of the packed row."""
+        return self.prompt + sum(self.responses)
+
+    def scaled(self, factor: float) -> Row:
+        """The same proportions, `factor` times as long."""
+        return Row(max(round(self.prompt * factor), 1), tuple(max(round(n * factor), 1) for n in self.responses))
+
+    def example(self) -> Example:
+        """A record of this shape: a pair for two responses, scores otherwise."""
+        count = len(self.responses)
+        feedback = Feedback.pairs([0], [1]) if count == 2 else Feedback.scores(range(count), [0.5] * count)
+        empty = [np.zeros(n, dtype=np.int32) for n in (self.prompt, *self.responses)]
+        return Example(empty[0], tuple(empty[1:]), feedback, None, "planned")
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One forward and backward of a batch, with the optimizer behind it, on one device."""
+
+    parts: dict[str, int]
+    """Bytes of each of PARTS at the peak."""
+    host: int
+    """Bytes in host memory at the most: offloaded activations and optimizer state."""
+    flop: float
+    """Of matrix products and attention, recomputation included."""
+    tokens: int
+    """In the batch."""
+    packed: bool
+
+    @property
+    def peak(self) -> int:
+        """Bytes on the device at the most."""
+        return sum(self.parts.values())
+
+
+class Planner:
+    """Plans steps of one run, from the config of its model."""
+
+    def __init__(self, config: RunConfig, *, device: str | None = None, world_size: int = 1) -> None:
+        """device: "cpu" or "cuda" (which need not be there); default: the run's. world_size: ranks of FSDP2."""
+        self.config, self.world_size = config, world_size
+        kind = device or config.device
+        self.device = kind if kind != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        path, self.adapter = model_and_adapter(config.model)
+        self.model_config = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+        with torch.device("meta"):
+            self._whole = self._model(torch.float32)
+        self.parameters = sum(p.numel() for p in self._whole.parameters())
+
+    @functools.cached_property
+    def packed(self) -> bool:
+        """Whether batches are packed rows: the probe of the trainer, on the same config."""
+        return self.config.packing and packing_refusal(self._whole) is None
+
+    def rough_bytes(self, examples: Sequence[Example]) -> int:
+        """Surely enough for a batch of a usual model, without looking: to spare small runs the plan."""
+        config = self.model_config
+        width = 64 * config.hidden_size + 16 * max(getattr(config, "intermediate_size", 0) or 0, 4 * config.hidden_size)
+        tokens = layout_tokens(examples, packed=False)
+        workspace = DEFAULT_WORKSPACE_MB[self.device] if self.config.workspace_mb is None else self.config.workspace_mb
+        return 24 * self.parameters + 4 * tokens * config.num_hidden_layers * width + int(workspace * 2**20)
+
+    def estimate(self, examples: Sequence[Example], **options: Any) -> StepPlan:
+        """`step` from two shallower models of the same layers, continued in a straight line: faster, and exact where
+        the moment of the peak is the same in all of them."""
+        total, period = self.model_config.num_hidden_layers, _period(self.model_config)
+        few, more = (min(n * period, total) for n in (2, 4))
+        if more >= total:
+            return self.step(examples, **options)
+        a, b = (self.step(examples, layers=n, **options) for n in (few, more))
+
+        def at(x: float, y: float) -> float:
+            return y + (y - x) / (more - few) * (total - more)
+
+        parts = {name: max(round(at(a.parts[name], b.parts[name])), 0) for name in PARTS}
+        return StepPlan(parts, round(at(a.host, b.host)), at(a.flop, b.flop), a.tokens, a.packed)
+
+    def step(
+        self,
+        examples: Sequence[Example],
+        *,
+        cached_reference: bool = False,
+        accumulate: bool = False,
+        layers: int | None = None,
+        **switches: Any,
+    ) -> StepPlan:
+        """The step of one batch. cached_reference: the records bring ref_logps. accumulate: the batch is not the first
+        of its step, so that all gradients are there already. layers: of a shallower model of the same kind. switches:
+        fields of the run to plan with instead."""
+        config = replace(self.config, **switches) if switches else self.config
+        compute, dtype = run_dtypes(config, torch.device(self.device))
+        batch = collate(examples, packed=self.packed, device=torch.device("cpu"), pad_id=0)
+        unpadded = batch.attention_mask is None or bool(batch.attention_mask.all())
+        cached = cached_reference or config.reference == "cached"
+        frozen_copy = not cached and (config.lora is None or config.reference == "frozen")
+        head = _Head(config, self.device, batch)
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        policy = self._policy(config, dtype, mode, layers, trained=True)
+        reference = self._policy(config, compute, mode, layers, trained=False) if frozen_copy else None
+        with mode, _attention_of(self.device, unpadded) as kernel:
+            on_device = {name: getattr(batch, name) for name in _ON_DEVICE}
+            fakes = {k: None if x is None else mode.from_tensor(x) for k, x in on_device.items()}
+            autocast = None if self.world_size > 1 else autocast_dtype(policy, compute)
+            if reference is not None and autocast is not None and dtype != compute:
+                match_autocast(reference)
+            with FlopCounter() as products, LiveBytes() as live:
+                for _ in range(1 + accumulate):
+                    _run(policy, reference, replace(batch, **fakes), head, autocast, cached)
+            trained = policy.trainable_parameters()
+            live.assign("gradients", [p.grad for p in trained if p.grad is not None])
+            held = live.peak_parts(without=("host", "gradients") if self.world_size > 1 else ("host",))
+            parts = self._parts(config, policy, reference, held, compute)
+            host = live.peak_parts(without=set(live.parts) - {"host"}).total() + state_bytes(trained, config)[1]
+        flop = (products.flop + head.flop + kernel.flop) / (1 + accumulate)
+        return StepPlan(parts, host, flop, batch.num_tokens, self.packed)
+
+    def _parts(
+        self,
+        config: RunConfig,
+        policy: Policy,
+        reference: Policy | None,
+        held: Counter[str],
+        compute: torch.dtype,
+    ) -> dict[str, int]:
+        """What the step holds, with what is there all the time."""
+        ranks = self.world_size
+        trained = policy.trainable_parameters()
+        state, _ = state_bytes(trained, config)
+        gradients = sum(p.numel() * p.itemsize for p in trained)
+        parts = dict.fromkeys(PARTS, 0)
+        for name, size in held.items():
+            parts[_PART_OF.get(name, name)] += size
+        if ranks > 1:
+            parts["gradients"] = gradients // ranks
+            parts["gathered"] = _gathered(policy, compute)
+        stepping = step_bytes(trained, config)
+        if gradients // ranks + stepping > sum(parts.values()):
+            parts = dict.fromkeys(PARTS, 0) | {"gradients": gradients // ranks, "optimizer": stepping}
+        parts["optimizer"] += state // ranks
+        parts["weights"] = _bytes(policy) // ranks
+        parts["reference"] += 0 if reference is None else _bytes(reference) // ranks
+        return parts
+
+    def _model(self, dtype: torch.dtype, layers: int | None = None) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_config(
+            self.model_config if layers is None else _shallow(self.model_config, layers),
+            dtype=dtype,
+            attn_implementation=self.config.attn_implementation,
+            trust_remote_code=self.config.trust_remote_code,
+        )
+
+    def _policy(
+        self, config: RunConfig, dtype: torch.dtype, mode: FakeTensorMode, layers: int | None, *, trained: bool
+    ) -> Policy:
+        with torch.device("meta"):
+            model: Any = self._model(dtype, layers)
+            remove_dropout(model)
+            head = HeadSpec(model)
+            if trained and config.lora is not None:
+                model = add_lora(model, config.lora)
+            elif trained and self.adapter is not None:
+                model = get_peft_model(model, PeftConfig.from_pretrained(self.adapter))
+        _make_fake(model, mode)
+        # liger's kernels take no tensors without memory; without them the plan is an estimate from above.
+        with mode:
+            policy = make_policy(model, head, replace(config.memory_options(trained=trained), liger=False))
+        policy.packed = self.packed
+        if not trained:
+            model.requires_grad_(False).eval()
+        return policy
+
+
+def _period(config: PreTrainedConfig) -> int:
+    """After how many layers their kinds come again."""
+    kinds = list(getattr(config, "layer_types", None) or [None] * config.num_hidden_layers)
+    return next(n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[: len(kinds) - n])
+
+
+def _shallow(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    """The same model with its first layers alone."""
+    config = copy.deepcopy(config)
+    for name, value in list(vars(config).items()):
+        if isinstance(value, list | tuple) and len(value) == config.num_hidden_layers:
+            setattr(config, name, value[:layers])  # one entry per layer
+    config.num_hidden_layers = layers
+    return config
+
+
+def _make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
+    """Turn the parameters and buffers of a model on the meta device into fake tensors that say they are on the CPU:
+    unlike meta tensors they take part in autocast, and mix with real ones."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, x in tensors.items():
+                if x is None:
+                    continue
+                if id(x) not in made:  # tied ones stay tied
+                    fake = mode.fake_tensor_converter.from_meta_and_device(mode, x.detach(), torch.device("cpu"))
+                    made[id(x)] = nn.Parameter(fake, x.requires_grad) if isinstance(x, nn.Parameter) else fake
+                tensors[name] = made[id(x)]
+
+
+_ON_DEVICE = ("input_ids", "position_ids", "attention_mask", "rows", "targets", "ref_logps")
+_PART_OF = {"forward": "activations", "backward": "layer", "": "layer"}
+
+
+def _run(
+    policy: Policy, reference: Policy | None, batch: Batch, head: _Head, autocast: torch.dtype | None, cached: bool
+) -> None:
+    """Forward and backward of one batch, as the trainer runs them."""
+    casts = {"dtype": autocast, "enabled": autocast is not None}
+    if not cached:
+        with part("reference"), torch.no_grad(), torch.autocast("cpu", **casts):
+            if reference is not None:
+                reference.score(batch, head.logps)
+            else:
+                with policy.reference_mode():
+                    policy.score(batch, head.logps)
+    with part("forward"), torch.autocast("cpu", **casts):
+        loss = policy.score(batch, head.loss)
+    with part("backward"):
+        loss.backward()
+
+
+def _bytes(policy: Policy) -> int:
+    return sum(x.numel() * x.itemsize for x in (*policy.model.parameters(), *policy.model.buffers()))
+
+
+def _gathered(policy: Policy, compute: torch.dtype) -> int:
+    """FSDP2: whole weights of the root (embedding, norm, head) and of two layers, one of them fetched ahead, and the
+    whole gradient of one layer, in the compute dtype and in float32 to be reduced."""
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(policy.causal_lm)]
+    largest = max(layers, default=0)
+    trained = max(
+        (sum(p.numel() for p in x.parameters() if p.requires_grad) for x in decoder_layers(policy.causal_lm)), default=0
+    )
+    root = sum(p.numel() for p in policy.model.parameters()) - sum(layers)
+    return (root + 2 * largest) * compute.itemsize + trained * (compute.itemsize + 4)
+
+
+# --- stand-ins -------------------------------------------------------------------------------------------------------
+
+
+class _Head:
+    """The fused head: its block plan as always, and the tensors that it allocates; no numbers."""
+
+    def __init__(self, config: RunConfig, device: str, batch: Batch) -> None:
+        self.device, self.feedback, self.normalize = device, batch.feedback, config.length_normalize
+        self.lengths = batch.cu_seqlens.diff().tolist()
+        megabytes = DEFAULT_WORKSPACE_MB[device] if config.workspace_mb is None else config.workspace_mb
+        self.workspace = int(megabytes * 2**20)
+        self.flop = 0.0
+
+    def _size(self, weight: Tensor) -> tuple[HeadSize, int]:
+        """Of this head, and the budget of its tiles."""
+        size = head_size(*weight.shape, self.device, weight.itemsize)
+        return size, self.workspace - (self.workspace // 8 if size.cast else 0)
+
+    def _tensors(self, size: HeadSize, tile: Tile, gathered: bool) -> list[Tensor]:
+        """Logits, copies of hidden rows, a slice of the weight where operands are cast, temporaries."""
+        logits = tile.rows * size.stride(tile.vocab) * size.acc_bytes
+        copies = tile.rows * size.copied_bytes(gathered, tile.vocab < size.vocab)
+        cast = min(self.workspace // 8, size.vocab * size.hidden * size.acc_bytes) if size.cast else 0
+        block = min(CACHE_BLOCK_BYTES, logits) if self.device == "cpu" else 0  # of the row operations
+        return [torch.empty(n, dtype=torch.int8) for n in (logits, copies, cast, block)]
+
+    def logps(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        weight = _autocast_copy(weight)
+        size, budget = self._size(weight)
+        tile = forward_tile(size, len(hidden), budget)
+        self.flop += forward_pass(size, len(hidden), tile).flop
+        with part("head"):
+            self._tensors(size, tile, gathered=False)
+        return hidden.new_zeros(())
+
+    def loss(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _HeadLoss.apply(hidden, weight, bias, self)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """What passes.OnePass and head._LinearUna keep and make."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: _Head) -> Tensor:
+        with part("head"):
+            operand = _autocast_copy(weight)
+            size, budget = head._size(operand)
+            trained = ctx.needs_input_grad[1]
+            width = size.hidden if trained else 0
+            with unset_fake_temporarily():  # it reads the feedback
+                plan = make_plan(
+                    head.feedback,
+                    head.lengths,
+                    size,
+                    budget=budget,
+                    accumulator_width=width,
+                    length_normalize=head.normalize,
+                )
+            head.flop += cost(plan, head.lengths, size, width).flop
+            workspace = head._tensors(size, plan.tile, gathered=len(head.lengths) > 2)  # noqa: F841
+            scratch = [torch.empty(weight.shape, dtype=torch.float32) for _ in range(plan.scratch)]  # noqa: F841
+            ctx.hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+            ctx.weight = torch.empty(weight.shape, dtype=torch.float32) if trained else None
+        ctx.dtype, ctx.bias = weight.dtype, None if bias is None else torch.empty_like(bias)
+        return hidden.new_zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        with part("head"):
+            weight = None if ctx.weight is None else ctx.weight.to(ctx.dtype)
+        hidden, ctx.hidden, ctx.weight = ctx.hidden, None, None
+        return hidden, weight, ctx.bias, None
+
+
+def _autocast_copy(weight: Tensor) -> Tensor:
+    return weight.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else weight
+
+
+class _Kernel:
+    """Counts the flop of packed attention; called, it is a GPU's varlen kernel that makes tensors and no numbers."""
+
+    def __init__(self) -> None:
+        self.flop = 0.0
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *_: Any, scores: Any) -> Tensor:
+        return _Attention.apply(q, k, v)
+
+    def count(self, flop: float) -> None:
+        self.flop += flop
+
+    def packed(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
+        """packed_attention_forward, its parts and its flop counted."""
+        pairs = attention.attended_pairs(options["una_segments"], options.get("sliding_window"))
+        flop = 2.0 * pairs * query.shape[1] * (query.shape[-1] + value.shape[-1])
+        self.count(flop)
+        with part("attention"):
+            out, _ = attention.packed_attention_forward(module, query, key, value, *args, **options)
+        if out.requires_grad:  # five products where forward has two; not called for what checkpointing runs again
+            out.register_hook(lambda grad: self.count(2.5 * flop))
+        return out, None
+
+
+@contextmanager
+def _attention_of(device: str, unpadded: bool) -> Iterator[_Kernel]:
+    """Attention as a device of this kind runs it, on tensors without numbers: packed, and SDPA's of padded batches,
+    which builds a mask only where something is hidden. transformers looks for that in the numbers."""
+    kernel = _Kernel()
+    masks = AttentionMaskInterface()
+    sdpa = masks["sdpa"]
+
+    def mask(*args: Any, **options: Any) -> Tensor | None:
+        window = options.get("local_size")
+        if unpadded and (window is None or options["kv_length"] < window):
+            return None
+        return sdpa(*args, **options)
+
+    with attention.traced_attention(kernel if device == "cuda" else None):
+        AttentionInterface.register(attention.PACKED, kernel.packed)
+        AttentionMaskInterface.register("sdpa", mask)
+        try:
+            yield kernel
+        finally:
+            AttentionInterface.register(attention.PACKED, attention.packed_attention_forward)
+            AttentionMaskInterface.register("sdpa", sdpa)
+
+
+class _Attention(torch.autograd.Function):
+    """[T, H, D] queries: saves them, keys, values, the output and a logsumexp per query and head."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, *_ = ctx.saved_tensors
+        with part("attention"):
+            float_dq = torch.empty(q.shape, dtype=torch.float32)  # noqa: F841  the kernel's accumulator
+            # Keys and values shared by a group of heads are expanded for their gradients, then summed over the group.
+            group = q.shape[1] // k.shape[1]
+            expanded = [x.new_empty(x.shape[0], x.shape[1] * group, x.shape[2]) for x in (k, v)] if group > 1 else []  # noqa: F841
+            return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
