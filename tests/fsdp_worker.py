@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+import una_fast.memory as memory_module
 import una_fast.train as train_module
 from una_fast import cli
 from una_fast.config import RunConfig
@@ -25,6 +26,8 @@ from una_fast.loader import Step
 from una_fast.policy import Policy
 from una_fast.sharding import start_world, stop_world
 from una_fast.train import Trainer
+
+memory_module.SMALL = 1  # the hidden states of tests are worth moving
 
 
 class Died(Exception):

@@ -267,7 +267,7 @@ def liger(monkeypatch):
     for name in ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP"):
         monkeypatch.setattr(modeling_llama, name, getattr(modeling_llama, name))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    return SimpleNamespace(modeling=modeling_llama)
+    return SimpleNamespace(modeling=modeling_llama, rope=modeling_llama.apply_rotary_pos_emb)
 
 
 def test_liger_patches_layers_and_leaves_the_head(liger):
@@ -277,7 +277,14 @@ def test_liger_patches_layers_and_leaves_the_head(liger):
     layer = decoder_layers(model)[0]
     assert "liger" in layer.input_layernorm.forward.__func__.__module__
     assert "liger" in layer.mlp.forward.run.__func__.__module__, "tiles are those of liger's MLP"
-    assert "liger" in liger.modeling.apply_rotary_pos_emb.__module__
+    # Other models of the family, and tensors on the CPU, are served as before.
+    assert "transformers" in liger.modeling.LlamaRMSNorm.__module__
+    x, angles = torch.randn(1, 4, 6, 8), torch.randn(1, 6, 8)
+    assert liger.modeling.apply_rotary_pos_emb is not liger.rope
+    for mine, theirs in zip(
+        liger.modeling.apply_rotary_pos_emb(x, x, angles, angles), liger.rope(x, x, angles, angles), strict=True
+    ):
+        assert torch.equal(mine, theirs)
 
 
 def test_liger_is_refused_where_it_cannot_run(liger, monkeypatch):

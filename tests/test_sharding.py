@@ -130,6 +130,7 @@ SGD = {
 ADAM = {"learning_rate": 3e-3, "batch_size": 6, "micro_batch_size": 2, "max_steps": 6, "log_every": 2, "save_every": 3}
 QUIET = {"progress": False, "loggers": [], "device": "cpu"}
 LORA = {"lora": {"r": 4, "alpha": 8}}
+SWITCHES = {"mlp_tile": 7, "gradient_checkpointing": True, "offload_activations": True}
 TOKENS = {"micro_batch_size": None, "max_tokens_per_batch": 60}  # one or two of the records; some are longer
 
 
@@ -151,6 +152,8 @@ def cases(llamas, root):
         "untied": ({"model": llamas["untied"], **sgd}, None),
         "tied": ({"model": llamas["tied"], **sgd, "packing": False, "gradient_checkpointing": True}, None),
         "lora": ({"model": llamas["untied"], **sgd, **LORA}, None),
+        "switches": ({"model": llamas["untied"], **sgd, **SWITCHES}, None),
+        "lora switches": ({"model": llamas["untied"], **sgd, **LORA, **SWITCHES}, None),
         "tokens": ({"model": llamas["untied"], **sgd, **TOKENS}, None),
         "tokens, padded": ({"model": llamas["untied"], **sgd, **TOKENS, "packing": False}, None),
         "one record a step": ({"model": llamas["untied"], **sgd, "batch_size": 1, "max_steps": 3}, None),
@@ -236,7 +239,7 @@ def worst_error(values: dict[str, torch.Tensor], truth: dict[str, torch.Tensor])
     return max(float((values[name] - truth[name]).abs().max() / scales[name]) for name in truth)
 
 
-SAME = ["untied", "tied", "lora", "tokens", "tokens, padded", "one record a step"]
+SAME = ["untied", "tied", "lora", "switches", "lora switches", "tokens", "tokens, padded", "one record a step"]
 
 
 @pytest.mark.parametrize("name", SAME)
@@ -245,7 +248,7 @@ def test_every_gradient_is_that_of_one_process(two_ranks, one_process, name):
     seen = torch.load(two_ranks[name] / "seen.pt", weights_only=True)
     steps = 3 if name == "one record a step" else STEPS
     assert len(seen["gradients"]) == len(expected["gradients"]) == steps
-    assert len(seen["gradients"][0]) == {"tied": 20, "lora": 28}.get(name, 21)
+    assert len(seen["gradients"][0]) == {"tied": 20, "lora": 28, "lora switches": 28}.get(name, 21)
     errors = [worst_error(*pair) for pair in zip(seen["gradients"], expected["gradients"], strict=True)]
     assert max(errors) <= 1e-5, errors
     assert seen["dtypes"] == ["torch.float32"]

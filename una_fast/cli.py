@@ -9,13 +9,15 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from una_fast.run_report import RunPlanConfig
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "datasets", "flash-attn", "liger-kernel", "trl")
@@ -110,13 +112,21 @@ def _plan(parsed: Namespace) -> None:
     from una_fast.plan_report import PlanConfig, describe_op
     from una_fast.run_report import RunPlanConfig
 
-    if parsed.plan.op is not None:
-        given = parsed.plan.as_dict()
-        settings = {f.name: given[f.name] for f in fields(PlanConfig)}
-        settings["device"] = "cuda" if settings["device"] == "auto" else settings["device"]
-        print(describe_op(*parsed.plan.op, PlanConfig(**settings)))
-    else:
+    given = parsed.plan.as_dict()
+    of_op = {f.name for f in fields(PlanConfig)}
+    changed = {f.name for f in fields(RunPlanConfig) if f.default is not MISSING and given[f.name] != f.default}
+    if parsed.plan.op is None:
+        if changed & {"pairs", "train_head"}:
+            raise ValueError("pairs and train_head describe a call of the fused head; give it with --op N D V")
         print(_plan_run(_settings(RunPlanConfig, parsed)))
+        return
+    if changed - of_op:
+        raise ValueError(
+            f"--op plans one call of the fused head, which {', '.join(sorted(changed - of_op))} do not enter"
+        )
+    settings = {name: given[name] for name in of_op}
+    settings["device"] = "cuda" if settings["device"] == "auto" else settings["device"]
+    print(describe_op(*parsed.plan.op, PlanConfig(**settings)))
 
 
 def _plan_run(settings: RunPlanConfig) -> str:
@@ -125,27 +135,31 @@ def _plan_run(settings: RunPlanConfig) -> str:
 
     from una_fast.policy import load_tokenizer
     from una_fast.run_plan import Planner, Row
-    from una_fast.run_report import describe_run, largest_batch, measured_peak
+    from una_fast.run_report import describe_run, largest_batch, measured_peak, plan_options
     from una_fast.sharding import start_world
     from una_fast.train import Trainer, load_data
 
+    def tokenizer() -> PreTrainedTokenizerBase:
+        return load_tokenizer(settings.tokenizer or settings.model, trust_remote_code=settings.trust_remote_code)
+
     planner = Planner(settings, device="cuda" if settings.device == "auto" else None, world_size=settings.world_size)
     if settings.prompt:
-        batch = [Row(settings.prompt, tuple(settings.responses)).example()]
+        examples = batch = [Row(settings.prompt, tuple(settings.responses)).example()]
     elif settings.data:
-        tokenizer = load_tokenizer(settings.tokenizer or settings.model, trust_remote_code=settings.trust_remote_code)
-        examples = [example for part in load_data(settings, tokenizer)[0] for example in part]
+        examples = [example for part in load_data(settings, tokenizer())[0] for example in part]
         batch = largest_batch(examples, settings, packed=planner.packed)
     else:
         raise ValueError("what is to be planned? Give a row (--prompt 8000 --responses '[1000, 1000]'), or --data")
-    measured = None
-    if settings.measure:
-        tokenizer = load_tokenizer(settings.tokenizer or settings.model, trust_remote_code=settings.trust_remote_code)
+    options = plan_options(settings, batch, examples, settings.world_size)
+    options["cached_reference"] |= settings.cached_reference
+
+    def measured() -> int:
         with tempfile.TemporaryDirectory() as scratch:
             run = replace(settings, output_dir=scratch, progress=False, loggers=[], resume=False)
-            trainer = Trainer(run, start_world(planner.device), tokenizer, [batch], [], [1.0])
-            measured = measured_peak(trainer, batch)
-    return describe_run(planner, batch, settings, measured)
+            trainer = Trainer(run, start_world(planner.device), tokenizer(), [batch], [], [1.0])
+            return measured_peak(trainer, batch, accumulate=options["accumulate"])
+
+    return describe_run(planner, batch, options, measured if settings.measure else None)
 
 
 def _check(parsed: Namespace) -> None:

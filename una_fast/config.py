@@ -221,7 +221,7 @@ class RunConfig(RecordOptions):
                 f"offload_optimizer=true keeps the state of adamw on the host, not that of {self.optimizer}; set "
                 "optimizer=adamw"
             )
-        if Path(self.output_dir).resolve() == Path(self.model).resolve():
+        if self.output_dir and Path(self.output_dir).resolve() == Path(self.model).resolve():
             raise ValueError(
                 f"output_dir={self.output_dir} is the model itself, which would be overwritten; set another"
             )

@@ -19,7 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1, "baddbmm_": 1}  # name -> place of the operands
-_UNCOUNTED = {"linear", "matmul", "mv", "addmv", "addmv_", "addr", "addr_", "dot", "vdot", "_int_mm", "_scaled_mm"}
+_UNCOUNTED = {"linear", "matmul", "mv", "addmv", "addmv_", "addr", "addr_", "dot", "vdot", "_int_mm", "_scaled_mm"} | {
+    "_grouped_mm",
+    "_scaled_grouped_mm",
+}
 
 
 @functools.cache
@@ -47,15 +50,19 @@ def part(name: str) -> Iterator[None]:
 
 
 class FlopCounter(TorchDispatchMode):
-    """Flop of every matrix product, in `flop`. A product it cannot count is an error, never silently free."""
+    """Flop of every matrix product, in `flop`. A product it cannot count is an error, or with `strict=False` noted in
+    `uncounted`, never silently free."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, strict: bool = True) -> None:
         super().__init__()
         self.flop = 0
+        self.strict, self.uncounted = strict, False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name = func.overloadpacket.__name__
         if name in _UNCOUNTED:
+            self.uncounted = True
+        if self.uncounted and self.strict:
             raise NotImplementedError(f"{func} is a matrix product that FlopCounter does not count")
         if name in _PRODUCTS:
             a, b = args[_PRODUCTS[name] :][:2]
@@ -79,6 +86,7 @@ class LiveBytes(TorchDispatchMode):
         self.parts: list[str] = []  # its part
         self._events: list[int] = []  # k + 1 for a birth, -(k + 1) for a death
         self._alive: dict[int, int] = {}  # storage address -> k
+        self.marks: list[int] = []  # numbers of events
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -112,15 +120,19 @@ class LiveBytes(TorchDispatchMode):
         for serial in self._serials(tensors):
             self.parts[serial] = name
 
+    def mark(self) -> None:
+        """Note this moment: `peak_parts` can look between two of them."""
+        self.marks.append(len(self._events))
+
     def peak(self, excluding: Iterable[Tensor] = ()) -> int:
         """Largest number of bytes alive at once, without the storages of `excluding` (returned gradients, say)."""
         return self._peak(self._serials(excluding))[0]
 
-    def peak_parts(self, without: Iterable[str] = ()) -> Counter[str]:
-        """Bytes of each part at the moment of the peak, some parts left out."""
+    def peak_parts(self, without: Iterable[str] = (), start: int = 0, stop: int | None = None) -> Counter[str]:
+        """Bytes of each part at the moment of the peak, some parts left out; of events start to stop, or of all."""
         left_out = set(without)
         skip = {serial for serial, name in enumerate(self.parts) if name in left_out}
-        _, moment = self._peak(skip)
+        _, moment = self._peak(skip, start, stop)
         held: Counter[str] = Counter()
         for event in self._events[:moment]:
             serial = abs(event) - 1
@@ -128,15 +140,15 @@ class LiveBytes(TorchDispatchMode):
                 held[self.parts[serial]] += self.sizes[serial] if event > 0 else -self.sizes[serial]
         return +held
 
-    def _peak(self, skip: set[int]) -> tuple[int, int]:
-        """(bytes, number of events up to it) of the peak."""
-        live, peak, moment = 0, 0, 0
-        for number, event in enumerate(self._events, start=1):
+    def _peak(self, skip: set[int], start: int = 0, stop: int | None = None) -> tuple[int, int]:
+        """(bytes, number of events up to it) of the peak between two numbers of events."""
+        live, peak, moment = 0, 0, start
+        for number, event in enumerate(self._events[:stop], start=1):
             serial = abs(event) - 1
             if serial not in skip:
                 live += self.sizes[serial] if event > 0 else -self.sizes[serial]
-                if live > peak:
-                    peak, moment = live, number
+            if live > peak and number >= start:
+                peak, moment = live, number
         return peak, moment
 
     def live(self) -> int:

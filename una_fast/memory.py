@@ -10,9 +10,11 @@ Legend: T tokens of a row, D hidden.
 
 from __future__ import annotations
 
+import functools
+import sys
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +63,8 @@ def enable_checkpointing(model: PreTrainedModel, *, offload: bool) -> None:
 
     offload: the hidden states that are kept wait in host memory (see HostOffload)."""
     # The name changed in transformers 5.2x; the old one warns.
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    new = hasattr(model, "activation_checkpointing_enable")
+    enable = model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
     if not offload:
         return
@@ -75,58 +78,80 @@ def enable_checkpointing(model: PreTrainedModel, *, offload: bool) -> None:
 class _Parked:
     """A tensor in host memory, in blocks; `fetched` while it is on its way back."""
 
-    def __init__(self, tensor: Tensor, blocks: list[Tensor], before: weakref.ref[_Parked] | None) -> None:
+    def __init__(
+        self,
+        tensor: Tensor,
+        blocks: list[Tensor],
+        before: weakref.ref[_Parked] | None,
+        stream: torch.cuda.Stream | None,
+    ) -> None:
         self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
-        self.blocks, self.before = blocks, before
+        self.blocks, self.before, self.stream = blocks, before, stream
         self.fetched: Tensor | None = None
+
+    def __del__(self) -> None:
+        if self.fetched is not None and self.stream is not None:  # never asked for: the copy may still write
+            self.fetched.record_stream(self.stream)
 
 
 class HostOffload:
     """Runs a layer under activation checkpointing and keeps its inputs in pinned host memory until backward.
 
-    Copies run on a stream of their own. Backward takes the layers in reverse, so fetching one layer's input also
-    starts the copy of the layer before it: two are on the device at a time. On a CPU the copies go from host to host:
-    the same numbers, nothing gained."""
+    Copies run on a stream of their own. A state that leaves is held until two more have followed, when the compute
+    stream waits for its copy: how far the host runs ahead does not change what is allocated. Backward takes the layers
+    in reverse, so fetching one layer's input also starts the copy of the layer before it: two are on the device at a
+    time. On a CPU the copies go from host to host: the same numbers, nothing gained."""
 
     def __init__(self) -> None:
         self._newest: weakref.ref[_Parked] | None = None
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._leaving: deque[tuple[Tensor, torch.cuda.Event]] = deque()
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # The hooks see the inputs that checkpoint saves; inside the layer its own hooks are in force.
         with saved_tensors_hooks(self._park, self._fetch):
             return checkpoint(function, *args, use_reentrant=False, **kwargs)
 
-    def _beside(self, device: torch.device) -> AbstractContextManager:
-        """Run what follows on the copy stream, after all that the compute stream holds so far."""
+    def _stream(self, device: torch.device) -> torch.cuda.Stream | None:
+        """The copy stream of a GPU, made to wait for all that the compute stream holds so far."""
         if device.type != "cuda":
-            return nullcontext()
-        stream = self._streams.setdefault(device, torch.cuda.Stream(device))
-        stream.wait_stream(torch.cuda.current_stream(device))
-        return torch.cuda.stream(stream)
+            return None
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        self._streams[device].wait_stream(torch.cuda.current_stream(device))
+        return self._streams[device]
 
     def _park(self, tensor: Tensor) -> Tensor | _Parked:
         if isinstance(tensor, nn.Parameter) or tensor.numel() * tensor.itemsize < SMALL:
             return tensor
         flat = tensor.detach().reshape(-1)
-        with self._beside(tensor.device), part("host"):
+        stream = self._stream(tensor.device)
+        with torch.cuda.stream(stream), part("host"):
             blocks = []
             for piece in flat.split(BLOCK // tensor.itemsize):
                 block = torch.empty(piece.shape, dtype=piece.dtype, pin_memory=tensor.is_cuda)
                 blocks.append(block.copy_(piece, non_blocking=True))
-        if tensor.is_cuda:  # its memory is not given away before the copy has read it
-            flat.record_stream(self._streams[tensor.device])
-        parked = _Parked(tensor, blocks, self._newest)
+        if stream is not None:
+            self._leaving.append((flat, stream.record_event()))
+            self._let_go(keep=2)
+        parked = _Parked(tensor, blocks, self._newest, stream)
         self._newest = weakref.ref(parked)
         return parked
+
+    def _let_go(self, keep: int) -> None:
+        """Drop all but the newest states that leave; the compute stream waits until their copies have read them."""
+        while len(self._leaving) > keep:
+            flat, copied = self._leaving.popleft()
+            torch.cuda.current_stream(flat.device).wait_event(copied)
 
     def _fetch(self, parked: Tensor | _Parked) -> Tensor:
         if isinstance(parked, Tensor):
             return parked
+        self._let_go(keep=0)
         self._start(parked)
         tensor, parked.fetched = parked.fetched, None
-        if parked.device.type == "cuda":
-            torch.cuda.current_stream(parked.device).wait_stream(self._streams[parked.device])
+        if parked.stream is not None:
+            torch.cuda.current_stream(parked.device).wait_stream(parked.stream)
         before = parked.before() if parked.before is not None else None
         if before is not None:
             self._start(before)
@@ -136,7 +161,7 @@ class HostOffload:
         if parked.fetched is not None:
             return
         parked.fetched = torch.empty(parked.shape, dtype=parked.dtype, device=parked.device)
-        with self._beside(parked.device):
+        with torch.cuda.stream(self._stream(parked.device)):
             pieces = parked.fetched.view(-1).split(BLOCK // parked.dtype.itemsize)
             for piece, block in zip(pieces, parked.blocks, strict=True):
                 piece.copy_(block, non_blocking=True)
@@ -263,15 +288,19 @@ def _is_mlp(module: nn.Module, model: PreTrainedModel) -> bool:
     matrices = [p for p in module.parameters() if p.dim() >= 2]
     if len(matrices) < 2:
         return False
-    x = torch.linspace(-1, 1, 6 * model.config.hidden_size, dtype=matrices[0].dtype, device=matrices[0].device).sin()
-    x = x.view(1, 6, -1)
+    width, like = model.config.get_text_config().hidden_size, {"dtype": matrices[0].dtype, "device": matrices[0].device}
+    x = torch.linspace(-1, 1, 6 * width, **like).sin().view(1, 6, -1)
     try:
         with torch.no_grad():
             whole, parts = module(x), torch.cat([module(x[:, :2]), module(x[:, 2:])], dim=1)
             # One number is compared, so that it can be done without numbers (a plan traces shapes alone).
             error, scale = (whole - parts).abs().max(), whole.abs().max()
-    except (TypeError, RuntimeError, ValueError, AttributeError):
-        return False  # it wants more than hidden states: attention
+    except TypeError:
+        return False  # it wants more than hidden states, or gives more: attention
+    except Exception:
+        if is_fake(x):  # what fails without numbers may do with them
+            raise
+        return False
     if whole.shape != x.shape:
         return False
     return is_fake(error) or bool(error <= 0.02 * scale)  # bf16 rounds; another token's share would be all of it
@@ -283,8 +312,8 @@ def _is_mlp(module: nn.Module, model: PreTrainedModel) -> bool:
 def apply_liger(model: PreTrainedModel) -> None:
     """liger-kernel's RMSNorm, RoPE and gated MLP in a model, in place. The head stays ours.
 
-    liger also patches the module of the model's family, for every model of the process. ValueError without a GPU, where
-    it is not installed, and where it does not know the family."""
+    What liger patches in the module of the model's family is limited to tensors on a GPU: other models of the family
+    are tried on a CPU. ValueError without a GPU, where it is not installed, and where it does not know the family."""
     if not torch.cuda.is_available():
         raise ValueError("liger=true needs a GPU, for its kernels are written in Triton; set liger=false")
     try:
@@ -295,5 +324,19 @@ def apply_liger(model: PreTrainedModel) -> None:
     kind = model.config.model_type
     if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         raise ValueError(f"liger=true, but liger-kernel has no kernels for the model type {kind}; set liger=false")
+    family = sys.modules[type(model).__module__]
+    before = dict(vars(family))
     # Otherwise it replaces the forward that scoring runs in, or the loss of all of torch.
     _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False, cross_entropy=False)
+    for name, old in before.items():
+        new = getattr(family, name)
+        if new is not old:  # the layers of this model have what they need; of functions each call takes the right one
+            setattr(family, name, old if isinstance(old, type) else _by_device(old, new))
+
+
+def _by_device(on_cpu: Callable[..., Any], on_gpu: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(on_cpu)
+    def chosen(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (on_gpu if x.is_cuda else on_cpu)(x, *args, **kwargs)
+
+    return chosen

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections import Counter
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -80,19 +80,29 @@ class Row:
         return Example(empty[0], tuple(empty[1:]), feedback, None, "planned")
 
 
+Parts = dict[str, int]
+
+
 @dataclass(frozen=True)
 class StepPlan:
     """One forward and backward of a batch, with the optimizer behind it, on one device."""
 
-    parts: dict[str, int]
-    """Bytes of each of PARTS at the peak."""
+    moments: dict[str, Parts]
+    """Bytes of each of PARTS where each phase of the step holds most: reference, forward, the two halves of backward,
+    and the optimizer's step."""
     host: int
     """Bytes in host memory at the most: offloaded activations and optimizer state."""
     flop: float
-    """Of matrix products and attention, recomputation included."""
+    """Of matrix products and packed attention, recomputation included; NaN where some are not counted: attention of
+    padded batches, grouped products."""
     tokens: int
     """In the batch."""
     packed: bool
+
+    @property
+    def parts(self) -> Parts:
+        """Bytes of each of PARTS at the peak."""
+        return max(self.moments.values(), key=lambda parts: sum(parts.values()))
 
     @property
     def peak(self) -> int:
@@ -119,18 +129,19 @@ class Planner:
         """Whether batches are packed rows: the probe of the trainer, on the same config."""
         return self.config.packing and packing_refusal(self._whole) is None
 
-    def rough_bytes(self, examples: Sequence[Example]) -> int:
+    def rough_bytes(self, examples: Sequence[Example]) -> float:
         """Surely enough for a batch of a usual model, without looking: to spare small runs the plan."""
-        config = self.model_config
+        config = self.model_config.get_text_config()
+        if self.config.attn_implementation == "eager" or not hasattr(config, "hidden_size"):
+            return math.inf
         width = 64 * config.hidden_size + 16 * max(getattr(config, "intermediate_size", 0) or 0, 4 * config.hidden_size)
         tokens = layout_tokens(examples, packed=False)
         workspace = DEFAULT_WORKSPACE_MB[self.device] if self.config.workspace_mb is None else self.config.workspace_mb
-        return 24 * self.parameters + 4 * tokens * config.num_hidden_layers * width + int(workspace * 2**20)
+        return 24 * self.parameters + 4 * tokens * config.num_hidden_layers * width + workspace * 2**20
 
     def estimate(self, examples: Sequence[Example], **options: Any) -> StepPlan:
-        """`step` from two shallower models of the same layers, continued in a straight line: faster, and exact where
-        the moment of the peak is the same in all of them."""
-        total, period = self.model_config.num_hidden_layers, _period(self.model_config)
+        """`step` from two shallower models of the same layers, each moment continued in a straight line: faster."""
+        total, period = self.model_config.get_text_config().num_hidden_layers, _period(self.model_config)
         few, more = (min(n * period, total) for n in (2, 4))
         if more >= total:
             return self.step(examples, **options)
@@ -139,8 +150,11 @@ class Planner:
         def at(x: float, y: float) -> float:
             return y + (y - x) / (more - few) * (total - more)
 
-        parts = {name: max(round(at(a.parts[name], b.parts[name])), 0) for name in PARTS}
-        return StepPlan(parts, round(at(a.host, b.host)), at(a.flop, b.flop), a.tokens, a.packed)
+        moments = {
+            name: {part_: max(round(at(a.moments[name][part_], held)), 0) for part_, held in parts.items()}
+            for name, parts in b.moments.items()
+        }
+        return StepPlan(moments, round(at(a.host, b.host)), at(a.flop, b.flop), a.tokens, a.packed)
 
     def step(
         self,
@@ -156,69 +170,98 @@ class Planner:
         fields of the run to plan with instead."""
         config = replace(self.config, **switches) if switches else self.config
         compute, dtype = run_dtypes(config, torch.device(self.device))
+        sharded = self.world_size > 1
         batch = collate(examples, packed=self.packed, device=torch.device("cpu"), pad_id=0)
         unpadded = batch.attention_mask is None or bool(batch.attention_mask.all())
         cached = cached_reference or config.reference == "cached"
         frozen_copy = not cached and (config.lora is None or config.reference == "frozen")
         head = _Head(config, self.device, batch)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        policy = self._policy(config, dtype, mode, layers, trained=True)
+        policy = self._policy(config, dtype, mode, layers, cast=compute if sharded else None, trained=True)
         reference = self._policy(config, compute, mode, layers, trained=False) if frozen_copy else None
         with mode, _attention_of(self.device, unpadded) as kernel:
             on_device = {name: getattr(batch, name) for name in _ON_DEVICE}
             fakes = {k: None if x is None else mode.from_tensor(x) for k, x in on_device.items()}
-            autocast = None if self.world_size > 1 else autocast_dtype(policy, compute)
+            autocast = None if sharded else autocast_dtype(policy, compute)
             if reference is not None and autocast is not None and dtype != compute:
                 match_autocast(reference)
-            with FlopCounter() as products, LiveBytes() as live:
+            with FlopCounter(strict=False) as products, LiveBytes() as live:
                 for _ in range(1 + accumulate):
-                    _run(policy, reference, replace(batch, **fakes), head, autocast, cached)
+                    live.marks.clear()
+                    _run(policy, reference, replace(batch, **fakes), head, autocast, cached, live)
             trained = policy.trainable_parameters()
             live.assign("gradients", [p.grad for p in trained if p.grad is not None])
-            held = live.peak_parts(without=("host", "gradients") if self.world_size > 1 else ("host",))
-            parts = self._parts(config, policy, reference, held, compute)
+            moments = self._moments(config, policy, reference, live, compute)
             host = live.peak_parts(without=set(live.parts) - {"host"}).total() + state_bytes(trained, config)[1]
-        flop = (products.flop + head.flop + kernel.flop) / (1 + accumulate)
-        return StepPlan(parts, host, flop, batch.num_tokens, self.packed)
+        counted = self.packed and not products.uncounted
+        flop = (products.flop + head.flop + kernel.flop) / (1 + accumulate) if counted else math.nan
+        return StepPlan(moments, host, flop, batch.num_tokens, self.packed)
 
-    def _parts(
+    def _moments(
         self,
         config: RunConfig,
         policy: Policy,
         reference: Policy | None,
-        held: Counter[str],
+        live: LiveBytes,
         compute: torch.dtype,
-    ) -> dict[str, int]:
-        """What the step holds, with what is there all the time."""
+    ) -> dict[str, Parts]:
+        """The parts of each phase at its peak, with what is there all the time; of FSDP's ranks each holds a share."""
         ranks = self.world_size
         trained = policy.trainable_parameters()
-        state, _ = state_bytes(trained, config)
-        gradients = sum(p.numel() * p.itemsize for p in trained)
-        parts = dict.fromkeys(PARTS, 0)
-        for name, size in held.items():
-            parts[_PART_OF.get(name, name)] += size
+        # What is loaded: under FSDP2 the traced weights are those that were gathered, in the dtype of the computation.
+        wide = ranks > 1 and (config.master_weights or config.lora is not None or self.adapter is not None)
+
+        def loaded(parameters: Iterable[Tensor]) -> int:
+            return sum(p.numel() * (4 if wide and p.requires_grad else p.itemsize) for p in parameters)
+
+        gradients = loaded(trained) // ranks
+        buffers = sum(x.numel() * x.itemsize for x in policy.model.buffers())
+        always = dict.fromkeys(PARTS, 0)
+        always["weights"] = (loaded(policy.model.parameters()) + buffers) // ranks
+        always["optimizer"] = state_bytes(trained, config)[0] // ranks
+        if reference is not None:
+            always["reference"] = sum(p.numel() * p.itemsize for p in reference.model.parameters()) // ranks
         if ranks > 1:
-            parts["gradients"] = gradients // ranks
-            parts["gathered"] = _gathered(policy, compute)
+            always["gathered"] = _gathered(policy, reference, compute)
+        start, referred, forward, backward = live.marks
+        middle = (forward + backward) // 2
+        spans = {"reference": (start, referred), "forward": (referred, forward)}
+        spans |= {"backward": (forward, middle), "end of backward": (middle, backward)}
+        left_out = ("host", "gradients") if ranks > 1 else ("host",)
+        moments = {}
+        for name, (first, last) in spans.items():
+            parts = dict(always)
+            for origin, size in live.peak_parts(left_out, first, last).items():
+                parts[_PART_OF.get(origin, origin)] += size
+            if ranks > 1:
+                parts["gradients"] = gradients
+            moments[name] = parts
         stepping = step_bytes(trained, config)
-        if gradients // ranks + stepping > sum(parts.values()):
-            parts = dict.fromkeys(PARTS, 0) | {"gradients": gradients // ranks, "optimizer": stepping}
-        parts["optimizer"] += state // ranks
-        parts["weights"] = _bytes(policy) // ranks
-        parts["reference"] += 0 if reference is None else _bytes(reference) // ranks
-        return parts
+        moments["optimizer"] = always | {"gradients": gradients, "optimizer": always["optimizer"] + stepping}
+        return moments
 
     def _model(self, dtype: torch.dtype, layers: int | None = None) -> PreTrainedModel:
+        attention_kind = self.config.attn_implementation
+        if attention_kind is not None and "flash" in attention_kind:
+            attention_kind = "sdpa"  # saves as much, and need not be installed here
         return AutoModelForCausalLM.from_config(
             self.model_config if layers is None else _shallow(self.model_config, layers),
             dtype=dtype,
-            attn_implementation=self.config.attn_implementation,
+            attn_implementation=attention_kind,
             trust_remote_code=self.config.trust_remote_code,
         )
 
     def _policy(
-        self, config: RunConfig, dtype: torch.dtype, mode: FakeTensorMode, layers: int | None, *, trained: bool
+        self,
+        config: RunConfig,
+        dtype: torch.dtype,
+        mode: FakeTensorMode,
+        layers: int | None,
+        *,
+        trained: bool,
+        cast: torch.dtype | None = None,
     ) -> Policy:
+        """cast: turn all weights to this dtype, adapters too, as FSDP2 gathers them."""
         with torch.device("meta"):
             model: Any = self._model(dtype, layers)
             remove_dropout(model)
@@ -226,7 +269,11 @@ class Planner:
             if trained and config.lora is not None:
                 model = add_lora(model, config.lora)
             elif trained and self.adapter is not None:
-                model = get_peft_model(model, PeftConfig.from_pretrained(self.adapter))
+                adapter = PeftConfig.from_pretrained(self.adapter)
+                adapter.inference_mode = False
+                model = get_peft_model(model, adapter)
+            if cast is not None:
+                model.to(cast)
         _make_fake(model, mode)
         # liger's kernels take no tensors without memory; without them the plan is an estimate from above.
         with mode:
@@ -239,18 +286,20 @@ class Planner:
 
 def _period(config: PreTrainedConfig) -> int:
     """After how many layers their kinds come again."""
+    config = config.get_text_config()
     kinds = list(getattr(config, "layer_types", None) or [None] * config.num_hidden_layers)
     return next(n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[: len(kinds) - n])
 
 
 def _shallow(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     """The same model with its first layers alone."""
-    config = copy.deepcopy(config)
+    whole = copy.deepcopy(config)
+    config = whole.get_text_config()
     for name, value in list(vars(config).items()):
         if isinstance(value, list | tuple) and len(value) == config.num_hidden_layers:
             setattr(config, name, value[:layers])  # one entry per layer
     config.num_hidden_layers = layers
-    return config
+    return whole
 
 
 def _make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
@@ -273,10 +322,17 @@ _PART_OF = {"forward": "activations", "backward": "layer", "": "layer"}
 
 
 def _run(
-    policy: Policy, reference: Policy | None, batch: Batch, head: _Head, autocast: torch.dtype | None, cached: bool
+    policy: Policy,
+    reference: Policy | None,
+    batch: Batch,
+    head: _Head,
+    autocast: torch.dtype | None,
+    cached: bool,
+    live: LiveBytes,
 ) -> None:
-    """Forward and backward of one batch, as the trainer runs them."""
+    """Forward and backward of one batch, as the trainer runs them, with marks between the phases."""
     casts = {"dtype": autocast, "enabled": autocast is not None}
+    live.mark()
     if not cached:
         with part("reference"), torch.no_grad(), torch.autocast("cpu", **casts):
             if reference is not None:
@@ -284,26 +340,33 @@ def _run(
             else:
                 with policy.reference_mode():
                     policy.score(batch, head.logps)
+    live.mark()
     with part("forward"), torch.autocast("cpu", **casts):
         loss = policy.score(batch, head.loss)
+    live.mark()
     with part("backward"):
         loss.backward()
+    live.mark()
 
 
-def _bytes(policy: Policy) -> int:
-    return sum(x.numel() * x.itemsize for x in (*policy.model.parameters(), *policy.model.buffers()))
+def _gathered(policy: Policy, reference: Policy | None, compute: torch.dtype) -> int:
+    """FSDP2: whole weights of the roots (embedding, norm, head), of which the reference's too stay gathered after its
+    forward, and of two layers, one of them fetched ahead; the whole gradients of one group, in the dtype of the
+    computation and in float32 to be reduced."""
 
+    def sizes(trained: bool) -> tuple[int, int]:
+        """Numbers in the root and in the largest layer."""
+        layers = [
+            sum(p.numel() for p in layer.parameters() if p.requires_grad or not trained)
+            for layer in decoder_layers(policy.causal_lm)
+        ]
+        total = sum(p.numel() for p in policy.model.parameters() if p.requires_grad or not trained)
+        return total - sum(layers), max(layers, default=0)
 
-def _gathered(policy: Policy, compute: torch.dtype) -> int:
-    """FSDP2: whole weights of the root (embedding, norm, head) and of two layers, one of them fetched ahead, and the
-    whole gradient of one layer, in the compute dtype and in float32 to be reduced."""
-    layers = [sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(policy.causal_lm)]
-    largest = max(layers, default=0)
-    trained = max(
-        (sum(p.numel() for p in x.parameters() if p.requires_grad) for x in decoder_layers(policy.causal_lm)), default=0
+    root, layer = sizes(trained=False)
+    return (root * (1 + (reference is not None)) + 2 * layer) * compute.itemsize + max(sizes(trained=True)) * (
+        compute.itemsize + 4
     )
-    root = sum(p.numel() for p in policy.model.parameters()) - sum(layers)
-    return (root + 2 * largest) * compute.itemsize + trained * (compute.itemsize + 4)
 
 
 # --- stand-ins -------------------------------------------------------------------------------------------------------

@@ -5,8 +5,11 @@ A run fits where its peak, with what the model of memory cannot see, stays below
 
 from __future__ import annotations
 
+import importlib.util
+import logging
+import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +18,15 @@ import torch
 from una_fast.attention import traced_attention
 from una_fast.config import LoraOptions, RunConfig
 from una_fast.counters import LiveBytes
-from una_fast.data import Example, layout_tokens
+from una_fast.data import Example, footprint
 from una_fast.loader import Step
+from una_fast.reference import has_cached_logps
 from una_fast.run_plan import Planner, Row, StepPlan
 
 if TYPE_CHECKING:
     from una_fast.train import Trainer
+
+logger = logging.getLogger(__name__)
 
 GIB = 2**30
 MARGIN = 1.03  # fragmentation
@@ -60,6 +66,10 @@ class RunPlanConfig(RunConfig):
             raise ValueError(f"world_size={self.world_size} must be at least 1")
         if bool(self.prompt) != bool(self.responses):
             raise ValueError("a planned row needs both --prompt and --responses")
+        if self.gpu is not None and self.device == "cpu":
+            raise ValueError(f"gpu={self.gpu} and device=cpu: plan for one of them")
+        if self.measure and (self.world_size > 1 or self.cached_reference):
+            raise ValueError("measure=true takes its steps in one process, with the reference that the run computes")
 
     def required_settings(self) -> tuple[str, ...]:
         return ("model",)
@@ -86,39 +96,59 @@ def usable(room: int, device: str) -> int:
 
 def largest_batch(examples: Iterable[Example], config: RunConfig, *, packed: bool) -> list[Example]:
     """The most that a micro-batch can hold: the longest records that are allowed together."""
-    limit = config.micro_batch_size or (1 if config.max_tokens_per_batch is None else None)
-    longest = sorted(examples, key=lambda example: -layout_tokens([example], packed=packed))
-    batch = longest[:1]
-    for example in longest[1:] if limit != 1 else ():
-        budget = config.max_tokens_per_batch
-        if budget is None or layout_tokens([*batch, example], packed=packed) <= budget:
-            batch.append(example)
-        if limit is not None and len(batch) == limit:
+    limit = config.micro_batch_size or (1 if config.max_tokens_per_batch is None else config.batch_size)
+    limit = min(limit, config.batch_size)
+    budget = config.max_tokens_per_batch or math.inf
+    sized = sorted(((*footprint(e, packed=packed), e) for e in examples), key=lambda s: -s[0] * s[1])
+    batch, rows, widest, smallest = [], 0, 0, min((s[0] * s[1] for s in sized), default=0)
+    for more, width, example in sized:
+        tokens = (rows + more) * max(widest, width)
+        if not batch or tokens <= budget:
+            batch, rows, widest = [*batch, example], rows + more, max(widest, width)
+        if len(batch) == limit or rows * widest + smallest > budget:
             break
     return batch
 
 
-def refuse_too_large(config: RunConfig, examples: Sequence[Example], *, device: str, ranks: int, cached: bool) -> None:
+def plan_options(
+    config: RunConfig, batch: Sequence[Example], examples: Sequence[Example], ranks: int
+) -> dict[str, bool]:
+    """How the trainer runs a batch: whether records bring ref_logps, and whether gradients of others are there."""
+    cached = config.reference == "cached" or (config.reference == "auto" and has_cached_logps(examples))
+    return {"cached_reference": cached, "accumulate": config.batch_size > ranks * len(batch)}
+
+
+def refuse_too_large(config: RunConfig, examples: Sequence[Example], *, device: str, ranks: int) -> None:
     """ValueError for a run whose largest micro-batch cannot fit, naming the switches that would make it fit."""
-    room = capacity(config, device)
-    if room is None:
+    try:
+        refusal = _refusal(config, examples, device=device, ranks=ranks)
+    except Exception as error:  # a model may do anything with tensors that have no numbers
+        logger.warning("the memory of the run is not planned: %s: %s", type(error).__name__, error)
         return
+    if refusal is not None:
+        raise ValueError(refusal)
+
+
+def _refusal(config: RunConfig, examples: Sequence[Example], *, device: str, ranks: int) -> str | None:
+    memory = capacity(config, device)
+    if memory is None:
+        return None
     planner = Planner(config, device=device, world_size=ranks)
-    if planner.rough_bytes(largest_batch(examples, config, packed=False)) < ROUGH * room:
-        return
-    room = usable(room, device)
+    if planner.rough_bytes(largest_batch(examples, config, packed=False)) < ROUGH * memory:
+        return None
+    room = usable(memory, device)
     batch = largest_batch(examples, config, packed=planner.packed)
-    options = {"cached_reference": cached, "accumulate": config.batch_size > ranks * len(batch)}
+    options = plan_options(config, batch, examples, ranks)
     step = planner.step(batch, **options)
     if step.peak <= room:
-        return
+        return None
     chosen, smaller = cheapest_way(planner, batch, room, **options)
     if smaller.peak <= room:
         advice = f"It fits with {_words(chosen)}: {_gib(smaller.peak)}"
     else:
         still = f"With {_words(chosen)} it still needs" if chosen else "No switch makes it smaller than"
         advice = f"{still} {_gib(smaller.peak)}: set max_tokens lower, train adapters (lora), or use more GPUs"
-    raise ValueError(
+    return (
         f"the largest batch of the run ({_describe(batch)}; first {batch[0].origin}) needs {_gib(step.peak)}, mostly "
         f"for {_largest_parts(step)}, and {_gib(room)} may be filled (memory_gib sets it). {advice}"
     )
@@ -141,10 +171,14 @@ def switches(config: RunConfig, device: str, tokens: int, *, cached: bool = Fals
         {"reference": "cached"} if full and not cached and config.reference != "cached" else None,
         {"master_weights": False} if full and config.master_weights and device == "cuda" else None,
         {"offload_optimizer": True} if full and adam and not config.offload_optimizer else None,
-        {"optimizer": "adamw_8bit"} if full and adam and not config.offload_optimizer else None,
+        {"optimizer": "adamw_8bit"} if full and adam and not config.offload_optimizer and _has_torchao() else None,
         {"lora": LoraOptions()} if full and config.reference != "adapter" else None,
     ]
     return [switch for switch in found if switch]
+
+
+def _has_torchao() -> bool:
+    return importlib.util.find_spec("torchao") is not None
 
 
 def savings(planner: Planner, batch: Sequence[Example], **options: Any) -> list[tuple[dict[str, Any], int]]:
@@ -210,9 +244,12 @@ def longest_row(planner: Planner, row: Row, room: int, **options: Any) -> Row | 
 # --- the report ------------------------------------------------------------------------------------------------------
 
 
-def describe_run(planner: Planner, batch: Sequence[Example], config: RunPlanConfig, measured: int | None) -> str:
-    """The plan of the step of a batch: peak by part, what fits, and what each switch would save."""
-    options = {"cached_reference": config.cached_reference}
+def describe_run(
+    planner: Planner, batch: Sequence[Example], options: dict[str, bool], measured: Callable[[], int] | None
+) -> str:
+    """The plan of the step of a batch: peak by part, what fits, and what each switch would save. measured: takes the
+    step, after it was planned."""
+    config = planner.config
     step = planner.step(batch, **options)
     memory = capacity(config, planner.device)
     room = None if memory is None else usable(memory, planner.device)
@@ -226,9 +263,8 @@ def describe_run(planner: Planner, batch: Sequence[Example], config: RunPlanConf
     ]
     if step.host:
         lines.append(f"host         {_gib(step.host):>12}")
-    lines.append(f"work         {step.flop / 1e12:,.3g} Tflop forward and backward, recomputation included")
-    if measured is not None:
-        lines.append(f"measured     {_gib(measured):>12}, the plan is {step.peak / measured - 1:+.1%} of it")
+    if not math.isnan(step.flop):
+        lines.append(f"work         {step.flop / 1e12:,.3g} Tflop forward and backward, recomputation included")
     if room is not None and len(batch) == 1 and (planner.device == "cuda" or config.memory_gib):
         shape = Row(len(batch[0].prompt_ids), tuple(map(len, batch[0].responses)))
         longest = longest_row(planner, shape, room, **options)
@@ -240,6 +276,9 @@ def describe_run(planner: Planner, batch: Sequence[Example], config: RunPlanConf
     for switch, saved in savings(planner, batch, **options):
         if saved > 0.01 * step.peak:
             lines.append(f"switch       {_gib(saved):>12} less with {_words(switch)}")
+    if measured is not None:
+        held = measured()
+        lines.append(f"measured     {_gib(held):>12}, from which the plan is {step.peak / held - 1:+.1%} off")
     return "\n".join(lines)
 
 
@@ -276,10 +315,11 @@ def _gib(size: float) -> str:
 # --- measurement -----------------------------------------------------------------------------------------------------
 
 
-def measured_peak(trainer: Trainer, batch: list[Example]) -> int:
-    """Bytes at the peak of two optimizer steps of one batch: torch's count on a GPU; on a CPU what lives at once, with
-    the weights."""
-    work = Step(0.0, [batch], sum(example.feedback.num_units for example in batch))
+def measured_peak(trainer: Trainer, batch: list[Example], *, accumulate: bool = False) -> int:
+    """Bytes at the peak of two optimizer steps of one batch, or of it twice with `accumulate`: torch's count on a GPU;
+    on a CPU what lives at once, with the weights."""
+    times = 1 + accumulate
+    work = Step(0.0, [batch] * times, times * sum(example.feedback.num_units for example in batch))
     device = trainer.world.device
     if device.type == "cuda":
         trainer.take_step(work)  # makes the optimizer's state

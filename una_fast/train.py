@@ -173,7 +173,7 @@ class Trainer:
     def _load_models(self, cached: bool, examples: list[Example], checkpoint: Path | None) -> None:
         """Policy (from the checkpoint, if any) and reference (always from the start of the run)."""
         config, world = self.config, self.world
-        refuse_too_large(config, examples, device=world.device.type, ranks=world.size, cached=cached)
+        refuse_too_large(config, examples, device=world.device.type, ranks=world.size)
         compute, dtype = run_dtypes(config, world.device)
         self.bf16 = compute == torch.bfloat16
 
@@ -207,9 +207,10 @@ class Trainer:
             self.reference = FrozenReference(models[1], self.scoring)
         self.models = models
         for policy in models:
-            policy.model.to(world.device)
             if world.sharded:
-                shard(policy.causal_lm, world, compute)
+                shard(policy.causal_lm, world, compute)  # which moves it, layer by layer
+            else:
+                policy.model.to(world.device)
 
     def run(self) -> dict[str, float]:
         """All steps that are left. Returns the last metrics."""
