@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -88,8 +88,8 @@ class StepPlan:
     """One forward and backward of a batch, with the optimizer behind it, on one device."""
 
     moments: dict[str, Parts]
-    """Bytes of each of PARTS where each phase of the step holds most: reference, forward, the two halves of backward,
-    and the optimizer's step."""
+    """Bytes of each of PARTS where each phase of the step holds most: reference, forward, backward of the first layers
+    that it meets, of the last ones and of those between, and the optimizer's step."""
     host: int
     """Bytes in host memory at the most: offloaded activations and optimizer state."""
     flop: float
@@ -142,7 +142,7 @@ class Planner:
     def estimate(self, examples: Sequence[Example], **options: Any) -> StepPlan:
         """`step` from two shallower models of the same layers, each moment continued in a straight line: faster."""
         total, period = self.model_config.get_text_config().num_hidden_layers, _period(self.model_config)
-        few, more = (min(n * period, total) for n in (2, 4))
+        few, more = (min(n * period, total) for n in (4, 6))  # fewer are all beginning and end
         if more >= total:
             return self.step(examples, **options)
         a, b = (self.step(examples, layers=n, **options) for n in (few, more))
@@ -153,6 +153,7 @@ class Planner:
         moments = {
             name: {part_: max(round(at(a.moments[name][part_], held)), 0) for part_, held in parts.items()}
             for name, parts in b.moments.items()
+            if name != MIDDLE
         }
         return StepPlan(moments, round(at(a.host, b.host)), at(a.flop, b.flop), a.tokens, a.packed)
 
@@ -223,10 +224,13 @@ class Planner:
             always["reference"] = sum(p.numel() * p.itemsize for p in reference.model.parameters()) // ranks
         if ranks > 1:
             always["gathered"] = _gathered(policy, reference, compute)
-        start, referred, forward, backward = live.marks
-        middle = (forward + backward) // 2
-        spans = {"reference": (start, referred), "forward": (referred, forward)}
-        spans |= {"backward": (forward, middle), "end of backward": (middle, backward)}
+        start, referred, forward, *layers, end = live.marks
+        # From layer to layer what is kept falls and what is built grows, both in straight lines: in models with more
+        # layers too, the peak is at one of the ends.
+        ends = _period(self.model_config)
+        late, early = (layers[-ends], layers[ends]) if len(layers) > 2 * ends else (end, end)
+        spans = {"reference": (start, referred), "forward": (referred, forward), "first layers": (forward, early)}
+        spans |= {MIDDLE: (early, late), "last layers": (late, end)}
         left_out = ("host", "gradients") if ranks > 1 else ("host",)
         moments = {}
         for name, (first, last) in spans.items():
@@ -317,6 +321,7 @@ def _make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
                 tensors[name] = made[id(x)]
 
 
+MIDDLE = "middle layers"
 _ON_DEVICE = ("input_ids", "position_ids", "attention_mask", "rows", "targets", "ref_logps")
 _PART_OF = {"forward": "activations", "backward": "layer", "": "layer"}
 
@@ -341,12 +346,24 @@ def _run(
                 with policy.reference_mode():
                     policy.score(batch, head.logps)
     live.mark()
+    hooks = [
+        layer.register_forward_hook(lambda _, __, out: _when_backward_reaches(out, live.mark))
+        for layer in decoder_layers(policy.causal_lm)
+    ]
     with part("forward"), torch.autocast("cpu", **casts):
         loss = policy.score(batch, head.loss)
+    for hook in hooks:  # a layer that checkpointing runs again is not met again
+        hook.remove()
     live.mark()
     with part("backward"):
         loss.backward()
     live.mark()
+
+
+def _when_backward_reaches(out: Tensor | tuple[Tensor, ...], do: Callable[[], None]) -> None:
+    first = out if isinstance(out, Tensor) else out[0]
+    if first.requires_grad:
+        first.register_hook(lambda grad: do())
 
 
 def _gathered(policy: Policy, reference: Policy | None, compute: torch.dtype) -> int:

@@ -201,22 +201,20 @@ def cheapest_way(
     """Switches that make a batch fit into `room` bytes, added in the order of what each saves alone, and the step with
     them. LoRA, which trains something else, is not among them."""
     chosen: dict[str, Any] = {}
-    step = planner.step(batch, **options)
-    if step.peak <= room:
-        return chosen, step
     ranked = [switch for switch, saved in savings(planner, batch, **options) if "lora" not in switch and saved > 0]
     if {"gradient_checkpointing": True} in ranked:
         ranked.append({"offload_activations": True})
+    smallest = planner.estimate(batch, **options).peak
     for switch in ranked:
+        if smallest <= room:
+            break
         try:
-            smaller = planner.step(batch, **chosen, **switch, **options)
+            peak = planner.estimate(batch, **chosen, **switch, **options).peak
         except ValueError:
             continue  # it excludes one that was chosen
-        if smaller.peak < step.peak:
-            chosen, step = chosen | switch, smaller
-        if step.peak <= room:
-            break
-    return chosen, step
+        if peak < smallest:
+            chosen, smallest = chosen | switch, peak
+    return chosen, planner.step(batch, **chosen, **options)
 
 
 def longest_row(planner: Planner, row: Row, room: int, **options: Any) -> Row | None:
