@@ -37,9 +37,10 @@ import contenders
 import harness
 import torch
 from contenders import HEADS, Contender, Inputs, check, logp_errors, step, truth
-from counters import FlopCounter, LiveBytes
 from harness import GPU_LOST, DeviceLost, open_report, release, typical, write_report
 from torch import Tensor
+
+from una_fast.counters import FlopCounter, LiveBytes
 
 # CPU shape (rows per response, hidden, vocabulary) -> largest allowed ratios
 BARS = {

@@ -24,7 +24,6 @@ import contenders  # noqa: F401  finds the peers, and lets triton be imported wi
 import harness
 import numpy as np
 import torch
-from counters import LiveBytes
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -34,6 +33,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     TrainerCallback,
 )
+
+from una_fast.counters import LiveBytes
 
 SEED = 0
 PAD, EOS = 0, 1

@@ -26,3 +26,12 @@ def mixed(tmp_path_factory):
     from tiny import make_records, write_jsonl
 
     return write_jsonl(tmp_path_factory.mktemp("data") / "mixed.jsonl", make_records("mixed", 36))
+
+
+@pytest.fixture
+def one_thread():
+    """Sums in the same order everywhere, subprocesses included; and small operations do not wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -194,7 +194,7 @@ def test_attended_counts_by_enumeration():
 
 def test_needed_flop_is_that_of_the_linear_layers_counted():
     """Against the products that a plain model runs, its attention and head taken out of both."""
-    from counters import FlopCounter
+    from una_fast.counters import FlopCounter
 
     case = Case("equal", "tiny-llama", 2, "cached", ((6, 5, 5),))
     model = step_contenders.build(case, Setup(CPU, torch.float32), torch.float32)

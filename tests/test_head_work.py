@@ -7,11 +7,11 @@ from types import SimpleNamespace as Namespace
 
 import pytest
 import torch
-from counters import FlopCounter, LiveBytes
 from helpers import PAIR, WAYS, Problem, Way, evaluate, problem, reference
 from torch import Tensor
 
 from una_fast import Feedback, Objective, UnaOutput, eager, gather_logps, linear_una_loss, passes, token_logps
+from una_fast.counters import FlopCounter, LiveBytes
 from una_fast.head import sequence_logps
 
 VOCAB = 101

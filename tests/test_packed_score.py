@@ -6,11 +6,11 @@ import logging
 import numpy as np
 import pytest
 import torch
-from counters import FlopCounter
 from test_attention import FAMILIES, REFUSED, build, gradient_difference, gradients, without
 
 from una_fast import Feedback, token_logps
 from una_fast.attention import Segment, attended_pairs
+from una_fast.counters import FlopCounter
 from una_fast.data import Example, collate
 from una_fast.policy import make_policy, probe_head
 

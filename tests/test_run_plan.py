@@ -17,6 +17,7 @@ from una_fast.attention import Segment, attended_pairs
 from una_fast.cli import main
 from una_fast.config import LoraOptions, RunConfig
 from una_fast.counters import FlopCounter, part
+from una_fast.data import collate
 from una_fast.loader import Step
 from una_fast.optim import make_optimizer
 from una_fast.policy import add_lora
@@ -63,13 +64,7 @@ MODELS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small operations are faster without others to wait for."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +143,18 @@ def test_the_plan_is_within_a_tenth_of_the_measured_peak(seed, models, tmp_path,
     assert step.peak == pytest.approx(measured, rel=0.1), (model, row, changes, step.parts)
     assert step.tokens == (row.tokens if step.packed else sum(row.prompt + n for n in row.responses))
     assert set(step.parts) == set(PARTS) and min(step.parts.values()) >= 0
+
+
+def test_a_scored_response_needs_its_own_row_alone(models, tmp_path):
+    """No padded pair, no second response resident: half of the tokens of a pair where nothing is shared."""
+    one, two = [Row(2, (400,)).example()], [Row(2, (400, 400)).example()]
+    assert collate(one, packed=True).input_ids.numel() == 402
+    assert collate(one, packed=False).input_ids.shape == (1, 402)
+    peaks = [
+        measure(settings(models["llama"], tmp_path / str(len(b[0].responses)), workspace_mb=1), b) for b in (one, two)
+    ]
+    fixed = 20 * Planner(settings(models["llama"], tmp_path)).parameters
+    assert peaks[0] - fixed <= 0.6 * (peaks[1] - fixed)
 
 
 def test_micro_batches_that_follow_the_first_hold_all_gradients(models, tmp_path):

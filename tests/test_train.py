@@ -41,13 +41,7 @@ from una_fast.train import Trainer, check_token_ids, load_data, train
 LORA = LoraOptions(r=4, alpha=8)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Sums in the same order everywhere, the subprocess included."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def open_trainer(config: RunConfig) -> Trainer:

@@ -12,7 +12,6 @@ from itertools import product
 
 import pytest
 import torch
-from counters import LiveBytes
 from helpers import (
     LEAVES,
     MIXED,
@@ -28,6 +27,8 @@ from helpers import (
     relative_error,
     truth,
 )
+
+from una_fast.counters import LiveBytes
 
 pytest.importorskip("triton")
 from una_fast.kernels import gemm, logp_partials, una_loss

@@ -14,8 +14,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,29 +22,26 @@ import numpy as np
 import torch
 from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
     AutoConfig,
     AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
 
-from una_fast import attention
 from una_fast.config import RunConfig
 from una_fast.counters import FlopCounter, LiveBytes, part
 from una_fast.data import Batch, Example, collate, layout_tokens
-from una_fast.engine import CACHE_BLOCK_BYTES
 from una_fast.feedback import Feedback
 from una_fast.memory import decoder_layers
 from una_fast.optim import state_bytes, step_bytes
 from una_fast.packing import packing_refusal
-from una_fast.plan import DEFAULT_WORKSPACE_MB, HeadSize, Tile, cost, forward_pass, forward_tile, head_size, make_plan
+from una_fast.plan import DEFAULT_WORKSPACE_MB
 from una_fast.policy import Policy, add_lora, make_policy, model_and_adapter, remove_dropout
 from una_fast.probe import HeadSpec
 from una_fast.scoring import autocast_dtype, match_autocast, run_dtypes
+from una_fast.stand_ins import PlannedHead, planned_attention
 
 PARTS = ("weights", "gradients", "optimizer", "head", "activations", "attention", "layer", "reference", "gathered")
 """Parts of the peak. activations: kept from forward to backward. layer: the one at work. gathered: FSDP's whole
@@ -176,11 +172,11 @@ class Planner:
         unpadded = batch.attention_mask is None or bool(batch.attention_mask.all())
         cached = cached_reference or config.reference == "cached"
         frozen_copy = not cached and (config.lora is None or config.reference == "frozen")
-        head = _Head(config, self.device, batch)
+        head = PlannedHead(config, self.device, batch)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         policy = self._policy(config, dtype, mode, layers, cast=compute if sharded else None, trained=True)
         reference = self._policy(config, compute, mode, layers, trained=False) if frozen_copy else None
-        with mode, _attention_of(self.device, unpadded) as kernel:
+        with mode, planned_attention(self.device, unpadded) as kernel:
             on_device = {name: getattr(batch, name) for name in _ON_DEVICE}
             fakes = {k: None if x is None else mode.from_tensor(x) for k, x in on_device.items()}
             autocast = None if sharded else autocast_dtype(policy, compute)
@@ -330,7 +326,7 @@ def _run(
     policy: Policy,
     reference: Policy | None,
     batch: Batch,
-    head: _Head,
+    head: PlannedHead,
     autocast: torch.dtype | None,
     cached: bool,
     live: LiveBytes,
@@ -384,149 +380,3 @@ def _gathered(policy: Policy, reference: Policy | None, compute: torch.dtype) ->
     return (root * (1 + (reference is not None)) + 2 * layer) * compute.itemsize + max(sizes(trained=True)) * (
         compute.itemsize + 4
     )
-
-
-# --- stand-ins -------------------------------------------------------------------------------------------------------
-
-
-class _Head:
-    """The fused head: its block plan as always, and the tensors that it allocates; no numbers."""
-
-    def __init__(self, config: RunConfig, device: str, batch: Batch) -> None:
-        self.device, self.feedback, self.normalize = device, batch.feedback, config.length_normalize
-        self.lengths = batch.cu_seqlens.diff().tolist()
-        megabytes = DEFAULT_WORKSPACE_MB[device] if config.workspace_mb is None else config.workspace_mb
-        self.workspace = int(megabytes * 2**20)
-        self.flop = 0.0
-
-    def _size(self, weight: Tensor) -> tuple[HeadSize, int]:
-        """Of this head, and the budget of its tiles."""
-        size = head_size(*weight.shape, self.device, weight.itemsize)
-        return size, self.workspace - (self.workspace // 8 if size.cast else 0)
-
-    def _tensors(self, size: HeadSize, tile: Tile, gathered: bool) -> list[Tensor]:
-        """Logits, copies of hidden rows, a slice of the weight where operands are cast, temporaries."""
-        logits = tile.rows * size.stride(tile.vocab) * size.acc_bytes
-        copies = tile.rows * size.copied_bytes(gathered, tile.vocab < size.vocab)
-        cast = min(self.workspace // 8, size.vocab * size.hidden * size.acc_bytes) if size.cast else 0
-        block = min(CACHE_BLOCK_BYTES, logits) if self.device == "cpu" else 0  # of the row operations
-        return [torch.empty(n, dtype=torch.int8) for n in (logits, copies, cast, block)]
-
-    def logps(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        weight = _autocast_copy(weight)
-        size, budget = self._size(weight)
-        tile = forward_tile(size, len(hidden), budget)
-        self.flop += forward_pass(size, len(hidden), tile).flop
-        with part("head"):
-            self._tensors(size, tile, gathered=False)
-        return hidden.new_zeros(())
-
-    def loss(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _HeadLoss.apply(hidden, weight, bias, self)
-
-
-class _HeadLoss(torch.autograd.Function):
-    """What passes.OnePass and head._LinearUna keep and make."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: _Head) -> Tensor:
-        with part("head"):
-            operand = _autocast_copy(weight)
-            size, budget = head._size(operand)
-            trained = ctx.needs_input_grad[1]
-            width = size.hidden if trained else 0
-            with unset_fake_temporarily():  # it reads the feedback
-                plan = make_plan(
-                    head.feedback,
-                    head.lengths,
-                    size,
-                    budget=budget,
-                    accumulator_width=width,
-                    length_normalize=head.normalize,
-                )
-            head.flop += cost(plan, head.lengths, size, width).flop
-            workspace = head._tensors(size, plan.tile, gathered=len(head.lengths) > 2)  # noqa: F841
-            scratch = [torch.empty(weight.shape, dtype=torch.float32) for _ in range(plan.scratch)]  # noqa: F841
-            ctx.hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-            ctx.weight = torch.empty(weight.shape, dtype=torch.float32) if trained else None
-        ctx.dtype, ctx.bias = weight.dtype, None if bias is None else torch.empty_like(bias)
-        return hidden.new_zeros((), dtype=torch.float32)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        with part("head"):
-            weight = None if ctx.weight is None else ctx.weight.to(ctx.dtype)
-        hidden, ctx.hidden, ctx.weight = ctx.hidden, None, None
-        return hidden, weight, ctx.bias, None
-
-
-def _autocast_copy(weight: Tensor) -> Tensor:
-    return weight.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else weight
-
-
-class _Kernel:
-    """Counts the flop of packed attention; called, it is a GPU's varlen kernel that makes tensors and no numbers."""
-
-    def __init__(self) -> None:
-        self.flop = 0.0
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *_: Any, scores: Any) -> Tensor:
-        return _Attention.apply(q, k, v)
-
-    def count(self, flop: float) -> None:
-        self.flop += flop
-
-    def packed(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
-        """packed_attention_forward, its parts and its flop counted."""
-        pairs = attention.attended_pairs(options["una_segments"], options.get("sliding_window"))
-        flop = 2.0 * pairs * query.shape[1] * (query.shape[-1] + value.shape[-1])
-        self.count(flop)
-        with part("attention"):
-            out, _ = attention.packed_attention_forward(module, query, key, value, *args, **options)
-        if out.requires_grad:  # five products where forward has two; not called for what checkpointing runs again
-            out.register_hook(lambda grad: self.count(2.5 * flop))
-        return out, None
-
-
-@contextmanager
-def _attention_of(device: str, unpadded: bool) -> Iterator[_Kernel]:
-    """Attention as a device of this kind runs it, on tensors without numbers: packed, and SDPA's of padded batches,
-    which builds a mask only where something is hidden. transformers looks for that in the numbers."""
-    kernel = _Kernel()
-    masks = AttentionMaskInterface()
-    sdpa = masks["sdpa"]
-
-    def mask(*args: Any, **options: Any) -> Tensor | None:
-        window = options.get("local_size")
-        if unpadded and (window is None or options["kv_length"] < window):
-            return None
-        return sdpa(*args, **options)
-
-    with attention.traced_attention(kernel if device == "cuda" else None):
-        AttentionInterface.register(attention.PACKED, kernel.packed)
-        AttentionMaskInterface.register("sdpa", mask)
-        try:
-            yield kernel
-        finally:
-            AttentionInterface.register(attention.PACKED, attention.packed_attention_forward)
-            AttentionMaskInterface.register("sdpa", sdpa)
-
-
-class _Attention(torch.autograd.Function):
-    """[T, H, D] queries: saves them, keys, values, the output and a logsumexp per query and head."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = q.new_empty(*q.shape[:-1], v.shape[-1])
-        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        q, k, v, *_ = ctx.saved_tensors
-        with part("attention"):
-            float_dq = torch.empty(q.shape, dtype=torch.float32)  # noqa: F841  the kernel's accumulator
-            # Keys and values shared by a group of heads are expanded for their gradients, then summed over the group.
-            group = q.shape[1] // k.shape[1]
-            expanded = [x.new_empty(x.shape[0], x.shape[1] * group, x.shape[2]) for x in (k, v)] if group > 1 else []  # noqa: F841
-            return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
