@@ -381,7 +381,8 @@ def judge(case: Case, entry: dict[str, Any]) -> dict[str, Any]:
     """The entry with `ratios` of the first row of una_fast and `bars` of all.
 
     A bar against a peer that ran out of memory is held, against one that could not be measured missed, and against one
-    that was not asked for left out."""
+    that was not asked for left out. Against bare products on a GPU that were slower than they should be none is held:
+    they flatter everything."""
     table, bars = entry["table"], []
     absent = set(PEER_BARS) - {row["name"] for row in table}
     full = {row["name"] for row in table if row.get("reason") == "out of memory"}
@@ -393,6 +394,8 @@ def judge(case: Case, entry: dict[str, Any]) -> dict[str, Any]:
             if other in absent:
                 continue
             held = value <= limit if value is not None else "reason" not in row and other in full
+            if other == "bare mm" and not entry.get("reference", {}).get("valid", True):
+                held = False
             bars.append({"contender": row["name"], "bar": name, "allowed": limit, "found": value, "held": held})
     return entry | {"ratios": ratios(ours[0], table) if ours else {}, "bars": bars}
 

@@ -46,32 +46,42 @@ bench() { # bench_NAME JSON SECONDS ARGUMENTS...: again without a contender that
   done 2>&1 | tee -a "${json%.json}.log"
 }
 
-rm -f "$out"/head_*.json "$out"/step_*.json "$out"/smoke*.json
+fresh() { # NAME...: results of this part alone: those of other parts stay, and its own calls resume each other
+  for name in "$@"; do rm -f "$out/$name.json" "$out/$name.log"; done
+}
+
 case $part in
 1)
+  fresh smoke head_bars
   # -P: the repository root off sys.path, where kernels/ would hide the package of that name
   timeout -k 5 150 python3 -P -m pytest tests/test_gpu.py -q 2>&1 | tee "$out/tests.log" | tail -25
-  few="4095 or linear or loss or gather or segment or offsets" # every kernel and dtype, one shape of the row kernels
+  # every kernel and dtype, two shapes of the row kernels, one with a bias
+  few="4095 or 2049 or merge or infinity or stride or linear or loss or gather or segment or offsets"
   timeout -k 5 100 python3 -P -m pytest tests/test_kernels.py -q -k "$few" 2>&1 | tee "$out/kernels.log" | tail -12
   if command -v compute-sanitizer >"$out/sanitizer.log"; then # shared memory alone: the rest is the hundred repeats
     timeout -k 5 30 compute-sanitizer --tool racecheck --error-exitcode 9 \
       python3 -P -m pytest tests/test_kernels.py -q -k "test_row_kernels and 4095 and plain" >>"$out/sanitizer.log" 2>&1
     echo "racecheck: exit status $?"
+  else
+    echo "racecheck: not run, there is no compute-sanitizer"
   fi
   bench head "$out/smoke.json" 80 --suite smoke --warmup 45
   bench head "$out/head_bars.json" 190 --suite bars --seconds 8
   last=head_bars
   ;;
 2)
+  fresh head_peers
   bench head "$out/head_peers.json" 525 --suite peers,accuracy --seconds 8 --warmup 60
   last=head_peers
   ;;
 3)
+  fresh head_long
   bench head "$out/head_long.json" 105 --suite forward,slices --seconds 4
   bench head "$out/head_long.json" 420 --suite memory,layouts --seconds 8 --warmup 60
   last=head_long
   ;;
 4)
+  fresh smoke_step step_llama
   timeout -k 5 110 python3 -P -m pytest tests/test_gpu_steps.py -q 2>&1 | tee "$out/tests_steps.log" | tail -15
   # both loops once: a broken install shows before a model of 8B is built
   bench step "$out/smoke_step.json" 80 --suite equal,ragged --models tiny-llama --rounds 1 --steps 1
@@ -79,27 +89,32 @@ case $part in
   last=step_llama
   ;;
 5)
+  fresh step_others
   bench step "$out/step_others.json" 420 --suite equal,shared16,shared64,ragged --models gemma3-1b,qwen3-1.7b \
     --deadline 90
   bench step "$out/step_others.json" 110 --suite equal --models qwen3-8b --deadline 90
   last=step_others
   ;;
 6) # lengths from the one TRL published: its doubles are the bars
+  fresh step_longest
   bench step "$out/step_longest.json" 530 --suite maxlen --models gemma3-1b --memory-cap 79 --offload \
     --start 59392 --contenders una_fast --mlp-tile 8192 --deadline 150
   last=step_longest
   ;;
 7)
+  fresh step_gemma
   bench step "$out/step_gemma.json" 190 --suite long --models gemma3-1b --deadline 120
   bench step "$out/step_gemma.json" 340 --suite maxlen --models gemma3-1b --memory-cap 79 --offload \
     --start 59392 --contenders trl --deadline 100
   last=step_gemma
   ;;
 8)
+  fresh step_long
   bench step "$out/step_long.json" 535 --suite long --models llama3-8b --layers 32 --deadline 420
   last=step_long
   ;;
 9)
+  fresh step_long_16
   bench step "$out/step_long_16.json" 535 --suite long --models llama3-8b --layers 16 --deadline 480
   last=step_long_16
   ;;

@@ -193,8 +193,8 @@ def ours(seconds=1.1, gib=1.9, **numbers):
     return row("una_fast 2048 MiB", seconds=seconds, **fixed | numbers)
 
 
-def verdicts(*rows):
-    entry = judge(CASE._replace(dim=4096), {"head": "trained", "table": list(rows)})
+def verdicts(*rows, **entry):
+    entry = judge(CASE._replace(dim=4096), {"head": "trained", "table": list(rows), **entry})
     return {bar["bar"]: bar["held"] for bar in entry["bars"]}
 
 
@@ -205,6 +205,8 @@ def test_bars_hold_and_miss():
     held = verdicts(ours(**good), *peers, row("bare mm", seconds=1.0))
     assert len(held) == 10 and all(held.values())
     assert not verdicts(ours(1.2), row("bare mm", seconds=1.0))["time / bare mm"]
+    slow = verdicts(ours(), row("bare mm", seconds=1.0), row("trl", seconds=3.0), reference={"valid": False})
+    assert not slow["time / bare mm"] and slow["time / trl"]
     assert not verdicts(ours(), row("trl", seconds=1.2))["time / trl"]
     assert not verdicts(ours(gib=2.2))["bytes / workspace"]
     assert not verdicts(ours(sum_error=0.03))["error of 8192-token sums, nat"]

@@ -38,8 +38,10 @@ def test_the_table_has_every_variant(table, fresh):
     assert list(table["rows"]) == fresh["names"], REMEDY
 
 
-def test_nothing_spills(table):
-    assert not {name: row for name, row in table["rows"].items() if row["spills"]}
+def test_nothing_spills(table, fresh):
+    """Neither as recorded nor, in part, as this compiler has it."""
+    for rows in (table["rows"], fresh["rows"]):
+        assert not {name: row for name, row in rows.items() if row["spills"]}
 
 
 def test_the_table_is_what_the_compiler_says(table, fresh):
