@@ -525,7 +525,8 @@ def test_bf16_master_weights(bf16_llama, mixed, tmp_path, frozen_run):
 
     parts = open_trainer(make_config(bf16_llama, mixed, tmp_path / "parts", **master))
     assert {p.dtype for p in parts.policy.model.parameters()} == {torch.float32}
-    assert {p.dtype for p in parts.reference.policy.model.parameters()} == {torch.bfloat16}, "no fp32 copy"
+    reference = parts.reference.policy.model.parameters()
+    assert {p.dtype for p in reference if p.dim() > 1} == {torch.bfloat16}, "no fp32 copy but of the norms"
 
     tiny_step = {**master, "optimizer": "sgd", "max_steps": 1, "learning_rate": 1e-4, "batch_size": 36}
     train(make_config(bf16_llama, mixed, tmp_path / "tiny", **tiny_step))
