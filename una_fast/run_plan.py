@@ -6,7 +6,8 @@ there is no formula per architecture to go stale. Three things are stood in for,
 look at numbers: the fused head (its plan is made as always; what it allocates is allocated), the attention kernel of a
 GPU, and the optimizer (sizes of its state).
 
-    peak = weights + optimizer state + max(what the step holds, gradients + temporaries of the optimizer)
+    peak = weights + optimizer state + max over the phases of the step of what it holds, the optimizer's own being
+           gradients + temporaries
 """
 
 from __future__ import annotations
@@ -147,7 +148,7 @@ class Planner:
             return y + (y - x) / (more - few) * (total - more)
 
         moments = {
-            name: {part_: max(round(at(a.moments[name][part_], held)), 0) for part_, held in parts.items()}
+            name: {kind: max(round(at(a.moments[name][kind], held)), 0) for kind, held in parts.items()}
             for name, parts in b.moments.items()
             if name != MIDDLE
         }
