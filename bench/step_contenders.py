@@ -325,7 +325,7 @@ def ours(case: Case, setup: Setup, watch: Watch) -> Session:
         if case.mode == "cached":
             examples = with_reference(case, setup, config, examples)
         torch.manual_seed(SEED)
-        trainer = train.Trainer(config, start_world(setup.device.type), tokenizer(), [examples], [], [1.0])
+        trainer = train.Trainer(config, start_world(setup.device.type), tokenizer(), train.RunData([examples], [1.0]))
         packed, take_step = trainer.policy.packed, trainer.take_step
 
         def look(parts: list[list[Example]]) -> None:

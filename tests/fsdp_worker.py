@@ -2,9 +2,10 @@
 
     torchrun --nproc-per-node 2 tests/fsdp_worker.py cases.json
 
-cases.json: {name: {"config": settings, "die_at": step}}, or {"argv": [...]} for the command line, which comes last. A
-case writes what it saw to its output_dir/seen.pt: the full gradient of every trained parameter before every optimizer
-step, and the dtypes of the trained weights.
+cases.json: {name: {"config": settings, "die_at": step, "fixed": false}}, or {"argv": [...]} for the command line, which
+comes last. fixed: samples are made of their prompts, the same on any number of ranks. A case writes what it saw to its
+output_dir/seen.pt: the full gradient of every trained parameter before every optimizer step, and the dtypes of the
+trained weights.
 """
 
 from __future__ import annotations
@@ -14,16 +15,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import una_fast.memory as memory_module
+import una_fast.online as online_module
 import una_fast.train as train_module
 from una_fast import cli
 from una_fast.config import RunConfig
 from una_fast.loader import Step
 from una_fast.policy import Policy
+from una_fast.rollout import Completion, Sampling
 from una_fast.sharding import start_world, stop_world
 from una_fast.train import Trainer
 
@@ -38,8 +42,27 @@ def full(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def run_case(settings: dict[str, Any], die_at: int | None = None) -> dict[str, Any]:
+class FixedSampler:
+    """Samples that depend on nothing but the prompt and the version of the policy."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+
+    def sample(self, prompts: Any, *, seed: int, samples: int | None = None, version: int = 0) -> Any:
+        drawn = []
+        for prompt in prompts:
+            rng = np.random.default_rng([version, *prompt.tolist()])
+            lengths = rng.integers(1, self.sampling.max_new_tokens, samples or self.sampling.samples)
+            ids = [rng.integers(3, 300, n, dtype=np.int32) for n in lengths]
+            drawn.append([Completion(one, True, -float(len(one)), version) for one in ids])
+        return drawn
+
+
+def run_case(settings: dict[str, Any], die_at: int | None = None, fixed: bool = False) -> dict[str, Any]:
     """Train, dying in the step number `die_at` of this process, before its update; returns what was seen."""
+    make_sampler = online_module.make_sampler
+    if fixed:
+        online_module.make_sampler = lambda *given: FixedSampler(make_sampler(*given).sampling)
     seen: dict[str, Any] = {"gradients": [], "dtypes": set()}
     make_optimizer, take_step = train_module.make_optimizer, Trainer.take_step
     inside = False  # saving and loading the state of an optimizer makes it step without gradients
@@ -74,6 +97,7 @@ def run_case(settings: dict[str, Any], die_at: int | None = None) -> dict[str, A
         assert die_at is not None
     finally:
         train_module.make_optimizer, Trainer.take_step = make_optimizer, take_step
+        online_module.make_sampler = make_sampler
     return seen
 
 
@@ -86,7 +110,7 @@ def main() -> None:
         if "argv" in case:
             assert cli.main(case["argv"]) == 0
             return  # it has left the world
-        seen = run_case(case["config"], case.get("die_at"))
+        seen = run_case(case["config"], case.get("die_at"), case.get("fixed", False))
         if world.is_main:
             seen["dtypes"] = sorted(seen["dtypes"])
             torch.save(seen, Path(case["config"]["output_dir"]) / "seen.pt")

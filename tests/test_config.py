@@ -11,13 +11,14 @@ import pytest
 import yaml
 
 import una_fast
-from una_fast.config import TRAJECTORY, LoraOptions, RunConfig
+from una_fast.config import ONLINE_TRAJECTORY, TRAJECTORY, LoraOptions, OnlineOptions, RunConfig
 from una_fast.losses import Objective
 from una_fast.memory import MemoryOptions
 from una_fast.records import RecordOptions
 
 PACKAGE = Path(una_fast.__file__).parent
 NEEDED = {"model": "some/model", "data": ["x.jsonl"], "output_dir": "out"}
+ONLINE = {"mode": "online", "rewards": ["json:dumps"]}
 RECORD_FIELDS = {f.name for f in fields(RecordOptions)}
 OBJECTIVE_FIELDS = {f.name for f in fields(Objective)}
 MEMORY_FIELDS = {f.name for f in fields(MemoryOptions)}
@@ -44,7 +45,7 @@ def attributes_read(holders: set[str], skip: str = "") -> set[str]:
 
 def test_every_field_is_read():
     """A setting that nobody reads is accepted and ignored."""
-    read = attributes_read({"config"}, skip="config.py")
+    read = attributes_read({"config"}, skip="config.py") | {"online_fraction", "off_policy_ok"}  # which config.py reads
     own = {f.name for f in fields(RunConfig)} - RECORD_FIELDS - OBJECTIVE_FIELDS - MEMORY_FIELDS
     assert not own - read
     assert not {f.name for f in fields(LoraOptions)} - attributes_read({"options"}, skip="config.py")
@@ -75,7 +76,7 @@ def test_every_memory_switch_is_passed_on():
     assert config(**on).memory_options(trained=False) == MemoryOptions(mlp_tile=7, liger=True)
 
 
-@pytest.mark.parametrize("kind", [RunConfig, LoraOptions, RecordOptions])
+@pytest.mark.parametrize("kind", [RunConfig, OnlineOptions, LoraOptions, RecordOptions])
 def test_every_field_has_one_line_of_documentation(kind):
     (tree,) = ast.parse(inspect.getsource(kind)).body
     documented = {}
@@ -92,6 +93,7 @@ def test_the_trajectory_names_settings():
     names = {f.name for f in fields(RunConfig)}
     assert set(TRAJECTORY) <= names and len(set(TRAJECTORY)) == len(TRAJECTORY)
     assert set(config().trajectory()) == set(TRAJECTORY)
+    assert set(config(**ONLINE).trajectory()) == {*TRAJECTORY, *ONLINE_TRAJECTORY}
     # What may change when a run is resumed: how long, how often, where, and how the same numbers are computed.
     free = {
         *("data", "output_dir", "tokenizer", "trust_remote_code", "reference", "gradient_checkpointing", "packing"),
@@ -99,8 +101,9 @@ def test_the_trajectory_names_settings():
         *("max_tokens_per_batch", "offload_activations", "mlp_tile", "liger", "memory_gib"),
         *("eval_data", "eval_fraction", "eval_every", "save_every", "keep_checkpoints", "resume", "log_every"),
         *("loggers", "progress"),
+        *("max_kl", "on_max_kl", "saved_completions", "off_policy_ok"),
     }
-    assert names - set(TRAJECTORY) - RECORD_FIELDS == free
+    assert names - set(TRAJECTORY) - set(ONLINE_TRAJECTORY) - RECORD_FIELDS == free
 
 
 @pytest.mark.parametrize(
@@ -173,3 +176,42 @@ def test_settings_survive_their_file(settings, tmp_path):
 def test_wrong_settings_are_refused_by_name(settings, message):
     with pytest.raises(ValueError, match=message):
         config(**settings)
+
+
+def test_forms_that_are_chosen_by_the_mode():
+    offline, online = config(), config(**ONLINE)
+    assert (offline.score, offline.offset) == ("mse", 0.0) and offline.objective() == Objective()
+    assert (online.score, online.offset) == ("reward_mse", "group") and online.objective().offset == 0.0
+    assert config(**ONLINE, samples_per_prompt=1).offset == "ema" and config(**ONLINE, offset=-0.5).offset == -0.5
+    assert config(**ONLINE, score="mse", reward_map="sigmoid").offset == 0.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"top_p": 0.9}, "top_p=0.9.*off_policy_ok: true"),
+        ({"length_normalize": True}, "length_normalize=True.*set length_normalize: false, or off_policy_ok"),
+        ({"score": "mse"}, "set reward_map to range .with reward_range., sigmoid or quantile"),
+        ({"offset": "group", "samples_per_prompt": 1}, "samples_per_prompt of at least 2; use ema"),
+        ({"offset": "mean"}, "offset='mean' must be a number, group or ema"),
+        ({"offset": "ema", "score": "bce", "reward_map": "sigmoid"}, "set mode: online and score: reward_mse"),
+        ({"reference": "cached"}, "reference=cached has no log-probs of responses yet to be sampled"),
+        ({"reference_refresh": 4, "lora": {"r": 2}}, "does not go with lora"),
+        ({"inner_epochs": 2, "save_every": 3}, "save_every=3 would save between the 2 inner_epochs"),
+        ({"rewards": []}, "needs rewards; set --rewards"),
+        ({"rewards": [{"model": "a", "judge": "http://b/v1"}]}, "rewards"),
+        ({"reward_map": "range"}, "give both for a range"),
+        ({"reward_map": "range", "reward_range": [1, 1]}, "must be .lowest, highest."),
+        ({"temperature": 0.0}, "temperature=0.0 must be positive"),
+        ({"generation": "continuous", "stop_strings": ["x"]}, "generation=continuous knows no stop_strings"),
+        ({"generation": "continuous", "top_p": 0.5, "off_policy_ok": True}, "set top_p: 1, or generation: padded"),
+        ({"max_kl": 0.0}, "max_kl=0.0 must be positive"),
+        ({"on_max_kl": "warn"}, "on_max_kl=warn acts at max_kl, which is not set"),
+        ({"mode": "mixed", "temperature": 0.7}, "set temperature: 1, or mode: online"),
+        ({"mode": "mixed", "online_fraction": 0.01}, "leaves no prompts, or no records; raise batch_size"),
+        ({"mode": "offline"}, "is for sampled responses, and mode is offline; set mode: online or mixed, or remove"),
+    ],
+)
+def test_online_refusals_name_the_flag(settings, match):
+    with pytest.raises(ValueError, match=match):
+        config(**ONLINE | settings)

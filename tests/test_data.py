@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from una_fast.attention import Segment
-from una_fast.data import Encoder, Source, collate, load_examples, mixture_order
+from una_fast.data import Encoder, Source, collate, load_examples, load_prompts, mixture_order
 from una_fast.feedback import BINARY, PAIR, SCORE
 from una_fast.records import Record, RecordOptions
 
@@ -60,11 +60,13 @@ def tokenizer():
 def load(tmp_path, tokenizer):
     """Write rows as one JSONL file and load them. Options are keywords; rows may be raw strings."""
 
-    def run(*rows, unit=True, prompt_only=False, tokenizer=tokenizer, **options):
+    def run(*rows, unit=True, prompts=False, tokenizer=tokenizer, **options):
         path = tmp_path / "rows.jsonl"
         path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
         source = Source(str(path), options=RecordOptions(**options))
-        return load_examples(source, tokenizer, require_unit_scores=unit, prompt_only=prompt_only)
+        if prompts:
+            return load_prompts(source, tokenizer, max_new_tokens=4)
+        return load_examples(source, tokenizer, require_unit_scores=unit)
 
     return run
 
@@ -159,10 +161,17 @@ def test_record_of_dropped_ties_alone_is_left_out(load):
     assert len(examples) == 1 and report.ties_dropped == 4 and "4 ties dropped" in str(report)
 
 
-def test_prompt_only(load, tokenizer):
-    examples, report = load({"prompt": "hi"}, {"prompt": [USER], "answer": "x"}, prompt_only=True)
-    assert [len(e.responses) for e in examples] == [0, 0] and examples[0].feedback.num_units == 0
-    assert dict(report.ignored_columns) == {"answer": 1}
+def test_prompts_keep_their_columns_for_the_rewards(load, tokenizer):
+    prompts, report = load({"prompt": "hi", "weight": 2}, {"prompt": [USER], "answer": "x"}, prompts=True)
+    assert [len(p.responses) for p in prompts] == [0, 0] and prompts[0].feedback.num_units == 0
+    assert [p.text for p in prompts] == ["hi", [USER]] and [p.weight for p in prompts] == [2.0, 1.0]
+    assert [p.columns for p in prompts] == [{}, {"answer": "x"}] and report.examples == 2
+
+
+def test_prompts_leave_room_for_a_response(load):
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: prompt has .* over max_tokens=9; raise max_tokens"):
+        load({"prompt": "the cat sat on a mat"}, prompts=True, max_tokens=9)
+    load({"prompt": "the cat sat on a mat"}, prompts=True, max_tokens=40)
 
 
 # Scores
@@ -363,7 +372,7 @@ def test_source_entries(tmp_path):
     source = Source.parse(entry, defaults)
     assert (source.weight, source.split) == (0.5, "test")
     assert source.options == RecordOptions(feedback="pairs", ties="soft", max_tokens=99)
-    with pytest.raises(ValueError, match="'x': unknown key 'wieght'; known keys: path, weight, split, columns"):
+    with pytest.raises(ValueError, match="'x': unknown key 'wieght'; known keys: path, weight, split, online, columns"):
         Source.parse({"path": "x", "wieght": 1}, defaults)
     with pytest.raises(ValueError, match="'x': ties='hard' is not one of"):
         Source.parse({"path": "x", "ties": "hard"}, defaults)
@@ -593,7 +602,7 @@ def test_layouts_agree(examples):
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_no_examples_still_give_something_to_run(packed, load):
-    for nothing in ([], load({"prompt": "hi"}, prompt_only=True)[0]):
+    for nothing in ([], load({"prompt": "hi"}, prompts=True)[0]):
         batch = collate(nothing, packed=packed, pad_id=5)
         assert batch.input_ids.tolist() == [[5, 5]] and batch.position_ids.tolist() == [[0, 1]]
         assert batch.rows.numel() == batch.targets.numel() == batch.num_tokens == batch.feedback.num_units == 0

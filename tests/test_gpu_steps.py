@@ -11,7 +11,7 @@ from una_fast.loader import Step
 from una_fast.run_plan import Planner, Row
 from una_fast.run_report import measured_peak
 from una_fast.sharding import start_world
-from una_fast.train import Trainer
+from una_fast.train import RunData, Trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -53,7 +53,7 @@ def open_run(directory, tokenizer, output_dir, batch, **changes):
     config = make_config(directory, ["unread.jsonl"], output_dir, **settings | changes)
     output_dir.mkdir()
     torch.manual_seed(0)
-    return config, Trainer(config, start_world("cuda"), tokenizer, [batch], [], [1.0])
+    return config, Trainer(config, start_world("cuda"), tokenizer, RunData([batch], [1.0]))
 
 
 @pytest.mark.parametrize("name", MEMORY_SETTINGS)

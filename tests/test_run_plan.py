@@ -33,7 +33,7 @@ from una_fast.run_report import (
     usable,
 )
 from una_fast.sharding import start_world
-from una_fast.train import Trainer, train
+from una_fast.train import RunData, Trainer, train
 
 SMALL = {
     "vocab_size": 1500,
@@ -93,7 +93,7 @@ def settings(model, output_dir, **changes) -> RunConfig:
 
 def measure(config: RunConfig, batch) -> int:
     Path(config.output_dir).mkdir(exist_ok=True)
-    trainer = Trainer(config, start_world("cpu"), make_tokenizer(), [batch], [], [1.0])
+    trainer = Trainer(config, start_world("cpu"), make_tokenizer(), RunData([batch], [1.0]))
     return measured_peak(trainer, batch)
 
 
@@ -163,7 +163,7 @@ def test_micro_batches_that_follow_the_first_hold_all_gradients(models, tmp_path
     batch = [Row(60, (20, 30)).example()]
     one, two = (Planner(config).step(batch, accumulate=more) for more in (False, True))
     Path(config.output_dir).mkdir()
-    trainer = Trainer(config, start_world("cpu"), make_tokenizer(), [batch * 2], [], [1.0])
+    trainer = Trainer(config, start_world("cpu"), make_tokenizer(), RunData([batch * 2], [1.0]))
     assert two.peak == pytest.approx(measured_peak(trainer, batch, accumulate=True), rel=0.1)
     assert two.peak > one.peak
 
@@ -174,7 +174,7 @@ def test_flop_of_a_step_are_those_that_run(models, tmp_path):
     batch = [row.example()]
     planned = Planner(config).step(batch).flop
     Path(config.output_dir).mkdir()
-    trainer = Trainer(config, start_world("cpu"), make_tokenizer(), [batch], [], [1.0])
+    trainer = Trainer(config, start_world("cpu"), make_tokenizer(), RunData([batch], [1.0]))
     with FlopCounter() as counter:
         trainer.take_step(Step(0.0, [batch], 1))
     segments = (Segment((0, 300), ((300, 400), (400, 460))),)

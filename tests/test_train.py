@@ -50,8 +50,7 @@ def open_trainer(config: RunConfig) -> Trainer:
     torch.manual_seed(config.seed)
     Path(config.output_dir).mkdir(parents=True)
     tokenizer = AutoTokenizer.from_pretrained(config.model)
-    train_sets, eval_set, _, weights = load_data(config, tokenizer)
-    return Trainer(config, world, tokenizer, train_sets, eval_set, weights)
+    return Trainer(config, world, tokenizer, load_data(config, tokenizer))
 
 
 def weights_of(output_dir: str | Path) -> dict[str, torch.Tensor]:
@@ -584,7 +583,7 @@ def test_adamw_8bit_runs_and_resumes(llamas, mixed, tmp_path):
     rates = [line["learning_rate"] for line in lines]
     assert rates == pytest.approx([3e-3 * 0.5 * (1 + math.cos(math.pi * k / 5)) for k in range(5)])
     parts = open_trainer(RunConfig(**again(config, tmp_path / "parts")))
-    parts.take_step(next(parts.loader.steps(0, 1)))
+    parts.take_step(next(parts.source.steps(0, 1)))
     assert parts.optimizer.state[parts.policy.causal_lm.lm_head.weight]["exp_avg"].codes.dtype == torch.uint8
     run_case(again(config, tmp_path / "run"), 4)
     train(RunConfig(**again(config, tmp_path / "run", resume=True)))
@@ -656,11 +655,11 @@ def test_head_passes_of_a_step_and_of_an_evaluation(llamas, mixed, biased, tmp_p
     )
     trainer = open_trainer(config)
     vocab, dim = trainer.policy.head.weight.shape
-    (step,) = trainer.loader.steps(0, 1)
+    (step,) = trainer.source.steps(0, 1)
     rows = sum(len(response) for part in step.micro_batches for e in part for response in e.responses)
     with HeadWork(vocab, dim) as work:
         for examples in step.micro_batches:
-            trainer.score(examples, step.num_units).loss.backward()
+            trainer.score(examples, step.num_units, trainer.reference).loss.backward()
     assert work.passes(rows) == passes
     assert (work.buffers > 0) == (config.lora is None)
     trainer.optimizer.zero_grad()

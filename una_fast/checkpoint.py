@@ -1,7 +1,8 @@
 """Checkpoints: everything a killed run needs to continue exactly, and nothing that looks complete before it is.
 
 checkpoint-N/   weights (safetensors, Hugging Face form) and tokenizer: usable as a model on its own
-                training/     optimizer state and random states of all ranks (torch.distributed.checkpoint)
+                training/     optimizer state, random states of all ranks, and a reference that is no longer that of
+                              the start (torch.distributed.checkpoint)
                 state.json    step, learning rate schedule, metrics not reported yet, and what identifies the run:
                               reference, data and settings
                 COMPLETE      written last; a directory without it is ignored and overwritten
@@ -61,9 +62,10 @@ def save_checkpoint(
     world: World,
     state: dict[str, Any],
     keep: int,
+    reference: Policy | None = None,
 ) -> Path:
     """Write checkpoint-N, then delete the oldest complete ones beyond `keep`. state: what state.json holds, N its
-    "step"."""
+    "step". reference: a reference that is no longer that of the start."""
     directory = output_dir / f"checkpoint-{state['step']}"
     if world.is_main:
         shutil.rmtree(directory, ignore_errors=True)
@@ -71,6 +73,8 @@ def save_checkpoint(
     world.barrier()
     save_model(directory, policy, tokenizer, world)
     training = {"optimizer": get_optimizer_state_dict(policy.model, optimizer), **_random_states(world)}
+    if reference is not None:
+        training["reference"] = get_model_state_dict(reference.model)
     dcp.save(training, checkpoint_id=directory / "training", no_dist=not world.sharded)
     world.barrier()
     if world.is_main:
@@ -87,12 +91,17 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
 
 
-def load_training_state(checkpoint: Path, policy: Policy, optimizer: Optimizer, world: World) -> None:
-    """Optimizer and random states into place. The weights were loaded with the model, from the same directory."""
+def load_training_state(
+    checkpoint: Path, policy: Policy, optimizer: Optimizer, world: World, reference: Policy | None = None
+) -> None:
+    """Optimizer and random states into place, and the weights of a reference that had changed. The policy's weights
+    were loaded with the model, from the same directory."""
     directory = checkpoint / "training"
     saved = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
     random = {name: state for name, state in _random_states(world).items() if name in saved}  # none for a new rank
     training = {"optimizer": get_optimizer_state_dict(policy.model, optimizer), **random}
+    if reference is not None:
+        training["reference"] = get_model_state_dict(reference.model)  # its own tensors, which are loaded into
     dcp.load(training, checkpoint_id=directory, no_dist=not world.sharded)
     set_optimizer_state_dict(policy.model, optimizer, training["optimizer"])
     for name in random:

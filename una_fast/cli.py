@@ -90,11 +90,13 @@ def _settings(kind: type, parsed: Namespace) -> Any:
 
 def _train(parsed: Namespace) -> None:
     from una_fast.config import RunConfig
+    from una_fast.rewards import RewardError
+    from una_fast.rollout import SamplerError
     from una_fast.train import DivergedError, train
 
     try:
         result = train(_settings(RunConfig, parsed))
-    except DivergedError as error:
+    except (DivergedError, RewardError, SamplerError) as error:
         raise ValueError(str(error)) from error
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps({"output_dir": str(result.output_dir), "steps": result.steps, **result.metrics}))
@@ -133,11 +135,12 @@ def _plan_run(settings: RunPlanConfig) -> str:
     """The plan of a run. With --measure it is loaded, and two steps are taken in a directory that is thrown away."""
     import tempfile
 
+    from una_fast.online import longest_rollouts
     from una_fast.policy import load_tokenizer
     from una_fast.run_plan import Planner, Row
     from una_fast.run_report import describe_run, largest_batch, measured_peak, plan_options
     from una_fast.sharding import start_world
-    from una_fast.train import Trainer, load_data
+    from una_fast.train import RunData, Trainer, load_data
 
     def tokenizer() -> PreTrainedTokenizerBase:
         return load_tokenizer(settings.tokenizer or settings.model, trust_remote_code=settings.trust_remote_code)
@@ -146,7 +149,9 @@ def _plan_run(settings: RunPlanConfig) -> str:
     if settings.prompt:
         examples = batch = [Row(settings.prompt, tuple(settings.responses)).example()]
     elif settings.data:
-        examples = [example for part in load_data(settings, tokenizer())[0] for example in part]
+        data = load_data(settings, tokenizer())
+        prompts = [prompt for part in data.prompts for prompt in part]
+        examples = [example for part in data.records for example in part] + longest_rollouts(prompts, settings)
         batch = largest_batch(examples, settings, packed=planner.packed)
     else:
         raise ValueError("what is to be planned? Give a row (--prompt 8000 --responses '[1000, 1000]'), or --data")
@@ -156,7 +161,7 @@ def _plan_run(settings: RunPlanConfig) -> str:
     def measured() -> int:
         with tempfile.TemporaryDirectory() as scratch:
             run = replace(settings, output_dir=scratch, progress=False, loggers=[], resume=False)
-            trainer = Trainer(run, start_world(planner.device), tokenizer(), [batch], [], [1.0])
+            trainer = Trainer(run, start_world(planner.device), tokenizer(), RunData([batch], [1.0]))
             return measured_peak(trainer, batch, accumulate=options["accumulate"])
 
     return describe_run(planner, batch, options, measured if settings.measure else None)

@@ -6,13 +6,14 @@ here, by the name of the flag to change.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from una_fast.losses import Objective
 from una_fast.memory import MemoryOptions
-from una_fast.records import RecordOptions
+from una_fast.records import RecordOptions, check_number
+from una_fast.rewards import parse_rewards
 
 Precision = Literal["auto", "bf16", "fp32"]
 ReferenceKind = Literal["auto", "frozen", "adapter", "cached"]
@@ -21,6 +22,11 @@ Schedule = Literal["cosine", "linear", "constant"]
 Logger = Literal["tensorboard", "wandb", "trackio"]
 Engine = Literal["auto", "torch", "triton"]
 Device = Literal["auto", "cpu", "cuda"]
+Mode = Literal["offline", "online", "mixed"]
+Generation = Literal["padded", "continuous", "vllm"]
+Anchor = Literal["ref", "rollout"]
+RewardMap = Literal["none", "range", "sigmoid", "quantile"]
+OnMaxKl = Literal["stop", "warn"]
 
 # With the data and the reference, these decide what a run does; a resumed run must not change them.
 TRAJECTORY = (
@@ -37,6 +43,11 @@ TRAJECTORY = (
         "max_grad_norm",
         "seed",
     ),
+)
+ONLINE_TRAJECTORY = (
+    *("mode", "online_fraction", "rewards", "samples_per_prompt", "max_new_tokens", "temperature", "top_p"),
+    *("stop_strings", "generation", "generation_batch_size", "missing_eos_penalty", "reward_map", "reward_range"),
+    *("inner_epochs", "anchor", "reference_refresh"),
 )
 
 
@@ -59,13 +70,117 @@ class LoraOptions:
 
 
 @dataclass
-class RunConfig(RecordOptions):
+class OnlineOptions:
+    """How a run samples responses from its policy and has them rewarded; of no use to a run that is offline."""
+
+    mode: Mode = "offline"
+    """offline: records as they are | online: sample responses to the prompts of the records | mixed: both."""
+    online_fraction: float = 0.5
+    """mode: mixed: share of batch_size that is prompts to sample from; sources with `online: true` give them."""
+    rewards: list[str | dict[str, Any]] = field(default_factory=list)
+    """Rewards, summed with weights: module.function names, or mappings with one of function, model, judge, endpoint."""
+    samples_per_prompt: int = 4
+    """Responses sampled to every prompt; a prompt is computed once for all of them."""
+    max_new_tokens: int = 256
+    """Longest response sampled, in tokens."""
+    temperature: float = 1.0
+    """Sampling temperature; log-probs, the reference's too, are taken at it."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens of this probability; below 1 the samples are not the policy's."""
+    stop_strings: list[str] = field(default_factory=list)
+    """Texts that end a response, besides the end-of-sequence and end-of-turn tokens."""
+    generation: Generation = "padded"
+    """What samples: padded | continuous (transformers' continuous batching) | vllm (installed by you; one process)."""
+    generation_batch_size: int | None = None
+    """Sequences sampled at a time on one rank; null: all of a step."""
+    missing_eos_penalty: float = 0.0
+    """Subtracted from the reward of a response that max_new_tokens cut off."""
+    reward_map: RewardMap = "none"
+    """Rewards to scores in [0, 1]: none | range (reward_range) | sigmoid | quantile (running, of the last 4096)."""
+    reward_range: list[float] | None = None
+    """Lowest and highest possible reward, [lo, hi], missing_eos_penalty included, for reward_map: range."""
+    inner_epochs: int = 1
+    """Optimizer steps taken on the same responses; beyond the first they are off-policy."""
+    anchor: Anchor = "ref"
+    """What the implicit reward of sampled responses is measured from: ref | rollout (the policy that drew them)."""
+    reference_refresh: int | None = None
+    """Make the policy the new reference every so many optimizer steps; null: the reference stays."""
+    max_kl: float | None = None
+    """Ceiling of the KL of sampled responses from the reference, in nats per response; null: none."""
+    on_max_kl: OnMaxKl = "stop"
+    """What a step above max_kl does: stop (the run ends there, and is saved) | warn."""
+    off_policy_ok: bool = False
+    """Allow reward_mse with top_p below 1 or length_normalize, where it no longer follows the policy gradient."""
+    saved_completions: int = 8
+    """Prompts per step whose responses, rewards and log-probs go to completions.jsonl."""
+
+    def check_online(self) -> None:
+        """ValueError for values that are wrong by themselves or together."""
+        for name, choices in (
+            *(("mode", Mode), ("generation", Generation), ("anchor", Anchor)),
+            *(("reward_map", RewardMap), ("on_max_kl", OnMaxKl)),
+        ):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(get_args(choices))}")
+        if self.mode == "offline":
+            for f, default in ((f, getattr(OnlineOptions(), f.name)) for f in fields(OnlineOptions)):
+                if getattr(self, f.name) != default:
+                    raise ValueError(
+                        f"{f.name}={getattr(self, f.name)!r} is for sampled responses, and mode is offline; set "
+                        f"mode: online or mixed, or remove {f.name}"
+                    )
+            return
+        if not self.rewards:
+            raise ValueError(
+                f"mode={self.mode} needs rewards; set --rewards '[module.function]', or mappings with one of function, "
+                "model, judge, endpoint"
+            )
+        parse_rewards(self.rewards)
+        for name in ("samples_per_prompt", "max_new_tokens", "inner_epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("generation_batch_size", "reference_refresh"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1, or null")
+        if not check_number("temperature", self.temperature) > 0:
+            raise ValueError(f"temperature={self.temperature} must be positive")
+        if not 0 < check_number("top_p", self.top_p) <= 1:
+            raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
+        if self.top_p < 1 and self.generation != "padded":
+            raise ValueError(
+                f"generation={self.generation} gives log-probs of the distribution that top_p={self.top_p} has cut; "
+                "set top_p: 1, or generation: padded"
+            )
+        if self.stop_strings and self.generation == "continuous":
+            raise ValueError("generation=continuous knows no stop_strings; set generation: padded, or remove them")
+        if not all(self.stop_strings):
+            raise ValueError("stop_strings holds an empty text, which ends every response; remove it")
+        if not check_number("missing_eos_penalty", self.missing_eos_penalty) >= 0:
+            raise ValueError(f"missing_eos_penalty={self.missing_eos_penalty} must not be negative")
+        if (self.reward_map == "range") != (self.reward_range is not None):
+            raise ValueError(f"reward_map={self.reward_map}, reward_range={self.reward_range}: give both for a range")
+        if self.reward_range is not None:
+            limits = [check_number("reward_range", value) for value in self.reward_range]
+            if len(limits) != 2 or not limits[0] < limits[1]:
+                raise ValueError(f"reward_range={self.reward_range} must be [lowest, highest]")
+        if self.max_kl is not None and not self.max_kl > 0:
+            raise ValueError(f"max_kl={self.max_kl} must be positive, or null for no ceiling")
+        if self.on_max_kl != "stop" and self.max_kl is None:
+            raise ValueError(f"on_max_kl={self.on_max_kl} acts at max_kl, which is not set")
+        if self.saved_completions < 0:
+            raise ValueError(f"saved_completions={self.saved_completions} must not be negative")
+        if self.mode == "mixed" and not 0 < self.online_fraction < 1:
+            raise ValueError(f"online_fraction={self.online_fraction} must lie between 0 and 1; or set mode: online")
+
+
+@dataclass
+class RunConfig(RecordOptions, OnlineOptions):
     """A training run. Fields of the records (columns, feedback, scores, limits) are the defaults of every source."""
 
     model: str = ""
     """Model to align: a directory in Hugging Face form, a PEFT adapter directory, or a hub name. Required."""
     data: str | list[str | dict[str, Any]] = field(default_factory=list)
-    """Sources: paths or dataset names, or mappings {path, weight, split, and any field of the records}. Required."""
+    """Sources: paths, dataset names, or mappings {path, weight, split, online, any field of the records}. Required."""
     output_dir: str = ""
     """Where checkpoints, metrics and the final model go. Required."""
     tokenizer: str | None = None
@@ -79,10 +194,10 @@ class RunConfig(RecordOptions):
     """Loss of pairs; logistic is DPO."""
     binary: Literal["bce", "mse"] = "bce"
     """Loss of labels, on sigmoid(r)."""
-    score: Literal["mse", "bce", "reward_mse"] = "mse"
-    """Loss of scores: on sigmoid(r) with scores in [0, 1], or reward_mse on r itself with any finite reward."""
-    offset: float = 0.0
-    """Constant added to r before labels and scores are compared with it."""
+    score: Literal["auto", "mse", "bce", "reward_mse"] = "auto"
+    """Loss of scores: mse or bce on sigmoid(r), or reward_mse on r itself; auto: mse offline, else reward_mse."""
+    offset: float | Literal["auto", "group", "ema"] = "auto"
+    """f(x) + c added to r of labels and scores: a number, or online group | ema (see README); auto: 0, online group."""
     length_normalize: bool = False
     """Use the mean over the tokens of a response instead of the sum."""
 
@@ -169,6 +284,8 @@ class RunConfig(RecordOptions):
         if isinstance(self.lora, dict):  # as it comes from YAML
             self.lora = LoraOptions(**self.lora)
         self.adam_betas = tuple(self.adam_betas)
+        self.check_online()
+        self._choose_forms()
         for name in self.required_settings():
             if not getattr(self, name):
                 raise ValueError(f"{name} is missing; set --{name} or `{name}:` in the configuration file")
@@ -210,6 +327,7 @@ class RunConfig(RecordOptions):
             raise ValueError(f"mlp_tile={self.mlp_tile} must be at least 1 token, or null")
         if self.memory_gib is not None and not 0 < self.memory_gib < float("inf"):
             raise ValueError(f"memory_gib={self.memory_gib} must be positive and finite, or null for all of the device")
+        self._check_rollouts()
         if self.reference == "adapter" and self.lora is None:
             raise ValueError("reference=adapter needs lora; use reference=frozen or cached for full fine-tuning")
         if self.optimizer == "sgd" and self.weight_decay:
@@ -229,13 +347,74 @@ class RunConfig(RecordOptions):
         if unknown:
             raise ValueError(f"loggers: unknown {sorted(unknown)}; known: {', '.join(get_args(Logger))}")
 
+    def _choose_forms(self) -> None:
+        """score and offset, where they are "auto"."""
+        if self.score == "auto":
+            self.score = "mse" if self.mode == "offline" else "reward_mse"
+        on_rewards = self.mode != "offline" and self.score == "reward_mse"
+        if self.offset == "auto":
+            self.offset = ("group" if self.samples_per_prompt > 1 else "ema") if on_rewards else 0.0
+        if isinstance(self.offset, str):
+            if self.offset not in ("group", "ema"):
+                raise ValueError(f"offset={self.offset!r} must be a number, group or ema")
+            if not on_rewards:
+                raise ValueError(
+                    f"offset={self.offset} centres the rewards of sampled responses; set mode: online and score: "
+                    "reward_mse, or give a number"
+                )
+            if self.offset == "group" and self.samples_per_prompt < 2:
+                raise ValueError("offset=group needs samples_per_prompt of at least 2; use ema for one sample")
+
+    def _check_rollouts(self) -> None:
+        """What the settings of online runs and others exclude."""
+        if self.mode == "offline":
+            return
+        if self.score == "reward_mse" and not self.off_policy_ok:
+            for name, value, right in (("top_p", self.top_p, 1.0), ("length_normalize", self.length_normalize, False)):
+                if value != right:
+                    raise ValueError(
+                        f"{name}={value}: the samples or log-probs are then not those of the policy, and reward_mse "
+                        f"does not follow the policy gradient; set {name}: {str(right).lower()}, or off_policy_ok: true"
+                    )
+        if self.score != "reward_mse" and self.reward_map == "none":
+            raise ValueError(
+                f"score={self.score} compares rewards with sigmoid(r): set reward_map to range (with reward_range), "
+                "sigmoid or quantile, or score: reward_mse"
+            )
+        if self.reference == "cached":
+            raise ValueError("reference=cached has no log-probs of responses yet to be sampled; use frozen or adapter")
+        if self.reference_refresh and self.lora:
+            raise ValueError("reference_refresh copies all weights into the reference; it does not go with lora")
+        if self.save_every and self.save_every % self.inner_epochs:
+            raise ValueError(
+                f"save_every={self.save_every} would save between the {self.inner_epochs} inner_epochs of one rollout; "
+                "make it a multiple"
+            )
+        if self.mode == "mixed":
+            if self.temperature != 1:
+                raise ValueError(
+                    f"temperature={self.temperature}: the log-probs of records would be taken at it too; set "
+                    "temperature: 1, or mode: online"
+                )
+            if not 0 < self.online_batch_size() < self.batch_size:
+                raise ValueError(
+                    f"online_fraction={self.online_fraction} of batch_size={self.batch_size} leaves no prompts, or no "
+                    "records; raise batch_size"
+                )
+
+    def online_batch_size(self) -> int:
+        """Prompts of a step that are sampled from, over all ranks."""
+        share = {"offline": 0.0, "mixed": self.online_fraction, "online": 1.0}[self.mode]
+        return round(share * self.batch_size)
+
     def required_settings(self) -> tuple[str, ...]:
         """Names of the fields that have no default."""
         return ("model", "output_dir", "data")
 
     def objective(self) -> Objective:
         """The loss of every kind of feedback."""
-        return Objective(self.beta, self.pair, self.binary, self.score, self.offset, self.length_normalize)
+        constant = 0.0 if isinstance(self.offset, str) else self.offset
+        return Objective(self.beta, self.pair, self.binary, self.score, constant, self.length_normalize)
 
     def memory_options(self, *, trained: bool = True) -> MemoryOptions:
         """The switches of a model that is trained, or of one that only scores."""
@@ -249,7 +428,8 @@ class RunConfig(RecordOptions):
 
     def trajectory(self) -> dict[str, Any]:
         """What a run that continues another one must share with it, beside data and reference; plain values."""
-        return {name: value for name, value in self._plain().items() if name in TRAJECTORY}
+        names = TRAJECTORY if self.mode == "offline" else TRAJECTORY + ONLINE_TRAJECTORY
+        return {name: value for name, value in self._plain().items() if name in names}
 
     def save(self, path: Path) -> None:
         """Write the resolved settings as YAML that --config reads."""

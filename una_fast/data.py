@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from una_fast.records import (
     RecordOptions,
     as_object,
     check_number,
+    parse_prompt,
     parse_record,
 )
 
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
-    *("Batch", "Example", "RecordOptions", "Source", "SourceReport"),
-    *("collate", "footprint", "layout_tokens", "load_examples", "mixture_order", "read_rows"),
+    *("Batch", "Example", "Prompt", "RecordOptions", "Source", "SourceReport"),
+    *("collate", "footprint", "layout_tokens", "load_examples", "load_prompts", "mixture_order", "read_rows"),
 ]
 
 DATA_SUFFIXES = (".jsonl", ".parquet")
@@ -50,12 +51,14 @@ class Source:
 
     path: a .jsonl or .parquet file, a directory of them (read in the order of their names), or the name of a dataset
     that `datasets` can load ("name" or "name:config"), of which `split` is read. weight: how many times each record
-    is seen in an epoch; the fractional part is drawn anew in every epoch.
+    is seen in an epoch; the fractional part is drawn anew in every epoch. online: whether its records are prompts that
+    the policy answers, or None, as the mode of the run says.
     """
 
     path: str
     weight: float = 1.0
     split: str = "train"
+    online: bool | None = None
     options: RecordOptions = field(default_factory=RecordOptions)
 
     def __post_init__(self) -> None:
@@ -64,10 +67,12 @@ class Source:
         self.path = str(self.path)
         if check_number(f"weight of {self.path}", self.weight) <= 0:
             raise ValueError(f"weight={self.weight} of {self.path} must be positive; remove the source to leave it out")
+        if self.online not in (True, False, None):
+            raise ValueError(f"online={self.online!r} of {self.path} must be true or false")
 
     @staticmethod
     def parse(entry: str | dict[str, Any], defaults: RecordOptions) -> Source:
-        """A source from a configuration entry: a path, or a dict of path, weight, split and any field of
+        """A source from a configuration entry: a path, or a dict of path, weight, split, online and any field of
         `RecordOptions`, which then replaces the value in `defaults` for this source alone."""
         if isinstance(entry, str):
             entry = {"path": entry}
@@ -167,6 +172,16 @@ class Example:
     origin: str
 
 
+@dataclass(frozen=True)
+class Prompt(Example):
+    """An example that has no responses yet. text: the prompt of the record, as text or as chat messages; columns: the
+    other columns of the record; weight: of the loss of its responses."""
+
+    text: str | list[dict[str, Any]] = ""
+    columns: dict[str, Any] = field(default_factory=dict)
+    weight: float = 1.0
+
+
 @dataclass
 class SourceReport:
     """What became of the records of one source.
@@ -186,6 +201,13 @@ class SourceReport:
     unlabelled: int = 0
     ignored_columns: Counter[str] = field(default_factory=Counter)
     score_center: float | None = None
+
+    def of(self, examples: Sequence[Example]) -> SourceReport:
+        """The report, with the examples counted; ValueError if there are none."""
+        self.examples = len(examples)
+        if not examples:
+            raise ValueError(f"no usable record: {self}")
+        return self
 
     def __str__(self) -> str:
         units = ", ".join(f"{self.units[kind]} {kind}" for kind in KIND_NAMES if self.units[kind])
@@ -209,26 +231,70 @@ class SourceReport:
 
 
 def load_examples(
-    source: Source, tokenizer: PreTrainedTokenizerBase, *, require_unit_scores: bool, prompt_only: bool = False
+    source: Source, tokenizer: PreTrainedTokenizerBase, *, require_unit_scores: bool
 ) -> tuple[list[Example], SourceReport]:
     """Every record of a source, tokenised, and the report of what became of them.
 
-    require_unit_scores: the objective compares scores with sigmoid(r), so they must lie in [0, 1]. prompt_only: read
-    prompts alone (examples without responses). Raises ValueError at the first malformed record, naming where it
-    stands, or leaves such records out and counts them (`on_bad_record=skip`).
+    require_unit_scores: the objective compares scores with sigmoid(r), so they must lie in [0, 1]. Raises ValueError
+    at the first malformed record, naming where it stands, or leaves such records out and counts them
+    (`on_bad_record=skip`).
     """
-    options = source.options.resolved()
-    report = SourceReport(source.path)
+    options, report = source.options.resolved(), SourceReport(source.path)
     encoder = Encoder(tokenizer, options)
-    kept: list[tuple[str, Record, np.ndarray, tuple[np.ndarray, ...]]] = []
+
+    def read(row: dict[str, Any]) -> tuple[Record, np.ndarray, tuple[np.ndarray, ...]]:
+        record, ignored = parse_record(row, options, require_unit_scores=require_unit_scores)
+        prompt, responses, truncated = encoder.encode(record)
+        report.truncated_prompts += truncated
+        report.unlabelled += record.label_implied
+        report.ignored_columns.update(ignored)
+        return record, prompt, responses
+
+    kept = list(_usable(source, options, report, read))
+    scores = _source_scores([record for _, (record, _, _) in kept], options)
+    report.score_center, offset = _score_center(scores, options, require_unit_scores, source.path)
+    examples = []
+    for (origin, (record, prompt, responses)), own_scores in zip(kept, scores, strict=True):
+        feedback, ties = _feedback(record, own_scores, options, offset)
+        report.ties_dropped += ties
+        if feedback.num_units:
+            examples.append(Example(prompt, responses, feedback, record.ref_logps, origin))
+            report.units.update(KIND_NAMES[kind] for kind in feedback.kind.tolist())
+    return examples, report.of(examples)
+
+
+def load_prompts(
+    source: Source, tokenizer: PreTrainedTokenizerBase, *, max_new_tokens: int = 0
+) -> tuple[list[Prompt], SourceReport]:
+    """The prompts of a source, tokenised, and the report. Whatever else the records hold goes to the rewards.
+
+    max_new_tokens: room that `max_tokens` must leave for a response. Errors as those of load_examples.
+    """
+    options, report = source.options.resolved(), SourceReport(source.path)
+    encoder = Encoder(tokenizer, options)
+    nothing = Feedback.merge([])
+
+    def read(row: dict[str, Any]) -> tuple[Record, np.ndarray, dict[str, Any]]:
+        record, columns = parse_prompt(row, options)
+        prompt, _, truncated = encoder.encode(record, room=max_new_tokens)
+        report.truncated_prompts += truncated
+        return record, prompt, {name: row[name] for name in columns}
+
+    prompts = [
+        Prompt(ids, (), nothing, None, origin, record.prompt, columns, record.weight)
+        for origin, (record, ids, columns) in _usable(source, options, report, read)
+    ]
+    return prompts, report.of(prompts)
+
+
+def _usable(
+    source: Source, options: RecordOptions, report: SourceReport, read: Callable[[dict[str, Any]], Any]
+) -> Iterator[tuple[str, Any]]:
+    """(origin, what `read` makes of the row) of every row that it does not refuse."""
     for origin, row in read_rows(source):
         report.records += 1
         try:
-            row = as_object(row)
-            record, ignored = parse_record(
-                row, options, require_unit_scores=require_unit_scores, prompt_only=prompt_only
-            )
-            prompt, responses, truncated = encoder.encode(record)
+            found = read(as_object(row))
         except RecordError as error:
             if options.on_bad_record == "error":
                 raise ValueError(f"{origin}: {error} (on_bad_record: skip leaves such records out)") from None
@@ -236,24 +302,7 @@ def load_examples(
             if len(report.skip_messages) < KEPT_MESSAGES:
                 report.skip_messages.append(f"{origin}: {error}")
             continue
-        report.truncated_prompts += truncated
-        report.unlabelled += record.label_implied
-        report.ignored_columns.update(ignored)
-        kept.append((origin, record, prompt, responses))
-
-    scores = _source_scores([record for _, record, _, _ in kept], options)
-    report.score_center, offset = _score_center(scores, options, require_unit_scores, source.path)
-    examples = []
-    for (origin, record, prompt, responses), own_scores in zip(kept, scores, strict=True):
-        feedback, ties = _feedback(record, own_scores, options, offset)
-        report.ties_dropped += ties
-        if feedback.num_units or prompt_only:
-            examples.append(Example(prompt, responses, feedback, record.ref_logps, origin))
-            report.units.update(KIND_NAMES[kind] for kind in feedback.kind.tolist())
-    report.examples = len(examples)
-    if not examples:
-        raise ValueError(f"no usable record: {report}")
-    return examples, report
+        yield origin, found
 
 
 def _source_scores(records: list[Record], options: RecordOptions) -> list[tuple[float, ...]]:

@@ -33,8 +33,9 @@ class Encoder:
         self.prefix = self._prefix()
         self.turn_end: tuple[str, str] | None = None
 
-    def encode(self, record: Record) -> tuple[np.ndarray, tuple[np.ndarray, ...], bool]:
-        """(prompt ids, ids of every response, whether the prompt was truncated), int32."""
+    def encode(self, record: Record, room: int = 0) -> tuple[np.ndarray, tuple[np.ndarray, ...], bool]:
+        """(prompt ids, ids of every response, whether the prompt was truncated), int32. room: tokens that max_tokens
+        must leave beside the prompt at least."""
         if isinstance(record.prompt, str):
             prompt = self._ids(record.prompt)
             prompt = prompt if prompt[: len(self.prefix)] == self.prefix else [*self.prefix, *prompt]
@@ -45,7 +46,7 @@ class Encoder:
             responses = [self._answer(record.prompt, text, prompt, response) for response in record.responses]
         if not prompt:
             raise RecordError("prompt gives no tokens; fill it in or remove the record")
-        fitted = self._fit(prompt, max(map(len, responses), default=0))
+        fitted = self._fit(prompt, max(map(len, responses), default=room))
         as_array = [np.asarray(ids, dtype=np.int32) for ids in (fitted, *responses)]
         return as_array[0], tuple(as_array[1:]), len(fitted) < len(prompt)
 

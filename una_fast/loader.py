@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, fields
 
 import numpy as np
 
-from una_fast.data import Example, footprint, layout_tokens, mixture_order
+from una_fast.data import Example, Prompt, footprint, layout_tokens, mixture_order
 from una_fast.feedback import Feedback
 from una_fast.plan import say_once
 
@@ -67,21 +67,20 @@ class Loader:
         self.batch_size, self.seed = batch_size, seed
         self.limits = {"packed": packed, "max_tokens": max_tokens_per_batch, "max_records": micro_batch_size}
         self.rank, self.world_size = rank, world_size
-        self.steps_per_epoch = math.ceil(len(self._order(0)) / batch_size)
+        self._epoch = 0, self._order(0)
+        self.steps_per_epoch = math.ceil(len(self._epoch[1]) / batch_size)
         limit = max_tokens_per_batch or math.inf
         longer = sum(layout_tokens([example], packed=packed) > limit for example in self.examples)
         if longer and rank == 0:
             count = f"{longer} of {len(self.examples)} records"
             say_once(logging.WARNING, f"{count} are longer than max_tokens_per_batch={limit}; each of them runs alone")
 
-    def num_steps(self, epochs: float, max_steps: int | None) -> int:
-        steps = math.ceil(epochs * self.steps_per_epoch - ROUNDING)
-        return steps if max_steps is None else min(steps, max_steps)
-
     def identity(self) -> str:
         """A hash of every example and of the mixture: the same for the same data, in any process."""
         digest = hashlib.sha256(repr((self.sizes, self.weights)).encode())
         for example in self.examples:
+            if isinstance(example, Prompt):
+                digest.update(repr((example.text, sorted(example.columns.items()))).encode())
             arrays = [example.prompt_ids, *example.responses]
             digest.update(repr([len(ids) for ids in arrays]).encode())
             for values in (*arrays, *(getattr(example.feedback, f.name).numpy() for f in fields(Feedback))):
@@ -90,24 +89,27 @@ class Loader:
 
     def steps(self, first: int, stop: int) -> Iterator[Step]:
         """Steps first, first + 1, ..., stop - 1 of the run."""
-        order, epoch = None, -1
         for step in range(first, stop):
-            if order is None or step // self.steps_per_epoch != epoch:
-                epoch = step // self.steps_per_epoch
-                order = self._order(epoch)
-            start = (step % self.steps_per_epoch) * self.batch_size
-            batch = [self.examples[i] for i in order[start : start + self.batch_size]]
-            yield self._split(batch, (step + 1) / self.steps_per_epoch)
+            yield self.split(self.records(step), (step + 1) / self.steps_per_epoch)
+
+    def records(self, step: int) -> list[Example]:
+        """The records of the global batch of a step."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        if self._epoch[0] != epoch:
+            self._epoch = epoch, self._order(epoch)
+        start = within * self.batch_size
+        return [self.examples[i] for i in self._epoch[1][start : start + self.batch_size]]
 
     def in_order(self) -> Iterator[Step]:
         """Every example once, in the order of the sources (evaluation)."""
         for start in range(0, len(self.examples), self.batch_size):
-            yield self._split(self.examples[start : start + self.batch_size], 0.0)
+            yield self.split(self.examples[start : start + self.batch_size], 0.0)
 
     def _order(self, epoch: int) -> np.ndarray:
         return mixture_order(self.sizes, self.weights, seed=self.seed, epoch=epoch)
 
-    def _split(self, batch: list[Example], epoch: float) -> Step:
+    def split(self, batch: list[Example], epoch: float) -> Step:
+        """A global batch as a step, at least one example: this rank's micro-batches of it."""
         batches = plan_batches(batch, world_size=self.world_size, **self.limits)
         rounds = math.ceil(len(batches) / self.world_size)
         batches += [[]] * (rounds * self.world_size - len(batches))
@@ -167,6 +169,12 @@ def _first_fit(sized: Sequence[tuple[int, int, Example]], capacity: int, max_rec
         if len(batch.examples) == max_records:
             unfilled.remove(batch)
     return batches
+
+
+def num_steps(steps_per_epoch: int, epochs: float, max_steps: int | None) -> int:
+    """Optimizer steps of a run."""
+    steps = math.ceil(epochs * steps_per_epoch - ROUNDING)
+    return steps if max_steps is None else min(steps, max_steps)
 
 
 def hold_out(examples: list[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:

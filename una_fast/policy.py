@@ -314,6 +314,13 @@ def save_pretrained(
     tokenizer.save_pretrained(directory)
 
 
+def whole_weights(policy: Policy) -> dict[str, Tensor]:
+    """The live weights under the model's own names, with adapters added in."""
+    if isinstance(policy.model, PeftModel):
+        return _merge(policy, dict(policy.model.state_dict()))
+    return policy.causal_lm.state_dict()
+
+
 def _merge(policy: Policy, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """W + scaling * B A under the model's own names, added in float32. peft's merge would change the live weights,
     and taking it back rounds them."""

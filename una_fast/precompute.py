@@ -27,6 +27,8 @@ def precompute_reference(config: RunConfig) -> dict[str, list[dict[str, Any]]]:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("una-fast precompute-ref runs as one process; start it without torchrun")
+    if config.mode != "offline":
+        raise ValueError(f"mode={config.mode}: only records have reference log-probs to compute; set mode: offline")
     world = start_world(config.device)
     compute, dtype = run_dtypes(config, world.device)
     tokenizer = load_tokenizer(config.tokenizer or config.model, trust_remote_code=config.trust_remote_code)

@@ -21,6 +21,7 @@ SHAPES = (
     "{prompt, completion, score}",
     "{prompt, completion}",
     "{prompt, completions, scores}",
+    "{prompt} of an online source",
 )
 FIELDS = (
     *("prompt", "chosen", "rejected", "completion", "completions", "label", "score", "scores"),
@@ -236,23 +237,16 @@ class _Row:
         )
 
 
-def parse_record(
-    row: dict[str, Any], options: RecordOptions, *, require_unit_scores: bool, prompt_only: bool = False
-) -> tuple[Record, list[str]]:
+def parse_record(row: dict[str, Any], options: RecordOptions, *, require_unit_scores: bool) -> tuple[Record, list[str]]:
     """The record in a row, and the columns that were not used. `options` must be resolved. Raises `RecordError`."""
     view = _Row(row, options.columns)
-    if prompt_only:
-        record = Record(_read_texts(view, {})[0])
-        return record, [column for column in row if column not in view.used]
     present = [name for name, keys in FAMILIES.items() if any(view.has(key) for key in keys)]
     if len(present) != 1:
         many = f"both {' and '.join(present)} are given, which is ambiguous; remove or rename one; "
         raise RecordError((many if present else "no response column; ") + view.what_is())
     parse = {"chosen/rejected": _parse_pair, "completion": _parse_single, "completions": _parse_list}[present[0]]
     record = parse(view, options, require_unit_scores)
-    weight, ref_logps = view.optional("weight"), view.optional("ref_logps")
-    if weight is not None and _number("weight", weight) < 0:
-        raise RecordError(f"weight is {weight}; it must not be negative (0 leaves the record out of the loss)")
+    weight, ref_logps = _weight(view), view.optional("ref_logps")
     if ref_logps is not None:
         values = ref_logps if isinstance(ref_logps, list) else [ref_logps]
         if len(values) != len(record.responses):
@@ -261,8 +255,24 @@ def parse_record(
                 "per response (of a pair: chosen, then rejected)"
             )
         ref_logps = tuple(_number(f"ref_logps[{k}]", value) for k, value in enumerate(values))
-    record = replace(record, weight=1.0 if weight is None else float(weight), ref_logps=ref_logps)
+    record = replace(record, weight=weight, ref_logps=ref_logps)
     return record, [column for column in row if column not in view.used]
+
+
+def parse_prompt(row: dict[str, Any], options: RecordOptions) -> tuple[Record, list[str]]:
+    """The record of a prompt alone, and all other columns of the row."""
+    view = _Row(row, options.columns)
+    record = Record(_read_texts(view, {})[0], weight=_weight(view))
+    return record, [column for column in row if column not in view.used]
+
+
+def _weight(view: _Row) -> float:
+    weight = view.optional("weight")
+    if weight is None:
+        return 1.0
+    if _number("weight", weight) < 0:
+        raise RecordError(f"weight is {weight}; it must not be negative (0 leaves the record out of the loss)")
+    return float(weight)
 
 
 def _parse_pair(view: _Row, options: RecordOptions, require_unit_scores: bool) -> Record:

@@ -18,6 +18,7 @@ from torch import Tensor
 from una_fast.data import Batch, Example
 from una_fast.policy import Policy
 from una_fast.scoring import Scoring
+from una_fast.sharding import reshard
 
 
 class Reference(Protocol):
@@ -39,6 +40,14 @@ class FrozenReference:
     def logps(self, batch: Batch) -> Tensor:
         return self.scoring.logps(self.policy, batch)
 
+    @torch.no_grad()
+    def refresh(self, policy: Policy) -> None:
+        """Take over the weights of a policy of the same architecture, sharded alike."""
+        reshard(policy.model, self.policy.model)
+        theirs = dict(policy.model.named_parameters())
+        for name, parameter in self.policy.model.named_parameters():
+            parameter.copy_(theirs[name])
+
 
 class AdapterReference:
     """The policy with its adapter switched off: no second copy of the weights."""
@@ -53,7 +62,19 @@ class AdapterReference:
             return self.scoring.logps(self.policy, batch)
 
 
-class CachedReference:
+class GivenReference:
+    """The log-probs that the examples of a batch bring."""
+
+    identity = "given"
+
+    def logps(self, batch: Batch) -> Tensor:
+        if batch.ref_logps is None:
+            assert not batch.targets.numel(), "examples without reference log-probs"
+            return torch.zeros(0, dtype=torch.float64, device=batch.input_ids.device)
+        return batch.ref_logps
+
+
+class CachedReference(GivenReference):
     """The ref_logps column of the records."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
@@ -65,11 +86,6 @@ class CachedReference:
             )
         values = [value for example in examples for value in example.ref_logps]
         self.identity = "cached:" + hashlib.sha256(struct.pack(f"{len(values)}d", *values)).hexdigest()[:16]
-
-    def logps(self, batch: Batch) -> Tensor:
-        if batch.ref_logps is None:  # an empty batch
-            return torch.zeros(0, dtype=torch.float64, device=batch.input_ids.device)
-        return batch.ref_logps
 
 
 def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:

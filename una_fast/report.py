@@ -151,9 +151,11 @@ class Reporter:
         if not world.is_main:
             return
         output_dir = Path(config.output_dir)
-        self.path = output_dir / "metrics.jsonl"
+        self.path, self.completions_path = output_dir / "metrics.jsonl", output_dir / "completions.jsonl"
         for line in _keep_until(self.path, first_step):
             self.last |= {name: value for name, value in line.items() if name != "step"}
+        if self.completions_path.exists():
+            _keep_until(self.completions_path, first_step)
         self.writers = [_make_writer(name, output_dir, first_step) for name in config.loggers]
         if config.progress:
             from tqdm.auto import tqdm
@@ -169,8 +171,18 @@ class Reporter:
         for write in self.writers:
             write(step, metrics)
         if self.bar is not None:
-            shown = {n: f"{metrics[n]:.4g}" for n in ("loss", "rewards/accuracies", "kl", "grad_norm") if n in metrics}
+            shown = {
+                n: f"{metrics[n]:.4g}"
+                for n in ("loss", "reward", "rewards/accuracies", "kl", "grad_norm")
+                if n in metrics
+            }
             self.bar.set_postfix(shown)
+
+    def completions(self, step: int, lines: Sequence[dict[str, Any]]) -> None:
+        """Sampled responses, one line each in completions.jsonl."""
+        if self.world.is_main and lines:
+            with self.completions_path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps({"step": step, **line}, ensure_ascii=False) + "\n" for line in lines)
 
     def advance(self) -> None:
         if self.bar is not None:
@@ -190,7 +202,7 @@ class Reporter:
 
 
 def _keep_until(path: Path, step: int) -> list[dict[str, float]]:
-    """The metrics that a run resumed after `step` keeps. Those of steps that it takes again, and a line that was cut
+    """The lines that a run resumed after `step` keeps. Those of steps that it takes again, and a line that was cut
     off by a kill, leave the file."""
     kept: list[dict[str, float]] = []
     if not path.exists() or step == 0:
@@ -250,7 +262,10 @@ class Clock:
 def model_card(config: RunConfig, reports: Sequence[SourceReport], metrics: dict[str, float], is_adapter: bool) -> str:
     """README.md of the trained model."""
     mean = ", a mean over tokens" if config.length_normalize else ""
-    offset = f", labels and scores compared with r + {config.offset:g}" if config.offset else ""
+    offset = ""
+    if config.offset:
+        shown = f"r + f(x), centred by {config.offset}" if isinstance(config.offset, str) else f"r + {config.offset:g}"
+        offset = f", labels and scores compared with {shown}"
     rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in metrics.items())
     data = "\n".join(f"- {report}" for report in reports)
     return f"""---

@@ -48,12 +48,13 @@ def match_autocast(policy: Policy) -> None:
 
 @dataclass(frozen=True)
 class Scoring:
-    """How heads are run: workspace and engine (as in linear_una_loss), and the autocast dtype of the model (None: the
-    model computes in the dtype of its weights)."""
+    """How heads are run: workspace and engine (as in linear_una_loss), the autocast dtype of the model (None: the
+    model computes in the dtype of its weights), and the temperature that all log-probs are taken at."""
 
     workspace_mb: float | None = None
     engine: str = "auto"
     autocast: torch.dtype | None = None
+    temperature: float = 1.0
 
     def logps(self, policy: Policy, batch: Batch) -> Tensor:
         """[S] float64 log-probs of the responses, sums over tokens, without gradient."""
@@ -63,7 +64,7 @@ class Scoring:
                 hidden, weight, batch.targets, batch.cu_seqlens, bias=bias, **self._head_options(policy)
             )
 
-        with torch.no_grad(), self._autocast(batch):
+        with torch.no_grad(), self.context(batch.input_ids.device):
             return policy.score(batch, scorer)
 
     def loss(
@@ -85,17 +86,18 @@ class Scoring:
                 **self._head_options(policy),
             )
 
-        with self._autocast(batch):
+        with self.context(batch.input_ids.device):
             return policy.score(batch, scorer)
 
     def _head_options(self, policy: Policy) -> dict[str, Any]:
         return {
             "softcap": policy.head.softcap,
             "logit_scale": policy.head.logit_scale,
+            "temperature": self.temperature,
             "workspace_mb": self.workspace_mb,
             "engine": self.engine,
         }
 
-    def _autocast(self, batch: Batch) -> AbstractContextManager:
-        device = batch.input_ids.device.type
-        return torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None)
+    def context(self, device: torch.device) -> AbstractContextManager:
+        """Autocast, where the policy needs it."""
+        return torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None)

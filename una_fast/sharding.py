@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 
@@ -39,6 +40,14 @@ class World:
         if self.sharded:
             values = values.to(self.device)
             dist.all_reduce(values)
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, in their order; anything that can be pickled."""
+        if not self.sharded:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
         return values
 
     def barrier(self) -> None:
@@ -80,6 +89,14 @@ def shard(causal_lm: nn.Module, world: World, compute_dtype: torch.dtype) -> Non
     for module in [*wrapped, causal_lm]:
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo cannot fold the factor into the reduction
+
+
+def reshard(*models: nn.Module) -> None:
+    """Let go of what a forward without backward keeps gathered: parameters are then their shards."""
+    for model in models:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def local_scalar(value: Tensor) -> float:

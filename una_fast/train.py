@@ -7,8 +7,7 @@ for every step:   micro-batches -> loss (divided by the units of the global batc
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,17 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from una_fast.checkpoint import complete_checkpoints, load_training_state, read_state, save_checkpoint, save_model
 from una_fast.config import RunConfig
-from una_fast.data import Example, Source, SourceReport, collate, load_examples
-from una_fast.loader import Loader, Step, hold_out
+from una_fast.data import Example, Prompt, Source, SourceReport, collate, load_examples, load_prompts
+from una_fast.loader import Loader, Step, hold_out, num_steps
 from una_fast.losses import UnaOutput
+from una_fast.online import Online, longest_rollouts
 from una_fast.optim import gradient_norm, make_optimizer
 from una_fast.policy import Policy, load_policy, load_tokenizer
 from una_fast.reference import (
     AdapterReference,
     CachedReference,
     FrozenReference,
+    GivenReference,
     Reference,
     has_cached_logps,
     without_cached_logps,
@@ -56,23 +57,23 @@ def train(config: RunConfig) -> TrainResult:
     output_dir = Path(config.output_dir)
     checkpoint = prepare_output(config, output_dir, world)
     tokenizer = load_tokenizer(config.tokenizer or config.model, trust_remote_code=config.trust_remote_code)
-    train_sets, eval_set, reports, weights = load_data(config, tokenizer)
+    data = load_data(config, tokenizer)
 
-    trainer = Trainer(config, world, tokenizer, train_sets, eval_set, weights, checkpoint)
-    for report in reports:
+    trainer = Trainer(config, world, tokenizer, data, checkpoint)
+    for report in data.reports:
         trainer.reporter.say(str(report))
     if world.is_main:
         config.save(output_dir / "config.yaml")
-        data = json.dumps([vars(report) for report in reports], indent=1)
-        (output_dir / "data.json").write_text(data + "\n", encoding="utf-8")
-    metrics = trainer.run()
+        text = json.dumps([vars(report) for report in data.reports], indent=1)
+        (output_dir / "data.json").write_text(text + "\n", encoding="utf-8")
+    steps, metrics = trainer.run()
     save_model(output_dir, trainer.policy, tokenizer, world)
     if world.is_main:
         (output_dir / "README.md").write_text(
-            model_card(config, reports, metrics, trainer.policy.is_adapter), encoding="utf-8"
+            model_card(config, data.reports, metrics, trainer.policy.is_adapter), encoding="utf-8"
         )
     world.barrier()
-    return TrainResult(output_dir, trainer.total_steps, metrics)
+    return TrainResult(output_dir, steps, metrics)
 
 
 def prepare_output(config: RunConfig, output_dir: Path, world: World) -> Path | None:
@@ -87,33 +88,63 @@ def prepare_output(config: RunConfig, output_dir: Path, world: World) -> Path | 
     return checkpoints[-1] if checkpoints else None
 
 
-def load_data(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[list[Example]], list[Example], list[SourceReport], list[float]]:
-    """(training examples per source, evaluation examples, what became of the records, weights of the sources)."""
+@dataclass
+class RunData:
+    """The data of a run: records by source and the sources' weights, prompts to sample from likewise, what is held out
+    of both for evaluation, and what became of the records of every source."""
+
+    records: list[list[Example]] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    prompts: list[list[Prompt]] = field(default_factory=list)
+    prompt_weights: list[float] = field(default_factory=list)
+    eval_records: list[Example] = field(default_factory=list)
+    eval_prompts: list[Prompt] = field(default_factory=list)
+    reports: list[SourceReport] = field(default_factory=list)
+
+    def examples(self) -> list[Example]:
+        """All records, without prompts."""
+        return [example for part in self.records for example in part] + self.eval_records
+
+    def all_prompts(self) -> list[Prompt]:
+        return [prompt for part in self.prompts for prompt in part] + self.eval_prompts
+
+
+def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> RunData:
+    """Everything that a run reads, tokenised. Raises ValueError for what cannot be used."""
     unit_scores = config.objective().scores_in_unit_interval
-    reports: list[SourceReport] = []
+    found = RunData()
 
-    def load(entries: Sequence[str | dict[str, Any]]) -> tuple[list[list[Example]], list[float]]:
-        sets, weights = [], []
-        for entry in entries:
-            source = Source.parse(entry, config.record_options())
+    def load(entry: str | dict[str, Any]) -> tuple[Source, bool, list[Any]]:
+        source = Source.parse(entry, config.record_options())
+        online = config.mode == "online" if source.online is None else source.online
+        if online != (config.mode == "online") and config.mode != "mixed":
+            raise ValueError(
+                f"{source.path} is set to online: {str(online).lower()}, but the mode is {config.mode}; set mode: mixed"
+            )
+        if online:
+            examples, report = load_prompts(source, tokenizer, max_new_tokens=config.max_new_tokens)
+        else:
             examples, report = load_examples(source, tokenizer, require_unit_scores=unit_scores)
-            if not examples:
-                raise ValueError(f"{source.path} gives no usable record ({report})")
-            sets.append(examples)
-            weights.append(source.weight)
-            reports.append(report)
-        return sets, weights
+        found.reports.append(report)
+        return source, online, examples
 
-    train_sets, weights = load(config.data)
-    eval_set = [example for part in load(config.eval_data)[0] for example in part]
-    if config.eval_fraction:
-        split = [hold_out(part, config.eval_fraction, config.seed) for part in train_sets]
-        train_sets, eval_set = [kept for kept, _ in split], [e for _, held in split for e in held]
-        if not all(train_sets):
-            raise ValueError(f"eval_fraction={config.eval_fraction} leaves a source without training records")
-    return train_sets, eval_set, reports, weights
+    for entry in config.data:
+        source, online, examples = load(entry)
+        if config.eval_fraction:
+            examples, held = hold_out(examples, config.eval_fraction, config.seed)
+            (found.eval_prompts if online else found.eval_records).extend(held)
+            if not examples:
+                raise ValueError(f"eval_fraction={config.eval_fraction} leaves a source without training records")
+        (found.prompts if online else found.records).append(examples)
+        (found.prompt_weights if online else found.weights).append(source.weight)
+    for entry in config.eval_data:
+        _, online, examples = load(entry)
+        (found.eval_prompts if online else found.eval_records).extend(examples)
+    if config.mode == "mixed" and not (found.records and found.prompts):
+        raise ValueError(
+            "mode=mixed needs sources of both kinds: mark those that are to be sampled from, {path: ..., online: true}"
+        )
+    return found
 
 
 class Trainer:
@@ -124,36 +155,38 @@ class Trainer:
         config: RunConfig,
         world: World,
         tokenizer: PreTrainedTokenizerBase,
-        train_sets: list[list[Example]],
-        eval_set: list[Example],
-        weights: list[float],
+        data: RunData,
         checkpoint: Path | None = None,
     ) -> None:
         self.config, self.world, self.tokenizer = config, world, tokenizer
         self.objective = config.objective()
-        every = [example for part in train_sets for example in part] + eval_set
-        cached = config.reference == "cached" or (config.reference == "auto" and has_cached_logps(every))
+        every = data.examples()
+        cached = config.reference == "cached" or (
+            config.reference == "auto" and config.mode == "offline" and has_cached_logps(every)
+        )
         if not cached:
-            train_sets, eval_set = [without_cached_logps(part) for part in train_sets], without_cached_logps(eval_set)
-        self._load_models(cached, every, checkpoint)
-        options = {
-            "batch_size": config.batch_size,
-            "micro_batch_size": config.micro_batch_size,
-            "max_tokens_per_batch": config.max_tokens_per_batch,
-            "packed": self.policy.packed,
-            "seed": config.seed,
-            "rank": world.rank,
-            "world_size": world.size,
-        }
-        self.loader = Loader(train_sets, weights, **options)
-        self.eval_loader = Loader([eval_set], [1.0], **options) if eval_set else None
-        run = {"reference": self.reference.identity, "data": self.loader.identity(), **config.trajectory()}
+            data.records = [without_cached_logps(part) for part in data.records]
+            data.eval_records = without_cached_logps(data.eval_records)
+        self._load_models(cached, every, data.all_prompts(), checkpoint)
+        records = self._loader(data.records, data.weights, config.batch_size - config.online_batch_size())
+        self.eval_loader = self._loader([data.eval_records], [1.0], config.batch_size)
+        self.eval_prompts = data.eval_prompts
+        self.online: Online | None = None
+        if config.mode != "offline":
+            prompts = self._loader(data.prompts, data.prompt_weights, config.online_batch_size())
+            scorers = self.policy, self.reference, self.scoring
+            self.online = Online(config, world, tokenizer, *scorers, prompts, records)
+        # Steps of an online run bring the log-probs that they were sampled with.
+        self.step_reference: Reference = GivenReference() if self.online else self.reference
+        self.source: Loader | Online = self.online or records
+        identities = [loader.identity() for loader in (records, self.online and self.online.prompts) if loader]
+        run = {"reference": self.reference.identity, "data": "+".join(identities), **config.trajectory()}
         self.state: dict[str, Any] = {"step": 0, "run": run}
         if checkpoint:
             self.state = read_state(checkpoint)
             refuse_another_run(checkpoint, self.state["run"], run)
         self.first_step = self.state["step"]
-        self.total_steps = self.loader.num_steps(config.epochs, config.max_steps)
+        self.total_steps = num_steps(self.source.steps_per_epoch, config.epochs, config.max_steps)
         self.optimizer = make_optimizer(self.policy, config)
         self.scheduler = get_scheduler(
             "constant_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule,
@@ -163,17 +196,38 @@ class Trainer:
         )
         self.meter, self.clock = Meter(self.objective, world.device), Clock()
         if checkpoint:
-            load_training_state(checkpoint, self.policy, self.optimizer, world)
+            load_training_state(checkpoint, self.policy, self.optimizer, world, self._refreshed())
             self.scheduler.load_state_dict(self.state["scheduler"])
             if world.is_main:  # see Meter.pool
                 self.meter.sums += torch.tensor(self.state["meter"], dtype=torch.float64, device=world.device)
             self.clock.spent = self.state["seconds"]
+            if self.online:
+                self.online.load_state_dict(self.state["online"])
         self.reporter = Reporter(config, world, self.total_steps, self.first_step)
 
-    def _load_models(self, cached: bool, examples: list[Example], checkpoint: Path | None) -> None:
+    def _loader(self, sets: list[list[Any]], weights: list[float], batch_size: int) -> Loader | None:
+        """None where there is nothing to load."""
+        if not any(sets):
+            return None
+        return Loader(
+            sets,
+            weights,
+            batch_size=batch_size,
+            micro_batch_size=self.config.micro_batch_size,
+            max_tokens_per_batch=self.config.max_tokens_per_batch,
+            packed=self.policy.packed,
+            seed=self.config.seed,
+            rank=self.world.rank,
+            world_size=self.world.size,
+        )
+
+    def _load_models(
+        self, cached: bool, examples: list[Example], prompts: list[Prompt], checkpoint: Path | None
+    ) -> None:
         """Policy (from the checkpoint, if any) and reference (always from the start of the run)."""
         config, world = self.config, self.world
-        refuse_too_large(config, examples, device=world.device.type, ranks=world.size)
+        planned = examples + longest_rollouts(prompts, config)
+        refuse_too_large(config, planned, device=world.device.type, ranks=world.size)
         compute, dtype = run_dtypes(config, world.device)
         self.bf16 = compute == torch.bfloat16
 
@@ -190,9 +244,9 @@ class Trainer:
             )
 
         self.policy = load(checkpoint or config.model, trained=True)
-        check_token_ids(examples, self.policy)
+        check_token_ids(examples + prompts, self.policy)
         autocast = None if world.sharded else autocast_dtype(self.policy, compute)  # FSDP2 casts by itself
-        self.scoring = Scoring(config.workspace_mb, config.engine, autocast)
+        self.scoring = Scoring(config.workspace_mb, config.engine, autocast, config.temperature)
         models = [self.policy]
         self.reference: Reference
         if cached:
@@ -212,28 +266,37 @@ class Trainer:
             else:
                 policy.model.to(world.device)
 
-    def run(self) -> dict[str, float]:
-        """All steps that are left. Returns the last metrics."""
-        config, last = self.config, self.reporter.last
-        if self.first_step == 0:
+    def run(self) -> tuple[int, dict[str, float]]:
+        """All steps that are left. Returns the steps taken, and the last metrics."""
+        config, last, step = self.config, self.reporter.last, self.first_step
+        if step == 0:
             last |= self.evaluate(0)
-        for step, work in enumerate(self.loader.steps(self.first_step, self.total_steps), start=self.first_step + 1):
+        for step, work in enumerate(self.source.steps(self.first_step, self.total_steps), start=self.first_step + 1):
             taken = self.take_step(work)
             self.reporter.advance()
+            if self.online:
+                self.reporter.completions(step, self.online.take_completions())
+            if config.reference_refresh and step % config.reference_refresh == 0:
+                self.reference.refresh(self.policy)
             if step % config.log_every == 0 or step == self.total_steps:
                 last |= self.log(step, {"epoch": work.epoch, **taken})
             if step == self.total_steps or (config.eval_every and step % config.eval_every == 0):
                 last |= self.evaluate(step)
             if config.save_every and step % config.save_every == 0:
                 self.save(step)
+        if self.online:
+            if self.online.stopped:
+                self.reporter.say(self.online.stopped)
+                last |= self.evaluate(step) | {"stopped_at_step": step}
+            self.online.rewards.close()
         self.reporter.close()
-        return last
+        return step, last
 
     def take_step(self, work: Step) -> dict[str, float]:
         """Gradients of the global batch, then one optimizer step. Returns the learning rate that it was taken with, and
         the gradient norm before clipping."""
         for examples in work.micro_batches:
-            out = self.score(examples, work.num_units)
+            out = self.score(examples, work.num_units, self.step_reference)
             out.loss.backward()
         parameters = self.policy.trainable_parameters()
         norm = gradient_norm(parameters)
@@ -252,27 +315,30 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return taken
 
-    def score(self, examples: list[Example], num_units: int) -> UnaOutput:
-        """One micro-batch against the reference; its metrics go to the meter."""
+    def score(self, examples: list[Example], num_units: int, reference: Reference) -> UnaOutput:
+        """One micro-batch against a reference; its metrics go to the meter."""
         packed = self.policy.packed
         batch = collate(examples, packed=packed, device=self.world.device, pad_id=self.tokenizer.pad_token_id)
-        ref_logps = self.reference.logps(batch)
-        out = self.scoring.loss(self.policy, batch, ref_logps, self.objective, max(num_units, 1))
+        out = self.scoring.loss(self.policy, batch, reference.logps(batch), self.objective, max(num_units, 1))
         self.meter.add(batch, out)
         return out
 
     @torch.no_grad()
     def evaluate(self, step: int) -> dict[str, float]:
         """Metrics of the whole evaluation set, named eval_*; nothing if there is none."""
-        if self.eval_loader is None:
+        if self.eval_loader is None and not self.eval_prompts:
             return {}
         self.clock.pause()
-        training, self.meter = self.meter, Meter(self.objective, self.world.device)
-        for work in self.eval_loader.in_order():
-            for examples in work.micro_batches:
-                self.score(examples, work.num_units)
-        metrics = {f"eval_{name}": value for name, value in self.meter.take(self.world).items()}
-        self.meter = training
+        metrics: dict[str, float] = {}
+        if self.eval_loader is not None:
+            training, self.meter = self.meter, Meter(self.objective, self.world.device)
+            for work in self.eval_loader.in_order():
+                for examples in work.micro_batches:
+                    self.score(examples, work.num_units, self.reference)
+            metrics, self.meter = self.meter.take(self.world), training
+        if self.eval_prompts:
+            metrics |= self.online.evaluate(self.eval_prompts)
+        metrics = {f"eval_{name}": value for name, value in metrics.items()}
         self.reporter.step(step, metrics)
         self.clock.go_on()
         return metrics
@@ -285,11 +351,19 @@ class Trainer:
             "tok_per_sec": metrics["tokens"] / seconds,
             "memory/peak_gib": peak_gib(self.world.device),
         }
+        if self.online:
+            rollouts = self.online.take()  # none in a later inner epoch
+            metrics |= rollouts
+            metrics["time/train"] = seconds - sum(rollouts.get(f"time/{part}", 0.0) for part in ("generate", "reward"))
         peak = peak_tflops(self.world.device)
         if peak is not None and self.bf16:  # the peak is that of bf16
             metrics["mfu"] = self._flops(metrics["tokens"]) / seconds / (peak * 1e12 * self.world.size)
         self.reporter.step(step, metrics)
         return metrics
+
+    def _refreshed(self) -> Policy | None:
+        """The reference, where it changes during the run."""
+        return self.reference.policy if self.config.reference_refresh else None
 
     def _flops(self, tokens: float) -> float:
         """Of the linear layers alone: 2 per weight and token forward, 4 backward (2 where weights are frozen), and 2
@@ -309,6 +383,8 @@ class Trainer:
             "meter": self.meter.pool(self.world),
             "seconds": self.clock.spent,
         }
+        if self.online:
+            self.state["online"] = self.online.state_dict()
         path = save_checkpoint(
             Path(self.config.output_dir),
             self.policy,
@@ -317,6 +393,7 @@ class Trainer:
             self.world,
             self.state,
             self.config.keep_checkpoints,
+            self._refreshed(),
         )
         self.reporter.say(f"saved {path}")
         self.clock.go_on()

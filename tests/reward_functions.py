@@ -1,0 +1,36 @@
+"""Rewards for the tests of online runs, given to them as `reward_functions.py:name`."""
+
+from __future__ import annotations
+
+calls: list[dict] = []
+"""What every call was given."""
+
+
+def share_of_e(prompts, completions, **columns):
+    calls.append({"prompts": prompts, "completions": completions, **columns})
+    return [text.count("e") / max(len(text), 1) for text in completions]
+
+
+def length(prompts, completions):
+    return [len(text) / 100 for text in completions]
+
+
+def some(prompts, completions):
+    """None for texts of even length, NaN for some others."""
+    return [None if len(text) % 2 == 0 else float("nan") if len(text) % 5 == 0 else 0.5 for text in completions]
+
+
+def nothing(prompts, completions):
+    return [None] * len(completions)
+
+
+def equal(prompts, completions):
+    return [0.25] * len(completions)
+
+
+def late_failure(prompts, completions):
+    """Fails in its sixth call."""
+    calls.append({})
+    if len(calls) == 6:
+        raise KeyError("gone")
+    return length(prompts, completions)

@@ -1,0 +1,667 @@
+"""Rewards: what gives them gets the right text, and a sample without a reward is left out, never scored by accident."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from email.utils import formatdate
+
+import numpy as np
+import pytest
+import torch
+from judge_server import JudgeServer, chat, wait_for
+from tiny import make_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+from una_fast import rewards as module
+from una_fast.rewards import RewardError, Rewards, RewardScale, parse_rewards
+
+JUDGE_CHAT = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    "[{{ m.role }}] {{ m.content }} [end] {% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+VOCABULARY = ["<unk>", "[BOS]", "[PAD]", "[end]", "[user]", "[assistant]", "the", "cat", "sat", "on", "a", "mat"]
+
+
+@pytest.fixture(autouse=True)
+def fast_and_direct(monkeypatch, one_thread):
+    """Retries do not wait, and no proxy stands before the local server."""
+    monkeypatch.setattr(module, "BACKOFF", 0.001)
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+
+
+def reward(entries, completions=("a", "b"), prompts=None, finished=None, columns=None, **settings):
+    """Rewards of some completions, from entries as they stand in a configuration."""
+    rewards = Rewards(parse_rewards(entries), **settings)
+    try:
+        count = len(completions)
+        prompts = [f"prompt {i}" for i in range(count)] if prompts is None else prompts
+        return rewards(prompts, list(completions), finished or [True] * count, columns or {})
+    finally:
+        rewards.close()
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+JUDGE = {"judge": "http://h/v1", "judge_model": "m"}
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ("math.sqrt", "must be a list"),
+        ([3], r"rewards\[0\] \(3\): must be the name of a function, or a mapping"),
+        ([{"weight": 2}], "none of function, model, judge, endpoint"),
+        ([{"function": "a.b", "model": "c"}], "both function and model"),
+        (["a.b", {"function": "a.c", "wieght": 2}], r"rewards\[1\] \(function a.c\): unknown key 'wieght'.*weight"),
+        ([{"function": "a.b", "batch_size": 2}], "unknown key 'batch_size' of a function"),
+        ([{"judge": "http://h/v1"}], r"rewards\[0\] \(judge http://h/v1\): judge_model is missing"),
+        (["f"], "package.module.function"),
+        (["rewards.py"], "path/file.py:function"),
+        (["a.f", "b.f"], "name 'f' is taken"),
+        ([JUDGE, JUDGE], "name 'h' is taken"),
+        ([{"function": "a.b", "weight": 0}], "weight=0"),
+        ([{"function": "a.b", "weight": math.nan}], "weight=nan"),
+        ([{"function": "a.b", "weight": True}], "weight=True"),
+        ([{"function": None}], "target=None"),
+        ([{"model": "m", "template": "jinja"}], "template='jinja' is not one of auto, chat, plain"),
+        ([{"model": "m", "batch_size": 0}], "batch_size=0"),
+        ([{"model": "m", "max_tokens": 1.5}], "max_tokens=1.5"),
+        ([{**JUDGE, "timeout": 0}], "timeout=0 must be positive"),
+        ([{**JUDGE, "instruction": "Score {prompt}"}], "holds {completion}"),
+        ([{"endpoint": "localhost:80"}], "must be a URL"),
+        ([{"endpoint": "http://h:port/x"}], "must be a URL"),
+    ],
+)
+def test_wrong_settings_are_refused_by_entry_and_key(entries, message):
+    with pytest.raises(ValueError, match=message):
+        parse_rewards(entries)
+
+
+def test_default_names():
+    entries = ["a.b.f", "dir/x.py:g", {"model": "org/judge-7b/"}, JUDGE, {"endpoint": "http://e:8/r", "name": "mine"}]
+    assert [spec.name for spec in parse_rewards(entries)] == ["f", "g", "judge-7b", "h", "mine"]
+
+
+def test_import_is_light():
+    """The configuration imports this to check settings."""
+    code = "import sys, una_fast.rewards; print([m for m in ('transformers', 'httpx', 'httpx2') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+# --- functions and the sum -------------------------------------------------------------------------------------------
+
+FUNCTIONS = """
+import numpy as np, torch
+from dataclasses import dataclass
+
+@dataclass
+class Seen:
+    calls: list
+
+seen = Seen([])
+
+def strict(prompts, completions, answer):
+    seen.calls.append((prompts, completions, answer))
+    return [float(a == c) for a, c in zip(answer, completions)]
+
+def everything(completions, **columns):
+    return [float(len(columns))] * len(completions)
+
+def lengths(prompts, completions, **columns):
+    return torch.tensor([len(c) for c in completions])
+
+def scalars(prompts, completions):
+    return [np.float32(0.5), torch.tensor(2), 3][: len(completions)]
+
+def holes(prompts, completions):
+    return [None, float("nan"), -float("inf"), 0.0, 10**400]
+
+def tiny(prompts, completions):
+    return [1e308] * len(completions)
+
+def booleans(prompts, completions):
+    return [True, False]
+
+def texts(prompts, completions):
+    return np.array(["1", "2"])
+
+def nested(prompts, completions):
+    return np.ones((2, 1))
+
+def short(prompts, completions):
+    return [1.0]
+
+def number(prompts, completions):
+    return 1.0
+
+def breaks(prompts, completions):
+    return [1 / 0]
+
+def greedy(prompts, completions, **columns):
+    completions.clear()
+    return [1.0, 1.0]
+
+def positional(p, c):
+    return [1.0, 1.0]
+"""
+
+
+@pytest.fixture
+def functions(tmp_path, monkeypatch):
+    """A folder with functions that is the current directory, but not importable for any other reason."""
+    (tmp_path / "own_rewards.py").write_text(FUNCTIONS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    monkeypatch.delitem(sys.modules, "own_rewards", raising=False)
+    yield tmp_path
+    sys.modules.pop("own_rewards", None)
+
+
+def test_functions_get_what_they_name(functions):
+    columns = {"answer": ["a", "x"], "level": [1, 2]}
+    entries = ["own_rewards.strict", "own_rewards:everything", "own_rewards.py:lengths", "own_rewards.scalars"]
+    found = reward(entries, columns=columns)
+    assert found.parts == {"strict": [1.0, 0.0], "everything": [3.0] * 2, "lengths": [1.0] * 2, "scalars": [0.5, 2.0]}
+    assert found.total == [5.5, 6.0] and not found.failures
+    assert sys.modules["own_rewards"].seen.calls == [(["prompt 0", "prompt 1"], ["a", "b"], ["a", "x"])]
+    assert sys.path[-1] == str(functions), "behind installed packages, which a folder here must not hide"
+    with pytest.raises(RewardError, match="strict.*needs column 'answer'.*columns: level"):
+        reward(["own_rewards.strict"], columns={"level": [1, 2]})
+
+
+def test_functions_of_one_file_share_its_state(functions):
+    a, b = (Rewards(parse_rewards([f"own_rewards.py:{name}"])).sources[0] for name in ("strict", "scalars"))
+    assert a.function.__globals__ is b.function.__globals__
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("booleans", "returned bool True"),
+        ("texts", "returned str '1'"),
+        ("nested", "returned list"),
+        ("short", "returned 1 rewards for 2 completions"),
+        ("number", "returned float"),
+        ("breaks", "raised ZeroDivisionError"),
+    ],
+)
+def test_a_wrong_answer_of_a_function_stops_the_run(functions, name, message):
+    with pytest.raises(RewardError, match=f"{name}: function own_rewards.{name} {message}"):
+        reward([f"own_rewards.{name}"])
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("own_rewards.missing", r"own_rewards\.py has no function missing"),
+        ("no_such_module.f", "ModuleNotFoundError"),
+        ("no_such_file.py:f", "there is no file"),
+        ("own_rewards.seen", "cannot be called"),
+        ("own_rewards.positional", "must take prompts and completions by these names"),
+    ],
+)
+def test_functions_are_loaded_before_the_first_sample(functions, target, message):
+    with pytest.raises(ValueError, match=message):
+        Rewards(parse_rewards([target]))
+
+
+def test_no_reward_is_never_zero(functions):
+    """A sample that any reward knows nothing of has no total; 0.0 itself is a reward like any other."""
+    found = reward(["own_rewards.holes", "own_rewards.lengths"], completions="abcde")
+    assert found.parts["holes"] == [None, None, None, 0.0, None] and found.parts["lengths"] == [1.0] * 5
+    assert found.total == [None, None, None, 1.0, None]
+    assert found.failures == Counter({"holes: None": 1, "holes: not finite": 3})
+    found = reward(["own_rewards.tiny", {"function": "own_rewards.tiny", "weight": 9.0, "name": "b"}])
+    assert found.total == [None, None] and found.failures == Counter({"total: not finite": 2})
+
+
+def test_weights_and_penalty(functions):
+    """The penalty is not weighted, and taken once, however many rewards there are."""
+    entries = [{"function": "own_rewards.lengths", "weight": -2.0}, {"function": "own_rewards.scalars", "weight": 4.0}]
+    found = reward(entries, completions=["x", "xyz"], finished=[True, False], missing_eos_penalty=0.75)
+    assert found.total == [-2.0 + 2.0, -6.0 + 8.0 - 0.75]
+    assert found.parts == {"lengths": [1.0, 3.0], "scalars": [0.5, 2.0]}
+
+
+def test_rewards_do_not_disturb_each_other(functions):
+    found = reward(["own_rewards.greedy", "own_rewards.lengths"])
+    assert found.parts["lengths"] == [1.0, 1.0]
+
+
+def test_no_samples_ask_nobody(functions):
+    found = reward(["own_rewards.breaks"], completions=[])
+    assert found.total == [] and found.parts == {"breaks": []}
+
+
+# --- reward models ---------------------------------------------------------------------------------------------------
+
+
+def judge_tokenizer(*, template: str | None = JUDGE_CHAT) -> PreTrainedTokenizerFast:
+    """Words, where the policy's tokenizer has bytes; it puts [BOS] before a text. As some published tokenizers do, it
+    comes with truncation and padding switched on, which must not be obeyed."""
+    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    raw.post_processor = processors.TemplateProcessing(single="[BOS] $A", special_tokens=[("[BOS]", 1)])
+    raw.enable_truncation(4)
+    raw.enable_padding(length=40, pad_id=2, pad_token="[PAD]")
+    special = {"bos_token": "[BOS]", "pad_token": "[PAD]", "unk_token": "<unk>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, **special)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def save_judge(directory, *, labels=1, pad=2, kind=LlamaForSequenceClassification, template=JUDGE_CHAT) -> str:
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=24,
+        initializer_range=0.5,
+        num_labels=labels,
+        pad_token_id=pad,
+    )
+    kind(config).save_pretrained(directory)
+    judge_tokenizer(template=template).save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def judges(tmp_path_factory):
+    root = tmp_path_factory.mktemp("judges")
+    return {
+        "chat": save_judge(root / "chat"),
+        "plain": save_judge(root / "plain", template=None),
+        "no_pad": save_judge(root / "no_pad", pad=None),
+    }
+
+
+def words(text: str) -> list[int]:
+    return [VOCABULARY.index(word) if word in VOCABULARY else 0 for word in text.split()]
+
+
+def alone(path: str, ids: list[int]) -> float:
+    """The reward of one text, straight from the model."""
+    model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return float(model(torch.tensor([ids])).logits)
+
+
+def test_a_model_reads_the_decoded_text_with_its_own_tokenizer(judges):
+    """Token ids of the policy, decoded by the policy's tokenizer, are what the judge's own tokenizer and template see:
+    the authors' script gave it the policy's ids. BOS stands once, though template and tokenizer both write it."""
+    policy = make_tokenizer()
+    sampled = policy("cat sat on", add_special_tokens=False)["input_ids"] + [policy.eos_token_id]
+    text = policy.decode(sampled, skip_special_tokens=True)
+    wanted = words("[BOS] [user] the mat [end] [assistant] cat sat on [end]")
+    assert text == "cat sat on" and sampled[:-1] != words(text)
+
+    source = Rewards(parse_rewards([{"model": judges["chat"], "name": "rm"}])).sources[0]
+    assert source.ids("the mat", text) == source.ids([{"role": "user", "content": "the mat"}], text) == wanted
+    found = reward([{"model": judges["chat"], "name": "rm"}], completions=[text], prompts=["the mat"])
+    assert found.parts["rm"] == [pytest.approx(alone(judges["chat"], wanted), rel=1e-5)]
+
+    plain = Rewards(parse_rewards([{"model": judges["plain"]}])).sources[0]
+    assert plain.ids("the mat ", text) == words("[BOS] the mat cat sat on")
+    assert plain.ids("[BOS] the mat ", text) == words("[BOS] the mat cat sat on")
+    forced = Rewards(parse_rewards([{"model": judges["chat"], "template": "plain"}])).sources[0]
+    assert forced.ids("the mat ", text) == words("[BOS] the mat cat sat on")
+
+
+@pytest.mark.parametrize("which", ["chat", "no_pad"])
+def test_padding_changes_no_reward(judges, which):
+    """Ragged texts in batches, in any order of lengths, give what each gives alone; a model whose config has no pad
+    token would pool at the padding, and runs them one by one."""
+    texts = ["cat", "cat sat on a mat", "a mat", "the the the the the the the", "on", "sat cat", "mat on"]
+    entry = {"model": judges[which], "name": "rm", "batch_size": 3}
+    found = reward([entry], completions=texts, prompts=["the"] * 7).parts["rm"]
+    wanted = [alone(judges[which], words(f"[BOS] [user] the [end] [assistant] {text} [end]")) for text in texts]
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+    assert len({round(value, 4) for value in wanted}) == 7, "the rewards must differ for the order to be seen"
+
+
+def test_a_model_skips_what_it_cannot_read(judges):
+    """Too long for max_tokens, or for the model's positions: not truncated, not scored. So if the template refuses."""
+    entry = {"model": judges["chat"], "name": "rm"}
+    prompts = [[{"role": "tool", "content": "cat"}], "cat", "cat"]
+    found = reward([entry], completions=["a", "a " * 30, "a"], prompts=prompts)
+    assert found.total[:2] == [None, None] and found.total[2] is not None
+    assert found.failures == Counter({"rm: the chat template refuses the messages": 1, "rm: text over 24 tokens": 1})
+    found = reward([entry | {"max_tokens": 7}], completions=["a", "a a"], prompts=["cat", "cat"])
+    assert found.total[0] is not None and found.failures == Counter({"rm: text over 7 tokens": 1})
+
+
+def test_models_that_give_no_reward_are_refused(judges, tmp_path):
+    with pytest.raises(ValueError, match="2 labels"):
+        Rewards(parse_rewards([{"model": save_judge(tmp_path / "two", labels=2)}]))
+    with pytest.raises(ValueError, match=r"lacks the weights score\.weight, so its rewards would be random"):
+        Rewards(parse_rewards([{"model": save_judge(tmp_path / "headless", kind=LlamaForCausalLM)}]))
+    with pytest.raises(ValueError, match="no chat template; set template: plain"):
+        Rewards(parse_rewards([{"model": judges["plain"], "template": "chat"}]))
+    with pytest.raises(RewardError, match="prompts are chats"):
+        reward([{"model": judges["plain"]}], completions=["a"], prompts=[[{"role": "user", "content": "cat"}]])
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="PEFT adapter"):
+        Rewards(parse_rewards([{"model": str(tmp_path)}]))
+
+
+# --- judges ----------------------------------------------------------------------------------------------------------
+
+
+def ask(answer, completions=("a",), *, delay=0.0, prompts=None, **settings):
+    """(rewards, server) of a judge that gives these answers."""
+    with JudgeServer(answer, delay) as server:
+        entry = {"judge": f"{server.url}/v1", "judge_model": "m", "name": "j", **settings}
+        return reward([entry], completions=completions, prompts=prompts), server
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        ("85", 0.85),
+        (" 0\n", 0.0),
+        ("100", 1.0),
+        ("Score: 72.5", 0.725),
+        ("score:7/100", 0.07),
+        ("<think>\nIt says 3, maybe 90.\n</think>\n\n40", 0.4),
+        ("It says 3.</think>40", 0.4),
+        ("105", None),
+        ("-5", None),
+        ("1e2", None),
+        ("٤٢", None),
+        ("I would give it 85.", None),
+        ("85 because it is good", None),
+        ("8/10", None),
+        ("85\n90", None),
+        ("<think>85", None),
+        ("nan", None),
+        ("", None),
+    ],
+)
+def test_a_reply_is_a_number_or_nothing(reply, expected):
+    assert module._Judge._outcome(chat(reply)[1]) == expected or expected is None
+    found, _ = ask(lambda payload, number: chat(reply))
+    assert found.total == [expected]
+    assert found.failures == Counter({"j: the reply is no number from 0 to 100": 1} if expected is None else {})
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (b"<html>busy</html>", "wrong JSON"),
+        (b"", "wrong JSON"),
+        (b"\xff\xfe{", "wrong JSON"),
+        (b"[" * 100_000, "wrong JSON"),
+        ({"error": "x"}, "wrong JSON"),
+        ({"choices": []}, "wrong JSON"),
+        ([1], "wrong JSON"),
+        (None, "wrong JSON"),
+        ({"choices": [{"message": {"content": None}}]}, "no text in the reply"),
+        ({"choices": [{"message": {"content": 85}}]}, "no text in the reply"),
+    ],
+)
+def test_wrong_json_leaves_the_sample_out(body, reason):
+    found, server = ask(lambda payload, number: (200, body, {}))
+    assert found.total == [None] and found.failures == Counter({f"j: {reason}": 1})
+    assert len(server.requests) == 1
+
+
+def test_what_a_judge_is_sent(monkeypatch):
+    """Braces and markers in the texts stay as they are; a chat is written as lines; the key goes along."""
+    monkeypatch.setenv("UNA_TEST_KEY", " secret-1\n")
+    chat_prompt = [{"role": "system", "content": "Be {brief}"}, {"role": "user", "content": "Hi"}]
+    settings = {"instruction": "P={prompt} C={completion} {other} {0}", "api_key_env": "UNA_TEST_KEY"}
+    prompts, completions = ["{completion} %s {", chat_prompt], ["{prompt}", "\\1 ok"]
+    _, server = ask(lambda payload, number: chat("1"), completions, prompts=prompts, concurrency=1, **settings)
+    sent = [payload["messages"] for _, _, payload in server.requests]
+    assert sent == [
+        [{"role": "user", "content": "P={completion} %s { C={prompt} {other} {0}"}],
+        [{"role": "user", "content": "P=system: Be {brief}\nuser: Hi C=\\1 ok {other} {0}"}],
+    ]
+    path, headers, payload = server.requests[0]
+    assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer secret-1"
+    assert (payload["model"], payload["temperature"], payload["max_tokens"]) == ("m", 0, 16)
+
+
+@pytest.mark.parametrize("value", [None, "", "clé"])
+def test_a_missing_key_is_an_early_error(monkeypatch, value):
+    monkeypatch.delenv("UNA_TEST_KEY", raising=False)
+    if value is not None:
+        monkeypatch.setenv("UNA_TEST_KEY", value)
+    with pytest.raises(ValueError, match="UNA_TEST_KEY") as error:
+        Rewards(parse_rewards([{**JUDGE, "api_key_env": "UNA_TEST_KEY"}]))
+    assert not value or value not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "advice"), [(401, "api_key_env"), (404, "base"), (400, "judge_model"), (307, "URL")]
+)
+def test_a_refusal_stops_the_run_without_telling_the_key(monkeypatch, status, advice):
+    monkeypatch.setenv("UNA_TEST_KEY", "secret-1")
+
+    def answer(payload, number):
+        return status, {"error": "bad key secret-1" + "x" * 999}, {"Location": "http://127.0.0.1:9/"}
+
+    with JudgeServer(answer) as server:
+        url = server.url.replace("//", "//user:hunter2@")
+        entry = {"judge": url, "judge_model": "m", "name": "j", "api_key_env": "UNA_TEST_KEY", "concurrency": 1}
+        with pytest.raises(RewardError, match=f"reward j: .*{server.url}.*HTTP {status}.*bad key .*{advice}") as error:
+            reward([entry], completions="abcdef")
+        assert "secret-1" not in str(error.value) and "hunter2" not in str(error.value) and len(str(error.value)) < 600
+        assert len(server.requests) == 1, "not retried, and the other samples are not sent"
+
+
+def test_429_then_fine(monkeypatch):
+    """Retry-After is honoured up to a cap, as seconds and as a date; what cannot be read counts as absent."""
+    waits = []
+    monkeypatch.setattr(threading.Event, "wait", lambda self, seconds=None: waits.append(seconds))
+    asked = ["7", formatdate(time.time() + 20, usegmt=True), "999999", "soon", "nan"]
+
+    def post(*args, **kwargs):
+        headers = {"Retry-After": asked[len(waits)]} if len(waits) < len(asked) else {}
+        status, body = (429, {}) if headers else (200, chat("50")[1])
+        return source.httpx.Response(status, json=body, headers=headers)
+
+    source = Rewards(parse_rewards([{**JUDGE, "retries": 5}])).sources[0]
+    monkeypatch.setattr(source.client, "post", post)
+    assert source._outcome(source._post(b"{}", threading.Event())) == 0.5
+    assert waits[0] == 7 and 18 <= waits[1] <= 20 and waits[2] == module.MAX_WAIT
+    assert 0.004 <= waits[3] <= 0.012 and 0.008 <= waits[4] <= 0.024  # BACKOFF * 2**n, half to half as much again
+
+
+def test_errors_that_pass_are_retried():
+    def answer(payload, number):
+        return [(429, {}, {"Retry-After": "0"}), (503, {}, {}), chat("50")][min(number, 2)]
+
+    found, server = ask(answer)
+    assert found.total == [0.5] and not found.failures and len(server.requests) == 3
+
+
+def test_500_always():
+    def answer(payload, number):
+        good = payload["messages"][0]["content"].count("fine")
+        return chat("30") if good else (500, {"error": "boom"}, {})
+
+    found, server = ask(answer, ["fine", "bad", "fine"], retries=2)
+    assert found.total == [0.3, None, 0.3] and found.failures == Counter({"j: HTTP 500": 1})
+    assert len(server.requests) == 2 + 3
+
+
+def test_judge_down():
+    with JudgeServer(lambda payload, number: chat("1")) as server:
+        pass  # its port is free again
+    found = reward([{"judge": server.url, "judge_model": "m", "name": "j", "retries": 1}])
+    assert found.total == [None, None] and found.failures == Counter({"j: no connection": 2})
+
+
+def test_judge_slow():
+    start = time.monotonic()
+    found, server = ask(lambda payload, number: chat("1"), delay=30, timeout=0.1, retries=1)
+    assert found.total == [None] and found.failures == Counter({"j: timeout": 1})
+    assert len(server.requests) == 2 and time.monotonic() - start < 5
+
+
+def test_order_and_bounded_concurrency():
+    """`concurrency` requests are under way at a time, never more, and a sample answered late keeps its place."""
+
+    def answer(payload, number):
+        if number < 4:
+            wait_for(lambda: server.most_in_flight >= 4, 10)
+        time.sleep(0.02 if number % 3 == 0 else 0.002)
+        return chat(payload["messages"][0]["content"])
+
+    with JudgeServer(answer) as server:
+        entry = {"judge": server.url, "judge_model": "m", "instruction": "{completion}", "concurrency": 4}
+        found = reward([entry], completions=[str(i) for i in range(40)])
+    assert found.total == [i / 100 for i in range(40)]
+    assert server.most_in_flight == 4
+
+
+def test_global_random_state_is_left_alone():
+    """The jitter of retries must not decide what a seeded run samples."""
+    import random
+
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    ask(lambda payload, number: (500, {}, {}))
+    assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+
+
+def test_an_interrupted_run_does_not_wait_for_the_judge():
+    """Ctrl-C while a judge stays silent ends the process now, not after its timeout and retries."""
+    code = (
+        "from una_fast.rewards import Rewards, parse_rewards\nimport sys\n"
+        "r = Rewards(parse_rewards([{'judge': sys.argv[1], 'judge_model': 'm', 'timeout': 60}]))\n"
+        "r(['p'] * 3, ['a'] * 3, [True] * 3, {})\n"
+    )
+    with JudgeServer(lambda payload, number: chat("1"), delay=60) as server:
+        environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
+        process = subprocess.Popen([sys.executable, "-c", code, server.url], stderr=subprocess.PIPE, env=environment)
+        assert wait_for(lambda: len(server.requests) == 3, 30)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=5)
+    assert b"KeyboardInterrupt" in errors and process.returncode != 0
+
+
+# --- endpoints -------------------------------------------------------------------------------------------------------
+
+
+def send(answer, completions, **settings):
+    with JudgeServer(answer) as server:
+        columns = settings.pop("columns", {})
+        entry = {"endpoint": f"{server.url}/score", "name": "e", "batch_size": 2, **settings}
+        return reward([entry], completions=completions, columns=columns), server
+
+
+def test_an_endpoint_gets_chunks_with_their_columns():
+    def answer(payload, number):
+        return 200, {"rewards": [int(c) - a for c, a in zip(payload["completions"], payload["a"], strict=True)]}, {}
+
+    found, server = send(answer, list("34567"), columns={"a": [1, 1, 2, 2, 9], "prompts": [0] * 5}, concurrency=1)
+    assert found.total == [2, 3, 3, 4, -2] and all(type(value) is float for value in found.total)
+    assert server.requests[1][0] == "/score"
+    assert server.requests[1][2] == {"prompts": ["prompt 2", "prompt 3"], "completions": ["5", "6"], "a": [2, 2]}
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ({"rewards": [1.0]}, "wrong number of rewards"),
+        ({"rewards": {"a": 1, "b": 2}}, "wrong JSON"),
+        ({"scores": [1, 2]}, "wrong JSON"),
+        ([1, 2], "wrong JSON"),
+        (b"1, 2", "wrong JSON"),
+    ],
+)
+def test_a_wrong_answer_of_an_endpoint_leaves_its_chunk_out(body, reason):
+    def answer(payload, number):
+        return 200, {"rewards": [5.0, 6.0]} if "c" in payload["completions"] else body, {}
+
+    found, _ = send(answer, list("abcd"))
+    assert found.total == [None, None, 5.0, 6.0] and found.failures == Counter({f"e: {reason}": 2})
+
+
+def test_an_endpoint_without_a_number():
+    body = b'{"rewards": [NaN, null, true, "3", -Infinity, 1' + b"0" * 400 + b", 0, [1]]}"
+    found, _ = send(lambda payload, number: (200, body, {}), list("abcdefgh"), batch_size=8)
+    assert found.total == [None] * 6 + [0.0, None]
+    assert found.failures == Counter({"e: not finite": 3, "e: null": 1, "e: not a number": 3})
+
+
+@pytest.mark.parametrize("value", [math.nan, b"bytes"])
+def test_columns_that_json_cannot_hold_are_named(value):
+    with pytest.raises(RewardError, match="cannot be sent the records as JSON"):
+        send(lambda payload, number: (200, {}, {}), ["a"], columns={"x": [value]})
+
+
+def test_a_failure_is_logged_once_with_what_came_back(caplog):
+    """Thousands of samples may fail for one reason; without the reply nobody can mend it."""
+    with JudgeServer(lambda payload, number: chat("Very good!")) as server:
+        rewards = Rewards(parse_rewards([{"judge": server.url, "judge_model": "m", "name": "j"}]))
+        for _ in range(2):
+            assert rewards(["p"] * 3, ["a"] * 3, [True] * 3, {}).failures.total() == 3
+        rewards.close()
+    assert [record.message.count("Very good!") for record in caplog.records if "una_fast" in record.name] == [1]
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+def test_scale_none_range_and_sigmoid():
+    assert RewardScale()([-3.0, 7.5]) == [-3.0, 7.5]
+    scale = RewardScale("range", [-1.0, 3.0])
+    assert scale([-1.0, 0.0, 3.0]) == [0.0, 0.25, 1.0]
+    assert RewardScale("range", [0.0, 1.0])([1.0 + 2e-16, -1e-12]) == [1.0, 0.0]  # rounding of weighted sums
+    for outside in (-1.01, 3.01):
+        with pytest.raises(RewardError, match=f"reward {outside} .*reward_range=.*reward_map.*missing_eos_penalty"):
+            scale([0.0, outside])
+    sigmoid = RewardScale("sigmoid")([-1e4, -1.0, 0.0, 1e4])
+    assert sigmoid == [0.0, pytest.approx(1 / (1 + math.e)), 0.5, 1.0]
+
+
+def test_quantile_ties_and_window():
+    scale = RewardScale("quantile", window=4)
+    assert scale([5.0, 5.0, 5.0]) == [0.5] * 3, "all rewards equal: nothing is better than anything"
+    assert scale([9.0, 5.0]) == [7 / 8, 3 / 8]  # of 5, 5, 9, 5: the oldest has left
+    assert scale([1.0] * 8) == [0.5] * 8, "a batch larger than the window is ranked as a whole"
+    assert scale([2.0]) == [7 / 8] and len(scale.recent) == 4
+    assert scale([]) == []
+
+
+def test_scale_goes_on_after_a_checkpoint():
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(5, generator=generator, dtype=torch.float64).tolist() for _ in range(6)]
+    whole, first, second = (RewardScale("quantile", window=12) for _ in range(3))
+    expected = [whole(batch) for batch in batches]
+    found = [first(batch) for batch in batches[:3]]
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    first([0.0])  # the state is a copy
+    assert found + [second(batch) for batch in batches[3:]] == expected
+    with pytest.raises(ValueError, match="reward_map=quantile, not sigmoid"):
+        RewardScale("sigmoid").load_state_dict(first.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("kind", "limits"), [("rank", None), ("range", None), ("none", [0, 1]), ("range", [1, 1]), ("range", [0, math.inf])]
+)
+def test_wrong_scales_are_refused(kind, limits):
+    with pytest.raises(ValueError, match="reward_map|reward_range"):
+        RewardScale(kind, limits)

@@ -1,0 +1,238 @@
+"""Samples: drawn from the policy and nothing else, the same for the same seed, cut where they end."""
+
+import sys
+import types
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from test_attention import FAMILIES, build
+from tiny import make_config, make_tokenizer
+
+import una_fast.rollout as rollout
+from una_fast.config import LoraOptions
+from una_fast.data import Example, collate
+from una_fast.feedback import Feedback
+from una_fast.memory import MemoryOptions
+from una_fast.policy import load_policy, load_tokenizer
+from una_fast.rollout import ContinuousSampler, Sampling, TransformersSampler, completion_text, make_sampler, stop_ids
+from una_fast.scoring import Scoring, autocast_dtype
+from una_fast.sharding import World
+
+PROMPTS = [np.array(ids, dtype=np.int32) for ids in ([0, 5, 6, 7], [0, 9, 9, 9, 8, 7, 6, 5, 4, 40], [0], [0, 250])]
+SAMPLERS = {"padded": TransformersSampler, "continuous": ContinuousSampler}
+
+
+@pytest.fixture(scope="module")
+def policy(llamas):
+    return load_policy(llamas["untied"], dtype=torch.float32, packing=True)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(llamas):
+    return load_tokenizer(llamas["untied"])
+
+
+def scored(policy, prompts, drawn, scoring):
+    """Log-probs of the samples as the trainer computes them."""
+    nothing = Feedback.merge([])
+    examples = [Example(p, tuple(c.ids for c in cs), nothing, None, "") for p, cs in zip(prompts, drawn, strict=True)]
+    return scoring.logps(policy, collate(examples, packed=policy.packed)).numpy()
+
+
+def ids_of(drawn):
+    return [completion.ids.tolist() for group in drawn for completion in group]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_log_probs_are_those_of_the_trainer(policy, tokenizer, kind, temperature):
+    scoring = Scoring(temperature=temperature)
+    sampling = Sampling(3, 11, temperature=temperature, stop_ids=tuple(range(1, 300, 9)))
+    sampler = SAMPLERS[kind](policy, tokenizer, sampling, scoring=scoring)
+    drawn = sampler.sample(PROMPTS, seed=1, version=7)
+    assert [len(group) for group in drawn] == [3] * 4
+    flat = [completion for group in drawn for completion in group]
+    assert all(c.ids.dtype == np.int32 and c.version == 7 for c in flat)
+    np.testing.assert_allclose([c.logp for c in flat], scored(policy, PROMPTS, drawn, scoring), atol=2e-5)
+    lengths = {len(c.ids) for c in flat}
+    assert len(lengths) > 2, "ragged, or the test tests nothing"
+    for c in flat:
+        stops = np.isin(c.ids, sampling.stop_ids)
+        assert not stops[:-1].any() and c.finished == bool(stops[-1]) and (c.finished or len(c.ids) == 11)
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_a_seed_fixes_the_samples_and_leaves_the_random_state_alone(policy, tokenizer, kind):
+    sampler = SAMPLERS[kind](policy, tokenizer, Sampling(2, 6, stop_ids=(1,)))
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    first = ids_of(sampler.sample(PROMPTS, seed=1))
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(4)
+    assert ids_of(sampler.sample(PROMPTS, seed=1)) == first != ids_of(sampler.sample(PROMPTS, seed=2))
+    assert len({tuple(ids) for ids in first}) == len(first), "samples of one prompt differ"
+    assert policy.model.training, "training goes on in train mode"
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_the_whole_distribution_whatever_the_model_would_like(policy, tokenizer, kind):
+    """A repetition penalty or a top_k of the model's generation config would silently sample from another policy."""
+    own = policy.causal_lm.generation_config
+    own.top_k, own.repetition_penalty, own.suppress_tokens, own.min_new_tokens = 2, 5.0, [9, 8], 5
+    try:
+        sampler = SAMPLERS[kind](policy, tokenizer, Sampling(1500, 1))
+        (drawn,) = sampler.sample(PROMPTS[1:2], seed=0)
+        assert policy.causal_lm.generation_config is own, "what is saved with the model stays as it was"
+    finally:
+        own.top_k = own.repetition_penalty = own.suppress_tokens = own.min_new_tokens = None
+    with torch.no_grad():
+        logits = policy.causal_lm(torch.from_numpy(PROMPTS[1]).long()[None]).logits[0, -1]
+    expected = torch.softmax(logits.double(), 0)
+    found = torch.bincount(torch.tensor([c.ids[0] for c in drawn]), minlength=len(expected)) / len(drawn)
+    noise = (expected / len(drawn)).sqrt().sum() / 2
+    assert (found - expected).abs().sum() / 2 < 1.2 * noise
+
+
+def test_top_p_cuts_what_is_drawn_and_not_the_log_probs(policy, tokenizer):
+    sampling = Sampling(40, 1, top_p=0.05)
+    drawn = TransformersSampler(policy, tokenizer, sampling).sample(PROMPTS[:1], seed=0)
+    assert len({int(c.ids[0]) for c in drawn[0]}) < 8
+    np.testing.assert_allclose([c.logp for c in drawn[0]], scored(policy, PROMPTS[:1], drawn, Scoring()), atol=1e-5)
+
+
+def test_batches_of_sequences_keep_the_order_of_prompts(policy, tokenizer):
+    sampler = TransformersSampler(policy, tokenizer, Sampling(2, 5), batch_size=4)
+    drawn = sampler.sample(PROMPTS, seed=0)
+    flat = [c.logp for group in drawn for c in group]
+    np.testing.assert_allclose(flat, scored(policy, PROMPTS, drawn, Scoring()), atol=1e-5)
+    assert [len(group) for group in sampler.sample(PROMPTS, seed=0, samples=1)] == [1] * 4
+
+
+@pytest.mark.parametrize("name", ["LlamaConfig", "MistralConfig", "Gemma3TextConfig", "GPT2Config", "MiniCPM3Config"])
+def test_a_prompt_computed_once_gives_the_samples_of_one_computed_for_each(name, tokenizer, monkeypatch):
+    model = build(name, FAMILIES[name])
+    policy = SimpleNamespace(causal_lm=model, model=model)
+    prompts = [np.random.default_rng(0).integers(3, 97, n) for n in (21, 5)]
+    tokens = []
+
+    def count(module, args, kwargs):
+        tokens.append(kwargs["input_ids"].numel())
+
+    sampler = TransformersSampler(policy, tokenizer, Sampling(3, 8))
+    handle = model.register_forward_pre_hook(count, with_kwargs=True)
+    shared = ids_of(sampler.sample(prompts, seed=0))
+    assert tokens[:2] == [2 * 20, 6], "the prompts once, then their last tokens for every sample"
+    monkeypatch.setattr(rollout, "_shared_prefill", lambda *_: None)
+    assert ids_of(sampler.sample(prompts, seed=0)) == shared
+    handle.remove()
+
+
+def test_stop_strings_end_a_response_even_where_the_policy_draws_padding(policy):
+    sampling = Sampling(60, 14, stop_ids=(1,), stop_strings=("e", "a"))
+    tokenizer = make_tokenizer()
+    (drawn,) = TransformersSampler(policy, tokenizer, sampling).sample(PROMPTS[:1], seed=0)
+    likely = np.bincount(np.concatenate([c.ids[1:-1] for c in drawn])).argmax()
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(int(likely))
+    (drawn,) = TransformersSampler(policy, tokenizer, sampling).sample(PROMPTS[:1], seed=0)
+    ended = [c for c in drawn if c.finished]
+    assert len(ended) > 10 and any(tokenizer.pad_token_id in c.ids[:-1] for c in drawn)
+    for c in drawn:
+        stopped = any(string in tokenizer.decode(c.ids) for string in sampling.stop_strings)
+        assert c.finished == (stopped or c.ids[-1] == 1)
+        assert c.finished or len(c.ids) == 14
+        before = tokenizer.decode(c.ids[:-1])
+        assert not any(string in before for string in sampling.stop_strings), "it ends with the first one"
+    np.testing.assert_allclose([c.logp for c in drawn], scored(policy, PROMPTS[:1], [drawn], Scoring()), atol=2e-5)
+
+
+def test_adapters_checkpointing_and_autocast(llamas, tokenizer):
+    memory = MemoryOptions(gradient_checkpointing=True)
+    policy = load_policy(llamas["tied"], dtype=torch.bfloat16, lora=LoraOptions(r=2), memory=memory, packing=True)
+    for name, p in policy.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.3)
+    scoring = Scoring(autocast=autocast_dtype(policy, torch.bfloat16))
+    assert scoring.autocast is torch.bfloat16
+    sampler = TransformersSampler(policy, tokenizer, Sampling(4, 8), scoring=scoring)
+    drawn = sampler.sample(PROMPTS, seed=0)
+    with policy.reference_mode():
+        assert ids_of(sampler.sample(PROMPTS, seed=0)) != ids_of(drawn), "the adapter takes part"
+    flat = [c.logp for group in drawn for c in group]
+    np.testing.assert_allclose(flat, scored(policy, PROMPTS, drawn, scoring), atol=1.0)  # bf16
+
+
+def test_what_ends_a_response(policy, tokenizer):
+    assert stop_ids(tokenizer, policy.causal_lm) == (1,)
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[7, 1]))
+    assert stop_ids(tokenizer, model) == (1, 7)
+    other = make_tokenizer()
+    other.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|user|>{% endfor %}"
+    assert stop_ids(other, model) == (1, 3, 7), "the template's end of turn"
+    sampling = Sampling(1, 9, stop_ids=(1,))
+    ids = tokenizer(" the cat", add_special_tokens=False)["input_ids"]
+
+    def text(ids):
+        return completion_text(tokenizer, rollout.Completion(np.array(ids), True, 0.0, 0), sampling)
+
+    assert text([*ids, 1]) == text(ids) == text([*ids, 2]) == " the cat" and text([1]) == ""
+
+
+def test_samplers_that_cannot_serve_are_refused(policy, tokenizer, llamas, tmp_path):
+    online = {"mode": "online", "rewards": ["json:dumps"]}
+    for generation, match in (("continuous", "runs in one process, and this run has 2"), ("vllm", "one process")):
+        config = make_config(llamas["untied"], "x.jsonl", tmp_path, generation=generation, **online)
+        with pytest.raises(ValueError, match=match):
+            make_sampler(config, policy, tokenizer, Scoring(), World(0, 2, torch.device("cpu")))
+    alone = World(0, 1, torch.device("cpu"))
+    with pytest.raises(ValueError, match="vllm is not installed; pip install vllm, or set generation: padded"):
+        make_sampler(config, policy, tokenizer, Scoring(), alone)
+
+
+def test_vllm_gets_the_policy_and_gives_ids_as_they_are(llamas, tokenizer, monkeypatch):
+    """Against a stand-in with vLLM's names: what is asked of it, and what is made of its answer."""
+    calls = {}
+
+    class LLM:
+        def __init__(self, **settings):
+            calls["settings"] = settings
+            model = SimpleNamespace(load_weights=lambda items: calls.update(weights=dict(items)))
+            runner = SimpleNamespace(model=model)
+            worker = SimpleNamespace(model_runner=runner)
+            self.llm_engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=worker))
+
+        def reset_prefix_cache(self):
+            calls["reset"] = True
+
+        def generate(self, prompts, settings, use_tqdm):
+            calls["asked"] = prompts, settings
+            ids, logprob = [5, 6, 1], SimpleNamespace(logprob=-0.5)
+            sample = SimpleNamespace(token_ids=ids, logprobs=[{i: logprob} for i in ids], finish_reason="stop")
+            cut = SimpleNamespace(token_ids=ids[:2], logprobs=[{i: logprob} for i in ids[:2]], finish_reason="length")
+            return [SimpleNamespace(outputs=[sample, cut]) for _ in prompts]
+
+    fake = types.ModuleType("vllm")
+    fake.LLM, fake.SamplingParams = LLM, SimpleNamespace
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    monkeypatch.delitem(sys.modules, "una_fast.vllm_sampler", raising=False)
+    from una_fast.vllm_sampler import VllmSampler
+
+    policy = load_policy(llamas["untied"], dtype=torch.float32, lora=LoraOptions(r=2))
+    for name, p in policy.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.3)
+    sampler = VllmSampler(policy, tokenizer, Sampling(2, 9, stop_ids=(1,), stop_strings=("x",)), model="m")
+    drawn = sampler.sample(PROMPTS[:2], seed=5, version=3)
+    monkeypatch.delitem(sys.modules, "una_fast.vllm_sampler")
+    assert [[(c.ids.tolist(), c.finished, c.logp, c.version) for c in group] for group in drawn] == [
+        [([5, 6, 1], True, -1.5, 3), ([5, 6], False, -1.0, 3)]
+    ] * 2
+    prompts, settings = calls["asked"]
+    assert [p["prompt_token_ids"] for p in prompts] == [p.tolist() for p in PROMPTS[:2]]
+    assert [s.seed for s in settings] == [5, 7] and settings[0].stop_token_ids == [1] and settings[0].n == 2
+    assert calls["settings"]["logprobs_mode"] == "processed_logprobs" and calls["reset"]
+    plain = load_policy(llamas["untied"], dtype=torch.float32).causal_lm.state_dict()
+    assert set(calls["weights"]) == set(plain), "the model's own names"
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(calls["weights"][name], plain[name]), "with the adapter added in"
