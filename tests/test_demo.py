@@ -9,8 +9,9 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from una_fast.data import Source, load_examples
-from una_fast.demo import DemoConfig, run_demo
+from una_fast.demo import REWARDS, DemoConfig, run_demo
 from una_fast.demo_report import reliability
+from una_fast.demo_reward import names_the_object, repeats_nothing, well_formed
 from una_fast.demo_text import make_records, read_corpus, rouge_2
 from una_fast.records import RecordOptions
 
@@ -36,6 +37,29 @@ def test_quick_demo_leaves_everything_and_keeps_an_earlier_run(demo):
     assert model.generate(**tokenizer("# os: ", return_tensors="pt"), max_new_tokens=3).shape[1] > 3
     lines = [json.loads(line) for line in (directory / "aligned/metrics.jsonl").read_text().splitlines()]
     assert any("eval_rewards/accuracies" in line for line in lines), "held-out records are evaluated by the trainer"
+
+
+def test_quick_online_demo(tmp_path, capsys):
+    summary = run_demo(DemoConfig(output_dir=str(tmp_path / "demo"), quick=True, online=True))
+    lines = [json.loads(line) for line in (tmp_path / "demo/aligned/metrics.jsonl").read_text().splitlines()]
+    evaluations = [line for line in lines if "eval_reward" in line]
+    assert [line["step"] for line in evaluations] == [0, 1, 2, 3] and (tmp_path / "demo/demo.png").exists()
+    assert summary["reward"] == [round(evaluations[k]["eval_reward"], 4) for k in (0, -1)]
+    parts = [summary[f"rewards/{name}/mean"] for name in REWARDS]
+    for k in (0, 1):
+        total = sum(weight * part[k] for weight, part in zip(REWARDS.values(), parts, strict=True))
+        assert summary["reward"][k] == pytest.approx(total, abs=2e-4)
+    shown = capsys.readouterr().out
+    assert "standard errors" in shown and shown.count("\n  before  ") == 3 == shown.count("\n  after  ")
+
+
+def test_rewards_of_the_online_demo_are_what_they_say():
+    prompt = '# os: get the path\ndef get_path():\n    """'
+    texts = ["Return the path of get.", "the the path", "", "Path of a file"]
+    prompts = [prompt] * len(texts)
+    assert names_the_object(prompts, texts) == [1.0, 2 / 3, 0.0, 1 / 3]
+    assert well_formed(prompts, texts) == [1.0, 0.0, 0.0, 1 / 3]
+    assert repeats_nothing(prompts, texts) == [1.0, 0.0, 0.0, 1.0] and repeats_nothing(prompts[:1], ["a b a"]) == [2 / 3]
 
 
 def test_records_are_real_text_split_without_leaks():

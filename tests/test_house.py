@@ -34,6 +34,8 @@ CORE = {
     "packing": {"attention"},
     "encode": {"records"},
     "data": {"attention", "encode", "feedback", "records"},
+    "rewards": {"records"},
+    "rollout": {"head", "policy", "scoring", "sharding", "vllm_sampler"},
 }
 
 

@@ -319,7 +319,8 @@ def test_a_policy_with_a_chat_template_is_trained_on_what_it_said(model, tmp_pat
 
 
 def test_prompts_too_large_for_the_memory_are_refused(model, prompts, tmp_path):
-    config = online(model, prompts, tmp_path / "run", max_new_tokens=150, memory_gib=0.001, samples_per_prompt=2)
+    small = {"samples_per_prompt": 2, "micro_batch_size": 1, "max_new_tokens": 150}
+    config = online(model, prompts, tmp_path / "run", memory_gib=0.0005, **small)
     with pytest.raises(ValueError, match="the largest batch of the run .* needs"):
         train(config)
 

@@ -1,7 +1,8 @@
-"""The demo: a small language model of docstrings is trained, aligned with mixed feedback, and compared with itself.
+"""The demo: a small language model of docstrings is trained, aligned, and compared with itself.
 
-Everything comes from the Python standard library (demo_text.py); nothing is downloaded. The alignment is an ordinary
-run of `train`; the comparison (demo_report.py) scores held-out prompts as the trainer does.
+It is aligned with mixed feedback, or online with rewards that a program can check (demo_reward.py). Everything comes
+from the Python standard library (demo_text.py); nothing is downloaded. The alignment is an ordinary run of `train`; the
+comparison (demo_report.py) uses held-out prompts.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase,
 from transformers.utils import logging as transformers_logging
 
 from una_fast.config import RunConfig
-from una_fast.demo_report import Comparison, plot, table
+from una_fast.demo_report import NEW_TOKENS, Comparison, Findings, OnlineFindings, show_texts
 from una_fast.demo_text import Corpus, Documented, make_records, read_corpus, write_jsonl
 from una_fast.train import train
 
@@ -37,6 +38,8 @@ class DemoConfig:
     """Run directory. If it is not empty, the first free one of output_dir-2, output_dir-3, ... is used instead."""
     seed: int = 0
     """Seed of the split, the records, the weights and the samples."""
+    online: bool = False
+    """Align with rewards of the model's own samples instead of records."""
     quick: bool = False
     """A few modules and steps: shows that everything works, in seconds, and aligns nothing worth looking at."""
 
@@ -52,14 +55,21 @@ class Sizes:
     base_epochs: int = 4
     align_epochs: float = 1.0
     samples: int = 128
+    online_steps: int = 60
+    online_prompts: int = 32
 
 
-QUICK = Sizes(max_modules=40, vocab_size=512, hidden_size=32, layers=1, base_epochs=1, align_epochs=0.2, samples=8)
+QUICK = Sizes(40, 512, hidden_size=32, layers=1, base_epochs=1, align_epochs=0.2, samples=8, online_steps=3)
 PEAK_RATE = 3e-3  # of the base model
 BETA, LEARNING_RATE = 0.3, 7e-4
 OFFSET = 1.0
 """Labels and scores are compared with sigmoid(r + 1): an unchanged policy finds every text rather good (0.73), and
 learns which are not. On unseen prompts bad texts become less likely, while good ones hardly become more likely."""
+
+
+ONLINE_BETA, ONLINE_LEARNING_RATE, MAX_KL = 0.03, 5e-4, 25.0
+REWARDS = {"names_the_object": 0.5, "well_formed": 0.25, "repeats_nothing": 0.25}
+"""Functions of demo_reward.py, and their weights: rewards lie in [0, 1]."""
 
 
 def run_demo(config: DemoConfig) -> dict[str, Any]:
@@ -85,16 +95,21 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     tokenizer.save_pretrained(base_dir)
 
     aligned_dir = output_dir / "aligned"
-    say(f"aligning with {counts} ...")
-    result = train(align_config(output_dir, base_dir, aligned_dir, sizes, config.seed))
+    say("aligning with rewards of samples ..." if config.online else f"aligning with {counts} ...")
+    make_config = online_config if config.online else align_config
+    result = train(make_config(output_dir, base_dir, aligned_dir, sizes, config.seed))
     say(f"aligned in {result.steps} steps -> {aligned_dir}")
 
     settings = RunConfig(**read_yaml(aligned_dir / "config.yaml"))
     comparison = Comparison(base_dir, aligned_dir, tokenizer, settings)
-    found = comparison.run(corpus.held_out, sizes.samples, config.seed)
-    plot(aligned_dir / "metrics.jsonl", found, output_dir / "demo.png")
+    found: Findings | OnlineFindings
+    if config.online:
+        found = comparison.online(aligned_dir / "metrics.jsonl", corpus.held_out, config.seed)
+    else:
+        found = comparison.run(corpus.held_out, sizes.samples, config.seed)
+    found.plot(aligned_dir / "metrics.jsonl", output_dir / "demo.png")
     say(f"compared on {len(corpus.held_out)} held-out objects -> {output_dir / 'demo.png'}")
-    print(f"\n{table(found)}\n\n{found.show_texts()}\n\n{next_commands(output_dir, aligned_dir)}\n")
+    print(f"\n{found.table()}\n\n{show_texts(found.texts)}\n\n{next_commands(output_dir, aligned_dir)}\n")
     summary = {"output_dir": str(output_dir), "seconds": round(time.perf_counter() - start, 1), **found.summary()}
     (output_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(summary))
@@ -129,8 +144,10 @@ def _fresh_directory(wanted: Path) -> Path:
 
 
 def _write_records(directory: Path, corpus: Corpus, seed: int) -> str:
-    """{pairs,labels,scores}.jsonl for alignment, and held_out_*.jsonl. Returns what there is for alignment."""
+    """{pairs,labels,scores,prompts}.jsonl for alignment, and held_out_*.jsonl. Returns what records there are for
+    alignment."""
     for prefix, entries in (("", corpus.align), ("held_out_", corpus.held_out)):
+        write_jsonl(directory / f"{prefix}prompts.jsonl", ({"prompt": entry.prompt} for entry in entries))
         records = make_records(entries, seed)
         for kind in KINDS:
             write_jsonl(directory / f"{prefix}{kind}.jsonl", records[kind])
@@ -234,6 +251,31 @@ def align_config(output_dir: Path, base_dir: Path, aligned_dir: Path, sizes: Siz
         epochs=sizes.align_epochs,
         batch_size=64,
         micro_batch_size=32,
+        device="cpu",
+        seed=seed,
+        loggers=[],
+        progress=sys.stderr.isatty(),
+    )
+
+
+def online_config(output_dir: Path, base_dir: Path, aligned_dir: Path, sizes: Sizes, seed: int) -> RunConfig:
+    data = output_dir / "data"
+    return RunConfig(
+        mode="online",
+        model=str(base_dir),
+        data=[str(data / "prompts.jsonl")],
+        eval_data=[str(data / "held_out_prompts.jsonl")],
+        output_dir=str(aligned_dir),
+        rewards=[{"function": f"una_fast.demo_reward.{name}", "weight": weight} for name, weight in REWARDS.items()],
+        beta=ONLINE_BETA,
+        learning_rate=ONLINE_LEARNING_RATE,
+        max_new_tokens=NEW_TOKENS,
+        max_kl=MAX_KL,
+        epochs=100.0,
+        max_steps=sizes.online_steps,
+        eval_every=max(sizes.online_steps // 4, 1),
+        batch_size=sizes.online_prompts,
+        micro_batch_size=sizes.online_prompts,
         device="cpu",
         seed=seed,
         loggers=[],

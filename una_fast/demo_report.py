@@ -92,12 +92,150 @@ class Findings:
         pairs |= {"score_gap_of_the_mean": round(self.constant_gap, 4), "score_correlation": round(self.correlation, 4)}
         return {**pairs, "kl": round(self.kl[0], 3), "kl_standard_error": round(self.kl[1], 3)}
 
-    def show_texts(self) -> str:
-        blocks = []
-        for prompt, truth, before, after in self.texts:
-            lines = [prompt.split("\n")[0], f"  written   {truth}", f"  before    {before}", f"  after     {after}"]
-            blocks.append("\n".join(lines))
-        return "\n".join(blocks)
+    def table(self) -> str:
+        point = f"sigmoid(r + {self.offset:g})" if self.offset else "sigmoid(r)"
+        lines = [f"{'held-out prompts':40} {'before':>8} {'after':>8}"]
+
+        def row(name: str, before: float | None, after: float, note: str = "") -> None:
+            lines.append(f"{name:40} {'' if before is None else f'{before:.3f}':>8} {after:8.3f}   {note}".rstrip())
+
+        row("pair accuracy, implicit reward", *self.pair_accuracy, "0.5 is a coin; the reward is 0 for all before")
+        for kind, (accuracy, count) in self.pair_accuracy_by_rejected.items():
+            row(f"  rejected: {kind}", None, accuracy, f"{count} pairs")
+        row("pair accuracy, log-prob", *self.logp_accuracy, "the models' own preference, sums over tokens")
+        row("pair accuracy, log-prob per token", *self.logp_per_token_accuracy)
+        row(f"|{point} - score|, mean", *self.score_gap, f"always guessing the mean score: {self.constant_gap:.3f}")
+        row(
+            f"calibration error of {point}", *self.calibration_error, "10 bins; near 0 for a constant at the mean score"
+        )
+        row(f"correlation of {point} with scores", None, self.correlation)
+        row("ROUGE-2 of samples", *self.rouge_2, "against the written docstring; this small a model knows little")
+        row(
+            f"KL of the first {NEW_TOKENS} tokens, nats",
+            0.0,
+            self.kl[0],
+            f"+- {self.kl[1]:.3f}, on samples of the aligned model",
+        )
+        return "\n".join(lines)
+
+    def plot(self, metrics: Path, path: Path) -> None:
+        """Training curves, and the reliability of sigmoid(r + offset) against the scores."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+        for name, label in (
+            ("loss", "loss"),
+            ("rewards/margins", "margin of pairs"),
+            ("rewards/accuracies", "accuracy of pairs"),
+        ):
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            steps, values = zip(*points, strict=True) if points else ((), ())
+            (curve,) = left.plot(steps, values, alpha=0.3)
+            width = max(len(values) // 20, 1)
+            smooth = np.convolve(values, np.ones(width) / width, "valid") if values else []
+            left.plot(steps[width - 1 :], smooth, color=curve.get_color(), label=label)
+        left.set(xlabel="step", title="alignment on mixed feedback")
+        left.legend()
+        right.plot([0, 1], [0, 1], color="grey", linewidth=1)
+        for implied, label in zip(self.implied, ("before", "after"), strict=True):
+            x, y, count = zip(*reliability(implied, self.scores), strict=True)
+            right.plot(x, y, marker="o", label=label)
+            right.scatter(x, y, s=[10 + 300 * n / len(self.scores) for n in count], alpha=0.3)
+        right.set(
+            xlim=(0, 1),
+            ylim=(0, 1),
+            xlabel=f"sigmoid(r + {self.offset:g}), binned",
+            ylabel="mean score",
+            title="held-out scores",
+        )
+        right.legend()
+        figure.savefig(path, dpi=120)
+        pyplot.close(figure)
+
+
+@dataclass(frozen=True)
+class OnlineFindings:
+    """What an online run's own evaluation found on held-out prompts, one sample each: metrics by step, of which the
+    first stand for the base model and the last for the aligned one."""
+
+    evaluations: list[dict[str, float]]
+    texts: list[tuple[str, str, str, str]]
+
+    def of(self, name: str) -> tuple[float, float]:
+        """A metric before and after."""
+        return self.evaluations[0][f"eval_{name}"], self.evaluations[-1][f"eval_{name}"]
+
+    @property
+    def errors(self) -> list[float]:
+        """Standard error of the mean reward at every evaluation."""
+        return [
+            e["eval_reward_std"] / (e["eval_completions/count"] - e["eval_completions/skipped"]) ** 0.5
+            for e in self.evaluations
+        ]
+
+    @property
+    def rise(self) -> float:
+        """Of the mean reward, in its standard errors."""
+        before, after = self.of("reward")
+        return (after - before) / max((self.errors[0] ** 2 + self.errors[-1] ** 2) ** 0.5, 1e-12)
+
+    def summary(self) -> dict[str, Any]:
+        names = [
+            "reward",
+            *sorted(n.removeprefix("eval_") for n in self.evaluations[0] if n.startswith("eval_rewards/")),
+        ]
+        found = {name: [round(value, 4) for value in self.of(name)] for name in names}
+        return {**found, "rise_in_standard_errors": round(self.rise, 1), "kl": round(self.of("kl")[1], 3)}
+
+    def table(self) -> str:
+        lines = [f"{'held-out prompts, one sample each':40} {'before':>8} {'after':>8}"]
+
+        def row(name: str, metric: str, note: str = "") -> None:
+            before, after = self.of(metric)
+            lines.append(f"{name:40} {before:8.3f} {after:8.3f}   {note}".rstrip())
+
+        row(
+            "reward, the weighted sum", "reward", f"+- {self.errors[-1]:.3f}; a rise of {self.rise:.1f} standard errors"
+        )
+        for name in sorted(n for n in self.evaluations[0] if n.startswith("eval_rewards/")):
+            row(f"  {name.removeprefix('eval_rewards/').removesuffix('/mean')}", name.removeprefix("eval_"))
+        row("tokens of a sample", "completions/mean_length")
+        row("samples that do not end", "completions/clipped_ratio")
+        row("KL from the base model, nats", "kl")
+        return "\n".join(lines)
+
+    def plot(self, metrics: Path, path: Path) -> None:
+        """Reward of the samples of every step, and the held-out reward against the KL that it costs."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+        for name in ("reward", *(n for n in lines[-2] if n.startswith("rewards/") and n.endswith("/mean"))):
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            left.plot(*zip(*points, strict=True), label=name.removeprefix("rewards/").removesuffix("/mean"))
+        left.set(xlabel="step", title="rewards of the samples")
+        left.legend()
+        kl, reward = ([e[f"eval_{name}"] for e in self.evaluations] for name in ("kl", "reward"))
+        right.errorbar(kl, reward, yerr=self.errors, marker="o")
+        right.set(xlabel="KL from the base model, nats", ylabel="reward", title="held-out prompts")
+        figure.savefig(path, dpi=120)
+        pyplot.close(figure)
+
+
+def show_texts(texts: Sequence[tuple[str, str, str, str]]) -> str:
+    """Prompts with the written docstring and what the models write, before and after."""
+    blocks = []
+    for prompt, truth, before, after in texts:
+        lines = [prompt.split("\n")[0], f"  written   {truth}", f"  before    {before}", f"  after     {after}"]
+        blocks.append("\n".join(lines))
+    return "\n".join(blocks)
 
 
 class Comparison:
@@ -127,6 +265,14 @@ class Comparison:
             kl=kl,
             rouge_2=rouge,
             texts=self._texts([held_out[i] for i in order[:SHOWN_TEXTS]]),
+        )
+
+    def online(self, metrics: Path, held_out: Sequence[Documented], seed: int) -> OnlineFindings:
+        """The evaluations of an online run, and texts of the first held-out prompts."""
+        lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+        order = np.random.default_rng(seed).permutation(len(held_out))[:SHOWN_TEXTS]
+        return OnlineFindings(
+            [line for line in lines if "eval_reward" in line], self._texts([held_out[i] for i in order])
         )
 
     def _load(self, entry: str | dict[str, Any]) -> list[Example]:
@@ -227,67 +373,3 @@ def reliability(implied: np.ndarray, scores: np.ndarray) -> list[tuple[float, fl
     index = np.minimum((implied * BINS).astype(int), BINS - 1)
     parts = [(implied[index == b], scores[index == b]) for b in range(BINS)]
     return [(float(x.mean()), float(y.mean()), len(x)) for x, y in parts if len(x)]
-
-
-def table(found: Findings) -> str:
-    point = f"sigmoid(r + {found.offset:g})" if found.offset else "sigmoid(r)"
-    lines = [f"{'held-out prompts':40} {'before':>8} {'after':>8}"]
-
-    def row(name: str, before: float | None, after: float, note: str = "") -> None:
-        lines.append(f"{name:40} {'' if before is None else f'{before:.3f}':>8} {after:8.3f}   {note}".rstrip())
-
-    row("pair accuracy, implicit reward", *found.pair_accuracy, "0.5 is a coin; the reward is 0 for all before")
-    for kind, (accuracy, count) in found.pair_accuracy_by_rejected.items():
-        row(f"  rejected: {kind}", None, accuracy, f"{count} pairs")
-    row("pair accuracy, log-prob", *found.logp_accuracy, "the models' own preference, sums over tokens")
-    row("pair accuracy, log-prob per token", *found.logp_per_token_accuracy)
-    row(f"|{point} - score|, mean", *found.score_gap, f"always guessing the mean score: {found.constant_gap:.3f}")
-    row(f"calibration error of {point}", *found.calibration_error, "10 bins; near 0 for a constant at the mean score")
-    row(f"correlation of {point} with scores", None, found.correlation)
-    row("ROUGE-2 of samples", *found.rouge_2, "against the written docstring; this small a model knows little")
-    row(
-        f"KL of the first {NEW_TOKENS} tokens, nats",
-        0.0,
-        found.kl[0],
-        f"+- {found.kl[1]:.3f}, on samples of the aligned model",
-    )
-    return "\n".join(lines)
-
-
-def plot(metrics: Path, found: Findings, path: Path) -> None:
-    """Training curves, and the reliability of sigmoid(r + offset) against the scores."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
-    for name, label in (
-        ("loss", "loss"),
-        ("rewards/margins", "margin of pairs"),
-        ("rewards/accuracies", "accuracy of pairs"),
-    ):
-        points = [(line["step"], line[name]) for line in lines if name in line]
-        steps, values = zip(*points, strict=True) if points else ((), ())
-        (curve,) = left.plot(steps, values, alpha=0.3)
-        width = max(len(values) // 20, 1)
-        smooth = np.convolve(values, np.ones(width) / width, "valid") if values else []
-        left.plot(steps[width - 1 :], smooth, color=curve.get_color(), label=label)
-    left.set(xlabel="step", title="alignment on mixed feedback")
-    left.legend()
-    right.plot([0, 1], [0, 1], color="grey", linewidth=1)
-    for implied, label in zip(found.implied, ("before", "after"), strict=True):
-        x, y, count = zip(*reliability(implied, found.scores), strict=True)
-        right.plot(x, y, marker="o", label=label)
-        right.scatter(x, y, s=[10 + 300 * n / len(found.scores) for n in count], alpha=0.3)
-    right.set(
-        xlim=(0, 1),
-        ylim=(0, 1),
-        xlabel=f"sigmoid(r + {found.offset:g}), binned",
-        ylabel="mean score",
-        title="held-out scores",
-    )
-    right.legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
