@@ -59,7 +59,8 @@ def test_rewards_of_the_online_demo_are_what_they_say():
     prompts = [prompt] * len(texts)
     assert names_the_object(prompts, texts) == [1.0, 2 / 3, 0.0, 1 / 3]
     assert well_formed(prompts, texts) == [1.0, 0.0, 0.0, 1 / 3]
-    assert repeats_nothing(prompts, texts) == [1.0, 0.0, 0.0, 1.0] and repeats_nothing(prompts[:1], ["a b a"]) == [2 / 3]
+    assert repeats_nothing(prompts, texts) == [1.0, 0.0, 0.0, 1.0]
+    assert repeats_nothing(prompts[:1], ["a b a"]) == [2 / 3]
 
 
 def test_records_are_real_text_split_without_leaks():

@@ -34,7 +34,10 @@ CORE = {
     "packing": {"attention"},
     "encode": {"records"},
     "data": {"attention", "encode", "feedback", "records"},
-    "rewards": {"records"},
+    "reward_settings": {"records"},
+    "reward_sources": {"reward_settings"},
+    "reward_http": {"reward_settings", "reward_sources"},
+    "rewards": {"records", "reward_http", "reward_settings", "reward_sources"},
     "rollout": {"head", "policy", "scoring", "sharding", "vllm_sampler"},
 }
 

@@ -21,13 +21,15 @@ from tiny import make_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
 )
 
-from una_fast import rewards as module
+from una_fast import reward_http
 from una_fast.rewards import RewardError, Rewards, RewardScale, parse_rewards
 
 JUDGE_CHAT = (
@@ -40,7 +42,7 @@ VOCABULARY = ["<unk>", "[BOS]", "[PAD]", "[end]", "[user]", "[assistant]", "the"
 @pytest.fixture(autouse=True)
 def fast_and_direct(monkeypatch, one_thread):
     """Retries do not wait, and no proxy stands before the local server."""
-    monkeypatch.setattr(module, "BACKOFF", 0.001)
+    monkeypatch.setattr(reward_http, "BACKOFF", 0.001)
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
@@ -285,12 +287,25 @@ def save_judge(directory, *, labels=1, pad=2, kind=LlamaForSequenceClassificatio
     return str(directory)
 
 
+def save_absolute(directory) -> str:
+    """A judge with learned positions: padding on the left would move them."""
+    torch.manual_seed(2)
+    sizes = {"n_positions": 24, "n_embd": 16, "n_layer": 2, "n_head": 2, "initializer_range": 0.5}
+    ids = {"bos_token_id": 1, "eos_token_id": 3, "pad_token_id": 2}
+    GPT2ForSequenceClassification(GPT2Config(vocab_size=len(VOCABULARY), num_labels=1, **sizes, **ids)).save_pretrained(
+        directory
+    )
+    judge_tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
 @pytest.fixture(scope="module")
 def judges(tmp_path_factory):
     root = tmp_path_factory.mktemp("judges")
     return {
         "chat": save_judge(root / "chat"),
         "plain": save_judge(root / "plain", template=None),
+        "absolute": save_absolute(root / "absolute"),
         "no_pad": save_judge(root / "no_pad", pad=None),
     }
 
@@ -327,7 +342,7 @@ def test_a_model_reads_the_decoded_text_with_its_own_tokenizer(judges):
     assert forced.ids("the mat ", text) == words("[BOS] the mat cat sat on")
 
 
-@pytest.mark.parametrize("which", ["chat", "no_pad"])
+@pytest.mark.parametrize("which", ["chat", "absolute", "no_pad"])
 def test_padding_changes_no_reward(judges, which):
     """Ragged texts in batches, in any order of lengths, give what each gives alone; a model whose config has no pad
     token would pool at the padding, and runs them one by one."""
@@ -398,7 +413,7 @@ def ask(answer, completions=("a",), *, delay=0.0, prompts=None, **settings):
     ],
 )
 def test_a_reply_is_a_number_or_nothing(reply, expected):
-    assert module._Judge._outcome(chat(reply)[1]) == expected or expected is None
+    assert reward_http.Judge._outcome(chat(reply)[1]) == expected or expected is None
     found, _ = ask(lambda payload, number: chat(reply))
     assert found.total == [expected]
     assert found.failures == Counter({"j: the reply is no number from 0 to 100": 1} if expected is None else {})
@@ -452,9 +467,7 @@ def test_a_missing_key_is_an_early_error(monkeypatch, value):
     assert not value or value not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("status", "advice"), [(401, "api_key_env"), (404, "base"), (400, "judge_model"), (307, "URL")]
-)
+@pytest.mark.parametrize(("status", "advice"), [(401, "api_key_env"), (404, "base"), (307, "URL")])
 def test_a_refusal_stops_the_run_without_telling_the_key(monkeypatch, status, advice):
     monkeypatch.setenv("UNA_TEST_KEY", "secret-1")
 
@@ -468,6 +481,13 @@ def test_a_refusal_stops_the_run_without_telling_the_key(monkeypatch, status, ad
             reward([entry], completions="abcdef")
         assert "secret-1" not in str(error.value) and "hunter2" not in str(error.value) and len(str(error.value)) < 600
         assert len(server.requests) == 1, "not retried, and the other samples are not sent"
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_text_that_the_server_will_not_have_is_skipped(status):
+    found, server = ask(lambda payload, number: (status, "too long", {}) if number == 1 else chat("50"), "abc")
+    assert sorted(found.total, key=str) == [0.5, 0.5, None] and found.failures == {f"j: HTTP {status}": 1}
+    assert len(server.requests) == 3, "asking again would not make it shorter"
 
 
 def test_429_then_fine(monkeypatch):
@@ -484,7 +504,7 @@ def test_429_then_fine(monkeypatch):
     source = Rewards(parse_rewards([{**JUDGE, "retries": 5}])).sources[0]
     monkeypatch.setattr(source.client, "post", post)
     assert source._outcome(source._post(b"{}", threading.Event())) == 0.5
-    assert waits[0] == 7 and 18 <= waits[1] <= 20 and waits[2] == module.MAX_WAIT
+    assert waits[0] == 7 and 18 <= waits[1] <= 20 and waits[2] == reward_http.MAX_WAIT
     assert 0.004 <= waits[3] <= 0.012 and 0.008 <= waits[4] <= 0.024  # BACKOFF * 2**n, half to half as much again
 
 
@@ -504,6 +524,9 @@ def test_500_always():
     found, server = ask(answer, ["fine", "bad", "fine"], retries=2)
     assert found.total == [0.3, None, 0.3] and found.failures == Counter({"j: HTTP 500": 1})
     assert len(server.requests) == 2 + 3
+    start = time.monotonic()
+    ask(lambda payload, number: (503, {}, {"Retry-After": "30"}), retries=0)
+    assert time.monotonic() - start < 10, "nothing is waited for after the last attempt"
 
 
 def test_judge_down():
@@ -642,7 +665,7 @@ def test_quantile_ties_and_window():
     assert scale([5.0, 5.0, 5.0]) == [0.5] * 3, "all rewards equal: nothing is better than anything"
     assert scale([9.0, 5.0]) == [7 / 8, 3 / 8]  # of 5, 5, 9, 5: the oldest has left
     assert scale([1.0] * 8) == [0.5] * 8, "a batch larger than the window is ranked as a whole"
-    assert scale([2.0]) == [7 / 8] and len(scale.recent) == 4
+    assert len(scale.recent) == 4 and scale([2.0]) == [7 / 8]
     assert scale([]) == []
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from una_fast.losses import Objective
 from una_fast.memory import MemoryOptions
 from una_fast.records import RecordOptions, check_number
-from una_fast.rewards import parse_rewards
+from una_fast.reward_settings import parse_rewards
 
 Precision = Literal["auto", "bf16", "fp32"]
 ReferenceKind = Literal["auto", "frozen", "adapter", "cached"]
