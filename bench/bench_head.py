@@ -433,8 +433,6 @@ def show(entry: dict[str, Any], device: torch.device) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- forward
 
-ROW_BLOCKS = ((2048, 8), (4096, 8), (8192, 16))  # BLOCK, num_warps
-
 
 def forward(dim: int, vocab: int, rows: int, device: torch.device, options: Any) -> dict[str, Any]:
     """Two ways to log-probs (a product into float32 logits and row_logps; linear_logps), then the row kernels alone."""
@@ -482,7 +480,7 @@ def forward(dim: int, vocab: int, rows: int, device: torch.device, options: Any)
     }
     moved = {}
     for name, (size, run) in kernels.items():
-        for block, warps in ROW_BLOCKS:
+        for block, warps in rowgrad.BLOCKS:
             key = f"{name}, {block} x {warps}"
             jobs[key], moved[key] = Job(again, blocked(block, warps, run)), size * rows * vocab
     failed = {}

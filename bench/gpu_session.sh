@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that waits for a GPU, in parts of at most ten minutes each; results as JSON, a short table last.
-# usage: bash bench/gpu_session.sh OUT_DIR PART
+# usage: bash bench/gpu_session.sh OUT_DIR PART, a number or all: every part in order, whatever becomes of the others
 #   1  tests, smoke of every contender, una_fast against the bare matrix products
 #   2  the peers at every shape, then accuracy
 #   3  forward variants, row kernels and vocabulary slices; time and memory up to N = 131072; many short responses
@@ -12,8 +12,18 @@
 # A folder peers/ of wheels (or .tar.xz of installed files) at the repository root is unpacked beside the machine's
 # packages. Afterwards: python bench/tables.py --merge OUT_DIR/head_*.json, and the same for step_*.json
 set -uo pipefail
-out=${1:?usage: gpu_session.sh OUT_DIR 1..9}
-part=${2:?usage: gpu_session.sh OUT_DIR 1..9}
+out=${1:?usage: gpu_session.sh OUT_DIR 1..9|all}
+part=${2:?usage: gpu_session.sh OUT_DIR 1..9|all}
+if [ "$part" = all ]; then
+  failed=
+  for part in 1 2 3 4 5 6 7 8 9; do
+    echo "=== part $part"
+    bash "$0" "$out" "$part" || failed+=" $part"
+  done
+  echo "=== failed parts:${failed:- none}"
+  [ -z "$failed" ]
+  exit
+fi
 cd "$(dirname "$0")/.."
 mkdir -p "$out"
 export PYTHONUNBUFFERED=1
@@ -119,7 +129,7 @@ case $part in
   last=step_long_16
   ;;
 *)
-  echo "part $part is not one of 1 to 9" && exit 2
+  echo "part $part is neither one of 1 to 9 nor all" && exit 2
   ;;
 esac
 echo

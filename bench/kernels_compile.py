@@ -6,11 +6,16 @@
 A row is "kernel | dtypes | flags | target". `spills`: bytes of stack on NVIDIA (no stack, no spill), spilled registers
 on AMD. `barrier`: for kernels that may write over what they read, whether every store of the gradient has a barrier
 between it and the load before it.
+
+A launch compiles anew for what it sees of its arguments. A row without such a flag is the launch of an odd vocabulary;
+"aligned" is one whose pointers and numbers are all multiples of 16, "unaligned" one where none is, "one" one whose
+numbers are all 1, which makes constants of them, and "small" (AMD) one whose tensors lie within 2 GiB.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -18,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +44,23 @@ TARGETS = {
 }
 DTYPES = ("fp32", "bf16", "fp16")
 FLAGS = [(), ("bias",), ("softcap",), ("bias", "softcap")]
+SPECIALISED = re.compile(
+    r"(row_logps \| fp32|row_\w*grad \| fp32->bf16) \| (bf16 bias softcap|-)$|gather.* \| -$"
+    r"|(linear_logps|mm) \| (bf16|fp32) \| (-|tma|bias softcap|\w+ x \w+ \+=)$|merge|segment|unit \| \w+ \| linear"
+)
 SUBSET = re.compile(
-    r"row_grad \| fp32->bf16 \| bias softcap |row_logps_grad \| fp32->bf16 \| \d+warps |row_logps \| fp32 \| softcap "
-    r"|gather_backward \| bf16|linear_logps \| bf16 \| bias softcap \| (?!sm_9)|linear_logps \| bf16 \| tma \| sm_90"
-    r"|linear_logps \| fp32 \| - |mm \| bf16 \| col x row \+= |merge|segment|unit \| fp64 \| squared"
+    r"row_grad \| fp32->bf16 \| fp16 bias softcap \||row_logps_grad \| fp32->bf16 \| (4096x8|one|small) "
+    r"|row_logps \| fp32 \| softcap |gather_backward \| bf16 \| unaligned |linear_logps \| fp16 \| bias \| (?!sm_9)"
+    r"|linear_logps \| bf16 \| tma \| sm_90|linear_logps \| fp32 \| - |mm \| bf16 \| col x row \+= \|"
+    r"|merge \| fp32 \| (-|one) |segment \| fp32 \| - |unit \| \w+ \| squared"
 )
 
 
 @dataclass(frozen=True)
 class Variant:
-    """types: of the arguments that are neither constexpr nor None. aligned: arguments that are multiples of 16."""
+    """types: of the arguments that are neither constexpr nor None. aligned: arguments that are multiples of 16.
+    unaligned: other launch arguments where the numbers are no multiples of 16. small: whether the tensors are known to
+    lie within 2 GiB."""
 
     name: str
     kernel: triton.JITFunction
@@ -56,7 +68,9 @@ class Variant:
     constants: dict[str, Any]
     aligned: tuple[str, ...]
     options: dict[str, Any] = field(default_factory=dict)
+    unaligned: dict[str, Any] = field(default_factory=dict)
     overwrites: bool = False
+    small: bool = False
 
 
 def pointers(types: dict[str, str]) -> tuple[str, ...]:
@@ -72,29 +86,27 @@ def split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 def row_variants() -> list[Variant]:
     found = []
     same = [(x, x) for x in DTYPES]
+    usual, wider = rowgrad.BLOCKS[0], rowgrad.BLOCKS[1:]
     for name, logps, grad in (("row_logps", True, False), ("row_grad", False, True), ("row_logps_grad", True, True)):
-        for u, du in [*same, ("fp32", "bf16"), ("fp32", "fp16")] if grad else same:
-            for flags in FLAGS:
-                types = {"u_ptr": f"*{u}", "targets_ptr": "*i64", "lse_ptr": "*fp32"}
-                types |= {"du_ptr": f"*{du}", "coef_ptr": "*fp32"} if grad else {}
-                types |= {"target_logit_ptr": "*fp32"} if logps else {}
-                types |= {"bias_ptr": "*bf16"} if "bias" in flags else {}
-                aligned = (*pointers(types), "u_stride", "du_stride")
-                types |= dict.fromkeys(("u_stride", "du_stride", "start", "width"), "i32")
-                types |= dict.fromkeys(("inner", "outer"), "fp32")
-                block, options = split(rowgrad.LAUNCH)
-                constants = {
-                    "HAS_BIAS": "bias" in flags,
-                    "HAS_SOFTCAP": "softcap" in flags,
-                    "LOGPS": logps,
-                    "GRAD": grad,
-                    **block,
-                }
-                words = " ".join(flags) or "-"
-                dtypes = f"{u}->{du}" if grad else u
-                label = f"{name} | {dtypes} | {words}"
-                kernel = rowgrad.rows_kernel
-                found.append(Variant(label, kernel, types, constants, aligned, options, overwrites=grad))
+        pairs = [*same, ("fp32", "bf16"), ("fp32", "fp16")] if grad else same
+        flags = [(bias, softcap, usual) for bias in (None, *DTYPES) for softcap in (False, True)]
+        for (u, du), (bias, softcap, blocks) in [
+            *itertools.product(pairs, flags),
+            *itertools.product([("fp32", "bf16")], [(None, False, blocks) for blocks in wider]),
+        ]:
+            types = {"u_ptr": f"*{u}", "targets_ptr": "*i64", "lse_ptr": "*fp32"}
+            types |= {"du_ptr": f"*{du}", "coef_ptr": "*fp32"} if grad else {}
+            types |= {"target_logit_ptr": "*fp32"} if logps else {}
+            types |= {"bias_ptr": f"*{bias}"} if bias else {}
+            aligned = (*pointers(types), "u_stride", "du_stride")
+            types |= dict.fromkeys(("u_stride", "du_stride", "start", "width"), "i32")
+            types |= dict.fromkeys(("inner", "outer"), "fp32")
+            block, options = split({**rowgrad.LAUNCH, "BLOCK": blocks[0], "num_warps": blocks[1]})
+            constants = {"HAS_BIAS": bool(bias), "HAS_SOFTCAP": softcap, "LOGPS": logps, "GRAD": grad, **block}
+            words = [f"{bias} bias"] * bool(bias) + ["softcap"] * softcap
+            words += ["{}x{}".format(*blocks)] * (blocks != usual)
+            label = f"{name} | {f'{u}->{du}' if grad else u} | {' '.join(words) or '-'}"
+            found.append(Variant(label, rowgrad.rows_kernel, types, constants, aligned, options, overwrites=grad))
     return found
 
 
@@ -118,9 +130,12 @@ def gather_variants() -> list[Variant]:
 def linear_variants(arch: str) -> list[Variant]:
     found = []
     for dtype in DTYPES:
-        tiling = logp_partials.tiling(arch, {"fp32": torch.float32}.get(dtype, torch.bfloat16))
+        tiling, by_number = (
+            logp_partials.tiling(arch, {"fp32": torch.float32}.get(dtype, torch.bfloat16), by_vectors=by_vectors)
+            for by_vectors in (True, False)
+        )
         tma = [False, True] if dtype != "fp32" and arch in ("sm_90", "sm_100") else [False]
-        for flags in FLAGS if dtype == "bf16" else (FLAGS[0], FLAGS[-1]):
+        for flags in FLAGS:
             for descriptors in tma:
                 kinds = (f"tensordesc<{dtype}[{rows},{tiling.BK}]>" for rows in (tiling.BM, tiling.BV))
                 types = dict(zip(("hidden", "weight"), kinds if descriptors else [f"*{dtype}"] * 2, strict=True))
@@ -138,7 +153,8 @@ def linear_variants(arch: str) -> list[Variant]:
                 }
                 words = " ".join([*flags, "tma"] if descriptors else flags) or "-"
                 label = f"linear_logps | {dtype} | {words}"
-                found.append(Variant(label, logp_partials.partials_kernel, types, constants, aligned, options))
+                other = {} if descriptors else by_number._asdict()
+                found.append(Variant(label, logp_partials.partials_kernel, types, constants, aligned, options, other))
     types = {"part_ptr": "*fp32", "lse_ptr": "*fp32", "N": "i32", "vocab_tiles": "i32"}
     tiles = {"ROWS": logp_partials.MERGE_ROWS, "TILES": logp_partials.MERGE_TILES}
     found.append(Variant("merge | fp32 | -", logp_partials.merge_kernel, types, tiles, pointers(types), rowgrad.FUSED))
@@ -165,7 +181,7 @@ def gemm_variants() -> list[Variant]:
                 aligned = (*pointers(types), *(name for name in strides if name not in ones))
                 constants = {**dict.fromkeys(ones, 1), "ACCUMULATE": accumulate, **tiles}
                 label = f"mm | {dtype} | {layout}{' +=' if accumulate else ''}"
-                found.append(Variant(label, gemm.mm_kernel, types, constants, aligned, options))
+                found.append(Variant(label, gemm.mm_kernel, types, constants, aligned, options, gemm.SINGLES))
     return found
 
 
@@ -178,30 +194,47 @@ def loss_variants() -> list[Variant]:
         options = {"num_warps": una_loss.TOKEN_WARPS, **rowgrad.FUSED}
         label = f"segment | fp32 | {'ref' if ref else '-'}"
         found.append(Variant(label, una_loss.segment_kernel, types, constants, pointers(types), options))
-    doubles = ("logps", "ref", "scale", "floats", "denominator", "rewards", "losses", "loss", "coef")
+    doubles = ("logps", "ref", "scale", "floats", "rewards", "losses", "loss", "coef")
     types = {f"{name}_ptr": "*fp64" for name in doubles} | {f"{n}_ptr": "*i64" for n in ("ints", "start", "entry")}
     types |= dict.fromkeys(("S", "U", "most_units"), "i32")
     names = {"pair": "PAIR_FORM", "binary": "BINARY_FORM", "score": "SCORE_FORM"}
     for k in range(max(map(len, una_loss.FORMS.values()))):  # every form in some variant
         forms = {names[kind]: all_forms[k % len(all_forms)] for kind, all_forms in una_loss.FORMS.items()}
-        label = f"unit | fp64 | {' '.join(forms.values())}"
         constants = {**forms, "BLOCK": una_loss.BLOCK}
-        found.append(Variant(label, una_loss.unit_kernel, types, constants, (), rowgrad.FUSED))
+        for dtype in ("fp64", "i64", "fp32"):  # of the denominator: the table's, or num_units as a tensor
+            label = f"unit | {dtype} | {' '.join(forms.values())}"
+            both = {**types, "denominator_ptr": f"*{dtype}"}
+            found.append(Variant(label, una_loss.unit_kernel, both, constants, (), rowgrad.FUSED))
     return found
+
+
+def specialised(base: Variant, arch: str) -> list[Variant]:
+    """The variant as other launches compile it (see above), where that is another program."""
+    numbers = [p.name for p in base.kernel.params if base.types.get(p.name) == "i32" and not p.do_not_specialize]
+    constants, options = split(base.unaligned)
+    unaligned = {"constants": base.constants | constants, "options": base.options | options}
+    ones = {
+        "types": {k: v for k, v in base.types.items() if k not in numbers},
+        "constants": unaligned["constants"] | dict.fromkeys(numbers, 1),
+        "aligned": pointers(base.types),
+    }
+    changes = {
+        "aligned": {"aligned": (*pointers(base.types), *numbers)},
+        "unaligned": {**unaligned, "aligned": ()},
+        "one": {**unaligned, **ones} if numbers else {},
+        "small": {"small": arch == "gfx942"},
+    }
+    found = (replace(base, name=f"{base.name} {word}".replace("| - ", "| "), **c) for word, c in changes.items())
+    return [v for v in found if replace(v, name=base.name) != base]
 
 
 def variants() -> dict[str, tuple[Variant, str]]:
     """Every row of the table: name -> (variant, target)."""
     found = {}
     for arch in TARGETS:
-        for variant in [
-            *row_variants(),
-            *gather_variants(),
-            *linear_variants(arch),
-            *gemm_variants(),
-            *loss_variants(),
-        ]:
-            found[f"{variant.name} | {arch}"] = (variant, arch)
+        for base in [*row_variants(), *gather_variants(), *linear_variants(arch), *gemm_variants(), *loss_variants()]:
+            for variant in [base, *(specialised(base, arch) if SPECIALISED.search(base.name) else [])]:
+                found[f"{variant.name} | {arch}"] = (variant, arch)
     return found
 
 
@@ -229,16 +262,20 @@ def amd_usage(assembly: str) -> dict[str, int]:
 def barrier_before_stores(assembly: str, nvidia: bool) -> bool:
     """Whether every global store after a global load has a barrier between them.
 
-    On AMD in the loop over whole blocks alone (the wide accesses): masked ones are branches, laid out in any order."""
-    names = ("ld\\.global", "st\\.global") if nvidia else ("load_dwordx", "store_dwordx")
-    events = re.findall(rf"({names[0]})|(bar\.sync|s_barrier)|({names[1]})", assembly)
-    waiting, stores = False, 0
-    for load, barrier, store in events:
-        waiting = bool(load) or (waiting and not barrier)
-        stores += bool(store)
-        if store and waiting:
-            return False
-    return stores > 0
+    On AMD within straight runs of code, of which the loop over whole blocks is one: masked accesses are branches, laid
+    out in any order."""
+    runs = [assembly] if nvidia else re.split(r"^\.LBB|s_c?branch", assembly, flags=re.MULTILINE)
+    names = ("ld\\.global", "st\\.global") if nvidia else ("(?:global|buffer)_load", "(?:global|buffer)_store")
+    ordered = 0
+    for run in runs:
+        waiting, loads = False, 0
+        for load, barrier, store in re.findall(rf"({names[0]})|(bar\.sync|s_barrier)|({names[1]})", run):
+            waiting = bool(load) or (waiting and not barrier)
+            loads += bool(load)
+            if store and waiting:
+                return False
+            ordered += bool(store) and loads > 0
+    return ordered > 0
 
 
 def measure(name: str) -> dict[str, int | bool]:
@@ -248,6 +285,8 @@ def measure(name: str) -> dict[str, int | bool]:
     constants = {k: variant.constants.get(k) for k in arguments if k not in variant.types}
     signature = {k: variant.types.get(k, "constexpr") for k in arguments}
     attributes = {(arguments.index(k),): [["tt.divisibility", 16]] for k in variant.aligned}
+    for name in pointers(variant.types) if variant.small else ():
+        attributes.setdefault((arguments.index(name),), []).append(["tt.pointer_range", 32])
     source = ASTSource(variant.kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=TARGETS[arch], options=variant.options)
     nvidia = TARGETS[arch].backend == "cuda"

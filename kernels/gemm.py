@@ -17,6 +17,7 @@ from torch import Tensor
 from una_fast.kernels.rowgrad import FUSED
 
 TILES = {"BM": 128, "BN": 128, "BK": 32, "GROUP": 8, "num_warps": 8, "num_stages": 2}
+SINGLES = {**TILES, "BN": 64}  # operands loaded number by number, whose addresses take registers: TILES would spill
 TINY = {"BM": 16, "BN": 32, "BK": 16, "GROUP": 2, "num_warps": 4, "num_stages": 1}  # the interpreter on a CPU
 
 
@@ -62,6 +63,11 @@ def mm_kernel(
     tl.store(out, total, mask=inside)
 
 
+def _by_vectors(x: Tensor) -> bool:
+    """Whether Triton sees that x can be loaded 16 bytes at a time."""
+    return x.data_ptr() % 16 == 0 and min(x.stride()) == 1 and max(x.stride()) % 16 == 0
+
+
 def mm(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> Tensor:
     """out (+)= a @ b. a: [M, K], b: [K, N], both bfloat16 or float16. out: [M, N] float32, last stride 1, overlapping
     neither."""
@@ -71,7 +77,8 @@ def mm(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> Tensor
     assert out.dtype == torch.float32 and out.stride(1) == 1
     if out.numel() == 0:
         return out
-    tiles = TINY if a.device.type == "cpu" else TILES
+    tiles = TILES if all(map(_by_vectors, (a, b, out))) else SINGLES
+    tiles = TINY if a.device.type == "cpu" else tiles
     grid = triton.cdiv(rows, tiles["BM"]) * triton.cdiv(columns, tiles["BN"])
     with torch.cuda.device_of(a):
         mm_kernel[(grid,)](

@@ -24,7 +24,8 @@ over D, so that the next tile's loads start under the epilogue; else through poi
 
 Tile shapes: at the full wgmma rate 256 x 128 asks L2 for 48 bytes per multiprocessor and cycle, 128 x 128 for 64; L2
 may limit either. 128 x 256 asks for the same 48 but spills in the epilogue (Triton 3.6 and 3.9). On sm_100 both large
-shapes spill, so it has 128 x 128. None of the table's shapes has been timed yet.
+shapes spill, so it has 128 x 128. Operands that can only be loaded number by number (an odd D, say) keep as many
+addresses in registers, and 128 x 128 x 32 is what fits everywhere. None of the table's shapes has been timed yet.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Tiling(NamedTuple):
     GROUP: int = 8
 
 
-NARROW = {  # bfloat16 and float16 operands, by architecture
+NARROW = {  # bfloat16 and float16 operands, by architecture; one BV, so that `row_bytes` holds for any operands
     "sm_80": Tiling(128, 128, 32, num_warps=8, num_stages=4),
     "sm_90": Tiling(256, 128, 64, num_warps=8, num_stages=3),
     "sm_100": Tiling(128, 128, 64, num_warps=8, num_stages=3),
@@ -159,11 +160,17 @@ def _machine(device: torch.device) -> tuple[str, int]:
     return arch, properties.multi_processor_count
 
 
-def tiling(arch: str, dtype: torch.dtype) -> Tiling:
-    """The tiles for operands of `dtype`; an architecture that is not in the table takes those of sm_80."""
+def tiling(arch: str, dtype: torch.dtype, *, by_vectors: bool = True) -> Tiling:
+    """The tiles for operands of `dtype`; an architecture that is not in the table takes those of sm_80, as do operands
+    that cannot be loaded 16 bytes at a time."""
     if arch == "cpu":
         return TINY
-    return WIDE if dtype == torch.float32 else NARROW.get(arch, NARROW["sm_80"])
+    return WIDE if dtype == torch.float32 else NARROW.get(arch if by_vectors else "sm_80", NARROW["sm_80"])
+
+
+def _by_vectors(x: Tensor) -> bool:
+    """Whether Triton sees that rows of x can be loaded 16 bytes at a time."""
+    return x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and x.shape[1] % 16 == 0
 
 
 def _descriptors(arch: str, block: Tiling, hidden: Tensor, weight: Tensor) -> list[TensorDescriptor] | None:
@@ -214,9 +221,11 @@ def linear_logps(
 
     arch, processors = _machine(hidden.device)
     block = tiling(arch, hidden.dtype)
+    descriptors = _descriptors(arch, block, hidden, weight)
+    if descriptors is None:
+        block = tiling(arch, hidden.dtype, by_vectors=_by_vectors(hidden) and _by_vectors(weight))
     tiles = triton.cdiv(rows, block.BM), triton.cdiv(entries, block.BV)
     part = torch.empty(tiles[1], rows, dtype=torch.float32, device=hidden.device)
-    descriptors = _descriptors(arch, block, hidden, weight)
     inner, outer = affine(softcap, logit_scale, temperature)
     with torch.cuda.device_of(hidden):
         partials_kernel[(min(processors, tiles[0] * tiles[1]),)](

@@ -39,7 +39,8 @@ import triton.language as tl
 from torch import Tensor
 
 FUSED = {"enable_fp_fusion": True}  # a * b + c as one instruction, whatever the installed Triton's default
-LAUNCH = {"BLOCK": 2048, "num_warps": 8, **FUSED}
+BLOCKS = ((2048, 8), (4096, 8), (4096, 16))  # (BLOCK, num_warps): launches use the first, bench_head.py times them all
+LAUNCH = {"BLOCK": BLOCKS[0][0], "num_warps": BLOCKS[0][1], **FUSED}
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

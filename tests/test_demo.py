@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from una_fast.data import Source, load_examples
 from una_fast.demo import REWARDS, DemoConfig, run_demo
 from una_fast.demo_report import reliability
-from una_fast.demo_reward import names_the_object, repeats_nothing, well_formed
+from una_fast.demo_reward import known_words, names_the_object, repeats_nothing, well_formed
 from una_fast.demo_text import make_records, read_corpus, rouge_2
 from una_fast.records import RecordOptions
 
@@ -58,7 +58,8 @@ def test_rewards_of_the_online_demo_are_what_they_say():
     texts = ["Return the path of get.", "the the path", "", "Path of a file"]
     prompts = [prompt] * len(texts)
     assert names_the_object(prompts, texts) == [1.0, 2 / 3, 0.0, 1 / 3]
-    assert well_formed(prompts, texts) == [1.0, 0.0, 0.0, 1 / 3]
+    assert well_formed(prompts, texts) == [1.0, 0.0, 0.0, 0.5]
+    assert known_words(prompts[:3], ["Return the qzx of os.", "", "qzx"]) == [4 / 5, 0.0, 0.0]
     assert repeats_nothing(prompts, texts) == [1.0, 0.0, 0.0, 1.0]
     assert repeats_nothing(prompts[:1], ["a b a"]) == [2 / 3]
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import contextmanager
+
 import pytest
 import torch
+from head_calls import CALLS, GPU_DIM, GPU_SIZE, Step, check_capture, check_repeats, check_under, drawn
 from helpers import MIXED, MIXED_LENGTHS, PAIR, Problem, cast, problem, relative_error
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -36,20 +40,10 @@ def gradients(op, p: Problem, *, bias: bool = True, **options) -> dict[str, torc
 
 
 def sized(rows: int, dim: int, vocab: int, dtype: torch.dtype = torch.bfloat16, peak: float = 24.0) -> Problem:
-    """A pair of rows / 2 tokens each, made on the device: for shapes too large to make on a CPU."""
-    g = torch.Generator(DEVICE).manual_seed(0)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=g, device=DEVICE, dtype=dtype)
-
-    weight = normal(vocab, dim) * dim**-0.5
-    hidden = normal(rows, dim) * (peak / 5)
-    targets = torch.randint(vocab, (rows,), generator=g, device=DEVICE)
+    """A pair of rows / 2 tokens each, made on the device."""
     lengths = [rows - rows // 2, rows // 2] if rows > 1 else [rows] * min(rows, 1)
     feedback = PAIR if len(lengths) == 2 else Feedback.scores(range(len(lengths)), [0.7] * len(lengths))
-    cu = torch.tensor([0, *lengths]).cumsum(0)
-    noise = 0.05 * normal(rows, dim)
-    return Problem(hidden, weight, normal(vocab), targets, cu, feedback, hidden + noise, weight + 0.01)
+    return drawn(lengths, dim, vocab, feedback, device=DEVICE, dtype=dtype, peak=peak)
 
 
 # --------------------------------------------------------------------------------------------------------- exactness
@@ -218,30 +212,27 @@ def test_a_target_outside_the_vocabulary_is_nan(target, workspace_mb):
 # ------------------------------------------------------------------------------------------------ repeats, sync, memory
 
 
-def test_a_hundred_bitwise_repeats():
+@pytest.mark.parametrize("name", CALLS)
+def test_a_hundred_bitwise_repeats(name):
     """A gradient written over logits that another thread has yet to read would differ now and then."""
-    p = sized(3000, 128, 50_257)
-    first = None
-    for _ in range(100):
-        found = gradients(linear_una_loss, p, bias=False, workspace_mb=200)
-        first = first or found
-        assert all(torch.equal(first[name], found[name]) for name in first)
+    check_repeats(*CALLS[name].drawn(GPU_SIZE, GPU_DIM, 50_257, device=DEVICE, dtype=torch.bfloat16), times=100)
 
 
-def test_no_sync_after_validation():
-    p = on_device(problem(1, longest=900, dim=128, vocab=5003, feedback=Feedback.pairs([0, 2], [1, 3])), torch.bfloat16)
-    for options in ({"workspace_mb": 8}, {"workspace_mb": 0.5}, {"workspace_mb": 64}, {"engine": "torch"}):
-        for _ in range(2):
-            torch.cuda.synchronize()
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                gradients(linear_una_loss, p, **options)
-                with torch.no_grad():
-                    linear_una_loss(
-                        p.hidden, p.weight, p.targets, p.cu_seqlens, p.feedback, ref_hidden=p.ref_hidden, **options
-                    )
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
+@contextmanager
+def no_sync():
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("engine", ["triton", "torch"])
+@pytest.mark.parametrize("name", CALLS)
+def test_no_sync_after_validation(name, engine):
+    p, arguments = CALLS[name].drawn(GPU_SIZE, GPU_DIM, 5003, device=DEVICE, dtype=torch.bfloat16)
+    check_under(no_sync, p, {**arguments, "engine": engine})
 
 
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
@@ -269,39 +260,23 @@ def test_workspace_bounds_the_peak(rows, workspace_mb, engine, trained):
 # -------------------------------------------------------------------------------------------------------- integration
 
 
-def test_cuda_graph():
-    """Captured once for fixed cu_seqlens and feedback, replayed on other values."""
-    p, other = sized(1500, 128, 10_007), sized(1500, 128, 10_007)
-    other.hidden.mul_(-0.7)
-    hidden, weight = p.hidden.clone().requires_grad_(), p.weight.clone().requires_grad_()
-    options = {"ref_hidden": p.ref_hidden, "ref_weight": p.ref_weight, "workspace_mb": 16}
-
-    def step() -> torch.Tensor:
-        out = linear_una_loss(hidden, weight, p.targets, p.cu_seqlens, p.feedback, **options)
-        out.loss.backward()
-        return out.loss.detach()
-
+def captured(step: Step) -> tuple[Callable[[], None], list[torch.Tensor]]:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
-            hidden.grad = weight.grad = None
             step()
     torch.cuda.current_stream().wait_stream(side)
-    hidden.grad = weight.grad = None
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        loss = step()
-    for values in (p.hidden, other.hidden):
-        with torch.no_grad():
-            hidden.copy_(values)
-        graph.replay()
-        captured = [loss.clone(), hidden.grad.clone(), weight.grad.clone()]
-        leaves = [values.detach().clone().requires_grad_(), p.weight.detach().clone().requires_grad_()]
-        out = linear_una_loss(*leaves, p.targets, p.cu_seqlens, p.feedback, **options)
-        out.loss.backward()
-        for a, b in zip(captured, [out.loss.detach(), *(x.grad for x in leaves)], strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-6)
+        results = step()
+    return graph.replay, results
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_cuda_graph(name):
+    """Captured once for fixed cu_seqlens and feedback, replayed on other values."""
+    check_capture(captured, *CALLS[name].drawn(GPU_SIZE, GPU_DIM, 10_007, device=DEVICE, dtype=torch.bfloat16))
 
 
 def test_a_first_call_inside_a_capture_is_refused():

@@ -17,7 +17,7 @@ from una_fast.feedback import Feedback
 from una_fast.losses import Objective
 
 pytest.importorskip("triton")
-from una_fast.kernels import gather, logp_partials, rowgrad, una_loss
+from una_fast.kernels import gather, gemm, logp_partials, rowgrad, una_loss
 
 # What the interpreter's numpy says of log(0), in lanes that nobody reads or slices of nothing but -inf.
 CUDA = torch.cuda.is_available()
@@ -232,6 +232,18 @@ def test_linear_logps_uses_descriptors_only_where_they_fit():
     assert logp_partials._descriptors("sm_80", block, fits, fits) is None
 
 
+def test_operands_that_are_loaded_number_by_number_get_tiles_that_do_not_spill():
+    """On a GPU: there the table of kernels_compile.py holds both. Workspace counts on one width of tiles."""
+    fits = torch.zeros(64, 64, dtype=torch.float16)
+    views = {"row": fits[:, 1:33], "stride": torch.zeros(64, 70, dtype=torch.float16)[:, :64], "depth": fits[:, :63]}
+    assert logp_partials._by_vectors(fits) and not any(map(logp_partials._by_vectors, views.values()))
+    assert gemm._by_vectors(fits) and gemm._by_vectors(fits.T) and not gemm._by_vectors(fits[::2, ::2])
+    assert not gemm._by_vectors(views["row"]) and not gemm._by_vectors(views["stride"].T)
+    for arch in logp_partials.NARROW:
+        assert logp_partials.tiling(arch, torch.float16, by_vectors=False) == logp_partials.NARROW["sm_80"]
+    assert len({tiles.BV for tiles in logp_partials.NARROW.values()}) == 1
+
+
 def test_linear_logps_of_vocabulary_slices_combine():
     g = generator(5)
     hidden, weight = torch.randn(9, 24, generator=g).to(DEVICE), torch.randn(75, 24, generator=g).to(DEVICE)
@@ -372,14 +384,98 @@ def test_segment_sums(with_ref):
     assert sums[1] is None if not with_ref else torch.allclose(sums[1], expected[1], rtol=1e-14, atol=0)
 
 
+# -------------------------------------------------------------------------------------------------------------- GEMM
+
+
+# On a GPU tiles are larger, and every layout of a shape is compiled.
+SHAPES = [(256, 128, 64), (1100, 300, 150)] if CUDA else [(1, 1, 1), (16, 32, 16), (37, 70, 21), (5, 130, 40)]
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
+def test_gemm_of_any_strides(m, n, k, dtype, transposed, accumulate):
+    g = generator(m)
+    a, b = (
+        torch.randn(*shape, generator=g).to(DEVICE, dtype)
+        for shape in (((k, m), (n, k)) if transposed else ((m, k), (k, n)))
+    )
+    a, b = (a.T, b.T) if transposed else (a, b)
+    out = torch.full((m, n + 3), float("nan"), device=DEVICE)
+    start = torch.randn(m, n, generator=g).to(DEVICE)
+    if accumulate:
+        out[:, :n] = start
+    gemm.mm(a, b, out[:, :n], accumulate=accumulate)
+    check(out[:, :n], (a.double() @ b.double() + (start.double() if accumulate else 0)).cpu(), 1e-4 if CUDA else 1e-5)
+    assert out[:, n:].isnan().all()
+
+
+# ---------------------------------------------------------------------------------------------------- extreme shapes
+
+
+def test_no_rows_launch_nothing(monkeypatch):
+    """A launch of no programs is an error on a GPU; the interpreter takes it."""
+    for module, name in (
+        (rowgrad, "rows_kernel"),
+        (gather, "gather_kernel"),
+        (gather, "gather_backward_kernel"),
+        (logp_partials, "partials_kernel"),
+        (logp_partials, "merge_kernel"),
+        (gemm, "mm_kernel"),
+    ):
+        monkeypatch.setattr(module, name, None)
+    logits = torch.zeros(0, 9, dtype=torch.float16, device=DEVICE)
+    targets, none = torch.zeros(0, dtype=torch.int64, device=DEVICE), torch.zeros(0, device=DEVICE)
+    stats = rowgrad.row_logps_grad(logits.float(), targets, none, dtype=torch.float16)
+    both = gather.gather_logps(logits, targets)
+    linear = logp_partials.linear_logps(logits, torch.zeros(5, 9, dtype=torch.float16, device=DEVICE), targets)
+    assert all(x.shape == (0,) and x.dtype == torch.float32 for x in (*stats[:2], *both, *linear))
+    for out in (None, logits):
+        grad = gather.gather_logps_backward(logits, targets, none, none, out=out)
+        assert grad.shape == (0, 9) and grad.dtype == torch.float16
+    assert gemm.mm(logits, logits.T[:, :0], torch.zeros(0, 0, device=DEVICE)).shape == (0, 0)
+
+
+def far_apart(stride: int) -> torch.Tensor:
+    """[3, 192] float16, the last row some 2^31 elements behind the first. What lies between is never touched, so on a
+    CPU it takes no memory."""
+    storage = torch.from_numpy(np.empty(2 * stride + 192, dtype=np.float16)).to(DEVICE)
+    return storage.as_strided((3, 192), (stride, 1))
+
+
+FAR = 2**30 + 64
+
+
 def test_offsets_beyond_32_bits():
-    """Row 2 starts at element 2^31 + 128. The rows between are never touched, so they take no memory."""
-    stride, width = 2**30 + 64, 70
-    storage = torch.from_numpy(np.empty(2 * stride + width, dtype=np.float16)).to(DEVICE)
-    u = storage.as_strided((3, width), (stride, 1))
+    """A 32-bit product of row and stride would reach memory that is nobody's."""
+    width = 70
+    u = far_apart(FAR)[:, :width]
     u.copy_(peaked(3, width))
+    kept = u.clone()
     targets, coef = torch.tensor([3, 4, 69], device=DEVICE), torch.tensor([1.0, -2.0, 3.0], device=DEVICE)
     lse, target_logit, du = truth(u, targets, LogitTransform(), None, 0, coef)
-    actual = rowgrad.row_logps_grad(u, targets, coef, dtype=torch.float16)
-    for a, b in zip(actual, (lse, target_logit, du), strict=True):
+    logps, sums = gather.gather_logps(u, targets)
+    check(logps, target_logit - lse, 1e-5)
+    check(sums, lse, 1e-5)
+    for a, b in zip(
+        rowgrad.row_logps_grad(u, targets, coef, dtype=torch.float16), (lse, target_logit, du), strict=True
+    ):
         check(a, b, 1e-3)
+    u.copy_(kept)
+    check(gather.gather_logps_backward(u, targets, sums, coef, out=u), du, 1e-3)
+
+
+@pytest.mark.parametrize("stride", [FAR, FAR + 1], ids=["descriptors", "pointers"])
+def test_linear_offsets_beyond_32_bits(stride):
+    """Of hidden states and of vocabulary entries."""
+    both = far_apart(stride)
+    hidden, weight = both[:, :24], both[:, 128:152]
+    hidden.copy_(torch.randn(3, 24, generator=generator(1)) * 3)
+    weight.copy_(torch.randn(3, 24, generator=generator(2)))
+    targets, product = torch.tensor([2, 0, 1], device=DEVICE), (hidden.double() @ weight.double().T).cpu()
+    lse, target_logit = logp_partials.linear_logps(hidden, weight, targets)
+    check(lse, torch.logsumexp(product, 1), 5e-6)
+    check(target_logit, product.gather(1, targets.cpu().unsqueeze(1)).squeeze(1), 5e-6)
+    out = torch.zeros(3, 3, device=DEVICE)
+    check(gemm.mm(hidden, weight.T, out), product, 1e-4 if CUDA else 1e-5)
