@@ -55,7 +55,7 @@ class Sizes:
     base_epochs: int = 4
     align_epochs: float = 1.0
     samples: int = 128
-    online_steps: int = 60
+    online_steps: int = 40
     online_prompts: int = 32
 
 
@@ -67,8 +67,8 @@ OFFSET = 1.0
 learns which are not. On unseen prompts bad texts become less likely, while good ones hardly become more likely."""
 
 
-ONLINE_BETA, ONLINE_LEARNING_RATE, MAX_KL = 0.03, 5e-4, 25.0
-REWARDS = {"names_the_object": 0.5, "well_formed": 0.25, "repeats_nothing": 0.25}
+ONLINE_BETA, ONLINE_LEARNING_RATE, MAX_KL = 0.02, 1e-3, 25.0
+REWARDS = {"known_words": 0.4, "well_formed": 0.2, "names_the_object": 0.2, "repeats_nothing": 0.2}
 """Functions of demo_reward.py, and their weights: rewards lie in [0, 1]."""
 
 
@@ -273,7 +273,7 @@ def online_config(output_dir: Path, base_dir: Path, aligned_dir: Path, sizes: Si
         max_kl=MAX_KL,
         epochs=100.0,
         max_steps=sizes.online_steps,
-        eval_every=max(sizes.online_steps // 4, 1),
+        eval_every=max(sizes.online_steps // 2, 1),
         batch_size=sizes.online_prompts,
         micro_batch_size=sizes.online_prompts,
         device="cpu",

@@ -5,16 +5,40 @@ Each is a function as the setting `rewards` takes them: f(prompts, completions) 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 
-WORDS = (5, 20)
-"""Shortest and longest first sentence that is well formed, in words."""
+WORDS = (4, 15)
+"""Shortest and longest docstring that is well formed, in words."""
+VERBS = frozenset(
+    "add build call check clear close compare compute convert copy create decode delete display encode find format "
+    "generate get handle initialize insert load make open parse print raise read register remove return run save send "
+    "set start stop test update wait write".split()
+)
+"""What an imperative of PEP 257 is likely to begin with."""
 _WORD = re.compile(r"[a-z0-9]+")
 
 
 def _words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
+
+
+@functools.cache
+def _vocabulary() -> frozenset[str]:
+    """Words of Python's own documentation, which is part of the standard library."""
+    from pydoc_data.topics import topics
+
+    return frozenset(_words(" ".join(topics.values())))
+
+
+def known_words(prompts: list[str], completions: list[str]) -> list[float]:
+    """Share of the docstring's words that Python's documentation or the prompt uses too."""
+    rewards = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        words, known = _words(completion), _vocabulary() | set(_words(prompt))
+        rewards.append(sum(word in known for word in words) / max(len(words), 1))
+    return rewards
 
 
 def names_the_object(prompts: list[str], completions: list[str]) -> list[float]:
@@ -28,12 +52,13 @@ def names_the_object(prompts: list[str], completions: list[str]) -> list[float]:
 
 
 def well_formed(prompts: list[str], completions: list[str]) -> list[float]:
-    """A third each for a capital letter at the start, a full stop at the end, and a usual length."""
+    """A quarter each for a capital letter and an imperative at the start, a full stop, and a usual length."""
     del prompts
     rewards = []
     for text in completions:
-        checks = text[:1].isupper(), text.endswith("."), WORDS[0] <= len(text.split()) <= WORDS[1]
-        rewards.append(sum(checks) / 3)
+        verb = (_words(text) or [""])[0] in VERBS
+        checks = text[:1].isupper(), verb, text.endswith("."), WORDS[0] <= len(text.split()) <= WORDS[1]
+        rewards.append(sum(checks) / 4)
     return rewards
 
 
