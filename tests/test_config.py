@@ -191,7 +191,6 @@ def test_forms_that_are_chosen_by_the_mode():
     [
         ({"top_p": 0.9}, "top_p=0.9.*off_policy_ok: true"),
         ({"length_normalize": True}, "length_normalize=True.*set length_normalize: false, or off_policy_ok"),
-        ({"score": "mse"}, "set reward_map to range .with reward_range., sigmoid or quantile"),
         ({"offset": "group", "samples_per_prompt": 1}, "samples_per_prompt of at least 2; use ema"),
         ({"offset": "mean"}, "offset='mean' must be a number, group or ema"),
         ({"offset": "ema", "score": "bce", "reward_map": "sigmoid"}, "set mode: online and score: reward_mse"),

@@ -157,6 +157,14 @@ def test_samples_without_a_reward_are_left_out_and_counted(model, prompts, tmp_p
         first_step(online(model, prompts, tmp_path / "none", rewards=[f"{FILE}:nothing"]))
 
 
+def test_scores_outside_the_interval_are_refused(model, prompts, tmp_path):
+    config = online(model, prompts, tmp_path / "run", score="bce", rewards=[{"function": LENGTH, "weight": -1.0}])
+    with pytest.raises(RewardError, match=r"reward -0.* outside \[0, 1\], which score=bce compares .* set reward_map"):
+        first_step(config)
+    _, step = first_step(online(model, prompts, tmp_path / "inside", score="bce", rewards=[LENGTH]))
+    assert step.num_units == 18
+
+
 def test_equal_rewards_and_responses_without_an_end_are_told(model, llamas, prompts, tmp_path, caplog):
     equal = {"rewards": [f"{FILE}:equal"], "offset": 0.0}
     _, step = first_step(online(model, prompts, tmp_path / "equal", reward_map="quantile", score="mse", **equal))

@@ -96,7 +96,7 @@ class OnlineOptions:
     missing_eos_penalty: float = 0.0
     """Subtracted from the reward of a response that max_new_tokens cut off."""
     reward_map: RewardMap = "none"
-    """Rewards to scores in [0, 1]: none | range (reward_range) | sigmoid | quantile (running, of the last 4096)."""
+    """Rewards to scores in [0, 1]: none (as is) | range (reward_range) | sigmoid | quantile (of the last 4096)."""
     reward_range: list[float] | None = None
     """Lowest and highest possible reward, [lo, hi], missing_eos_penalty included, for reward_map: range."""
     inner_epochs: int = 1
@@ -376,11 +376,6 @@ class RunConfig(RecordOptions, OnlineOptions):
                         f"{name}={value}: the samples or log-probs are then not those of the policy, and reward_mse "
                         f"does not follow the policy gradient; set {name}: {str(right).lower()}, or off_policy_ok: true"
                     )
-        if self.score != "reward_mse" and self.reward_map == "none":
-            raise ValueError(
-                f"score={self.score} compares rewards with sigmoid(r): set reward_map to range (with reward_range), "
-                "sigmoid or quantile, or score: reward_mse"
-            )
         if self.reference == "cached":
             raise ValueError("reference=cached has no log-probs of responses yet to be sampled; use frozen or adapter")
         if self.reference_refresh and self.lora:

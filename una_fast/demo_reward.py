@@ -12,9 +12,12 @@ import re
 WORDS = (4, 15)
 """Shortest and longest docstring that is well formed, in words."""
 VERBS = frozenset(
-    "add build call check clear close compare compute convert copy create decode delete display encode find format "
-    "generate get handle initialize insert load make open parse print raise read register remove return run save send "
-    "set start stop test update wait write".split()
+    (
+        *("add", "build", "call", "check", "clear", "close", "compare", "compute", "convert", "copy", "create"),
+        *("decode", "delete", "display", "encode", "find", "format", "generate", "get", "handle", "initialize"),
+        *("insert", "load", "make", "open", "parse", "print", "raise", "read", "register", "remove", "return", "run"),
+        *("save", "send", "set", "start", "stop", "test", "update", "wait", "write"),
+    )
 )
 """What an imperative of PEP 257 is likely to begin with."""
 _WORD = re.compile(r"[a-z0-9]+")

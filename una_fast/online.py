@@ -167,7 +167,7 @@ class Online:
 
     def _roll_out(self, number: int, version: int) -> Step:
         rollouts = self._sample(self.prompts.records(number), [self.config.seed, number], version, self.sums)
-        scores = iter(self.scale([reward for r in rollouts for reward in r.rewards if reward is not None]))
+        scores = iter(self._scores([reward for r in rollouts for reward in r.rewards if reward is not None]))
         rollouts = [replace(r, scores=[None if x is None else next(scores) for x in r.rewards]) for r in rollouts]
         examples = [r.example() for r in rollouts if r.kept()]
         step = self.prompts.split([*examples, *(self.records.records(number) if self.records else [])], 0.0)
@@ -234,6 +234,17 @@ class Online:
                 f"no response of a step ended within max_new_tokens={self.config.max_new_tokens}; raise it, or set "
                 "missing_eos_penalty",
             )
+
+    def _scores(self, rewards: list[float]) -> list[float]:
+        scores = self.scale(rewards)
+        if self.config.objective().scores_in_unit_interval:
+            for score in scores:
+                if not 0 <= score <= 1:
+                    raise RewardError(
+                        f"reward {score:g} lies outside [0, 1], which score={self.config.score} compares with "
+                        "sigmoid(r); set reward_map: range (with reward_range), sigmoid or quantile, or score: reward_mse"
+                    )
+        return scores
 
     # --- reference log-probs and offsets -----------------------------------------------------------------------------
 
