@@ -242,7 +242,7 @@ class Online:
                 if not 0 <= score <= 1:
                     raise RewardError(
                         f"reward {score:g} lies outside [0, 1], which score={self.config.score} compares with "
-                        "sigmoid(r); set reward_map: range (with reward_range), sigmoid or quantile, or score: reward_mse"
+                        "sigmoid(r); set reward_map: range, sigmoid or quantile, or score: reward_mse"
                     )
         return scores
 
