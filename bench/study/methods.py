@@ -1,0 +1,428 @@
+"""The methods of the study, each as a function from a run's settings to what the run found.
+
+UNA runs through `una_fast.train.train`, TRL through its own trainers, PPO through ppo.py. All are full fine-tuning in
+float32 by AdamW (no weight decay) at a constant learning rate, with gradients clipped to norm 1. Whoever trains, the
+same `Watch` evaluates the policy after the same numbers of steps, and stops the clock while it does.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import task
+import torch
+from ppo import PPO, PPOSettings
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+UNA_SETTINGS = {
+    **{"progress": False, "loggers": [], "device": "cpu", "lr_schedule": "constant", "warmup_ratio": 0.0},
+    **{"max_tokens_per_batch": 1 << 20, "packing": False},  # one forward a step; on a CPU rows this short are padded
+}
+TRL_QUIET = {
+    **{"lr_scheduler_type": "constant", "weight_decay": 0.0, "max_grad_norm": 1.0, "bf16": False, "use_cpu": True},
+    **{"gradient_checkpointing": False, "report_to": "none", "save_strategy": "no", "logging_strategy": "no"},
+    **{"disable_tqdm": True, "dataloader_pin_memory": False},
+}
+NOISE = 0.1  # standard deviation of the noise on offline scores
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large everything is. prompts: of an offline data set, with two answers each; batch: prompts per step."""
+
+    base_steps: int = 1000
+    held_out: int = 512
+    prompts: int = 2048
+    epochs: int = 1
+    offline_batch: int = 32
+    online_steps: int = 40
+    online_batch: int = 32
+    samples: int = 4
+    points: int = 8
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One run. part: of the study; what: select, report or time; mean: of the offline scores, null: as sampled."""
+
+    part: str
+    what: str
+    method: str
+    lr: float
+    beta: float
+    seed: int
+    mean: float | None = None
+
+    @property
+    def key(self) -> str:
+        return json.dumps(list(asdict(self).values()))
+
+
+class Watch:
+    """Evaluates a policy at some steps of its training, and measures the time of the training alone."""
+
+    def __init__(self, steps: int, points: int, evaluate: Callable[[Any], dict[str, float]]) -> None:
+        self.at = {-(-steps * k // points) for k in range(1, points + 1)} if points else set()
+        self.evaluate, self.found = evaluate, []
+        self.started = self.seconds = 0.0
+
+    def start(self) -> None:
+        self.started = time.perf_counter()
+
+    def stop(self) -> None:
+        self.seconds += time.perf_counter() - self.started
+
+    def after_step(self, step: int, model: Any) -> None:
+        if step in self.at:
+            self.stop()
+            self.found.append({"step": step, **self.evaluate(model)})
+            self.start()
+
+
+@dataclass(eq=False)
+class Workshop:
+    """What the runs of one process share: the base model in `directory`, and the size of the study."""
+
+    directory: Path
+    size: Size
+    tokenizer: Any = field(init=False)
+    reference: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        silence()
+        self.tokenizer = AutoTokenizer.from_pretrained(self.directory)
+        self.reference = self.load()
+
+    def load(self) -> Any:
+        return AutoModelForCausalLM.from_pretrained(self.directory)
+
+    def run(self, spec: Spec) -> dict[str, Any]:
+        """The record of a run: its settings, its points, seconds of training, bytes of its train state."""
+        method = METHODS[spec.method]
+        offline = spec.part != "E3"
+        steps = self.offline_steps if offline else self.size.online_steps
+        prompts = task.held_out(self.size.held_out)
+        points = 0 if spec.what == "time" else self.size.points
+        watch = Watch(
+            steps,
+            points,
+            lambda model: task.evaluate(model, self.reference, self.tokenizer, prompts, seed=spec.seed),
+        )
+        with tempfile.TemporaryDirectory() as directory, torch.random.fork_rng(devices=[]):
+            torch.manual_seed(spec.seed)
+            more = method.run(self, spec, watch, Path(directory), **method.settings)
+        per_step = 2 * self.size.offline_batch if offline else self.size.online_batch * self.size.samples
+        points = [{**point, "samples": per_step * point["step"]} for point in watch.found]
+        return {**asdict(spec), "points": points, "seconds": watch.seconds, **more}
+
+    @property
+    def offline_steps(self) -> int:
+        return self.size.epochs * self.size.prompts // self.size.offline_batch
+
+    @functools.lru_cache(maxsize=8)  # noqa: B019  one workshop per process
+    def offline_data(self, seed: int, mean: float | None) -> list[dict[str, Any]]:
+        """{prompt, completions, scores} with two ended, differing answers of the base model each. mean: shift the
+        scores there."""
+        size, held = self.size, task.held_out(self.size.held_out)
+        prompts = task.make_prompts(size.prompts + size.prompts // 4 + 8, [seed, 1], held)
+        found = task.sample(self.reference, self.reference, self.tokenizer, prompts, each=2, seed=seed)
+        rng = np.random.default_rng([seed, 2])
+        scores = np.array(task.reward(found.prompts, found.texts)) + NOISE * rng.standard_normal(len(found.texts))
+        ended = [0 < len(text.split()) < task.MAX_NEW_TOKENS for text in found.texts]
+        keep = [
+            k for k in range(0, len(ended), 2) if ended[k] and ended[k + 1] and found.texts[k] != found.texts[k + 1]
+        ]
+        keep = keep[: size.prompts]
+        assert len(keep) == size.prompts, f"only {len(keep)} prompts have two ended answers"
+        kept = [scores[k + i] for k in keep for i in range(2)]
+        shift = 0.0 if mean is None else mean - float(np.mean(kept))
+        scores = np.clip(scores + shift, 0.0, 1.0)
+        return [
+            {"prompt": prompts[k // 2], "completions": found.texts[k : k + 2], "scores": scores[k : k + 2].tolist()}
+            for k in keep
+        ]
+
+    def records(self, kind: str, seed: int, mean: float | None) -> list[dict[str, Any]]:
+        """The same answers as "scores", as "labels" (above the median score or not) or as "pairs"."""
+        data = self.offline_data(seed, mean)
+        if kind == "scores":
+            return data
+        if kind == "pairs":
+            return [
+                {"prompt": r["prompt"], "chosen": r["completions"][b], "rejected": r["completions"][1 - b]}
+                for r in data
+                for b in [int(r["scores"][1] > r["scores"][0])]
+            ]
+        median = float(np.median([r["scores"] for r in data]))
+        return [
+            {"prompt": r["prompt"], "completion": text, "label": score > median}
+            for r in data
+            for text, score in zip(r["completions"], r["scores"], strict=True)
+        ]
+
+    def online_prompts(self, seed: int) -> list[str]:
+        """Every prompt of an online run is seen once."""
+        count = self.size.online_steps * self.size.online_batch
+        return task.make_prompts(count, [seed, 3], task.held_out(self.size.held_out))
+
+
+def silence() -> None:
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore")
+    logging.getLogger("una_fast").setLevel(logging.ERROR)
+
+
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def state_bytes(trained: list[Tensor], optimizers: list[Any], frozen: Iterable[Tensor]) -> dict[str, int]:
+    """Train state: trained weights, their gradients, the optimizer's tensors, and the weights that only score."""
+    moments = [
+        value
+        for optimizer in optimizers
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor) and value.dim()  # the count of steps is none
+    ]
+    parts = {"weights": nbytes(trained), "gradients": nbytes(trained)}
+    return {**parts, "optimizer": nbytes(moments), "frozen": nbytes(frozen)}
+
+
+# -------------------------------------------------------------------------------------------------------------- UNA
+
+
+def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return str(path)
+
+
+def train_una(shop: Workshop, watch: Watch, directory: Path, **settings: Any) -> dict[str, Any]:
+    """The trainer as its users run it, watched."""
+    import una_fast.train as una
+    from una_fast.config import RunConfig
+
+    trainers = []
+
+    class Watched(una.Trainer):
+        taken = 0
+
+        def run(self) -> dict[str, float]:
+            trainers.append(self)
+            watch.start()
+            metrics = super().run()
+            watch.stop()
+            return metrics
+
+        def take_step(self, *arguments: Any) -> dict[str, float]:
+            metrics = super().take_step(*arguments)
+            self.taken += 1
+            watch.after_step(self.taken, self.policy.causal_lm)
+            return metrics
+
+    config = RunConfig(model=str(shop.directory), output_dir=str(directory / "out"), **UNA_SETTINGS, **settings)
+    with mock.patch.object(una, "Trainer", Watched):
+        una.train(config)
+    trainer = trainers[0]
+    frozen = trainer.reference.policy.model.parameters()
+    return {"bytes": state_bytes(trainer.policy.trainable_parameters(), [trainer.optimizer], frozen)}
+
+
+def una_offline(
+    shop: Workshop, spec: Spec, watch: Watch, directory: Path, *, kind: str, **settings: Any
+) -> dict[str, Any]:
+    data = write_jsonl(directory / "data.jsonl", shop.records(kind, spec.seed, spec.mean))
+    return train_una(
+        shop,
+        watch,
+        directory,
+        data=data,
+        batch_size=shop.size.offline_batch * (2 if kind == "labels" else 1),
+        epochs=shop.size.epochs,
+        learning_rate=spec.lr,
+        beta=spec.beta,
+        seed=spec.seed,
+        **settings,
+    )
+
+
+def una_online(shop: Workshop, spec: Spec, watch: Watch, directory: Path, **settings: Any) -> dict[str, Any]:
+    size = shop.size
+    prompts = write_jsonl(directory / "prompts.jsonl", ({"prompt": p} for p in shop.online_prompts(spec.seed)))
+    more = train_una(
+        shop,
+        watch,
+        directory,
+        mode="online",
+        data=prompts,
+        rewards=[f"{task.__file__}:reward"],
+        samples_per_prompt=size.samples,
+        max_new_tokens=task.MAX_NEW_TOKENS,
+        batch_size=size.online_batch,
+        max_steps=size.online_steps,
+        learning_rate=spec.lr,
+        beta=spec.beta,
+        seed=spec.seed,
+        **settings,
+    )
+    lines = [json.loads(line) for line in (directory / "out" / "metrics.jsonl").read_text().splitlines()]
+    parts = {name: sum(line.get(f"time/{name}", 0.0) for line in lines) for name in ("generate", "reward", "train")}
+    return {**more, "parts": parts}
+
+
+# -------------------------------------------------------------------------------------------------------------- TRL
+
+
+class WatchCallback(TrainerCallback):
+    """TRL's trainers, watched."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.watch.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+        self.watch.after_step(state.global_step, model)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.watch.stop()
+
+
+def train_trl(trainer: Any, watch: Watch) -> dict[str, Any]:
+    trainer.add_callback(WatchCallback(watch))
+    trainer.train()
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    return {"bytes": state_bytes(trained, [trainer.optimizer], trainer.ref_model.parameters())}
+
+
+def trl_offline(shop: Workshop, spec: Spec, watch: Watch, directory: Path, *, kind: str) -> dict[str, Any]:
+    import trl
+    from datasets import Dataset
+
+    name = {"pairs": "DPO", "labels": "KTO"}[kind]
+    args = getattr(trl, f"{name}Config")(
+        output_dir=str(directory),
+        per_device_train_batch_size=shop.size.offline_batch * (2 if kind == "labels" else 1),
+        num_train_epochs=shop.size.epochs,
+        learning_rate=spec.lr,
+        beta=spec.beta,
+        seed=spec.seed,
+        **TRL_QUIET,
+    )
+    trainer = getattr(trl, f"{name}Trainer")(
+        model=shop.load(),
+        ref_model=shop.load(),
+        args=args,
+        train_dataset=Dataset.from_list(shop.records(kind, spec.seed, spec.mean)),
+        processing_class=shop.tokenizer,
+    )
+    return train_trl(trainer, watch)
+
+
+def trl_online(shop: Workshop, spec: Spec, watch: Watch, directory: Path, *, name: str) -> dict[str, Any]:
+    import trl
+    from datasets import Dataset
+
+    size = shop.size
+    args = getattr(trl, f"{name}Config")(
+        output_dir=str(directory),
+        per_device_train_batch_size=size.online_batch * size.samples,
+        num_generations=size.samples,
+        max_completion_length=task.MAX_NEW_TOKENS,
+        max_steps=size.online_steps,
+        learning_rate=spec.lr,
+        beta=spec.beta,
+        seed=spec.seed,
+        **TRL_QUIET,
+    )
+    trainer = getattr(trl, f"{name}Trainer")(
+        model=shop.load(),
+        reward_funcs=task.reward,
+        args=args,
+        train_dataset=Dataset.from_list([{"prompt": p} for p in shop.online_prompts(spec.seed)]),
+        processing_class=shop.tokenizer,
+    )
+    return train_trl(trainer, watch)
+
+
+# -------------------------------------------------------------------------------------------------------------- PPO
+
+
+def ppo(shop: Workshop, spec: Spec, watch: Watch, directory: Path, *, epochs: int) -> dict[str, Any]:
+    from una_fast.policy import load_policy
+    from una_fast.rollout import Sampling, TransformersSampler
+
+    size, tokenizer = shop.size, shop.tokenizer
+    policy, reference, critic = (load_policy(shop.directory, dtype=torch.float32) for _ in range(3))
+    learner = PPO(policy, reference, critic, PPOSettings(spec.lr, spec.beta, epochs))
+    sampling = Sampling(size.samples, task.MAX_NEW_TOKENS, stop_ids=(tokenizer.eos_token_id,))
+    sampler = TransformersSampler(policy, tokenizer, sampling)
+    texts = shop.online_prompts(spec.seed)
+    watch.start()
+    for step in range(size.online_steps):
+        batch = texts[step * size.online_batch : (step + 1) * size.online_batch]
+        prompts = [np.asarray(ids, dtype=np.int32) for ids in tokenizer(batch)["input_ids"]]
+
+        def sample(prompts: Any = prompts, step: int = step) -> Any:
+            return [[one.ids for one in own] for own in sampler.sample(prompts, seed=1000 * spec.seed + step)]
+
+        def reward(answers: Any, batch: Any = batch) -> list[float]:
+            said = tokenizer.batch_decode([ids for own in answers for ids in own], skip_special_tokens=True)
+            return task.reward([prompt for prompt in batch for _ in range(size.samples)], said)
+
+        learner.step(prompts, sample, reward)
+        watch.after_step(step + 1, policy.causal_lm)
+    watch.stop()
+    trained = [p for part in learner.trained for p in part]
+    frozen = reference.model.parameters()
+    return {"bytes": state_bytes(trained, learner.optimizers, frozen), "parts": dict(learner.seconds)}
+
+
+# ------------------------------------------------------------------------------------------------------- the table
+
+
+@dataclass(frozen=True)
+class Method:
+    label: str
+    run: Callable[..., dict[str, Any]]
+    settings: dict[str, Any]
+
+
+METHODS = {
+    "una_pair": Method("UNA pair (= DPO)", una_offline, {"kind": "pairs"}),
+    "una_bce": Method("UNA binary, bce", una_offline, {"kind": "labels", "binary": "bce"}),
+    "una_mse": Method("UNA binary, mse", una_offline, {"kind": "labels", "binary": "mse"}),
+    "una_score": Method("UNA score, mse", una_offline, {"kind": "scores"}),
+    "una_centred": Method("UNA score, mse, centred", una_offline, {"kind": "scores", "score_center": "dataset"}),
+    "trl_dpo": Method("TRL DPOTrainer", trl_offline, {"kind": "pairs"}),
+    "trl_kto": Method("TRL KTOTrainer", trl_offline, {"kind": "labels"}),
+    "una_group": Method("UNA reward_mse, group", una_online, {"score": "reward_mse", "offset": "group"}),
+    "una_ema": Method("UNA reward_mse, ema", una_online, {"score": "reward_mse", "offset": "ema"}),
+    "una_none": Method("UNA reward_mse, no offset", una_online, {"score": "reward_mse", "offset": 0.0}),
+    "una_sigmoid": Method("UNA score, mse on sigmoid(r)", una_online, {"score": "mse", "offset": 0.0}),
+    "ppo_1": Method("PPO, 1 epoch", ppo, {"epochs": 1}),
+    "ppo_4": Method("PPO, 4 epochs", ppo, {"epochs": 4}),
+    "trl_rloo": Method("TRL RLOOTrainer", trl_online, {"name": "RLOO"}),
+    "trl_grpo": Method("TRL GRPOTrainer", trl_online, {"name": "GRPO"}),
+}
+E1 = ("una_pair", "una_bce", "una_mse", "una_score", "una_centred", "trl_dpo", "trl_kto")
+E2 = ("una_score", "una_centred")
+E3 = ("una_group", "una_ema", "una_none", "una_sigmoid", "ppo_1", "ppo_4", "trl_rloo", "trl_grpo")
