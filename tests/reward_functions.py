@@ -24,6 +24,14 @@ def nothing(prompts, completions):
     return [None] * len(completions)
 
 
+def not_for_the_cat(prompts, completions):
+    return [None if prompt == "the cat" else 0.5 for prompt in prompts]
+
+
+def needs_answer(prompts, completions, answer):
+    return [0.5 if a is None else 1.0 for a in answer]
+
+
 def equal(prompts, completions):
     return [0.25] * len(completions)
 

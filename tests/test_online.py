@@ -148,7 +148,9 @@ def test_samples_without_a_reward_are_left_out_and_counted(model, prompts, tmp_p
     config = online(model, prompts, tmp_path / "run", rewards=[f"{FILE}:some"], samples_per_prompt=4, offset=0.0)
     trainer, step = first_step(config)
     kept = sum(len(e.responses) for part in step.micro_batches for e in part)
+    alone = sum(len(e.responses) == 1 for part in step.micro_batches for e in part)
     metrics = trainer.online.take()
+    assert metrics["completions/alone"] == alone
     assert 0 < kept == step.num_units == 24 - metrics["completions/skipped"] < 24
     assert all(value == 0.5 for part in step.micro_batches for e in part for value in e.feedback.value.tolist())
     assert metrics["reward"] == 0.5, "a skipped sample is not a 0"
@@ -169,6 +171,8 @@ def test_equal_rewards_and_responses_without_an_end_are_told(model, llamas, prom
     equal = {"rewards": [f"{FILE}:equal"], "offset": 0.0}
     _, step = first_step(online(model, prompts, tmp_path / "equal", reward_map="quantile", score="mse", **equal))
     assert {v for part in step.micro_batches for e in part for v in e.feedback.value.tolist()} == {0.5}
+    assert "teach nothing" not in caplog.text, "a constant offset teaches the level"
+    first_step(online(model, prompts, tmp_path / "group", rewards=[f"{FILE}:equal"]))
     assert "all 18 rewards of a step are 0.25: they teach nothing" in caplog.text
     settings = equal | {"max_new_tokens": 2, "missing_eos_penalty": 0.75}
     config = online(llamas["untied"], prompts, tmp_path / "endless", **settings)
@@ -220,6 +224,7 @@ def test_a_run_learns_and_tells(model, prompts, tmp_path):
     first, last = lines[0], lines[-1]
     assert last["eval_reward"] > first["eval_reward"] + 0.02 and last["eval_kl"] > 0.05 and abs(first["eval_kl"]) < 1e-5
     step = lines[1]
+    assert "log_ratio" in lines[1]
     names = ("reward", "reward_std", "rewards/share_of_e/mean", "kl", "completions/mean_length", "una/implicit_mean")
     assert set(names) <= set(step) and step["completions/count"] == 18
     seconds = step["time/generate"] + step["time/reward"] + step["time/train"]
@@ -270,13 +275,54 @@ def test_a_refreshed_reference_is_the_policy(model, prompts, tmp_path):
     assert np.abs(np.subtract(*scored(trainer, examples))).max() > 1e-3, "and stays as it is"
 
 
+def test_an_evaluation_without_rewards_does_not_end_the_run(model, prompts, tmp_path, caplog):
+    odd = write_jsonl(tmp_path / "odd.jsonl", [{"prompt": "the cat"}] * 19)  # a second chunk of one
+    config = online(model, prompts, tmp_path / "run", eval_data=odd, rewards=[f"{FILE}:not_for_the_cat"], max_steps=1)
+    result = train(config)
+    assert "no sample of the evaluation got a reward" in caplog.text and (tmp_path / "run/model.safetensors").exists()
+    assert result.metrics["eval_completions/skipped"] == 19 and "eval_reward" not in result.metrics
+
+
+def test_columns_that_only_some_prompts_have(model, tmp_path):
+    """What a function is given does not depend on which prompts a step has."""
+    rows = [{"prompt": f"the cat {i}", **({"answer": i} if i == 0 else {})} for i in range(8)]
+    data = write_jsonl(tmp_path / "some.jsonl", rows)
+    train(online(model, data, tmp_path / "run", rewards=[f"{FILE}:needs_answer"], batch_size=2, max_steps=4))
+
+
+def test_texts_with_line_separators_survive_a_resume(model, tmp_path):
+    data = write_jsonl(tmp_path / "lines.jsonl", [{"prompt": f"the\u2028cat\x85{i}"} for i in range(8)])
+    config = online(model, data, tmp_path / "run", save_every=1, max_steps=2)
+    train(config)
+    before = (tmp_path / "run" / "completions.jsonl").read_text()
+    train(replace(config, resume=True))
+    assert (tmp_path / "run" / "completions.jsonl").read_text() == before and before.count("\n") == 24
+
+
+def test_a_resumed_run_may_ask_its_judge_elsewhere(model, prompts, tmp_path):
+    def settings(url, **more):
+        judge = {"judge": f"{url}/v1", "judge_model": "m", "name": "j", **more}
+        return online(model, prompts, tmp_path / "run", rewards=[judge], save_every=1, max_steps=2).trajectory()
+
+    assert settings("http://a:1") == settings("http://b:2", timeout=3, retries=9)
+    assert settings("http://a:1") != settings("http://a:1", weight=2.0)
+
+
 def test_the_ceiling_of_the_kl_stops_or_warns(model, prompts, tmp_path, caplog, capsys):
     hot = {"learning_rate": 2e-2, "beta": 0.001, "max_kl": 0.5, "max_steps": 12}
     result = train(online(model, prompts, tmp_path / "stop", eval_data=prompts, **hot))
     assert 0 < result.steps < 12 and result.metrics["stopped_at_step"] == result.steps
     assert "above max_kl=0.5: the run stops; raise beta" in capsys.readouterr().out
     assert (tmp_path / "stop" / "model.safetensors").exists() and result.metrics["eval_kl"] > 0
-    assert len(read_metrics(tmp_path / "stop")) == result.steps + 2
+    lines = read_metrics(tmp_path / "stop")
+    assert len(lines) == result.steps + 3 and lines[-2]["kl"] > 0.5 and "eval_kl" in lines[-1]
+    assert {line["step"] for line in completions_of(tmp_path / "stop")} == set(range(1, result.steps + 2))
+    rare = hot | {"log_every": 50, "rewards": [LENGTH], "score": "mse", "reward_map": "quantile"}
+    train(online(model, prompts, tmp_path / "rare", **rare))
+    (line,) = read_metrics(tmp_path / "rare")
+    assert line["kl"] > 0 and line["units"] == 18 * result.steps
+    more = online(model, prompts, tmp_path / "rare", **rare | {"max_kl": 1e3, "resume": True})
+    assert train(more).steps == 12 and len(completions_of(tmp_path / "rare")) == 12 * 18
     result = train(online(model, prompts, tmp_path / "warn", on_max_kl="warn", **hot))
     assert result.steps == 12 and "above max_kl=0.5" in caplog.text
 
@@ -324,6 +370,13 @@ def test_a_policy_with_a_chat_template_is_trained_on_what_it_said(model, tmp_pat
     assert call["prompts"][0] == [{"role": "user", "content": "the cat"}]
     ids = step.micro_batches[0][0].prompt_ids
     assert trainer.tokenizer.decode(ids) == "<s><|user|>the cat</s><|assistant|>"
+
+
+def test_prompts_without_room_for_a_response_are_refused(model, prompts, tmp_path):
+    with pytest.raises(ValueError, match=r"prompts.jsonl:\d+: a prompt of .* over the 256 positions .* max_tokens=256"):
+        train(online(model, prompts, tmp_path / "run", max_new_tokens=250))
+    settings = {"max_new_tokens": 249, "max_tokens": 256, "prompt_overflow": "truncate_left", "max_steps": 1}
+    train(online(model, prompts, tmp_path / "cut", **settings))
 
 
 def test_prompts_too_large_for_the_memory_are_refused(model, prompts, tmp_path):

@@ -9,6 +9,8 @@ import pytest
 import torch
 from test_attention import FAMILIES, build
 from tiny import make_config, make_tokenizer
+from tokenizers import Tokenizer, decoders, models
+from transformers import Lfm2Config, Lfm2ForCausalLM, PreTrainedTokenizerFast
 
 import una_fast.rollout as rollout
 from una_fast.config import LoraOptions
@@ -16,7 +18,15 @@ from una_fast.data import Example, collate
 from una_fast.feedback import Feedback
 from una_fast.memory import MemoryOptions
 from una_fast.policy import load_policy, load_tokenizer
-from una_fast.rollout import ContinuousSampler, Sampling, TransformersSampler, completion_text, make_sampler, stop_ids
+from una_fast.rollout import (
+    ContinuousSampler,
+    SamplerError,
+    Sampling,
+    TransformersSampler,
+    completion_text,
+    make_sampler,
+    stop_ids,
+)
 from una_fast.scoring import Scoring, autocast_dtype
 from una_fast.sharding import World
 
@@ -170,13 +180,60 @@ def test_what_ends_a_response(policy, tokenizer):
     other = make_tokenizer()
     other.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|user|>{% endfor %}"
     assert stop_ids(other, model) == (1, 3, 7), "the template's end of turn"
+    other.chat_template = "{{ raise_exception('no users') }}"
+    assert stop_ids(other, model) == (1, 7)
     sampling = Sampling(1, 9, stop_ids=(1,))
     ids = tokenizer(" the cat", add_special_tokens=False)["input_ids"]
 
-    def text(ids):
-        return completion_text(tokenizer, rollout.Completion(np.array(ids), True, 0.0, 0), sampling)
+    def text(ids, tokenizer=tokenizer):
+        completion = rollout.Completion(np.array(ids), True, 0.0, 0)
+        return completion_text(tokenizer, np.array([0, 9]), completion, sampling)
 
     assert text([*ids, 1]) == text(ids) == text([*ids, 2]) == " the cat" and text([1]) == ""
+
+
+def test_the_space_between_prompt_and_completion_is_part_of_its_text():
+    """Decoders like Llama 2's take a space from the start of a text."""
+    raw = Tokenizer(models.BPE(vocab={"<s>": 0, "▁the": 1, "▁cat": 2, "▁sat": 3, "</s>": 4}, merges=[]))
+    strip = [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    raw.decoder = decoders.Sequence(strip)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
+    assert tokenizer.decode([3]) == "sat" and tokenizer.decode([1, 2]) == "the cat"
+    completion = rollout.Completion(np.array([3, 4]), True, 0.0, 0)
+    sampling = Sampling(1, 9, stop_ids=(4,))
+    assert completion_text(tokenizer, np.array([0, 1, 2]), completion, sampling) == " sat"
+
+
+def test_models_whose_caches_cannot_be_repeated_compute_the_prompt_for_each(tokenizer):
+    config = Lfm2Config(
+        **{"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]},
+    )
+    torch.manual_seed(0)
+    model = Lfm2ForCausalLM(config)
+    policy = SimpleNamespace(causal_lm=model, model=model)
+    drawn = TransformersSampler(policy, tokenizer, Sampling(3, 4)).sample(PROMPTS[:1], seed=0)
+    assert [len(c.ids) for c in drawn[0]] == [4, 4, 4]
+
+
+def test_a_stop_string_does_not_begin_in_the_prompt(policy):
+    """A prompt that ends in x and a stop string xt: a completion t is not the end."""
+    tokenizer = make_tokenizer()
+    prompt = np.array(tokenizer("ca")["input_ids"], dtype=np.int32)
+    likely = TransformersSampler(policy, tokenizer, Sampling(200, 1)).sample([prompt], seed=0)
+    first = tokenizer.decode([np.bincount([c.ids[0] for c in likely[0]]).argmax()])
+    (drawn,) = TransformersSampler(policy, tokenizer, Sampling(60, 6, stop_strings=("a" + first,))).sample(
+        [prompt], seed=0
+    )
+    assert any(tokenizer.decode(c.ids).startswith(first) and len(c.ids) == 6 for c in drawn)
+
+
+def test_a_policy_without_numbers_is_named(llamas, tokenizer):
+    policy = load_policy(llamas["untied"], dtype=torch.float32)
+    with torch.no_grad():
+        policy.causal_lm.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(SamplerError, match="it has diverged; lower learning_rate"):
+        TransformersSampler(policy, tokenizer, Sampling(2, 3)).sample(PROMPTS, seed=0)
 
 
 def test_samplers_that_cannot_serve_are_refused(policy, tokenizer, llamas, tmp_path):

@@ -145,6 +145,8 @@ def _plan_run(settings: RunPlanConfig) -> str:
     def tokenizer() -> PreTrainedTokenizerBase:
         return load_tokenizer(settings.tokenizer or settings.model, trust_remote_code=settings.trust_remote_code)
 
+    if settings.measure and settings.mode != "offline":
+        raise ValueError(f"measure=true takes steps on records, and mode={settings.mode} samples; set mode: offline")
     planner = Planner(settings, device="cuda" if settings.device == "auto" else None, world_size=settings.world_size)
     if settings.prompt:
         examples = batch = [Row(settings.prompt, tuple(settings.responses)).example()]

@@ -100,7 +100,7 @@ class OnlineOptions:
     reward_range: list[float] | None = None
     """Lowest and highest possible reward, [lo, hi], missing_eos_penalty included, for reward_map: range."""
     inner_epochs: int = 1
-    """Optimizer steps taken on the same responses; beyond the first they are off-policy."""
+    """Optimizer steps on the responses (and records) of one step; beyond the first they are off-policy."""
     anchor: Anchor = "ref"
     """What the implicit reward of sampled responses is measured from: ref | rollout (the policy that drew them)."""
     reference_refresh: int | None = None
@@ -142,6 +142,17 @@ class OnlineOptions:
         for name in ("generation_batch_size", "reference_refresh"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1, or null")
+        if self.generation_batch_size is not None and self.generation_batch_size < self.samples_per_prompt:
+            raise ValueError(
+                f"generation_batch_size={self.generation_batch_size} must hold the samples_per_prompt="
+                f"{self.samples_per_prompt} of a prompt, which are sampled together"
+            )
+        if self.generation_batch_size is not None and self.generation == "vllm":
+            raise ValueError(
+                "generation_batch_size is not read with generation=vllm, which batches by itself; remove it"
+            )
+        if self.mode == "online" and self.online_fraction != OnlineOptions.online_fraction:
+            raise ValueError(f"online_fraction={self.online_fraction} is read with mode: mixed; remove it")
         if not check_number("temperature", self.temperature) > 0:
             raise ValueError(f"temperature={self.temperature} must be positive")
         if not 0 < check_number("top_p", self.top_p) <= 1:
@@ -424,7 +435,10 @@ class RunConfig(RecordOptions, OnlineOptions):
     def trajectory(self) -> dict[str, Any]:
         """What a run that continues another one must share with it, beside data and reference; plain values."""
         names = TRAJECTORY if self.mode == "offline" else TRAJECTORY + ONLINE_TRAJECTORY
-        return {name: value for name, value in self._plain().items() if name in names}
+        values = {name: value for name, value in self._plain().items() if name in names}
+        if "rewards" in values:  # not how they are asked: a run goes on with another port, or more patience
+            values["rewards"] = [spec.identity() for spec in parse_rewards(self.rewards)]
+        return values
 
     def save(self, path: Path) -> None:
         """Write the resolved settings as YAML that --config reads."""

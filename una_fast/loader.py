@@ -80,7 +80,7 @@ class Loader:
         digest = hashlib.sha256(repr((self.sizes, self.weights)).encode())
         for example in self.examples:
             if isinstance(example, Prompt):
-                digest.update(repr((example.text, sorted(example.columns.items()))).encode())
+                digest.update(repr((example.text, sorted(example.columns.items()), example.weight)).encode())
             arrays = [example.prompt_ids, *example.responses]
             digest.update(repr([len(ids) for ids in arrays]).encode())
             for values in (*arrays, *(getattr(example.feedback, f.name).numpy() for f in fields(Feedback))):

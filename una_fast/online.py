@@ -34,6 +34,8 @@ from una_fast.rollout import Completion, completion_text, make_sampler
 from una_fast.scoring import Scoring, run_dtypes
 from una_fast.sharding import World
 
+logger = logging.getLogger(__name__)
+
 EVALUATION = 1_000_003  # a stream of samples of its own
 
 
@@ -60,11 +62,10 @@ class Rollout:
         """The samples that have a reward."""
         return [k for k, reward in enumerate(self.rewards) if reward is not None]
 
-    def example(self) -> Sampled:
-        """A record of the samples that have a reward; scored with the reward where there is no score yet."""
+    def example(self, scores: Sequence[float | None]) -> Sampled:
+        """A record of the samples that have a reward, with these scores."""
         kept = self.kept()
-        scores = [(self.scores or self.rewards)[k] for k in kept]
-        feedback = Feedback.scores(range(len(kept)), scores, weight=self.prompt.weight)
+        feedback = Feedback.scores(range(len(kept)), [scores[k] for k in kept], weight=self.prompt.weight)
         responses = tuple(self.completions[k].ids for k in kept)
         logps = np.array([self.completions[k].logp for k in kept])
         return Sampled(self.prompt.prompt_ids, responses, feedback, None, self.prompt.origin, logps)
@@ -99,6 +100,7 @@ class Online:
         scoring: Scoring,
         prompts: Loader,
         records: Loader | None,
+        every_prompt: Sequence[Prompt],
     ) -> None:
         self.config, self.world, self.tokenizer = config, world, tokenizer
         self.policy, self.reference, self.scoring = policy, reference, scoring
@@ -111,10 +113,14 @@ class Online:
             dtype=run_dtypes(config, world.device)[0],
             trust_remote_code=config.trust_remote_code,
         )
+        # In bf16 a sampler's log-probs, step by step from a cache, are not those of the packed row.
+        self.rescored = config.anchor == "rollout" or run_dtypes(config, world.device)[0] == torch.bfloat16
+        self.columns = sorted({name for prompt in every_prompt for name in prompt.columns})
         self.scale = RewardScale(config.reward_map, config.reward_range)
         self.ema = EmaOffset()
         self.sums: Counter[str] = Counter()
         self.stopped: str | None = None
+        self.before: dict[str, Any] = {}
         self.completions: list[dict[str, Any]] = []
 
     @property
@@ -130,13 +136,17 @@ class Online:
         assert first % inner == 0, "a run resumes between rollouts"
         for step in range(first, stop):
             if step % inner == 0:
+                self.before = self.state_dict()
                 work = self._roll_out(step // inner, version=step)
                 if self.stopped:
-                    return
+                    return  # with the completions that it stopped at, for take_completions
             yield replace(work, epoch=(step + 1) / self.steps_per_epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able; the same on every rank."""
+        """JSON-able; but for times the same on every rank. Of a run that was stopped, as before the samples that
+        stopped it, which are drawn again when it goes on."""
+        if self.stopped:
+            return self.before | {"sums": dict(self.sums)}
         return {"scale": self.scale.state_dict(), "ema": self.ema.state_dict(), "sums": dict(self.sums)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -157,32 +167,42 @@ class Online:
     def evaluate(self, prompts: Sequence[Prompt]) -> dict[str, float]:
         """Rewards and KL of one sample of every prompt; the same random stream every time."""
         sums: Counter[str] = Counter()
+        missing: Counter[str] = Counter()
         size = self.config.online_batch_size() * self.config.samples_per_prompt
         for start in range(0, len(prompts), size):
-            rollouts = self._sample(prompts[start : start + size], [self.config.seed, EVALUATION, start], 0, sums, 1)
-            self._anchored(self.prompts.split([r.example() for r in rollouts if r.kept()], 0.0), sums)
+            part, seed = prompts[start : start + size], [self.config.seed, EVALUATION, start]
+            rollouts, failures = self._sample(part, seed, 0, sums, 1)
+            missing += failures
+            examples = [r.example(r.rewards) for r in rollouts if r.kept()]
+            if examples:
+                self._anchored(self.prompts.split(examples, 0.0), sums)
+        if not sums["rewarded"]:  # the steps that were taken must not be lost to it
+            logger.warning("no sample of the evaluation got a reward: %s", dict(missing))
         return _metrics(sums)
 
     # --- one rollout -------------------------------------------------------------------------------------------------
 
     def _roll_out(self, number: int, version: int) -> Step:
-        rollouts = self._sample(self.prompts.records(number), [self.config.seed, number], version, self.sums)
+        prompts = self.prompts.records(number)
+        rollouts, failures = self._sample(prompts, [self.config.seed, number], version, self.sums)
+        self._check(rollouts, failures)
         scores = iter(self._scores([reward for r in rollouts for reward in r.rewards if reward is not None]))
         rollouts = [replace(r, scores=[None if x is None else next(scores) for x in r.rewards]) for r in rollouts]
-        examples = [r.example() for r in rollouts if r.kept()]
+        examples = [r.example(r.scores) for r in rollouts if r.kept()]
         step = self.prompts.split([*examples, *(self.records.records(number) if self.records else [])], 0.0)
         step, kl, residual = self._anchored(step, self.sums)
         if self.config.offset == "ema":
             self.ema.update(residual)
-        self._guard(kl, version)
         saved = rollouts[: self.config.saved_completions]
         self.completions = [line for rollout in saved for line in rollout.lines()]
+        self._guard(kl, version)
         return step
 
     def _sample(
         self, prompts: Sequence[Prompt], seed: list[int], version: int, sums: Counter[str], samples: int | None = None
-    ) -> list[Rollout]:
-        """The rollouts of all ranks, in the order of the prompts, rewards as they were given."""
+    ) -> tuple[list[Rollout], Counter[str]]:
+        """The rollouts of all ranks, in the order of the prompts, rewards as they were given; and why samples have
+        none."""
         rank, size = self.world.rank, self.world.size
         mine = list(prompts[rank::size])
         asked = mine + [prompts[0]] * (-(-len(prompts) // size) - len(mine))  # all ranks together, or none
@@ -196,20 +216,18 @@ class Online:
         if errors:
             raise RewardError(errors[0])
         rollouts = [ranks[i % size].rollouts[i // size] for i in range(len(prompts))]
-        self._check(rollouts, failures)
         _count(sums, rollouts)
-        return rollouts
+        return rollouts, failures
 
     def _reward(self, prompts: list[Prompt], drawn: list[list[Completion]]) -> _Share:
-        texts = [[completion_text(self.tokenizer, c, self.sampler.sampling) for c in group] for group in drawn]
+        texts = [[self._text(prompt, c) for c in group] for prompt, group in zip(prompts, drawn, strict=True)]
         repeated = [prompt for prompt, group in zip(prompts, drawn, strict=True) for _ in group]
-        names = sorted({name for prompt in prompts for name in prompt.columns})
         try:
             found = self.rewards(
                 [prompt.text for prompt in repeated],
                 [text for group in texts for text in group],
                 [completion.finished for group in drawn for completion in group],
-                {name: [prompt.columns.get(name) for prompt in repeated] for name in names},
+                {name: [prompt.columns.get(name) for prompt in repeated] for name in self.columns},
             )
         except RewardError as error:  # the other ranks wait, and must hear of it
             return _Share([], Counter(), str(error))
@@ -220,13 +238,18 @@ class Online:
             rollouts.append(Rollout(prompt, group, own, found.total[part], parts))
         return _Share(rollouts, found.failures, None)
 
+    def _text(self, prompt: Prompt, completion: Completion) -> str:
+        return completion_text(self.tokenizer, prompt.prompt_ids, completion, self.sampler.sampling)
+
     def _check(self, rollouts: list[Rollout], failures: Counter[str]) -> None:
         """RewardError where no sample has a reward; what will teach little is told once."""
         rewards = [reward for rollout in rollouts for reward in rollout.rewards if reward is not None]
         if not rewards:
             reasons = "; ".join(f"{reason} ({count})" for reason, count in failures.most_common(3))
             raise RewardError(f"no response of the step got a reward: {reasons or 'every reward is None'}")
-        if len(rewards) > 1 and len(set(rewards)) == 1:
+        if not self.world.is_main:
+            return
+        if self.config.offset == "group" and len(rewards) > 1 and len(set(rewards)) == 1:
             say_once(logging.WARNING, f"all {len(rewards)} rewards of a step are {rewards[0]:g}: they teach nothing")
         if not any(completion.finished for rollout in rollouts for completion in rollout.completions):
             say_once(
@@ -252,30 +275,33 @@ class Online:
     def _anchored(self, step: Step, sums: Counter[str]) -> tuple[Step, float, float]:
         """The step with reference log-probs and offsets as numbers; and of its samples the mean KL from the reference
         and the mean residual."""
-        totals = torch.zeros(3, dtype=torch.float64)  # samples, KL, residuals
+        totals = torch.zeros(4, dtype=torch.float64)  # samples, KL, residuals, samples without another of their prompt
         batches: list[list[Example]] = []
         for examples in step.micro_batches:
             batch = collate(
                 examples, packed=self.policy.packed, device=self.world.device, pad_id=self.tokenizer.pad_token_id
             )
             anchors = ref_logps = self.reference.logps(batch).cpu().numpy()
+            own_logps = self.scoring.logps(self.policy, batch).cpu().numpy() if self.rescored else None
             if self.config.anchor == "rollout":
-                anchors = self.scoring.logps(self.policy, batch).cpu().numpy()
+                anchors = own_logps
             ends = np.cumsum([len(example.responses) for example in examples])
             done = []
             for example, end in zip(examples, ends, strict=True):
                 own = slice(end - len(example.responses), end)
                 if isinstance(example, Sampled):
-                    residuals = self._residuals(example, example.logps - anchors[own])
-                    kl = example.logps - ref_logps[own]
-                    totals += torch.tensor([len(kl), kl.sum(), residuals.sum()], dtype=torch.float64)
+                    logps = example.logps if own_logps is None else own_logps[own]
+                    residuals = self._residuals(example, logps - anchors[own])
+                    kl = logps - ref_logps[own]
+                    lone = float(len(kl) == 1)
+                    totals += torch.tensor([len(kl), kl.sum(), residuals.sum(), lone], dtype=torch.float64)
                     feedback = replace(example.feedback, offset=self._offset(residuals))
                     done.append(replace(example, ref_logps=tuple(anchors[own]), feedback=feedback))
                 else:
                     done.append(replace(example, ref_logps=tuple(ref_logps[own])))
             batches.append(done)
-        count, kl, residual = self.world.sum(totals).tolist()
-        sums.update({"kl": kl, "scored": count})
+        count, kl, residual, lone = self.world.sum(totals).tolist()
+        sums.update({"kl": kl, "scored": count, "lone": lone})
         return replace(step, micro_batches=batches), kl / count, residual / count
 
     def _residuals(self, example: Example, delta: np.ndarray) -> torch.Tensor:
@@ -298,7 +324,7 @@ class Online:
         )
         if self.config.on_max_kl == "stop":
             self.stopped = f"{text}: the run stops; raise beta, lower learning_rate, or raise max_kl"
-        else:
+        elif self.world.is_main:
             say_once(logging.WARNING, text)
 
 
@@ -347,13 +373,15 @@ def _metrics(sums: Counter[str]) -> dict[str, float]:
     """Names follow TRL's online trainers. Lengths in tokens, KL in nats per response, times in seconds."""
     if not sums["samples"]:
         return {}
-    mean = sums["reward"] / sums["rewarded"]
-    metrics = {
-        "reward": mean,
-        "reward_std": max(sums["reward_squares"] / sums["rewarded"] - mean**2, 0.0) ** 0.5,
-        "kl": sums["kl"] / sums["scored"],
+    metrics = {}
+    if sums["rewarded"]:
+        mean = sums["reward"] / sums["rewarded"]
+        deviation = max(sums["reward_squares"] / sums["rewarded"] - mean**2, 0.0) ** 0.5
+        metrics = {"reward": mean, "reward_std": deviation, "kl": sums["kl"] / sums["scored"]}
+    metrics |= {
         "completions/count": sums["samples"],
         "completions/skipped": sums["samples"] - sums["rewarded"],
+        "completions/alone": sums["lone"],
         "completions/mean_length": sums["tokens"] / sums["samples"],
         "completions/clipped_ratio": 1 - sums["finished"] / sums["samples"],
     }

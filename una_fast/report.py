@@ -205,16 +205,17 @@ def _keep_until(path: Path, step: int) -> list[dict[str, float]]:
     """The lines that a run resumed after `step` keeps. Those of steps that it takes again, and a line that was cut
     off by a kill, leave the file."""
     kept: list[dict[str, float]] = []
-    if not path.exists() or step == 0:
-        path.write_text("", encoding="utf-8")
-        return kept
-    for line in path.read_text(encoding="utf-8").splitlines():
+    text = path.read_text(encoding="utf-8") if path.exists() and step > 0 else ""
+    lines = []
+    for line in text.split("\n"):  # not splitlines: texts hold other line separators
         try:
-            kept.append(json.loads(line))
+            parsed = json.loads(line)
         except json.JSONDecodeError:
             continue
-    kept = [line for line in kept if line["step"] <= step]
-    path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        if parsed["step"] <= step:
+            kept.append(parsed)
+            lines.append(line + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
     return kept
 
 

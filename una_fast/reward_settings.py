@@ -72,6 +72,12 @@ class RewardSpec:
     concurrency: int = 8
     """Requests in flight at a time."""
 
+    def identity(self) -> dict[str, Any]:
+        """What decides the numbers that it gives; a server's address does not."""
+        served = self.kind in ("judge", "endpoint")
+        names = ("kind", "name", "weight", "template", "judge_model", "instruction")
+        return {**{name: getattr(self, name) for name in names}, "target": "" if served else self.target}
+
     def __post_init__(self) -> None:
         for name in ("target", "name"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name).strip():

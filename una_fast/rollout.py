@@ -85,18 +85,31 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> tupl
     of_model = model.generation_config.eos_token_id
     found.update(of_model if isinstance(of_model, list) else [] if of_model is None else [of_model])
     if tokenizer.chat_template:
-        answer = "una-answer"
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
-        end = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(answer)[2].strip()
-        ids = tokenizer(end, add_special_tokens=False)["input_ids"] if end else []
+        ids = tokenizer(_end_of_turn(tokenizer), add_special_tokens=False)["input_ids"]
         found.update(ids if len(ids) == 1 else [])
     return tuple(sorted(found))
 
 
-def completion_text(tokenizer: PreTrainedTokenizerBase, completion: Completion, sampling: Sampling) -> str:
-    """The text that rewards are given: without the stop token, and without special tokens."""
-    ids = completion.ids
-    return tokenizer.decode(ids[:-1] if ids[-1] in sampling.stop_ids else ids, skip_special_tokens=True)
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the chat template puts after an answer, without white space."""
+    answer = "una-answer"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False).rpartition(answer)[2].strip()
+    except Exception:  # a template that refuses these turns, for prompts that may be plain text
+        return ""
+
+
+def completion_text(
+    tokenizer: PreTrainedTokenizerBase, prompt: np.ndarray, completion: Completion, sampling: Sampling
+) -> str:
+    """The text that rewards are given: what the completion adds to the prompt's text, without the stop token and
+    without special tokens. Decoded behind the prompt, since some decoders take a space from the start of a text."""
+    ids = completion.ids[:-1] if completion.ids[-1] in sampling.stop_ids else completion.ids
+    before = tokenizer.decode(prompt, skip_special_tokens=True)
+    whole = tokenizer.decode(np.concatenate([prompt, ids]), skip_special_tokens=True)
+    # A character that begins in the prompt's last token belongs to neither: then the completion is decoded alone.
+    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def make_sampler(
@@ -146,6 +159,8 @@ class TransformersSampler:
     ) -> None:
         self.policy, self.tokenizer, self.sampling = policy, tokenizer, sampling
         self.scoring, self.batch_size = scoring or Scoring(), batch_size
+        strings = list(sampling.stop_strings)
+        self.stop_strings = StopStringCriteria(tokenizer, strings) if strings else None
 
     def sample(
         self, prompts: Sequence[np.ndarray], *, seed: int, samples: int | None = None, version: int = 0
@@ -166,17 +181,23 @@ class TransformersSampler:
         """(ids, finished, log-prob) of every sample, prompt after prompt."""
         model, asked = self.policy.causal_lm, self.sampling
         ids, mask = self._padded_left(prompts, model.device)
-        with _own_generation_config(model, _generation_config(asked, self.tokenizer)):
+        config = _generation_config(asked, self.tokenizer)
+        with _own_generation_config(model, config):
             cache = _shared_prefill(model, ids, mask, samples)
             ids, mask = ids.repeat_interleave(samples, 0), mask.repeat_interleave(samples, 0)
             recorder = _Recorder(asked.temperature)
-            stops = [_StopStrings(self.tokenizer, asked.stop_strings)] if asked.stop_strings else []
+            stops = [_StopStrings(self.stop_strings, ids.shape[1])] if self.stop_strings else []
             output = model.generate(
-                ids, attention_mask=mask, past_key_values=cache, logits_processor=[recorder], stopping_criteria=stops
+                ids,
+                generation_config=config,
+                attention_mask=mask,
+                past_key_values=cache,
+                logits_processor=[recorder],
+                stopping_criteria=stops,
             )
         logps = recorder.logps(output[:, -1]).cpu().numpy()
         rows = output[:, ids.shape[1] :].cpu().numpy()
-        ended = stops[0].ended.cpu().numpy() - ids.shape[1] if stops else np.zeros(len(rows), dtype=np.int64)
+        ended = stops[0].ended.cpu().numpy() if stops else np.zeros(len(rows), dtype=np.int64)
         drawn = []
         for row, values, stopped in zip(rows, logps, ended, strict=True):
             row = row[:stopped] if stopped > 0 else row
@@ -262,6 +283,12 @@ def _sampling_from(policy: Policy, scoring: Scoring, seed: int) -> Iterator[None
         ):
             torch.manual_seed(seed)
             yield
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise SamplerError(
+            f"the policy gives no probabilities ({error}): it has diverged; lower learning_rate or raise beta"
+        ) from error
     finally:
         policy.model.train(training)
 
@@ -292,17 +319,21 @@ def _own_generation_config(model: PreTrainedModel, config: GenerationConfig) -> 
 def _shared_prefill(model: PreTrainedModel, ids: Tensor, mask: Tensor, samples: int) -> DynamicCache | None:
     """The cache of all prompt tokens but the last, computed once per prompt and repeated for its samples; None where
     generate has to do it (a model with another kind of cache, or nothing to share)."""
-    if samples == 1 or ids.shape[1] == 1:
+    if samples == 1:
         return None
     positions = (mask.cumsum(1) - 1).clamp_min(0)
-    cache = model(
-        input_ids=ids[:, :-1],
-        attention_mask=mask[:, :-1],
-        position_ids=positions[:, :-1],
+    most = max(ids.shape[1] - 1, 1)  # of a single token the call is for the ranks that have more, and wait
+    output = model(
+        input_ids=ids[:, :most],
+        attention_mask=mask[:, :most],
+        position_ids=positions[:, :most],
         use_cache=True,
         logits_to_keep=1,
-    ).past_key_values
-    if type(cache) is not DynamicCache:
+    )
+    cache = getattr(output, "past_key_values", None)
+    if ids.shape[1] == 1 or type(cache) is not DynamicCache:
+        return None
+    if not all(hasattr(layer, "batch_repeat_interleave") for layer in cache.layers):  # states of recurrent layers
         return None
     cache.batch_repeat_interleave(samples)
     return cache
@@ -334,14 +365,16 @@ class _Recorder(LogitsProcessor):
 
 class _StopStrings(StoppingCriteria):
     """transformers' criterion, which also remembers where each sequence ended: padding may follow, and a policy can
-    draw the pad token too. ended: [B] tokens of prompt and completion when a stop string was complete, 0 if never."""
+    draw the pad token too. It sees the completions alone, behind `prompt` columns. ended: [B] tokens of a completion
+    when a stop string was complete, 0 if never."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> None:
-        self.inner = StopStringCriteria(tokenizer, list(strings))
+    def __init__(self, inner: StopStringCriteria, prompt: int) -> None:
+        self.inner, self.prompt = inner, prompt
         self.ended: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        done = self.inner(input_ids, scores, **kwargs)
-        ended = torch.where(done, input_ids.shape[1], 0)
+        drawn = input_ids[:, self.prompt :]
+        done = self.inner(drawn, scores, **kwargs)
+        ended = torch.where(done, drawn.shape[1], 0)
         self.ended = ended if self.ended is None else torch.where(self.ended > 0, self.ended, ended)
         return done

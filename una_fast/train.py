@@ -175,12 +175,14 @@ class Trainer:
         if config.mode != "offline":
             prompts = self._loader(data.prompts, data.prompt_weights, config.online_batch_size())
             scorers = self.policy, self.reference, self.scoring
-            self.online = Online(config, world, tokenizer, *scorers, prompts, records)
+            self.online = Online(config, world, tokenizer, *scorers, prompts, records, data.all_prompts())
         # Steps of an online run bring the log-probs that they were sampled with.
         self.step_reference: Reference = GivenReference() if self.online else self.reference
         self.source: Loader | Online = self.online or records
         identities = [loader.identity() for loader in (records, self.online and self.online.prompts) if loader]
         run = {"reference": self.reference.identity, "data": "+".join(identities), **config.trajectory()}
+        if self.online:
+            run["ranks"] = world.size  # each draws a stream of its own
         self.state: dict[str, Any] = {"step": 0, "run": run}
         if checkpoint:
             self.state = read_state(checkpoint)
@@ -245,6 +247,7 @@ class Trainer:
 
         self.policy = load(checkpoint or config.model, trained=True)
         check_token_ids(examples + prompts, self.policy)
+        check_room(prompts, self.policy, config.max_new_tokens)
         autocast = None if world.sharded else autocast_dtype(self.policy, compute)  # FSDP2 casts by itself
         self.scoring = Scoring(config.workspace_mb, config.engine, autocast, config.temperature)
         models = [self.policy]
@@ -287,10 +290,20 @@ class Trainer:
         if self.online:
             if self.online.stopped:
                 self.reporter.say(self.online.stopped)
-                last |= self.evaluate(step) | {"stopped_at_step": step}
+                last |= self._stop(step)
             self.online.rewards.close()
         self.reporter.close()
         return step, last
+
+    def _stop(self, step: int) -> dict[str, float]:
+        """What a run leaves that is stopped before its end: the samples and numbers that stopped it, too."""
+        self.reporter.completions(step + 1, self.online.take_completions())
+        metrics = self.log(step, {}) | {"stopped_at_step": step}
+        if not (self.config.eval_every and step % self.config.eval_every == 0):
+            metrics |= self.evaluate(step)
+        if not (self.config.save_every and step % self.config.save_every == 0):
+            self.save(step)  # to go on from with another ceiling
+        return metrics
 
     def take_step(self, work: Step) -> dict[str, float]:
         """Gradients of the global batch, then one optimizer step. Returns the learning rate that it was taken with, and
@@ -337,6 +350,8 @@ class Trainer:
                     self.score(examples, work.num_units, self.reference)
             metrics, self.meter = self.meter.take(self.world), training
         if self.eval_prompts:
+            if "kl" in metrics:
+                metrics["log_ratio"] = metrics.pop("kl")
             metrics |= self.online.evaluate(self.eval_prompts)
         metrics = {f"eval_{name}": value for name, value in metrics.items()}
         self.reporter.step(step, metrics)
@@ -347,6 +362,8 @@ class Trainer:
         """Metrics since the last report, with what the last step was taken with."""
         seconds = self.clock.take()
         metrics = self.meter.take(self.world)
+        if self.online and "kl" in metrics:  # of records, and of samples that the policy has moved on from
+            metrics["log_ratio"] = metrics.pop("kl")
         metrics |= taken | {
             "tok_per_sec": metrics["tokens"] / seconds,
             "memory/peak_gib": peak_gib(self.world.device),
@@ -357,7 +374,8 @@ class Trainer:
             metrics["time/train"] = seconds - sum(rollouts.get(f"time/{part}", 0.0) for part in ("generate", "reward"))
         peak = peak_tflops(self.world.device)
         if peak is not None and self.bf16:  # the peak is that of bf16
-            metrics["mfu"] = self._flops(metrics["tokens"]) / seconds / (peak * 1e12 * self.world.size)
+            spent = metrics.get("time/train", seconds)
+            metrics["mfu"] = self._flops(metrics["tokens"]) / spent / (peak * 1e12 * self.world.size)
         self.reporter.step(step, metrics)
         return metrics
 
@@ -420,4 +438,16 @@ def check_token_ids(examples: list[Example], policy: Policy) -> None:
             raise ValueError(
                 f"{example.origin}: the tokenizer gives token {largest}, but the model has {size} embeddings; set "
                 "tokenizer to the model's own"
+            )
+
+
+def check_room(prompts: list[Prompt], policy: Policy, max_new_tokens: int) -> None:
+    """ValueError for a prompt whose responses would leave the positions that the model has."""
+    positions = getattr(policy.causal_lm.config.get_text_config(), "max_position_embeddings", None)
+    for prompt in prompts:
+        if positions is not None and len(prompt.prompt_ids) + max_new_tokens > positions:
+            raise ValueError(
+                f"{prompt.origin}: a prompt of {len(prompt.prompt_ids)} tokens and max_new_tokens={max_new_tokens} are "
+                f"over the {positions} positions of the model; lower max_new_tokens, or set max_tokens={positions} and "
+                "prompt_overflow: truncate_left"
             )
