@@ -40,17 +40,19 @@ NOISE = 0.1  # standard deviation of the noise on offline scores
 
 @dataclass(frozen=True)
 class Size:
-    """How large everything is. prompts: of an offline data set, with two answers each; batch: prompts per step."""
+    """How large everything is. prompts: of an offline data set, with two answers each; batch: prompts per step; points:
+    evaluations of a run."""
 
     base_steps: int = 1000
     held_out: int = 512
-    prompts: int = 2048
+    prompts: int = 1536
     epochs: int = 1
     offline_batch: int = 32
+    offline_points: int = 6
     online_steps: int = 40
     online_batch: int = 32
     samples: int = 4
-    points: int = 8
+    online_points: int = 8
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,8 @@ class Workshop:
         offline = spec.part != "E3"
         steps = self.offline_steps if offline else self.size.online_steps
         prompts = task.held_out(self.size.held_out)
-        points = 0 if spec.what == "time" else self.size.points
+        points = self.size.offline_points if offline else self.size.online_points
+        points = 0 if spec.what == "time" else points
         watch = Watch(
             steps,
             points,

@@ -207,7 +207,7 @@ def exact_table(report: Report) -> str:
         rows.append(row(what, value, 1e-10))
     rows += [
         row(
-            "reward_mse on samples: mean gradient over all draws, offsets none and group", found["mean_gradient"], 1e-10
+            "reward_mse on samples: mean gradient over all draws, offset none and group", found["mean_gradient"], 1e-10
         ),
         row("binary bce: gradient of BCO with shift 0", found["bce_is_bco"], 1e-10),
         row("score mse on scores 0 and 1: gradient of binary mse", found["scores_are_labels"], 1e-10),
@@ -297,7 +297,7 @@ def means_table(report: Report) -> str:
         "beta",
         "as they are: gold @ KL",
         "centred: gold @ KL",
-        "centred against as they are, in gold",
+        "difference in gold",
     )
     return table(head, rows)
 
@@ -352,13 +352,14 @@ def claims_table(report: Report) -> str:
                 continue
             cells = compare(lines, comparison)
             if not cells:
-                rows.append((comparison.claim, "not run", "not run", "-"))
+                why = "no bin in common" if lines.keys() >= {comparison.ours, comparison.theirs} else "not run"
+                rows.append((comparison.claim, why, why, "-"))
                 continue
             words = [c.word for c in cells.values()], [c.corrected_word for c in cells.values()]
             counts = ", ".join(f"{words[0].count(w)} {w}" for w in dict.fromkeys(words[0]))
             raw, corrected = (outcome(comparison, stats.overall(w)) for w in words)
-            rows.append((comparison.claim, f"**{raw}**", corrected, f"{counts} of {len(cells)} bins"))
-    text = table(("claim", "found", "at equal KL", "verdicts"), rows)
+            rows.append((comparison.claim, f"**{raw}**", corrected, counts))
+    text = table(("claim", "found", "at equal KL", "KL bins"), rows)
     costs = cost_verdicts(report)
     if not costs:
         return f"{text}\n\nTime and memory: not run."

@@ -84,7 +84,7 @@ QUICK = Plan(
     timing=(1e-3, 0.03),
     rounds=1,
 )
-QUICK_SIZE = Size(base_steps=60, held_out=64, prompts=64, offline_batch=16, online_steps=4, online_batch=8, points=2)
+QUICK_SIZE = Size(base_steps=60, held_out=64, prompts=64, offline_batch=16, online_steps=4, online_batch=8)
 
 
 # ------------------------------------------------------------------------------------------------- runs and their store
