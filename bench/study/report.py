@@ -343,6 +343,12 @@ def judged(what: str, ratio: float, limit: float) -> tuple[str, str, str]:
     return f"{what}: at most {limit:g}", f"{ratio:.2f}", "found" if ratio <= limit else "not found"
 
 
+def decided_in(words: Sequence[str]) -> str:
+    """In how many of the bins anything was decided, where it is not all or none."""
+    decided = len(words) - words.count("inconclusive")
+    return "" if decided in (0, len(words)) else f" (in {decided} of {len(words)} bins)"
+
+
 def claims_table(report: Report) -> str:
     rows = []
     for part, comparisons in COMPARISONS.items():
@@ -357,7 +363,7 @@ def claims_table(report: Report) -> str:
                 continue
             words = [c.word for c in cells.values()], [c.corrected_word for c in cells.values()]
             counts = ", ".join(f"{words[0].count(w)} {w}" for w in dict.fromkeys(words[0]))
-            raw, corrected = (outcome(comparison, stats.overall(w)) for w in words)
+            raw, corrected = (f"{outcome(comparison, stats.overall(w))}{decided_in(w)}" for w in words)
             rows.append((comparison.claim, f"**{raw}**", corrected, counts))
     text = table(("claim", "found", "at equal KL", "KL bins"), rows)
     costs = cost_verdicts(report)

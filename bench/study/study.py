@@ -1,6 +1,6 @@
-"""What the method is worth: the study of UNA beside DPO, KTO, PPO, RLOO and GRPO, on a CPU, in minutes.
+"""What the method is worth: the study of UNA beside DPO, KTO, PPO, RLOO and GRPO, on a CPU.
 
-    python bench/study/study.py --jobs 2            # everything; bench/results/study.json, then the report
+    python bench/study/study.py --jobs 2            # everything, 50 minutes; bench/results/study.json, then the report
     python bench/study/study.py --only E1 --jobs 2  # one part: E0 | E1 | E2 | E3 | time
     python bench/study/study.py --quick             # the same at toy sizes, into build/study/quick
     python bench/study/report.py                    # docs/STUDY.md and the plots, from the stored results
