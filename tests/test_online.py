@@ -17,11 +17,13 @@ from test_train import assert_same_weights, open_trainer, settings_of
 from tiny import TIMING, make_config, make_records, read_metrics, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import una_fast.train as train_module
 from una_fast import cli
 from una_fast.config import RunConfig
 from una_fast.data import collate
 from una_fast.feedback import PAIR, SCORE
 from una_fast.rewards import RewardError
+from una_fast.run_report import largest_batch
 from una_fast.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -237,12 +239,11 @@ def test_a_run_learns_and_tells(model, prompts, tmp_path):
 @pytest.mark.parametrize(
     "variant",
     [
-        {},
         {"samples_per_prompt": 1, "offset": "ema", "log_every": 3},
         {"score": "mse", "reward_map": "quantile", "inner_epochs": 2, "lora": {"r": 2}},
         {"anchor": "rollout", "reference_refresh": 3, "packing": False},
     ],
-    ids=["group", "ema", "quantile lora", "refresh"],
+    ids=["ema", "quantile lora", "group refresh"],
 )
 def test_a_resumed_run_has_the_same_prompts_samples_state_and_metrics(model, prompts, tmp_path, variant):
     """Killed inside step 6, it goes on from checkpoint-4."""
@@ -379,11 +380,12 @@ def test_prompts_without_room_for_a_response_are_refused(model, prompts, tmp_pat
     train(online(model, prompts, tmp_path / "cut", **settings))
 
 
-def test_prompts_too_large_for_the_memory_are_refused(model, prompts, tmp_path):
-    small = {"samples_per_prompt": 2, "micro_batch_size": 1, "max_new_tokens": 150}
-    config = online(model, prompts, tmp_path / "run", memory_gib=0.0005, **small)
-    with pytest.raises(ValueError, match="the largest batch of the run .* needs"):
-        train(config)
+def test_the_memory_of_the_longest_rollouts_is_planned(model, prompts, tmp_path, monkeypatch):
+    planned = []
+    monkeypatch.setattr(train_module, "refuse_too_large", lambda config, examples, **more: planned.extend(examples))
+    open_trainer(online(model, prompts, tmp_path / "run", max_new_tokens=70))
+    assert len(planned) == 24 and all([len(ids) for ids in e.responses] == [70] * 3 for e in planned)
+    assert largest_batch(planned, online(model, prompts, tmp_path / "run"), packed=True)
 
 
 # --- two ranks -------------------------------------------------------------------------------------------------------

@@ -216,22 +216,10 @@ class TransformersSampler:
         return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
 
 
-class ContinuousSampler:
+class ContinuousSampler(TransformersSampler):
     """transformers' continuous batching: nothing is padded, and finished sequences make room at once. One process, a
     model whose attention goes through transformers' attention interface, no stop_strings and no top_p (its log-probs
     would be those of the cut distribution)."""
-
-    def __init__(
-        self,
-        policy: Policy,
-        tokenizer: PreTrainedTokenizerBase,
-        sampling: Sampling,
-        *,
-        scoring: Scoring | None = None,
-        batch_size: int | None = None,
-    ) -> None:
-        self.policy, self.tokenizer, self.sampling = policy, tokenizer, sampling
-        self.scoring, self.batch_size = scoring or Scoring(), batch_size
 
     def sample(
         self, prompts: Sequence[np.ndarray], *, seed: int, samples: int | None = None, version: int = 0
