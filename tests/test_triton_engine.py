@@ -129,12 +129,11 @@ def test_float16_over_the_logits_is_no_worse_than_eager(way):
     assert not worse, f"(ours, eager): {worse}"
 
 
-@pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("rows", [1000, 20, 0.4])
+@pytest.mark.parametrize(("rows", "normalize"), [(1000, False), (20, False), (20, True), (0.4, True)])
 def test_float16_with_small_coefficients(rows, normalize):
     """A coefficient of a large batch times a small probability underflows in float16, and a loss scale comes too late
     for what the forward pass has built: resident, streamed and sliced."""
-    p = problem(0, lengths=[31, 30], dim=8, vocab=400, feedback=PAIR, dtype=torch.float16, peak=3.0)
+    p = problem(0, lengths=[13, 12], dim=8, vocab=400, feedback=PAIR, dtype=torch.float16, peak=3.0)
     scale = 65536.0
     arguments = {
         **reference(p, "cached"),
@@ -324,7 +323,7 @@ def rerun(step):
 def test_checks_of_the_gpu_tests(name, plans):
     """Their bodies in the interpreter. That no step waits for the device is for a GPU to show."""
     p, arguments = CALLS[name].drawn(1, CALLS[name].dim, 101, device=torch.device("cpu"), dtype=torch.float16)
-    check_repeats(p, arguments, times=2)
+    check_repeats(p, arguments, times=1)
     assert kinds(plans[0], 101) >= frozenset(CALLS[name].kinds.split())
     check_under(nullcontext, p, arguments, times=1)
     check_capture(rerun, p, arguments)
