@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from fsdp_worker import run_case
 from judge_server import JudgeServer, chat
 from test_sharding import run_two_ranks, saved_weights, worst_error
@@ -22,7 +24,7 @@ from una_fast import cli
 from una_fast.config import RunConfig
 from una_fast.data import collate
 from una_fast.feedback import PAIR, SCORE
-from una_fast.rewards import RewardError
+from una_fast.rewards import RewardError, parse_rewards
 from una_fast.run_report import largest_batch
 from una_fast.train import train
 
@@ -378,6 +380,20 @@ def test_prompts_without_room_for_a_response_are_refused(model, prompts, tmp_pat
         train(online(model, prompts, tmp_path / "run", max_new_tokens=250))
     settings = {"max_new_tokens": 249, "max_tokens": 256, "prompt_overflow": "truncate_left", "max_steps": 1}
     train(online(model, prompts, tmp_path / "cut", **settings))
+
+
+def test_commands_that_do_not_sample_say_so(model, prompts, tmp_path, capsys):
+    online(model, prompts, tmp_path / "run").save(tmp_path / "run.yaml")
+    for command in (["plan", "--measure", "true"], ["precompute-ref"]):
+        assert cli.main([*command, "--config", str(tmp_path / "run.yaml")]) == 1
+        assert "set mode: offline" in capsys.readouterr().err
+
+
+def test_the_example_of_the_readme_is_a_configuration():
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    example = re.search(r"```yaml\n(mode: online.*?)```", text, re.DOTALL)[1]
+    config = RunConfig(model="m", output_dir="out", **yaml.safe_load(example))
+    assert [spec.kind for spec in parse_rewards(config.rewards)] == ["function", "model", "judge", "endpoint"]
 
 
 def test_the_memory_of_the_longest_rollouts_is_planned(model, prompts, tmp_path, monkeypatch):

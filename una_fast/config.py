@@ -14,6 +14,7 @@ from una_fast.losses import Objective
 from una_fast.memory import MemoryOptions
 from una_fast.records import RecordOptions, check_number
 from una_fast.reward_settings import parse_rewards
+from una_fast.rewards import RewardScale, ScaleKind
 
 Precision = Literal["auto", "bf16", "fp32"]
 ReferenceKind = Literal["auto", "frozen", "adapter", "cached"]
@@ -25,7 +26,6 @@ Device = Literal["auto", "cpu", "cuda"]
 Mode = Literal["offline", "online", "mixed"]
 Generation = Literal["padded", "continuous", "vllm"]
 Anchor = Literal["ref", "rollout"]
-RewardMap = Literal["none", "range", "sigmoid", "quantile"]
 OnMaxKl = Literal["stop", "warn"]
 
 # With the data and the reference, these decide what a run does; a resumed run must not change them.
@@ -95,7 +95,7 @@ class OnlineOptions:
     """Sequences sampled at a time on one rank; null: all of a step."""
     missing_eos_penalty: float = 0.0
     """Subtracted from the reward of a response that max_new_tokens cut off."""
-    reward_map: RewardMap = "none"
+    reward_map: ScaleKind = "none"
     """Rewards to scores in [0, 1]: none (as is) | range (reward_range) | sigmoid | quantile (of the last 4096)."""
     reward_range: list[float] | None = None
     """Lowest and highest possible reward, [lo, hi], missing_eos_penalty included, for reward_map: range."""
@@ -118,7 +118,7 @@ class OnlineOptions:
         """ValueError for values that are wrong by themselves or together."""
         for name, choices in (
             *(("mode", Mode), ("generation", Generation), ("anchor", Anchor)),
-            *(("reward_map", RewardMap), ("on_max_kl", OnMaxKl)),
+            ("on_max_kl", OnMaxKl),
         ):
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(get_args(choices))}")
@@ -168,12 +168,7 @@ class OnlineOptions:
             raise ValueError("stop_strings holds an empty text, which ends every response; remove it")
         if not check_number("missing_eos_penalty", self.missing_eos_penalty) >= 0:
             raise ValueError(f"missing_eos_penalty={self.missing_eos_penalty} must not be negative")
-        if (self.reward_map == "range") != (self.reward_range is not None):
-            raise ValueError(f"reward_map={self.reward_map}, reward_range={self.reward_range}: give both for a range")
-        if self.reward_range is not None:
-            limits = [check_number("reward_range", value) for value in self.reward_range]
-            if len(limits) != 2 or not limits[0] < limits[1]:
-                raise ValueError(f"reward_range={self.reward_range} must be [lowest, highest]")
+        RewardScale(self.reward_map, self.reward_range)  # refuses what does not go together
         if self.max_kl is not None and not self.max_kl > 0:
             raise ValueError(f"max_kl={self.max_kl} must be positive, or null for no ceiling")
         if self.on_max_kl != "stop" and self.max_kl is None:
@@ -380,6 +375,14 @@ class RunConfig(RecordOptions, OnlineOptions):
         """What the settings of online runs and others exclude."""
         if self.mode == "offline":
             return
+        if self.mode == "online":
+            defaults = RecordOptions()
+            for name in ("feedback", "ties", "margin", "score_columns", "divide", "score_map", "score_center"):
+                if getattr(self, name) != getattr(defaults, name):
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} makes feedback of records, and mode=online reads prompts "
+                        f"alone; remove {name}, or set mode: mixed"
+                    )
         if self.score == "reward_mse" and not self.off_policy_ok:
             for name, value, right in (("top_p", self.top_p, 1.0), ("length_normalize", self.length_normalize, False)):
                 if value != right:

@@ -18,7 +18,7 @@ def group_offset(residuals: Tensor, group: Tensor) -> Tensor:
     """o_i = -mean of the residuals of the other samples of i's group; 0 for a sample alone in its group.
 
     residuals: [S] beta * Delta - R. group: [S] integers, the prompt each sample belongs to. Returns [S] float64,
-    detached. How many samples were alone: `lone_samples(group)`.
+    detached.
     """
     if residuals.shape != group.shape or residuals.dim() != 1 or group.is_floating_point():
         raise ValueError(f"residuals {tuple(residuals.shape)} and integer group {tuple(group.shape)} must both be [S]")
@@ -27,11 +27,6 @@ def group_offset(residuals: Tensor, group: Tensor) -> Tensor:
     others = same.sum(1)
     # A row of zeros for a lone sample, whatever its own residual is.
     return torch.where(others > 0, -(same @ residuals) / others.clamp_min(1.0), 0.0)
-
-
-def lone_samples(group: Tensor) -> int:
-    """How many samples have their group to themselves, and so no leave-one-out offset."""
-    return int((torch.unique(group, return_counts=True)[1] == 1).sum())
 
 
 class EmaOffset:

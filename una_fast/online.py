@@ -176,7 +176,7 @@ class Online:
             examples = [r.example(r.rewards) for r in rollouts if r.kept()]
             if examples:
                 self._anchored(self.prompts.split(examples, 0.0), sums)
-        if not sums["rewarded"]:  # the steps that were taken must not be lost to it
+        if not sums["rewarded"] and self.world.is_main:  # the steps that were taken must not be lost to it
             logger.warning("no sample of the evaluation got a reward: %s", dict(missing))
         return _metrics(sums)
 

@@ -75,7 +75,7 @@ class RewardSpec:
     def identity(self) -> dict[str, Any]:
         """What decides the numbers that it gives; a server's address does not."""
         served = self.kind in ("judge", "endpoint")
-        names = ("kind", "name", "weight", "template", "judge_model", "instruction")
+        names = ("kind", "name", "weight", "template", "max_tokens", "judge_model", "instruction")
         return {**{name: getattr(self, name) for name in names}, "target": "" if served else self.target}
 
     def __post_init__(self) -> None:

@@ -26,7 +26,7 @@ from transformers import (
 from transformers.generation.stopping_criteria import StopStringCriteria
 
 from una_fast.head import gather_logps
-from una_fast.policy import Policy
+from una_fast.policy import Policy, model_and_adapter
 from una_fast.scoring import Scoring
 from una_fast.sharding import World
 
@@ -131,7 +131,8 @@ def make_sampler(
     if config.generation == "vllm":
         from una_fast.vllm_sampler import VllmSampler
 
-        return VllmSampler(policy, tokenizer, sampling, model=config.model)
+        model = model_and_adapter(config.model)[0]
+        return VllmSampler(policy, tokenizer, sampling, model=model, trust_remote_code=config.trust_remote_code)
     kind = ContinuousSampler if config.generation == "continuous" else TransformersSampler
     return kind(policy, tokenizer, sampling, scoring=scoring, batch_size=config.generation_batch_size)
 

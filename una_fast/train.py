@@ -348,10 +348,8 @@ class Trainer:
             for work in self.eval_loader.in_order():
                 for examples in work.micro_batches:
                     self.score(examples, work.num_units, self.reference)
-            metrics, self.meter = self.meter.take(self.world), training
+            metrics, self.meter = self._measured(), training
         if self.eval_prompts:
-            if "kl" in metrics:
-                metrics["log_ratio"] = metrics.pop("kl")
             metrics |= self.online.evaluate(self.eval_prompts)
         metrics = {f"eval_{name}": value for name, value in metrics.items()}
         self.reporter.step(step, metrics)
@@ -361,9 +359,7 @@ class Trainer:
     def log(self, step: int, taken: dict[str, float]) -> dict[str, float]:
         """Metrics since the last report, with what the last step was taken with."""
         seconds = self.clock.take()
-        metrics = self.meter.take(self.world)
-        if self.online and "kl" in metrics:  # of records, and of samples that the policy has moved on from
-            metrics["log_ratio"] = metrics.pop("kl")
+        metrics = self._measured()
         metrics |= taken | {
             "tok_per_sec": metrics["tokens"] / seconds,
             "memory/peak_gib": peak_gib(self.world.device),
@@ -377,6 +373,14 @@ class Trainer:
             spent = metrics.get("time/train", seconds)
             metrics["mfu"] = self._flops(metrics["tokens"]) / spent / (peak * 1e12 * self.world.size)
         self.reporter.step(step, metrics)
+        return metrics
+
+    def _measured(self) -> dict[str, float]:
+        """What the meter has taken in. In online runs the KL is that of fresh samples; the meter's is of records, and
+        of samples that the policy has moved on from."""
+        metrics = self.meter.take(self.world)
+        if self.online and "kl" in metrics:
+            metrics["log_ratio"] = metrics.pop("kl")
         return metrics
 
     def _refreshed(self) -> Policy | None:

@@ -27,7 +27,15 @@ class VllmSampler:
     """A `rollout.Sampler`. model: directory or hub name that vLLM builds the model from, before it gets the policy's
     weights."""
 
-    def __init__(self, policy: Policy, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, *, model: str) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: Sampling,
+        *,
+        model: str,
+        trust_remote_code: bool = False,
+    ) -> None:
         if "vllm" not in globals():
             raise ValueError("generation=vllm, but vllm is not installed; pip install vllm, or set generation: padded")
         self.policy, self.sampling = policy, sampling
@@ -37,6 +45,7 @@ class VllmSampler:
         self.llm = vllm.LLM(
             model=model,
             tokenizer=tokenizer.name_or_path,
+            trust_remote_code=trust_remote_code,
             dtype=str(policy.causal_lm.dtype).removeprefix("torch."),
             gpu_memory_utilization=GPU_MEMORY_SHARE,
             logprobs_mode="processed_logprobs",  # at the sampling temperature
