@@ -6,7 +6,13 @@ from setuptools import find_packages, setup
 
 EXTRAS = {
     # kernels: Hugging Face's, whose name our folder must not hide.
-    "test": ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.6", "ruff>=0.14", "kernels>=0.10"],
+    "test": [
+        "pytest>=8",
+        "pytest-benchmark>=5",
+        "pytest-xdist>=3.6",
+        "ruff>=0.14",
+        "kernels>=0.10",
+    ],
     "bench": ["pytest-benchmark>=5", "matplotlib>=3.9"],
     "flash": ["flash-attn>=2.8"],
     "liger": ["liger-kernel>=0.8.5"],

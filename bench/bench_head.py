@@ -108,20 +108,31 @@ def pair(suite: str, shape: tuple[int, int, int], **options: Any) -> Case:
 def cases(suite: str, shapes: list[tuple[int, int, int]] | None, cpu: bool = False) -> list[Case]:
     heads, only = ("trained",), ("una_fast", "trl", "eager")  # on a CPU
     if suite == "cpu":
-        return [pair(suite, s, heads=heads, only=only, bars=("cpu",), runs=5) for s in shapes or BARS]
+        return [
+            pair(suite, s, heads=heads, only=only, bars=("cpu",), runs=5) for s in shapes or BARS
+        ]
     if suite == "smoke":
         return [pair(suite, s, runs=3) for s in shapes or [(256, 512, 8192)]]
     if suite == "bars":
-        return [pair(suite, s, only=("una_fast",), bars=("time", "memory")) for s in shapes or SHAPES]
+        return [
+            pair(suite, s, only=("una_fast",), bars=("time", "memory")) for s in shapes or SHAPES
+        ]
     if suite == "peers":
         return [pair(suite, s, bars=("peers", "memory")) for s in shapes or SHAPES]
-    without = ("torch.compile", "quack")  # compiled anew for every N, and as accurate as eager; no log-probs
+    without = (
+        "torch.compile",
+        "quack",
+    )  # compiled anew for every N, and as accurate as eager; no log-probs
     if suite == "accuracy":
         shapes = shapes or [(8192, *model) for model in MODELS.values()]
-        return [pair(suite, s, heads=("trained",), without=without, bars=("accuracy",), runs=0) for s in shapes]
+        return [
+            pair(suite, s, heads=("trained",), without=without, bars=("accuracy",), runs=0)
+            for s in shapes
+        ]
     if suite == "memory" and cpu:
         return [
-            pair(suite, s, heads=heads, only=only, runs=3) for s in shapes or [(128 << k, 512, 32000) for k in range(5)]
+            pair(suite, s, heads=heads, only=only, runs=3)
+            for s in shapes or [(128 << k, 512, 32000) for k in range(5)]
         ]
     if suite == "memory":
         shapes = shapes or [(2048 << k, *MODELS["llama3-8b"]) for k in range(6)]
@@ -192,7 +203,9 @@ def alternate(
         for name in order:
             run = functools.partial(seconds_of, jobs[name], device)
             value, reason = attempt(str(name), run, x)
-            if reason == "out of memory":  # once more, with what the others left in the cache given back
+            if (
+                reason == "out of memory"
+            ):  # once more, with what the others left in the cache given back
                 value, reason = attempt(str(name), run, x)
             if reason:
                 failed[name] = reason
@@ -204,9 +217,15 @@ def alternate(
 def gemm_jobs(x: Inputs) -> dict[Any, Job]:
     """One torch.mm each, by (pass, rows), and "ceiling"."""
     weight, hidden, device = x.weight.detach(), x.hidden.detach(), x.device
-    room = torch.cuda.get_device_properties(device).total_memory // 8 if device.type == "cuda" else 1 << 40
+    room = (
+        torch.cuda.get_device_properties(device).total_memory // 8
+        if device.type == "cuda"
+        else 1 << 40
+    )
     fits = room // (x.vocab * weight.element_size())
-    counts = {rows for rows in (*GEMM_ROWS, x.rows) if rows <= min(x.rows, fits)} or {min(x.rows, fits)}
+    counts = {rows for rows in (*GEMM_ROWS, x.rows) if rows <= min(x.rows, fits)} or {
+        min(x.rows, fits)
+    }
 
     def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.mm(a, b, out=out)
@@ -220,7 +239,9 @@ def gemm_jobs(x: Inputs) -> dict[Any, Job]:
     def weight_grad(rows: int) -> tuple[Tensor, Tensor, Tensor]:
         return (hidden[:rows] @ weight.T).T, hidden[:rows], torch.empty_like(weight)
 
-    passes = {"logits": logits, "hidden": hidden_grad} | ({"weight": weight_grad} if x.trained else {})
+    passes = {"logits": logits, "hidden": hidden_grad} | (
+        {"weight": weight_grad} if x.trained else {}
+    )
     found: dict[Any, Job] = {
         (name, rows): Job(functools.partial(operands, rows), multiply)
         for name, operands in passes.items()
@@ -232,7 +253,10 @@ def gemm_jobs(x: Inputs) -> dict[Any, Job]:
 def ceiling_job(device: torch.device, dtype: torch.dtype) -> Job:
     n = CEILING[device.type]
     square = torch.randn(n, n, device=device, dtype=dtype)
-    return Job(lambda: (square, square.T, torch.empty_like(square)), lambda a, b, out: torch.mm(a, b, out=out))
+    return Job(
+        lambda: (square, square.T, torch.empty_like(square)),
+        lambda a, b, out: torch.mm(a, b, out=out),
+    )
 
 
 def reference(seconds: dict[tuple[str, int], float], rows: int, trained: bool) -> dict[str, Any]:
@@ -244,7 +268,12 @@ def reference(seconds: dict[tuple[str, int], float], rows: int, trained: bool) -
         if whole < each.get(name, float("inf")):
             each[name], chunk[name] = whole, count
     passes = ["logits", "logits", "hidden", *["weight"] * trained]
-    return {"seconds": sum(each[name] for name in passes), "passes": len(passes), "each": each, "rows of mm": chunk}
+    return {
+        "seconds": sum(each[name] for name in passes),
+        "passes": len(passes),
+        "each": each,
+        "rows of mm": chunk,
+    }
 
 
 def alloc_retries(device: torch.device) -> int:
@@ -272,15 +301,26 @@ def costs(contender: Contender, x: Inputs) -> dict[str, Any]:
     return {"extra_bytes": torch.cuda.max_memory_allocated() - before - returned - accumulator}
 
 
-def measure(case: Case, x: Inputs, true: contenders.Truth, entrants: list[Contender], options: Any) -> dict[str, Any]:
+def measure(
+    case: Case, x: Inputs, true: contenders.Truth, entrants: list[Contender], options: Any
+) -> dict[str, Any]:
     """One entry of the results: a table with a row for each entrant, then one for the bare products."""
     head = "trained" if x.trained else "frozen"
     names = [c.name for c in entrants]
     assert len(set(names)) == len(names), names
     common = {"rows": x.rows, "dim": x.dim, "vocab": x.vocab}
-    entry = {"suite": case.suite, "shape": case.shape, "responses": len(x.lengths), "head": head, **common}
+    entry = {
+        "suite": case.suite,
+        "shape": case.shape,
+        "responses": len(x.lengths),
+        "head": head,
+        **common,
+    }
     entry["dtype"] = str(x.weight.dtype).removeprefix("torch.")
-    table = {c.name: {**common, "name": c.name, "passes": c.passes[head], "same_work": c.same_work} for c in entrants}
+    table = {
+        c.name: {**common, "name": c.name, "passes": c.passes[head], "same_work": c.same_work}
+        for c in entrants
+    }
     ready = []
     for c in entrants:
         row = table[c.name]
@@ -291,7 +331,9 @@ def measure(case: Case, x: Inputs, true: contenders.Truth, entrants: list[Conten
             found, reason = attempt(c.name, functools.partial(check, c, x, true), x, options.warmup)
         if not reason:
             row |= found
-            found, reason = attempt(c.name, functools.partial(logp_errors, c, x, true), x, options.warmup)
+            found, reason = attempt(
+                c.name, functools.partial(logp_errors, c, x, true), x, options.warmup
+            )
         if not reason and case.runs:
             row |= found
             found, reason = attempt(c.name, functools.partial(costs, c, x), x)
@@ -311,12 +353,16 @@ def measure(case: Case, x: Inputs, true: contenders.Truth, entrants: list[Conten
     bare = gemm_jobs(x)
     jobs = bare | {c.name: Job(cleared, functools.partial(step, c, x)) for c in ready}
     retries = alloc_retries(x.device)
-    _, failed = alternate(jobs, 1, options.seconds, x.device, x)  # warm-up: costs() gave the cache back
+    _, failed = alternate(
+        jobs, 1, options.seconds, x.device, x
+    )  # warm-up: costs() gave the cache back
     times, late = alternate({name: jobs[name] for name in jobs if name not in failed}, options.runs or case.runs,
                             options.seconds, x.device, x)  # fmt: skip
     failed |= late
     best = {name: typical(values, x.device) for name, values in times.items() if name not in failed}
-    ref = reference({name: best[name] for name in bare if name in best and name != "ceiling"}, x.rows, x.trained)
+    ref = reference(
+        {name: best[name] for name in bare if name in best and name != "ceiling"}, x.rows, x.trained
+    )
     flop = 2 * x.rows * x.dim * x.vocab
     ref |= {"tflops": ref["passes"] * flop / ref["seconds"] / 1e12}
     ref |= {"ceiling_tflops": 2 * CEILING[x.device.type] ** 3 / best["ceiling"] / 1e12}
@@ -328,12 +374,24 @@ def measure(case: Case, x: Inputs, true: contenders.Truth, entrants: list[Conten
             row["reason"] = failed[c.name]
             continue
         values = times[c.name]
-        spread = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+        spread = (
+            statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+        )
         own = ref["seconds"] - (0 if c.same_work else ref["each"]["logits"])
-        row |= {"seconds": best[c.name], "quartiles": spread, "spread": (spread[2] - spread[0]) / best[c.name]}
+        row |= {
+            "seconds": best[c.name],
+            "quartiles": spread,
+            "spread": (spread[2] - spread[0]) / best[c.name],
+        }
         row |= {"times bare mm": best[c.name] / own}
         row |= {"tflops": row["passes"] * flop / best[c.name] / 1e12, "all_seconds": values}
-    roof = {**common, "name": "bare mm", "seconds": ref["seconds"], "times bare mm": 1.0, "passes": ref["passes"]}
+    roof = {
+        **common,
+        "name": "bare mm",
+        "seconds": ref["seconds"],
+        "times bare mm": 1.0,
+        "passes": ref["passes"],
+    }
     return entry | {"reference": ref, "table": [*table.values(), roof | {"tflops": ref["tflops"]}]}
 
 
@@ -343,7 +401,11 @@ def measure(case: Case, x: Inputs, true: contenders.Truth, entrants: list[Conten
 def ratios(ours: dict[str, Any], table: list[dict[str, Any]]) -> dict[str, float]:
     """What a bar may ask of a row of una_fast; a number that was not measured is missing."""
     found = {}
-    others = {row["name"]: row for row in table if "workspace_mb" not in row and row.get("same_work", True)}
+    others = {
+        row["name"]: row
+        for row in table
+        if "workspace_mb" not in row and row.get("same_work", True)
+    }
     for name, row in others.items():
         if "seconds" in ours and "seconds" in row:
             found[f"time / {name}"] = ours["seconds"] / row["seconds"]
@@ -396,7 +458,15 @@ def judge(case: Case, entry: dict[str, Any]) -> dict[str, Any]:
             held = value <= limit if value is not None else "reason" not in row and other in full
             if other == "bare mm" and not entry.get("reference", {}).get("valid", True):
                 held = False
-            bars.append({"contender": row["name"], "bar": name, "allowed": limit, "found": value, "held": held})
+            bars.append(
+                {
+                    "contender": row["name"],
+                    "bar": name,
+                    "allowed": limit,
+                    "found": value,
+                    "held": held,
+                }
+            )
     return entry | {"ratios": ratios(ours[0], table) if ours else {}, "bars": bars}
 
 
@@ -419,12 +489,17 @@ def show(entry: dict[str, Any], device: torch.device) -> None:
         if "reason" in row:
             print(f"{row['name']:20}  {row['reason']}")
             continue
-        cells = (f"{row[key] / unit:{form}}" if key in row else "" for key, form, unit in columns.values())
+        cells = (
+            f"{row[key] / unit:{form}}" if key in row else ""
+            for key, form, unit in columns.values()
+        )
         print(f"{row['name']:20}" + "".join(f"{cell:>11}" for cell in cells))
     ref = entry.get("reference")
     if ref and not ref["valid"] and device.type == "cuda":
         share = ref["tflops"] / ref["ceiling_tflops"]
-        print(f"  INVALID reference: {share:.0%} of an 8192^3 product's {ref['ceiling_tflops']:.0f} TF/s")
+        print(
+            f"  INVALID reference: {share:.0%} of an 8192^3 product's {ref['ceiling_tflops']:.0f} TF/s"
+        )
     for bar in entry["bars"]:
         value = "not measured" if bar["found"] is None else f"{bar['found']:.3f}"
         verdict = "held  " if bar["held"] else "MISSED"
@@ -475,8 +550,14 @@ def forward(dim: int, vocab: int, rows: int, device: torch.device, options: Any)
     }
     kernels = {  # bytes per logit
         "row_logps": (4, lambda: rowgrad.row_logps(u, targets)),
-        "row_grad": (4 + dtype.itemsize, lambda: rowgrad.row_grad(u, targets, coef, lse, dtype=dtype)),
-        "row_logps_grad": (8 + dtype.itemsize, lambda: rowgrad.row_logps_grad(u, targets, coef, dtype=dtype)),
+        "row_grad": (
+            4 + dtype.itemsize,
+            lambda: rowgrad.row_grad(u, targets, coef, lse, dtype=dtype),
+        ),
+        "row_logps_grad": (
+            8 + dtype.itemsize,
+            lambda: rowgrad.row_logps_grad(u, targets, coef, dtype=dtype),
+        ),
     }
     moved = {}
     for name, (size, run) in kernels.items():
@@ -490,7 +571,10 @@ def forward(dim: int, vocab: int, rows: int, device: torch.device, options: Any)
             failed[name] = reason
     if "linear_logps" not in failed:
         logits()
-        expected, found = rowgrad.row_logps(u, targets), logp_partials.linear_logps(hidden, weight, targets)
+        expected, found = (
+            rowgrad.row_logps(u, targets),
+            logp_partials.linear_logps(hidden, weight, targets),
+        )
         error = max((a - b).abs().max().item() for a, b in zip(expected, found, strict=True))
         if not error <= 1e-3:
             failed["linear_logps"] = f"wrong result: {error:.1e} from row_logps"
@@ -503,7 +587,11 @@ def forward(dim: int, vocab: int, rows: int, device: torch.device, options: Any)
             table.append({"name": name, "reason": reason})
             continue
         best = typical(times[name], device)
-        rate = {"gb_per_s": moved[name] / best / 1e9} if name in moved else {"tflops": flop / best / 1e12}
+        rate = (
+            {"gb_per_s": moved[name] / best / 1e9}
+            if name in moved
+            else {"tflops": flop / best / 1e12}
+        )
         table.append({"name": name, "seconds": best, **rate})
     return {"suite": "forward", "shape": (rows, dim, vocab), "responses": 1, "head": "none", "rows": rows, "dim": dim,
             "vocab": vocab, "table": table, "bars": []}  # fmt: skip
@@ -512,8 +600,15 @@ def forward(dim: int, vocab: int, rows: int, device: torch.device, options: Any)
 def show_forward(entry: dict[str, Any]) -> None:
     print(f"\nforward: {entry['rows']} rows  D {entry['dim']}  V {entry['vocab']}")
     for row in entry["table"]:
-        rate = f"{row['tflops']:8.0f} TF/s" if "tflops" in row else f"{row.get('gb_per_s', 0):8.0f} GB/s"
-        print(f"{row['name']:28}" + (row["reason"] if "reason" in row else f"{row['seconds'] * 1e3:10.3f} ms {rate}"))
+        rate = (
+            f"{row['tflops']:8.0f} TF/s"
+            if "tflops" in row
+            else f"{row.get('gb_per_s', 0):8.0f} GB/s"
+        )
+        print(
+            f"{row['name']:28}"
+            + (row["reason"] if "reason" in row else f"{row['seconds'] * 1e3:10.3f} ms {rate}")
+        )
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
@@ -524,7 +619,9 @@ def ceilings(device: torch.device) -> dict[str, float]:
     times, failed = alternate({"gemm": ceiling_job(device, dtype), "copy": copy}, 12, 10, device)
     if failed:
         return failed
-    best = {name: typical(values[2:], device) for name, values in times.items()}  # the first two warm up
+    best = {
+        name: typical(values[2:], device) for name, values in times.items()
+    }  # the first two warm up
     n = CEILING[device.type]
     return {"gemm_size": n, "gemm_tflops": 2 * n**3 / best["gemm"] / 1e12,
             "copy_tb_per_s": 2 * source.nbytes / best["copy"] / 1e12}  # fmt: skip
@@ -538,27 +635,51 @@ SUITES = ("cpu", "smoke", "bars", "peers", "accuracy", "memory", "layouts", "sli
 def parse_shapes(text: str) -> list[tuple[int, int, int]]:
     shapes = [tuple(map(int, part.split("x"))) for part in text.split(",")]
     if any(len(shape) != 3 or min(shape) < 1 for shape in shapes):
-        raise argparse.ArgumentTypeError("give rows-per-response x hidden x vocabulary, as in 1024x512x32000")
+        raise argparse.ArgumentTypeError(
+            "give rows-per-response x hidden x vocabulary, as in 1024x512x32000"
+        )
     return shapes
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--suite", help=f"of {', '.join(SUITES)} or all, comma-separated")
     parser.add_argument("--shapes", type=parse_shapes, help="instead of the suite's own")
-    parser.add_argument("--heads", help=f"of {', '.join(HEADS)}, comma-separated (default: the suite's own)")
-    parser.add_argument("--contenders", help="beginnings of names, comma-separated (default: the suite's own)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU")
-    parser.add_argument("--workspace", help="MiB, comma-separated; bars against peers ask the first (GPU: 2048,512)")
+    parser.add_argument(
+        "--heads", help=f"of {', '.join(HEADS)}, comma-separated (default: the suite's own)"
+    )
+    parser.add_argument(
+        "--contenders", help="beginnings of names, comma-separated (default: the suite's own)"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU"
+    )
+    parser.add_argument(
+        "--workspace", help="MiB, comma-separated; bars against peers ask the first (GPU: 2048,512)"
+    )
     parser.add_argument("--engine", default="auto", help="of una_fast (default auto)")
     parser.add_argument("--runs", type=int, help="alternating runs (default: the suite's own)")
-    parser.add_argument("--seconds", type=float, default=15, help="per shape and head; no round starts later (15)")
-    parser.add_argument("--warmup", type=float, default=90, help="seconds for a contender's first call (90)")
-    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no shape starts")
+    parser.add_argument(
+        "--seconds", type=float, default=15, help="per shape and head; no round starts later (15)"
+    )
+    parser.add_argument(
+        "--warmup", type=float, default=90, help="seconds for a contender's first call (90)"
+    )
+    parser.add_argument(
+        "--budget", type=float, default=float("inf"), help="seconds after which no shape starts"
+    )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads on a CPU (default 2)")
-    parser.add_argument("--out", type=Path, help="write the results there as JSON, after every shape and head")
-    parser.add_argument("--resume", action="store_true", help="keep the results of --out and go on behind them")
+    parser.add_argument(
+        "--out", type=Path, help="write the results there as JSON, after every shape and head"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the results of --out and go on behind them"
+    )
     options = parser.parse_args(arguments)
     cpu = options.device == "cpu"
     suites = (options.suite or ("cpu" if cpu else "smoke")).split(",")
@@ -607,7 +728,9 @@ def main(arguments: list[str] | None = None) -> int:
                     if time.perf_counter() - begin > options.budget:
                         late += 1
                         continue
-                    entry, reason = attempt("forward", functools.partial(forward, dim, vocab, rows, device, options))
+                    entry, reason = attempt(
+                        "forward", functools.partial(forward, dim, vocab, rows, device, options)
+                    )
                     if reason:
                         print(f"\nforward, D {dim}: {reason}")
                     else:
@@ -629,11 +752,17 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\nwrote {options.out}")
     if late:
         print(f"{late} shapes not measured within {options.budget:g} s")
-    return int(late > 0 or not all(bar["held"] for entry in report["results"] for bar in entry["bars"]))
+    return int(
+        late > 0 or not all(bar["held"] for entry in report["results"] for bar in entry["bars"])
+    )
 
 
 def run_case(
-    case: Case, device: torch.device, options: Any, done: set[tuple], save: Callable[[dict[str, Any]], None]
+    case: Case,
+    device: torch.device,
+    options: Any,
+    done: set[tuple],
+    save: Callable[[dict[str, Any]], None],
 ) -> None:
     heads = [head for head in case.heads if not options.heads or head in options.heads.split(",")]
     common = (case.suite, sum(case.lengths), len(case.lengths), case.dim, case.vocab)
@@ -645,7 +774,14 @@ def run_case(
         torch.compiler.reset()  # every shape is compiled for itself; the limit of recompilations is never met
 
     def inputs() -> tuple[Inputs, contenders.Truth]:
-        x = Inputs(case.lengths, case.dim, case.vocab, scores=case.scores, device=device.type, dtype=options.dtype)
+        x = Inputs(
+            case.lengths,
+            case.dim,
+            case.vocab,
+            scores=case.scores,
+            device=device.type,
+            dtype=options.dtype,
+        )
         return x, truth(x)
 
     made, reason = attempt("inputs", inputs)
@@ -656,11 +792,15 @@ def run_case(
     entrants = [
         c
         for c in contenders.everybody(case.workspaces or options.workspaces, options.engine)
-        if c.name.startswith(case.only) and c.name.startswith(options.only) and not c.name.startswith(case.without)
+        if c.name.startswith(case.only)
+        and c.name.startswith(options.only)
+        and not c.name.startswith(case.without)
     ]
     for head in heads:
         x.head(head)
-        entry, reason = attempt("bare mm", functools.partial(measure, case, x, true, entrants, options), x)
+        entry, reason = attempt(
+            "bare mm", functools.partial(measure, case, x, true, entrants, options), x
+        )
         if reason:
             print(f"\n{case.suite} {case.shape} {head}: {reason}")
             continue
@@ -686,12 +826,19 @@ def test_step(benchmark: Any, contender: Contender, head: str) -> None:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cuda = device.type == "cuda"
-    shape, dtype = ((256, 256), 512, 8192) if cuda else ((64, 64), 64, 2000), torch.bfloat16 if cuda else torch.float32
+    shape, dtype = (
+        ((256, 256), 512, 8192) if cuda else ((64, 64), 64, 2000),
+        torch.bfloat16 if cuda else torch.float32,
+    )
     x = Inputs(*shape, device=device.type, dtype=dtype)
     x.head(head)
     if reason := contender.unavailable(x):
         pytest.skip(reason)
-    benchmark.extra_info |= {"passes": contender.passes[head], **check(contender, x, truth(x)), **costs(contender, x)}
+    benchmark.extra_info |= {
+        "passes": contender.passes[head],
+        **check(contender, x, truth(x)),
+        **costs(contender, x),
+    }
 
     def run() -> None:
         step(contender, x)

@@ -38,15 +38,19 @@ import torch
 from contenders import WrongResult
 from step_contenders import CONTENDERS, SHAPES, Case, Session, Setup, needed_flop
 
-from una_fast.report import peak_tflops
+from una_fast.train.metrics import peak_tflops
 
 STEP_SUITES = ("equal", "ragged", "shared16", "shared64")
 SUITES = (*STEP_SUITES, "maxlen", "long", "cpu")
 NO_PROMPT = 16  # tokens: nothing to share
 # (suite, model) -> the smallest allowed ratio of tokens/s to TRL's, at full depth
 SPEED_BARS = {("equal", "llama3-8b"): 1.0, ("equal", "qwen3-8b"): 1.0, ("equal", "gemma3-1b"): 1.05}
-SPEED_BARS |= {("shared16", model): 1.6 for model in ("llama3-8b", "qwen3-8b", "qwen3-1.7b", "gemma3-1b")}
-SPEED_BARS |= {("shared64", model): 1.75 for model in ("llama3-8b", "qwen3-8b", "qwen3-1.7b", "gemma3-1b")}
+SPEED_BARS |= {
+    ("shared16", model): 1.6 for model in ("llama3-8b", "qwen3-8b", "qwen3-1.7b", "gemma3-1b")
+}
+SPEED_BARS |= {
+    ("shared64", model): 1.75 for model in ("llama3-8b", "qwen3-8b", "qwen3-1.7b", "gemma3-1b")
+}
 TRL_LONGEST = 59392  # tokens of a sequence: TRL 1.15, DPO of gemma-3-1b, one GPU of 79 GiB
 LENGTH_BARS = {0: 2.0, 16: 4.0}  # prompt : response -> times TRL_LONGEST, at a cap of 79 GiB
 CAP = 79.0
@@ -60,7 +64,9 @@ GRAIN = 1024  # tokens: to which maxlen is known
 
 
 def lognormal(count: int, median: float, longest: int, rng: random.Random) -> list[int]:
-    return [min(max(round(median * math.exp(0.8 * rng.gauss(0, 1))), 4), longest) for _ in range(count)]
+    return [
+        min(max(round(median * math.exp(0.8 * rng.gauss(0, 1))), 4), longest) for _ in range(count)
+    ]
 
 
 def pairs_of(suite: str, tokens: int) -> tuple[tuple[tuple[int, int, int], ...], int]:
@@ -69,7 +75,9 @@ def pairs_of(suite: str, tokens: int) -> tuple[tuple[tuple[int, int, int], ...],
         return ((NO_PROMPT, tokens, tokens),), 1
     if suite == "ragged":
         rng = random.Random(0)
-        prompts, chosen, rejected = (lognormal(8, tokens / part, tokens, rng) for part in (16, 8, 8))
+        prompts, chosen, rejected = (
+            lognormal(8, tokens / part, tokens, rng) for part in (16, 8, 8)
+        )
         return tuple(zip(prompts, chosen, rejected, strict=True)), 4
     response = 2 * tokens // int(suite.removeprefix("shared"))
     return ((2 * tokens, response, response),), 1
@@ -85,7 +93,9 @@ def step_cases(suite: str, model: str, depths: Iterable[int], options: Any) -> l
     pairs, micro = pairs_of(suite, SHAPES[model].tokens)
     mode = options.mode or SHAPES[model].mode
     cap = options.memory_cap
-    return [Case(suite, model, n, mode, pairs, micro, mode == "adapter", memory_cap=cap) for n in depths]
+    return [
+        Case(suite, model, n, mode, pairs, micro, mode == "adapter", memory_cap=cap) for n in depths
+    ]
 
 
 def long_cases(model: str) -> list[Case]:
@@ -93,7 +103,9 @@ def long_cases(model: str) -> list[Case]:
     tile, k = ("mlp_tile", 8192), 1024
     there, moved = (tile,), (tile, ("offload", True))
 
-    def case(layers: int, mode: str, pair: tuple[int, int, int], changes: tuple, **more: Any) -> Case:
+    def case(
+        layers: int, mode: str, pair: tuple[int, int, int], changes: tuple, **more: Any
+    ) -> Case:
         return Case("long", model, layers, mode, (pair,), changes=changes, **more)
 
     if model == "llama3-8b":
@@ -104,7 +116,9 @@ def long_cases(model: str) -> list[Case]:
         ]
     if model == "gemma3-1b":
         capped = [
-            case(26, "cached", longest_pair(round(times * TRL_LONGEST), ratio), moved, memory_cap=CAP)
+            case(
+                26, "cached", longest_pair(round(times * TRL_LONGEST), ratio), moved, memory_cap=CAP
+            )
             for ratio, times in LENGTH_BARS.items()
         ]
         return [case(26, "cached", (256 * k, 512, 512), moved), *capped]
@@ -116,12 +130,16 @@ def long_cases(model: str) -> list[Case]:
 # ---------------------------------------------------------------------------------------------------------- measuring
 
 
-def parity(case: Case, dtype: torch.dtype, warmup: int, ours: Session, theirs: Session) -> dict[str, float]:
+def parity(
+    case: Case, dtype: torch.dtype, warmup: int, ours: Session, theirs: Session
+) -> dict[str, float]:
     """Differences of what the two logged; WrongResult where they did not do the same."""
     if ours.sequences != theirs.sequences:
         raise WrongResult("the contenders saw different token ids")
     if ours.weights != theirs.weights:
-        raise WrongResult(f"una_fast trains {ours.weights} weights and trl {theirs.weights}; see --master-weights")
+        raise WrongResult(
+            f"una_fast trains {ours.weights} weights and trl {theirs.weights}; see --master-weights"
+        )
     # Rounding to bfloat16 is part of an optimizer, so that later steps may differ there.
     steps = warmup if dtype == torch.float32 else 1
     tokens = statistics.mean(n for pair in case.pairs for n in pair[1:])
@@ -130,11 +148,16 @@ def parity(case: Case, dtype: torch.dtype, warmup: int, ours: Session, theirs: S
         differences = {
             "loss": abs(a["loss"] - b["loss"]),
             "grad_norm": abs(a["grad_norm"] - b["grad_norm"]) / max(b["grad_norm"], 1e-12),
-            "logps": max(abs(a[key] - b[key]) for key in ("logps/chosen", "logps/rejected")) / tokens,
+            "logps": max(abs(a[key] - b[key]) for key in ("logps/chosen", "logps/rejected"))
+            / tokens,
         }
         for (name, value), limit in zip(differences.items(), PARITY[dtype], strict=True):
             if not value <= limit:  # NaN is none either
-                raise WrongResult(f"{name} of a step off by {value:.1e}; una_fast and trl logged {a} and {b}"[:300])
+                raise WrongResult(
+                    f"{name} of a step off by {value:.1e}; una_fast and trl logged {a} and {b}"[
+                        :300
+                    ]
+                )
             worst[name] = max(worst[name], value)
     return worst | {"steps": steps}
 
@@ -153,7 +176,9 @@ def take_turns(
         order = [name for name in names if name not in reasons]
         shuffle(order)
         for name in order:
-            session, reason = step_contenders.run(name, case, setup, options.warmup, options.steps, options.deadline)
+            session, reason = step_contenders.run(
+                name, case, setup, options.warmup, options.steps, options.deadline
+            )
             if reason:
                 reasons[name] = reason
             else:
@@ -161,7 +186,9 @@ def take_turns(
         if k == 0 and not reasons and len(names) == 2:
             found, reason = harness.attempt(
                 "parity",
-                lambda: parity(case, setup.dtype, options.warmup, sessions["una_fast"][0], sessions["trl"][0]),
+                lambda: parity(
+                    case, setup.dtype, options.warmup, sessions["una_fast"][0], sessions["trl"][0]
+                ),
                 step_contenders.clean,
             )
             if reason:
@@ -169,10 +196,14 @@ def take_turns(
     return sessions, reasons, found
 
 
-def row_of(name: str, case: Case, sessions: list[Session], peak: float | None, device: str) -> dict[str, Any]:
+def row_of(
+    name: str, case: Case, sessions: list[Session], peak: float | None, device: str
+) -> dict[str, Any]:
     seconds = [value for session in sessions for value in session.seconds]
     typical = harness.typical(seconds, torch.device(device))
-    quartiles = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
+    quartiles = (
+        statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
+    )
     first, flop = sessions[0], needed_flop(case)
     row = {
         "name": name,
@@ -213,7 +244,15 @@ def entry_of(case: Case, setup: Setup, layout: str) -> dict[str, Any]:
     }
 
 
-SHARED_SETTINGS = ("checkpointing", "offload", "liger", "master_weights", "attention", "optimizer", "mlp_tile")
+SHARED_SETTINGS = (
+    "checkpointing",
+    "offload",
+    "liger",
+    "master_weights",
+    "attention",
+    "optimizer",
+    "mlp_tile",
+)
 
 
 def layout_of(pairs: tuple[tuple[int, int, int], ...]) -> str:
@@ -228,7 +267,9 @@ def measure(case: Case, setup: Setup, options: Any, late: Callable[[], bool]) ->
     """One entry of the results: a row for every contender, and the ratio to TRL."""
     names = ["una_fast"] if case.suite == "long" else options.names
     if case.suite == "long":
-        warmup = 0 if case.lora else 1  # adapters' optimizer state is small, that of all weights has to be there
+        warmup = (
+            0 if case.lora else 1
+        )  # adapters' optimizer state is small, that of all weights has to be there
         options = argparse.Namespace(**vars(options) | {"rounds": 1, "warmup": warmup, "steps": 1})
     sessions, reasons, found = take_turns(case, setup, names, options, late)
     table = [
@@ -243,13 +284,20 @@ def measure(case: Case, setup: Setup, options: Any, late: Callable[[], bool]) ->
         if "seconds" in row and "seconds" in other:
             row["x trl"] = row["tokens_per_s"] / other["tokens_per_s"]
     entry = entry_of(case, setup, layout_of(case.pairs))
-    return entry | {"tokens": case.tokens, "flop": needed_flop(case), "parity": found, "table": table}
+    return entry | {
+        "tokens": case.tokens,
+        "flop": needed_flop(case),
+        "parity": found,
+        "table": table,
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------- maxlen
 
 
-def search(runs: Callable[[int], bool], start: int, grain: int = GRAIN, limit: int = 1 << 23) -> int:
+def search(
+    runs: Callable[[int], bool], start: int, grain: int = GRAIN, limit: int = 1 << 23
+) -> int:
     """The largest multiple of `grain` that runs, 0 if none does, to within 1/32 of itself. Memory grows with length."""
     low, high = 0, 0
     length = start
@@ -277,7 +325,9 @@ def searched_layout(ratio: int) -> str:
     return f"prompt : response {ratio} : 1" if ratio else "nothing shared"
 
 
-def longest(case: Case, ratio: int, setup: Setup, options: Any, late: Callable[[], bool]) -> dict[str, Any]:
+def longest(
+    case: Case, ratio: int, setup: Setup, options: Any, late: Callable[[], bool]
+) -> dict[str, Any]:
     """The longest sequence of a pair, for every contender. options.start: the first length that is tried."""
     table = []
     for name in options.names:
@@ -305,7 +355,11 @@ def longest(case: Case, ratio: int, setup: Setup, options: Any, late: Callable[[
             row["unfinished"] = str(error)
         row |= best or {"reason": "nothing ran"}
         table.append(row)
-    entry = entry_of(case, setup, searched_layout(ratio)) | {"ratio": ratio, "parity": {}, "table": table}
+    entry = entry_of(case, setup, searched_layout(ratio)) | {
+        "ratio": ratio,
+        "parity": {},
+        "table": table,
+    }
     entry.pop("pairs")
     return entry
 
@@ -323,10 +377,25 @@ def judge(entry: dict[str, Any]) -> dict[str, Any]:
         bars.append({"bar": what, "least": least, "found": found, "held": held})
 
     whole = entry["layers"] == entry["full_layers"]
-    if whole and (entry["suite"], entry["model"]) in SPEED_BARS and {"una_fast", "trl"} <= by_name.keys():
+    if (
+        whole
+        and (entry["suite"], entry["model"]) in SPEED_BARS
+        and {"una_fast", "trl"} <= by_name.keys()
+    ):
         beaten = by_name["trl"].get("reason") == "out of memory" and "seconds" in mine
-        ask("tokens/s / trl", SPEED_BARS[entry["suite"], entry["model"]], mine.get("x trl"), beaten or None)
-    if whole and entry["model"] == "gemma3-1b" and entry["suite"] == "maxlen" and entry["memory_cap"] == CAP and mine:
+        ask(
+            "tokens/s / trl",
+            SPEED_BARS[entry["suite"], entry["model"]],
+            mine.get("x trl"),
+            beaten or None,
+        )
+    if (
+        whole
+        and entry["model"] == "gemma3-1b"
+        and entry["suite"] == "maxlen"
+        and entry["memory_cap"] == CAP
+        and mine
+    ):
         least = LENGTH_BARS[entry["ratio"]]
         ask("sequence / TRL's published", least, mine.get("sequence_tokens", 0) / TRL_LONGEST)
     if entry["suite"] == "long" and entry["model"] != "tiny-llama":
@@ -347,7 +416,11 @@ def extrapolate(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
             groups.setdefault(key_of(entry | {"layers": 0}), []).append(entry)
     found = []
     for group in groups.values():
-        low, high = sorted(group, key=lambda e: e["layers"])[-2:] if len(group) > 1 else (group[0], group[0])
+        low, high = (
+            sorted(group, key=lambda e: e["layers"])[-2:]
+            if len(group) > 1
+            else (group[0], group[0])
+        )
         rise = high["layers"] - low["layers"]
         if not rise:
             continue
@@ -358,8 +431,17 @@ def extrapolate(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 more = (high["full_layers"] - high["layers"]) / rise
                 seconds = b["seconds"] + more * (b["seconds"] - a["seconds"])
                 tokens = high["tokens"] / seconds
-                table.append({"name": a["name"], "extrapolated_seconds": seconds, "extrapolated_tokens_per_s": tokens})
-        common = {name: high[name] for name in ("suite", "model", "label", "full_layers", "mode", "lora", "layout")}
+                table.append(
+                    {
+                        "name": a["name"],
+                        "extrapolated_seconds": seconds,
+                        "extrapolated_tokens_per_s": tokens,
+                    }
+                )
+        common = {
+            name: high[name]
+            for name in ("suite", "model", "label", "full_layers", "mode", "lora", "layout")
+        }
         found.append(common | {"from_layers": [low["layers"], high["layers"]], "table": table})
     return found
 
@@ -395,11 +477,15 @@ def show(entry: dict[str, Any]) -> None:
             print(f"  the search ended early: {row['unfinished']}")
     if entry["parity"]:
         print(
-            "  parity: loss {loss:.1e}, gradient norm {grad_norm:.1e}, log-probs {logps:.1e}".format(**entry["parity"])
+            "  parity: loss {loss:.1e}, gradient norm {grad_norm:.1e}, log-probs {logps:.1e}".format(
+                **entry["parity"]
+            )
         )
     for bar in entry["bars"]:
         value = "not measured" if bar["found"] is None else f"{bar['found']:.2f}"
-        print(f"  {'held  ' if bar['held'] else 'MISSED'} {bar['bar']} >= {bar['least']:.2f}: {value}")
+        print(
+            f"  {'held  ' if bar['held'] else 'MISSED'} {bar['bar']} >= {bar['least']:.2f}: {value}"
+        )
     sys.stdout.flush()
 
 
@@ -407,33 +493,63 @@ def show(entry: dict[str, Any]) -> None:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add, flag = parser.add_argument, argparse.BooleanOptionalAction
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--suite", default="cpu", help=f"of {', '.join(SUITES)}, comma-separated (default cpu)")
-    add("--models", help=f"of {', '.join(SHAPES)}, comma-separated (default: tiny-llama, on a GPU the real ones)")
+    add(
+        "--models",
+        help=f"of {', '.join(SHAPES)}, comma-separated (default: tiny-llama, on a GPU the real ones)",
+    )
     add(
         "--layers",
         help="depths, comma-separated, instead of the full one (of long: those alone); two give a line to the full one",
     )
-    add("--mode", choices=("cached", "adapter", "frozen"), help="where the reference comes from (default: the shape's)")
+    add(
+        "--mode",
+        choices=("cached", "adapter", "frozen"),
+        help="where the reference comes from (default: the shape's)",
+    )
     add("--contenders", default="una_fast,trl", help="una_fast, trl or both (default)")
     add("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU")
     add("--checkpointing", action=flag, default=True, help="recompute layers in backward (default)")
-    add("--offload", action="store_true", help="move what checkpointing keeps to host memory, on both sides")
-    add("--liger", action=flag, help="liger's layers on both sides (default: on a GPU that has liger-kernel)")
+    add(
+        "--offload",
+        action="store_true",
+        help="move what checkpointing keeps to host memory, on both sides",
+    )
+    add(
+        "--liger",
+        action=flag,
+        help="liger's layers on both sides (default: on a GPU that has liger-kernel)",
+    )
     add("--master-weights", action="store_true", help="train float32 weights, on both sides")
-    add("--attention", help="attn_implementation (default: flash_attention_2 if installed on a GPU, else sdpa)")
+    add(
+        "--attention",
+        help="attn_implementation (default: flash_attention_2 if installed on a GPU, else sdpa)",
+    )
     add("--optimizer", choices=("adamw", "adamw_8bit", "sgd"), default="adamw")
     add("--mlp-tile", type=int, help="of una_fast alone: tokens per piece of an MLP")
-    add("--memory-cap", type=float, metavar="GIB", help="of GPU memory; on a CPU of what a step allocates")
+    add(
+        "--memory-cap",
+        type=float,
+        metavar="GIB",
+        help="of GPU memory; on a CPU of what a step allocates",
+    )
     add("--rounds", type=int, default=2, help="turns of every contender (2)")
     add("--warmup", type=int, default=2, help="steps of a turn before those that are timed (2)")
     add("--steps", type=int, default=3, help="timed steps of a turn (3)")
     add("--start", type=int, default=32768, help="maxlen: the first length tried (32768)")
     add("--grain", type=int, default=GRAIN, help=f"maxlen: lengths are multiples of it ({GRAIN})")
     add("--deadline", type=float, default=240, help="seconds for a contender's first turn (240)")
-    add("--budget", type=float, default=float("inf"), help="seconds after which nothing new is started")
+    add(
+        "--budget",
+        type=float,
+        default=float("inf"),
+        help="seconds after which nothing new is started",
+    )
     add("--threads", type=int, default=2, help="CPU threads on a CPU (2)")
     add("--out", type=Path, help="write the results there as JSON, after every case")
     add("--resume", action="store_true", help="keep the results of --out and go on behind them")
@@ -441,13 +557,21 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     cpu = options.device == "cpu"
     options.suites, options.names = options.suite.split(","), options.contenders.split(",")
     real = [name for name in SHAPES if not name.startswith("tiny")]
-    options.models = options.models.split(",") if options.models else ["tiny-llama"] if cpu else real
+    options.models = (
+        options.models.split(",") if options.models else ["tiny-llama"] if cpu else real
+    )
     options.depths = [int(n) for n in options.layers.split(",")] if options.layers else None
-    for given, known in ((options.suites, SUITES), (options.models, SHAPES), (options.names, CONTENDERS)):
+    for given, known in (
+        (options.suites, SUITES),
+        (options.models, SHAPES),
+        (options.names, CONTENDERS),
+    ):
         if unknown := set(given) - set(known):
             parser.error(f"no {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     if options.warmup < (2 if cpu else 1):
-        parser.error("--warmup must be at least 2 on a CPU, where memory is counted in a step of it, else at least 1")
+        parser.error(
+            "--warmup must be at least 2 on a CPU, where memory is counted in a step of it, else at least 1"
+        )
     options.dtype = getattr(torch, options.dtype or ("float32" if cpu else "bfloat16"))
     if options.liger is None:
         options.liger = not cpu and importlib.util.find_spec("liger_kernel") is not None
@@ -463,13 +587,23 @@ def work(options: Any) -> list[tuple[Case, int | None]]:
     for suite in options.suites:
         if suite == "cpu":
             layers = SHAPES["tiny-llama"].config["num_hidden_layers"]
-            cases = [case for name in STEP_SUITES for case in step_cases(name, "tiny-llama", [layers], options)]
-            found += [(case, None) for case in (*cases, cases[0]._replace(mode="adapter", lora=True))]
+            cases = [
+                case
+                for name in STEP_SUITES
+                for case in step_cases(name, "tiny-llama", [layers], options)
+            ]
+            found += [
+                (case, None) for case in (*cases, cases[0]._replace(mode="adapter", lora=True))
+            ]
             continue
         for model in options.models:
             depths = options.depths or [SHAPES[model].config["num_hidden_layers"]]
             if suite == "long":
-                cases = [case for case in long_cases(model) if case.layers in (options.depths or [case.layers])]
+                cases = [
+                    case
+                    for case in long_cases(model)
+                    if case.layers in (options.depths or [case.layers])
+                ]
                 found += [(case, None) for case in cases]
             elif suite == "maxlen":
                 mode = options.mode or SHAPES[model].mode
@@ -482,7 +616,9 @@ def work(options: Any) -> list[tuple[Case, int | None]]:
 
 
 def key_of(entry: dict[str, Any]) -> tuple:
-    return tuple(entry[name] for name in ("suite", "model", "layers", "mode", "lora", "memory_cap", "layout"))
+    return tuple(
+        entry[name] for name in ("suite", "model", "layers", "mode", "lora", "memory_cap", "layout")
+    )
 
 
 def cap_memory(device: torch.device, gib: float | None) -> None:
@@ -518,7 +654,9 @@ def main(arguments: list[str] | None = None) -> int:
     options.lost = report.setdefault("lost", {})
     options.peak = report.setdefault("peak", None) or peak_of(device)
     report["peak"] = options.peak
-    setup = Setup(device, options.dtype, **{name: getattr(options, name) for name in SHARED_SETTINGS})
+    setup = Setup(
+        device, options.dtype, **{name: getattr(options, name) for name in SHARED_SETTINGS}
+    )
     done, missing = {key_of(entry) for entry in report["results"]}, 0
 
     def late() -> bool:
@@ -526,7 +664,11 @@ def main(arguments: list[str] | None = None) -> int:
 
     for case, ratio in work(options):
         layout = (
-            layout_of(case.pairs) if ratio is None else f"prompt : response {ratio} : 1" if ratio else "nothing shared"
+            layout_of(case.pairs)
+            if ratio is None
+            else f"prompt : response {ratio} : 1"
+            if ratio
+            else "nothing shared"
         )
         if key_of(entry_of(case, setup, layout)) in done:
             continue
@@ -551,7 +693,9 @@ def main(arguments: list[str] | None = None) -> int:
         report["extrapolated"] = extrapolate(report["results"])
         harness.write_report(report, options.out)
     for line in report.get("extrapolated", []):
-        cells = ", ".join(f"{row['name']} {row['extrapolated_seconds']:.3f} s" for row in line["table"])
+        cells = ", ".join(
+            f"{row['name']} {row['extrapolated_seconds']:.3f} s" for row in line["table"]
+        )
         print(f"\nextrapolated from {line['from_layers']} to {line['full_layers']} layers, not measured: "
               f"{line['suite']}, {line['label']}: {cells}")  # fmt: skip
     if missing:

@@ -20,15 +20,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from una_fast import Feedback, Objective, linear_una_loss, token_logps
-from una_fast.head import sequence_logps
+from una_fast.head.ops import sequence_logps
 
-if not torch.cuda.is_available():  # before anything imports triton: the forward suite then runs in its interpreter
+if (
+    not torch.cuda.is_available()
+):  # before anything imports triton: the forward suite then runs in its interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
-if "BENCH_PEERS" in os.environ:  # a folder of installed peers, searched after the packages of this machine
+if (
+    "BENCH_PEERS" in os.environ
+):  # a folder of installed peers, searched after the packages of this machine
     site.addsitedir(os.environ["BENCH_PEERS"])
 
 BETA = 0.1
-PEAK, SPREAD = 24.0, 4.0  # of the target's logit, of all others: half of the probability lies on the target
+PEAK, SPREAD = (
+    24.0,
+    4.0,
+)  # of the target's logit, of all others: half of the probability lies on the target
 TRL_CHUNK = 32768  # as trl/trainer/utils.py calls it
 HEADS = ("trained", "frozen")
 
@@ -55,12 +62,16 @@ class Inputs:
         drift = max(lengths) ** -0.5  # of the reference: rewards of order 1 at every length
         self.weight = normal(vocab, dim).mul_(dim**-0.5)
         self.targets = torch.randint(vocab, (self.rows,), generator=g, device=device)
-        self.hidden = normal(self.rows, dim).mul_(SPREAD).add_(self.weight[self.targets], alpha=PEAK)
+        self.hidden = (
+            normal(self.rows, dim).mul_(SPREAD).add_(self.weight[self.targets], alpha=PEAK)
+        )
         self.ref_hidden = normal(self.rows, dim).mul_(drift).add_(self.hidden)
         self.ref_weight = normal(vocab, dim).mul_(drift * dim**-0.5).add_(self.weight)
         self.cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
         count = len(self.lengths)
-        self.scores = torch.linspace(0, 1, count, device=device, dtype=torch.float64) if scores else None
+        self.scores = (
+            torch.linspace(0, 1, count, device=device, dtype=torch.float64) if scores else None
+        )
         if scores:
             self.feedback = Feedback.scores(range(count), self.scores.tolist())
         else:
@@ -115,7 +126,9 @@ class Truth(NamedTuple):
 @torch.no_grad()
 def truth(x: Inputs, block_bytes: int | None = None) -> Truth:
     """block_bytes: of one block of float64 logits (default 1 GiB on a GPU, 128 MiB on a CPU)."""
-    step = max((block_bytes or (1 << 30 if x.device.type == "cuda" else 1 << 27)) // (8 * x.vocab), 1)
+    step = max(
+        (block_bytes or (1 << 30 if x.device.type == "cuda" else 1 << 27)) // (8 * x.vocab), 1
+    )
     targets = x.targets.unsqueeze(1)
 
     def blocks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -138,7 +151,9 @@ def truth(x: Inputs, block_bytes: int | None = None) -> Truth:
     sums = x.sums(logps).requires_grad_()
     with torch.enable_grad():
         loss = x.loss_of(sums, ref_sums)
-    coef = torch.autograd.grad(loss, sums)[0].repeat_interleave(torch.tensor(x.lengths, device=x.device))
+    coef = torch.autograd.grad(loss, sums)[0].repeat_interleave(
+        torch.tensor(x.lengths, device=x.device)
+    )
     grad_hidden, grad_weight = torch.empty(x.rows, x.dim), torch.zeros_like(weight)
     for rows, hidden, z in blocks(x.hidden, weight):
         c = coef[rows].unsqueeze(1)
@@ -217,7 +232,9 @@ class Contender:
 
 
 class Una(Contender):
-    def __init__(self, workspace_mb: int | None = None, engine: str = "auto", name: str = "una_fast") -> None:
+    def __init__(
+        self, workspace_mb: int | None = None, engine: str = "auto", name: str = "una_fast"
+    ) -> None:
         self.workspace_mb, self.engine = workspace_mb, engine
         self.name = name if workspace_mb is None else f"{name} {workspace_mb} MiB"
 
@@ -288,7 +305,9 @@ class Trl(PerToken):
     def per_token(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         from trl.kernels import ChunkedLogProbFunction
 
-        return ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, TRL_CHUNK, None, 1.0, ())[0]
+        return ChunkedLogProbFunction.apply(
+            hidden, weight, None, targets, 1.0, TRL_CHUNK, None, 1.0, ()
+        )[0]
 
 
 class Cce(PerToken):
@@ -320,7 +339,9 @@ class Liger(Contender):
 
         head = LigerFusedLinearDPOLoss(beta=BETA, compiled=x.device.type == "cuda")
         hidden, targets, ref_hidden = map(stacked, (x.hidden, x.targets, x.ref_hidden))
-        loss, (chosen, rejected, *_) = head(x.weight, hidden, targets, ref_input=ref_hidden, ref_weight=x.ref_weight)
+        loss, (chosen, rejected, *_) = head(
+            x.weight, hidden, targets, ref_input=ref_hidden, ref_weight=x.ref_weight
+        )
         return loss, torch.stack((chosen, rejected), 1).flatten()
 
     def loss(self, x: Inputs) -> Tensor:
@@ -396,9 +417,12 @@ def check(contender: Contender, x: Inputs, true: Truth) -> dict[str, float]:
         g = mismatch(leaf.grad, getattr(true, name), row_factor)
         found[f"{name}_grad_error"] = g.error
         in_step = abs(math.log(g.factor)) <= noise + limit if g.factor > 0 else False
-        several = noise / 6 if len(x.lengths) > 2 else 0.0  # coefficients no longer share one factor
+        several = (
+            noise / 6 if len(x.lengths) > 2 else 0.0
+        )  # coefficients no longer share one factor
         ensure(
-            g.rest <= limit + several and in_step, f"gradient of {name} is off by {g.rest:.1e}, factor {g.factor:.3f}"
+            g.rest <= limit + several and in_step,
+            f"gradient of {name} is off by {g.rest:.1e}, factor {g.factor:.3f}",
         )
     return found
 
@@ -415,9 +439,15 @@ def logp_errors(contender: Contender, x: Inputs, true: Truth) -> dict[str, float
     logps = contender.logps(x)
     if logps is not None:
         error = logps.double() - true.logps
-        found |= {"logp_error": error.abs().max().item(), "logp_rms": error.square().mean().sqrt().item()}
+        found |= {
+            "logp_error": error.abs().max().item(),
+            "logp_rms": error.square().mean().sqrt().item(),
+        }
         del logps, error
     sums = contender.sums(x)
     if sums is not None:
-        found |= {"sum_error": (sums.double() - true.sums).abs().max().item(), "sum_tokens": max(x.lengths)}
+        found |= {
+            "sum_error": (sums.double() - true.sums).abs().max().item(),
+            "sum_tokens": max(x.lengths),
+        }
     return found

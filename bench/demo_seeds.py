@@ -14,13 +14,16 @@ from pathlib import Path
 import torch
 from harness import environment, write_report
 
-from una_fast.demo import MAX_KL, DemoConfig, run_demo
+from una_fast.demo.run import MAX_KL, run_demo
+from una_fast.demo.settings import DemoConfig
 
 BAR = 5.0  # standard errors
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--runs", default="runs/demo-online", type=Path)
     parser.add_argument("--out", default="bench/results/demo_online.json", type=Path)

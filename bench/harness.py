@@ -57,7 +57,10 @@ def deadline(seconds: float | None) -> Iterator[None]:
 
 
 def attempt(
-    name: str, run: Callable[[], Any], clean: Callable[[], None] = release, seconds: float | None = None
+    name: str,
+    run: Callable[[], Any],
+    clean: Callable[[], None] = release,
+    seconds: float | None = None,
 ) -> tuple[Any, str | None]:
     """(result, None) or (None, the reason), after clean(). name: of whom, should the GPU be lost."""
     try:
@@ -73,7 +76,11 @@ def attempt(
         reason = f"not done in {seconds:g} s"
     except Exception as error:  # a peer may fail in any way
         text = " ".join(str(error).split())
-        reason = "out of memory" if "out of memory" in text.lower() else f"{type(error).__name__}: {text}"[:200]
+        reason = (
+            "out of memory"
+            if "out of memory" in text.lower()
+            else f"{type(error).__name__}: {text}"[:200]
+        )
     try:
         clean()
     except Exception as error:

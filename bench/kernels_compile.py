@@ -80,14 +80,21 @@ def pointers(types: dict[str, str]) -> tuple[str, ...]:
 def split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Launch arguments into (constexprs, compiler options)."""
     names = ("num_warps", "num_stages", "enable_fp_fusion")
-    return ({k: v for k, v in options.items() if k not in names}, {k: v for k, v in options.items() if k in names})
+    return (
+        {k: v for k, v in options.items() if k not in names},
+        {k: v for k, v in options.items() if k in names},
+    )
 
 
 def row_variants() -> list[Variant]:
     found = []
     same = [(x, x) for x in DTYPES]
     usual, wider = rowgrad.BLOCKS[0], rowgrad.BLOCKS[1:]
-    for name, logps, grad in (("row_logps", True, False), ("row_grad", False, True), ("row_logps_grad", True, True)):
+    for name, logps, grad in (
+        ("row_logps", True, False),
+        ("row_grad", False, True),
+        ("row_logps_grad", True, True),
+    ):
         pairs = [*same, ("fp32", "bf16"), ("fp32", "fp16")] if grad else same
         flags = [(bias, softcap, usual) for bias in (None, *DTYPES) for softcap in (False, True)]
         for (u, du), (bias, softcap, blocks) in [
@@ -102,11 +109,21 @@ def row_variants() -> list[Variant]:
             types |= dict.fromkeys(("u_stride", "du_stride", "start", "width"), "i32")
             types |= dict.fromkeys(("inner", "outer"), "fp32")
             block, options = split({**rowgrad.LAUNCH, "BLOCK": blocks[0], "num_warps": blocks[1]})
-            constants = {"HAS_BIAS": bool(bias), "HAS_SOFTCAP": softcap, "LOGPS": logps, "GRAD": grad, **block}
+            constants = {
+                "HAS_BIAS": bool(bias),
+                "HAS_SOFTCAP": softcap,
+                "LOGPS": logps,
+                "GRAD": grad,
+                **block,
+            }
             words = [f"{bias} bias"] * bool(bias) + ["softcap"] * softcap
             words += ["{}x{}".format(*blocks)] * (blocks != usual)
             label = f"{name} | {f'{u}->{du}' if grad else u} | {' '.join(words) or '-'}"
-            found.append(Variant(label, rowgrad.rows_kernel, types, constants, aligned, options, overwrites=grad))
+            found.append(
+                Variant(
+                    label, rowgrad.rows_kernel, types, constants, aligned, options, overwrites=grad
+                )
+            )
     return found
 
 
@@ -114,10 +131,19 @@ def gather_variants() -> list[Variant]:
     found = []
     for dtype in DTYPES:
         block, options = split(rowgrad.LAUNCH)
-        types = {"logits_ptr": f"*{dtype}", "targets_ptr": "*i64", "logps_ptr": "*fp32", "lse_ptr": "*fp32"}
+        types = {
+            "logits_ptr": f"*{dtype}",
+            "targets_ptr": "*i64",
+            "logps_ptr": "*fp32",
+            "lse_ptr": "*fp32",
+        }
         aligned = (*pointers(types), "logits_stride")
         types |= {"logits_stride": "i32", "width": "i32", "inverse_temperature": "fp32"}
-        found.append(Variant(f"gather | {dtype} | -", gather.gather_kernel, dict(types), block, aligned, options))
+        found.append(
+            Variant(
+                f"gather | {dtype} | -", gather.gather_kernel, dict(types), block, aligned, options
+            )
+        )
         del types["logps_ptr"]
         types |= {"grad_ptr": f"*{dtype}", "upstream_ptr": "*fp32", "grad_stride": "i32"}
         aligned = (*pointers(types), "logits_stride", "grad_stride")
@@ -131,18 +157,30 @@ def linear_variants(arch: str) -> list[Variant]:
     found = []
     for dtype in DTYPES:
         tiling, by_number = (
-            logp_partials.tiling(arch, {"fp32": torch.float32}.get(dtype, torch.bfloat16), by_vectors=by_vectors)
+            logp_partials.tiling(
+                arch, {"fp32": torch.float32}.get(dtype, torch.bfloat16), by_vectors=by_vectors
+            )
             for by_vectors in (True, False)
         )
         tma = [False, True] if dtype != "fp32" and arch in ("sm_90", "sm_100") else [False]
         for flags in FLAGS:
             for descriptors in tma:
-                kinds = (f"tensordesc<{dtype}[{rows},{tiling.BK}]>" for rows in (tiling.BM, tiling.BV))
-                types = dict(zip(("hidden", "weight"), kinds if descriptors else [f"*{dtype}"] * 2, strict=True))
+                kinds = (
+                    f"tensordesc<{dtype}[{rows},{tiling.BK}]>" for rows in (tiling.BM, tiling.BV)
+                )
+                types = dict(
+                    zip(
+                        ("hidden", "weight"),
+                        kinds if descriptors else [f"*{dtype}"] * 2,
+                        strict=True,
+                    )
+                )
                 types |= {"targets_ptr": "*i64", "part_ptr": "*fp32", "target_logit_ptr": "*fp32"}
                 types |= {"bias_ptr": f"*{dtype}"} if "bias" in flags else {}
                 aligned = (*pointers(types), "hidden_stride", "weight_stride", "D")
-                types |= dict.fromkeys(("hidden_stride", "weight_stride", "N", "V", "D", "start"), "i32")
+                types |= dict.fromkeys(
+                    ("hidden_stride", "weight_stride", "N", "V", "D", "start"), "i32"
+                )
                 types |= dict.fromkeys(("inner", "outer"), "fp32")
                 tiles, options = split({**tiling._asdict(), **rowgrad.FUSED})
                 constants = {
@@ -154,16 +192,39 @@ def linear_variants(arch: str) -> list[Variant]:
                 words = " ".join([*flags, "tma"] if descriptors else flags) or "-"
                 label = f"linear_logps | {dtype} | {words}"
                 other = {} if descriptors else by_number._asdict()
-                found.append(Variant(label, logp_partials.partials_kernel, types, constants, aligned, options, other))
+                found.append(
+                    Variant(
+                        label,
+                        logp_partials.partials_kernel,
+                        types,
+                        constants,
+                        aligned,
+                        options,
+                        other,
+                    )
+                )
     types = {"part_ptr": "*fp32", "lse_ptr": "*fp32", "N": "i32", "vocab_tiles": "i32"}
     tiles = {"ROWS": logp_partials.MERGE_ROWS, "TILES": logp_partials.MERGE_TILES}
-    found.append(Variant("merge | fp32 | -", logp_partials.merge_kernel, types, tiles, pointers(types), rowgrad.FUSED))
+    found.append(
+        Variant(
+            "merge | fp32 | -",
+            logp_partials.merge_kernel,
+            types,
+            tiles,
+            pointers(types),
+            rowgrad.FUSED,
+        )
+    )
     return found
 
 
 def gemm_variants() -> list[Variant]:
     found = []
-    layouts = {"row x col": ("a_col", "b_row"), "row x row": ("a_col", "b_col"), "col x row": ("a_row", "b_col")}
+    layouts = {
+        "row x col": ("a_col", "b_row"),
+        "row x row": ("a_col", "b_col"),
+        "col x row": ("a_row", "b_col"),
+    }
     tiles, options = split({**gemm.TILES, **rowgrad.FUSED})
     for dtype in ("bf16", "fp16"):
         for layout, ones in layouts.items():  # of the logits, of dH, of dW: the strides that are 1
@@ -181,7 +242,9 @@ def gemm_variants() -> list[Variant]:
                 aligned = (*pointers(types), *(name for name in strides if name not in ones))
                 constants = {**dict.fromkeys(ones, 1), "ACCUMULATE": accumulate, **tiles}
                 label = f"mm | {dtype} | {layout}{' +=' if accumulate else ''}"
-                found.append(Variant(label, gemm.mm_kernel, types, constants, aligned, options, gemm.SINGLES))
+                found.append(
+                    Variant(label, gemm.mm_kernel, types, constants, aligned, options, gemm.SINGLES)
+                )
     return found
 
 
@@ -193,15 +256,25 @@ def loss_variants() -> list[Variant]:
         constants = {"HAS_REF": ref, "BLOCK": una_loss.TOKENS}
         options = {"num_warps": una_loss.TOKEN_WARPS, **rowgrad.FUSED}
         label = f"segment | fp32 | {'ref' if ref else '-'}"
-        found.append(Variant(label, una_loss.segment_kernel, types, constants, pointers(types), options))
+        found.append(
+            Variant(label, una_loss.segment_kernel, types, constants, pointers(types), options)
+        )
     doubles = ("logps", "ref", "scale", "floats", "rewards", "losses", "loss", "coef")
-    types = {f"{name}_ptr": "*fp64" for name in doubles} | {f"{n}_ptr": "*i64" for n in ("ints", "start", "entry")}
+    types = {f"{name}_ptr": "*fp64" for name in doubles} | {
+        f"{n}_ptr": "*i64" for n in ("ints", "start", "entry")
+    }
     types |= dict.fromkeys(("S", "U", "most_units"), "i32")
     names = {"pair": "PAIR_FORM", "binary": "BINARY_FORM", "score": "SCORE_FORM"}
     for k in range(max(map(len, una_loss.FORMS.values()))):  # every form in some variant
-        forms = {names[kind]: all_forms[k % len(all_forms)] for kind, all_forms in una_loss.FORMS.items()}
+        forms = {
+            names[kind]: all_forms[k % len(all_forms)] for kind, all_forms in una_loss.FORMS.items()
+        }
         constants = {**forms, "BLOCK": una_loss.BLOCK}
-        for dtype in ("fp64", "i64", "fp32"):  # of the denominator: the table's, or num_units as a tensor
+        for dtype in (
+            "fp64",
+            "i64",
+            "fp32",
+        ):  # of the denominator: the table's, or num_units as a tensor
             label = f"unit | {dtype} | {' '.join(forms.values())}"
             both = {**types, "denominator_ptr": f"*{dtype}"}
             found.append(Variant(label, una_loss.unit_kernel, both, constants, (), rowgrad.FUSED))
@@ -210,7 +283,11 @@ def loss_variants() -> list[Variant]:
 
 def specialised(base: Variant, arch: str) -> list[Variant]:
     """The variant as other launches compile it (see above), where that is another program."""
-    numbers = [p.name for p in base.kernel.params if base.types.get(p.name) == "i32" and not p.do_not_specialize]
+    numbers = [
+        p.name
+        for p in base.kernel.params
+        if base.types.get(p.name) == "i32" and not p.do_not_specialize
+    ]
     constants, options = split(base.unaligned)
     unaligned = {"constants": base.constants | constants, "options": base.options | options}
     ones = {
@@ -224,7 +301,10 @@ def specialised(base: Variant, arch: str) -> list[Variant]:
         "one": {**unaligned, **ones} if numbers else {},
         "small": {"small": arch == "gfx942"},
     }
-    found = (replace(base, name=f"{base.name} {word}".replace("| - ", "| "), **c) for word, c in changes.items())
+    found = (
+        replace(base, name=f"{base.name} {word}".replace("| - ", "| "), **c)
+        for word, c in changes.items()
+    )
     return [v for v in found if replace(v, name=base.name) != base]
 
 
@@ -232,8 +312,17 @@ def variants() -> dict[str, tuple[Variant, str]]:
     """Every row of the table: name -> (variant, target)."""
     found = {}
     for arch in TARGETS:
-        for base in [*row_variants(), *gather_variants(), *linear_variants(arch), *gemm_variants(), *loss_variants()]:
-            for variant in [base, *(specialised(base, arch) if SPECIALISED.search(base.name) else [])]:
+        for base in [
+            *row_variants(),
+            *gather_variants(),
+            *linear_variants(arch),
+            *gemm_variants(),
+            *loss_variants(),
+        ]:
+            for variant in [
+                base,
+                *(specialised(base, arch) if SPECIALISED.search(base.name) else []),
+            ]:
                 found[f"{variant.name} | {arch}"] = (variant, arch)
     return found
 
@@ -246,7 +335,9 @@ def nvidia_usage(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True)
+        text = subprocess.run(
+            [tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
     used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text.stdout.split(" Function ")[-1]))
     return {"registers": int(used["REG"]), "spills": int(used["STACK"]) + int(used["LOCAL"])}
 
@@ -265,11 +356,17 @@ def barrier_before_stores(assembly: str, nvidia: bool) -> bool:
     On AMD within straight runs of code, of which the loop over whole blocks is one: masked accesses are branches, laid
     out in any order."""
     runs = [assembly] if nvidia else re.split(r"^\.LBB|s_c?branch", assembly, flags=re.MULTILINE)
-    names = ("ld\\.global", "st\\.global") if nvidia else ("(?:global|buffer)_load", "(?:global|buffer)_store")
+    names = (
+        ("ld\\.global", "st\\.global")
+        if nvidia
+        else ("(?:global|buffer)_load", "(?:global|buffer)_store")
+    )
     ordered = 0
     for run in runs:
         waiting, loads = False, 0
-        for load, barrier, store in re.findall(rf"({names[0]})|(bar\.sync|s_barrier)|({names[1]})", run):
+        for load, barrier, store in re.findall(
+            rf"({names[0]})|(bar\.sync|s_barrier)|({names[1]})", run
+        ):
             waiting = bool(load) or (waiting and not barrier)
             loads += bool(load)
             if store and waiting:
@@ -298,8 +395,12 @@ def measure(name: str) -> dict[str, int | bool]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--subset", action="store_true", help="a few rows, printed instead of written")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--subset", action="store_true", help="a few rows, printed instead of written"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     args = parser.parse_args()
     names = list(variants())

@@ -42,14 +42,27 @@ def draw(report: dict[str, Any], result: Path) -> list[Path]:
         first = next(entry for entry in report["results"] if entry["suite"] == "memory")
         figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
         for name, points in lines.items():
-            style = {"color": "black", "linestyle": ":"} if name == "bare mm" else {"marker": "o", "markersize": 4}
+            style = (
+                {"color": "black", "linestyle": ":"}
+                if name == "bare mm"
+                else {"marker": "o", "markersize": 4}
+            )
             width = 2.4 if name.startswith("una_fast") else 1.2
-            axes.plot([n for n, _ in points], [value / unit for _, value in points], label=name, lw=width, **style)
+            axes.plot(
+                [n for n, _ in points],
+                [value / unit for _, value in points],
+                label=name,
+                lw=width,
+                **style,
+            )
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xlabel("rows N (policy + reference, one pair, head trained)")
         axes.set_ylabel(label)
-        axes.set_title(f"D {first['dim']}, V {first['vocab']}, {report['environment'].get('gpu', 'CPU')}", fontsize=10)
+        axes.set_title(
+            f"D {first['dim']}, V {first['vocab']}, {report['environment'].get('gpu', 'CPU')}",
+            fontsize=10,
+        )
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=8)
         figure.savefig(file, dpi=130, metadata={"Software": None})

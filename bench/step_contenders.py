@@ -1,6 +1,6 @@
 """The training steps that bench_step.py times: real architectures with random weights, ours and TRL's loop.
 
-Both sides run the loop their users run on the same token ids: `una_fast.train.Trainer.run` and `trl.DPOTrainer.train`.
+Both sides run the loop their users run on the same token ids: `una_fast.train.loop.Trainer.run` and `trl.DPOTrainer.train`.
 Only where weights and tokens come from is exchanged: models are built from their configuration, tokens are drawn. A
 step lasts from the first micro-batch of an optimizer step to the end of that step (forward, backward, clipping,
 optimizer, schedule); fetching data and logging stand outside on both sides, but for our collate, which is inside.
@@ -55,7 +55,9 @@ class Shape(NamedTuple):
     config: dict[str, Any]
 
 
-def _sizes(hidden: int, layers: int, heads: tuple[int, int, int], inner: int, vocab: int, tied: bool) -> dict[str, Any]:
+def _sizes(
+    hidden: int, layers: int, heads: tuple[int, int, int], inner: int, vocab: int, tied: bool
+) -> dict[str, Any]:
     """heads: of the queries, of the keys, and the size of one."""
     return {
         "hidden_size": hidden,
@@ -75,34 +77,57 @@ SHAPES = {
         "Llama-3-8B",
         4096,
         "adapter",
-        {"model_type": "llama", **_sizes(4096, 32, (32, 8, 128), 14336, 128256, False), "rope_parameters": _ROPE},
+        {
+            "model_type": "llama",
+            **_sizes(4096, 32, (32, 8, 128), 14336, 128256, False),
+            "rope_parameters": _ROPE,
+        },
     ),
     "qwen3-8b": Shape(
         "Qwen3-8B",
         4096,
         "adapter",
-        {"model_type": "qwen3", **_sizes(4096, 36, (32, 8, 128), 12288, 151936, False), "rope_parameters": _ROPE},
+        {
+            "model_type": "qwen3",
+            **_sizes(4096, 36, (32, 8, 128), 12288, 151936, False),
+            "rope_parameters": _ROPE,
+        },
     ),
     "qwen3-1.7b": Shape(
         "Qwen3-1.7B",
         8192,
         "cached",
-        {"model_type": "qwen3", **_sizes(2048, 28, (16, 8, 128), 6144, 151936, True), "rope_parameters": _ROPE},
+        {
+            "model_type": "qwen3",
+            **_sizes(2048, 28, (16, 8, 128), 6144, 151936, True),
+            "rope_parameters": _ROPE,
+        },
     ),
     "gemma3-1b": Shape(
         "gemma-3-1b",
         8192,
         "cached",
-        {"model_type": "gemma3_text", **_sizes(1152, 26, (4, 1, 256), 6912, 262144, True), "sliding_window": 512},
+        {
+            "model_type": "gemma3_text",
+            **_sizes(1152, 26, (4, 1, 256), 6912, 262144, True),
+            "sliding_window": 512,
+        },
     ),
     "tiny-llama": Shape(
-        "tiny Llama", 512, "cached", {"model_type": "llama", **_sizes(256, 4, (8, 4, 32), 688, 8000, False)}
+        "tiny Llama",
+        512,
+        "cached",
+        {"model_type": "llama", **_sizes(256, 4, (8, 4, 32), 688, 8000, False)},
     ),
     "tiny-gemma": Shape(
         "tiny gemma",
         64,
         "cached",
-        {"model_type": "gemma3_text", **_sizes(64, 6, (4, 1, 16), 96, 500, True), "sliding_window": 16},
+        {
+            "model_type": "gemma3_text",
+            **_sizes(64, 6, (4, 1, 16), 96, 500, True),
+            "sliding_window": 16,
+        },
     ),
 }
 
@@ -163,7 +188,9 @@ def build(case: Case, setup: Setup, dtype: torch.dtype) -> PreTrainedModel:
     """The same weights at every call, drawn on the device."""
     torch.manual_seed(SEED)
     with setup.device:
-        return AutoModelForCausalLM.from_config(case.config, dtype=dtype, attn_implementation=setup.attention)
+        return AutoModelForCausalLM.from_config(
+            case.config, dtype=dtype, attn_implementation=setup.attention
+        )
 
 
 @torch.no_grad()
@@ -172,9 +199,13 @@ def drift(model: torch.nn.Module) -> None:
     reference has the loss log 2 whatever is computed."""
     for name, p in model.named_parameters():
         if p.requires_grad and p.dim() == 2:
-            generator = torch.Generator(p.device).manual_seed(int(hashlib.sha256(name.encode()).hexdigest()[:8], 16))
+            generator = torch.Generator(p.device).manual_seed(
+                int(hashlib.sha256(name.encode()).hexdigest()[:8], 16)
+            )
             noise = torch.randn(p.shape, generator=generator, device=p.device, dtype=p.dtype)
-            if "lora_" in name:  # new adapters: one half is zero, the other drawn by each side for itself
+            if (
+                "lora_" in name
+            ):  # new adapters: one half is zero, the other drawn by each side for itself
                 p.copy_(noise * p.shape[1] ** -0.5)
             else:
                 p.add_(noise * (0.3 * p.float().std()).to(p.dtype))
@@ -193,7 +224,9 @@ def draw(case: Case) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Token ids of every pair: prompt, chosen, rejected."""
     rng = np.random.default_rng(SEED)
     vocab = SHAPES[case.model].config["vocab_size"]
-    return [tuple(rng.integers(2, vocab, size=n, dtype=np.int32) for n in pair) for pair in case.pairs]
+    return [
+        tuple(rng.integers(2, vocab, size=n, dtype=np.int32) for n in pair) for pair in case.pairs
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------- the work
@@ -221,7 +254,9 @@ def needed_flop(case: Case) -> float:
     sequences = [prompt + response for prompt, *responses in case.pairs for response in responses]
     pairs = sum(attended(length, window) for window in windows for length in sequences)
     responses = sum(chosen + rejected for _, chosen, rejected in case.pairs)
-    linear = 2.0 * per_layer * case.layers * case.tokens + 2.0 * c.vocab_size * c.hidden_size * responses
+    linear = (
+        2.0 * per_layer * case.layers * case.tokens + 2.0 * c.vocab_size * c.hidden_size * responses
+    )
     attention = 4.0 * c.num_attention_heads * c.head_dim * pairs
     reference = case.mode != "cached"
     return linear * (2 + (not case.lora) + reference) + attention * (3 + reference)
@@ -249,8 +284,15 @@ class Watch:
     and activations, not weights. On a GPU all that is allocated, in the timed steps. Without a warm-up the only step
     shows both."""
 
-    def __init__(self, device: torch.device, warmup: int, timed: int, memory_cap: float | None = None) -> None:
-        self.device, self.warmup, self.steps, self.memory_cap = device, warmup, warmup + timed, memory_cap
+    def __init__(
+        self, device: torch.device, warmup: int, timed: int, memory_cap: float | None = None
+    ) -> None:
+        self.device, self.warmup, self.steps, self.memory_cap = (
+            device,
+            warmup,
+            warmup + timed,
+            memory_cap,
+        )
         self.seconds: list[float] = []
         self.peak_bytes, self.count = 0, 0
         self.sequences: list[str] = []
@@ -294,12 +336,24 @@ class Watch:
             live.__exit__(None, None, None)
             self.peak_bytes = live.peak()
             if self.memory_cap and self.peak_bytes > self.memory_cap * 2**30:
-                raise torch.OutOfMemoryError(f"out of memory: {self.peak_bytes} bytes, of {self.memory_cap} GiB")
+                raise torch.OutOfMemoryError(
+                    f"out of memory: {self.peak_bytes} bytes, of {self.memory_cap} GiB"
+                )
 
-    def session(self, history: list[dict[str, float]], weights: torch.dtype, packed: bool) -> Session:
+    def session(
+        self, history: list[dict[str, float]], weights: torch.dtype, packed: bool
+    ) -> Session:
         assert len(history) == self.count == self.steps, (len(history), self.count, self.steps)
         name = str(weights).removeprefix("torch.")
-        return Session(history, self.seconds, self.peak_bytes, self.row_tokens, sorted(self.sequences), name, packed)
+        return Session(
+            history,
+            self.seconds,
+            self.peak_bytes,
+            self.row_tokens,
+            sorted(self.sequences),
+            name,
+            packed,
+        )
 
 
 def digest(prompt: Tensor, response: Tensor) -> str:
@@ -311,10 +365,12 @@ def digest(prompt: Tensor, response: Tensor) -> str:
 
 
 def ours(case: Case, setup: Setup, watch: Watch) -> Session:
-    from una_fast import train
-    from una_fast.data import Example, collate
+    from una_fast.data.batch import collate
+    from una_fast.data.examples import Example
+    from una_fast.distributed import start_world
     from una_fast.feedback import Feedback
-    from una_fast.sharding import start_world
+    from una_fast.train.loop import Trainer
+    from una_fast.train.run_data import RunData
 
     examples = [
         Example(prompt, (chosen, rejected), Feedback.pairs([0], [1]), None, f"pair {k}")
@@ -325,7 +381,9 @@ def ours(case: Case, setup: Setup, watch: Watch) -> Session:
         if case.mode == "cached":
             examples = with_reference(case, setup, config, examples)
         torch.manual_seed(SEED)
-        trainer = train.Trainer(config, start_world(setup.device.type), tokenizer(), train.RunData([examples], [1.0]))
+        trainer = Trainer(
+            config, start_world(setup.device.type), tokenizer(), RunData([examples], [1.0])
+        )
         packed, take_step = trainer.policy.packed, trainer.take_step
 
         def look(parts: list[list[Example]]) -> None:
@@ -349,7 +407,8 @@ def ours(case: Case, setup: Setup, watch: Watch) -> Session:
 
 
 def run_config(case: Case, setup: Setup, steps: int, folder: str) -> Any:
-    from una_fast.config import LoraOptions, RunConfig
+    from una_fast.config import RunConfig
+    from una_fast.model.settings import LoraOptions
 
     return RunConfig(
         model="random weights",
@@ -383,7 +442,8 @@ def run_config(case: Case, setup: Setup, steps: int, folder: str) -> Any:
 @contextmanager
 def random_weights(case: Case, setup: Setup) -> Iterator[None]:
     """The trainer builds its models instead of reading them, and drifts before it makes its optimizer."""
-    from una_fast import policy, train
+    from una_fast.model import policy
+    from una_fast.train import loop as train
 
     make_optimizer = train.make_optimizer
 
@@ -397,19 +457,24 @@ def random_weights(case: Case, setup: Setup) -> Iterator[None]:
     with (
         mock.patch.object(policy, "load_causal_lm", load),
         mock.patch.object(train, "make_optimizer", drifted),
-        mock.patch.object(train, "refuse_too_large", lambda *_, **__: None),  # it would look for the model's files
+        mock.patch.object(
+            train, "refuse_too_large", lambda *_, **__: None
+        ),  # it would look for the model's files
     ):
         yield
 
 
 def with_reference(case: Case, setup: Setup, config: Any, examples: list[Any]) -> list[Any]:
     """The examples with the log-probs of the undrifted model, as `una-fast precompute-ref` takes them."""
-    from una_fast.data import collate
-    from una_fast.policy import load_policy
-    from una_fast.scoring import Scoring, run_dtypes
+    from una_fast.data.batch import collate
+    from una_fast.model.policy import load_policy
+    from una_fast.model.scoring import Scoring
+    from una_fast.resolved import run_dtypes
 
     compute, dtype = run_dtypes(config, setup.device)
-    policy = load_policy("random weights", dtype=dtype, memory=config.memory_options(trained=False), packing=True)
+    policy = load_policy(
+        "random weights", dtype=dtype, memory=config.memory_options(trained=False), packing=True
+    )
     policy.model.eval()
     scoring = Scoring(autocast=None if compute == dtype else compute)
     found = []
@@ -470,11 +535,22 @@ def theirs(case: Case, setup: Setup, watch: Watch) -> Session:
 
     columns = zip(*draw(case), strict=True)
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    data = datasets.Dataset.from_dict({n: [ids.tolist() for ids in c] for n, c in zip(names, columns, strict=True)})
+    data = datasets.Dataset.from_dict(
+        {n: [ids.tolist() for ids in c] for n, c in zip(names, columns, strict=True)}
+    )
     # transformers hashes every weight on the CPU to name a cache; the case names these weights as well.
     named = mock.patch.object(dpo_trainer, "hash_module", lambda module: repr((case, setup)))
-    with tempfile.TemporaryDirectory() as folder, named, mock.patch.dict("os.environ", {"TQDM_DISABLE": "1"}):
-        lora = {"r": LORA["r"], "lora_alpha": LORA["alpha"], "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        named,
+        mock.patch.dict("os.environ", {"TQDM_DISABLE": "1"}),
+    ):
+        lora = {
+            "r": LORA["r"],
+            "lora_alpha": LORA["alpha"],
+            "target_modules": "all-linear",
+            "task_type": "CAUSAL_LM",
+        }
         weights = setup.weights(case.lora)
         trainer = Pretokenized(
             build(case, setup, weights),
@@ -495,7 +571,10 @@ def theirs(case: Case, setup: Setup, watch: Watch) -> Session:
 def trl_config(case: Case, setup: Setup, steps: int, folder: str) -> Any:
     from trl import DPOConfig
 
-    optimizers = {"adamw_8bit": {"optim": "adamw_torch_8bit"}, "sgd": {"optim": "sgd"}}  # adamw: its own default
+    optimizers = {
+        "adamw_8bit": {"optim": "adamw_torch_8bit"},
+        "sgd": {"optim": "sgd"},
+    }  # adamw: its own default
     return DPOConfig(
         output_dir=folder,
         per_device_train_batch_size=case.micro,
@@ -526,7 +605,10 @@ def trl_config(case: Case, setup: Setup, steps: int, folder: str) -> Any:
 
 def padded_digests(inputs: dict[str, Tensor]) -> Iterator[str]:
     for ids, mask, completion in zip(
-        inputs["input_ids"], inputs["attention_mask"].bool(), inputs["completion_mask"].bool(), strict=True
+        inputs["input_ids"],
+        inputs["attention_mask"].bool(),
+        inputs["completion_mask"].bool(),
+        strict=True,
     ):
         yield digest(ids[mask & ~completion], ids[completion])
 
@@ -554,7 +636,9 @@ def run(
         watch.close()
         clean()
 
-    session, reason = harness.attempt(name, functools.partial(CONTENDERS[name], case, setup, watch), close, seconds)
+    session, reason = harness.attempt(
+        name, functools.partial(CONTENDERS[name], case, setup, watch), close, seconds
+    )
     if not reason:
         clean()
     return session, reason

@@ -69,11 +69,17 @@ def label(entry: dict[str, Any]) -> str:
     return f"{model}, {entry['rows']}{layout}, {entry['head']}"
 
 
-def pivot(entries: list[dict[str, Any]], cell: Callable[[dict[str, Any], dict[str, Any]], str | None]) -> str:
+def pivot(
+    entries: list[dict[str, Any]], cell: Callable[[dict[str, Any], dict[str, Any]], str | None]
+) -> str:
     """A line per entry, a column per contender; reasons below. cell(row, entry): its text."""
     names = list(dict.fromkeys(row["name"] for entry in entries for row in entry["table"]))
     rows = [(row, entry) for entry in entries for row in entry["table"]]
-    names = [name for name in names if any(r["name"] == name and ("reason" in r or cell(r, e)) for r, e in rows)]
+    names = [
+        name
+        for name in names
+        if any(r["name"] == name and ("reason" in r or cell(r, e)) for r, e in rows)
+    ]
     lines = [f"| model, N, head | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     notes: dict[str, None] = {}
     for entry in entries:
@@ -84,7 +90,11 @@ def pivot(entries: list[dict[str, Any]], cell: Callable[[dict[str, Any], dict[st
             reason = row.get("reason")
             if reason and reason != "out of memory":
                 notes[f"{name}: {reason}"] = None
-            text = ("OOM" if reason == "out of memory" else "–") if reason else (row and cell(row, entry)) or ""
+            text = (
+                ("OOM" if reason == "out of memory" else "–")
+                if reason
+                else (row and cell(row, entry)) or ""
+            )
             cells.append(f"**{text}**" if text and name.startswith("una_fast") else text)
         lines.append(f"| {label(entry)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "".join(f"\n\n– {note}" for note in notes)
@@ -106,7 +116,9 @@ def time_cell(row: dict[str, Any], entry: dict[str, Any]) -> str | None:
     if "seconds" not in row:
         return None
     mark = "*" if row["name"] == "bare mm" and not entry["reference"]["valid"] else ""
-    rate = f"{row['tflops']:.0f} TF/s" if row["name"] == "bare mm" else f"{row['times bare mm']:.2f}"
+    rate = (
+        f"{row['tflops']:.0f} TF/s" if row["name"] == "bare mm" else f"{row['times bare mm']:.2f}"
+    )
     return f"{row['seconds'] * 1e3:.1f} ({rate}){mark}"
 
 
@@ -133,7 +145,9 @@ def forward_table(entries: list[dict[str, Any]]) -> str:
     models = [MODELS.get((e["dim"], e["vocab"]), f"{e['dim']} x {e['vocab']}") for e in entries]
     lines = [f"| | {' | '.join(models)} |", "|---" * (len(models) + 1) + "|"]
     for name in dict.fromkeys(row["name"] for entry in entries for row in entry["table"]):
-        cells = [next((cell(row) for row in e["table"] if row["name"] == name), "") for e in entries]
+        cells = [
+            next((cell(row) for row in e["table"] if row["name"] == name), "") for e in entries
+        ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -153,21 +167,30 @@ def gpu_table(report: dict[str, Any], name: str) -> str:
             "Extra memory, GiB (peak beyond inputs, returned gradients and, with a trained head, one fp32 "
             "accumulator of the head's gradient):\n\n" + pivot(shown, memory_cell)
         )
-    accuracy, forward = ([e for e in report["results"] if e["suite"] == suite] for suite in ("accuracy", "forward"))
+    accuracy, forward = (
+        [e for e in report["results"] if e["suite"] == suite] for suite in ("accuracy", "forward")
+    )
     if accuracy:
         parts.append(
             "Largest error against float64, target logits around 24: sum over a response of 8192 tokens, nat / one "
-            "token, nat / gradient of the hidden states, relative:\n\n" + pivot(accuracy, error_cell)
+            "token, nat / gradient of the hidden states, relative:\n\n"
+            + pivot(accuracy, error_cell)
         )
     if forward:
         rows = forward[0]["rows"]
-        parts.append(f"Forward only, {rows} rows; row kernels by block x warps:\n\n" + forward_table(forward))
+        parts.append(
+            f"Forward only, {rows} rows; row kernels by block x warps:\n\n" + forward_table(forward)
+        )
     bars = [(entry, bar) for entry in report["results"] for bar in entry.get("bars", [])]
     missed = [f"{label(e)}, {b['contender']}: {b['bar']} {number(b['found'])} > {b['allowed']:.2f}" for e, b in bars
               if not b["held"]]  # fmt: skip
-    verdict = f"{len(bars) - len(missed)} of {len(bars)} bars held." + "".join(f"\n- {line}" for line in missed)
+    verdict = f"{len(bars) - len(missed)} of {len(bars)} bars held." + "".join(
+        f"\n- {line}" for line in missed
+    )
     roof = report.get("ceilings", {})
-    rates = ", ".join(f"{key} {value:.4g}" for key, value in roof.items() if isinstance(value, float))
+    rates = ", ".join(
+        f"{key} {value:.4g}" for key, value in roof.items() if isinstance(value, float)
+    )
     return (
         f"One pair unless said otherwise, policy + reference, forward + backward, bf16 on {where.get('gpu', 'a CPU')} "
         f"(torch {where['torch']}, triton {where.get('triton')}, TRL {where['trl']}, Liger {where.get('liger-kernel')}"
@@ -186,7 +209,11 @@ STEP_TABLES = {  # suites -> what they are
 
 
 def step_label(entry: dict[str, Any]) -> str:
-    depth = "" if entry["layers"] == entry["full_layers"] else f", {entry['layers']} of {entry['full_layers']} layers"
+    depth = (
+        ""
+        if entry["layers"] == entry["full_layers"]
+        else f", {entry['layers']} of {entry['full_layers']} layers"
+    )
     lora = " LoRA" if entry["lora"] else " full"
     cap = f", {entry['memory_cap']:g} GiB" if entry["memory_cap"] else ""
     return f"{entry['label']}{depth},{lora}, {entry['mode']}{cap}: {entry['layout']}"
@@ -201,14 +228,24 @@ def step_lines(entries: list[dict[str, Any]]) -> str:
     ]
     for entry in entries:
         for k, row in enumerate(entry["table"]):
-            cells = [step_label(entry) if k == 0 else "", f"**{row['name']}**" if k == 0 else row["name"]]
+            cells = [
+                step_label(entry) if k == 0 else "",
+                f"**{row['name']}**" if k == 0 else row["name"],
+            ]
             if "reason" in row:
                 cells += [row["reason"], *[""] * 6]
             else:
                 ratio = f"{row['x trl']:.2f}" if "x trl" in row else ""
                 mfu = f" ({row['mfu']:.0%})" if "mfu" in row else ""
-                cells += [f"{row['seconds']:.3g} ({row['spread']:.0%})", f"{row['tokens_per_s']:.0f}"]
-                cells += [str(row["row_tokens"]), f"{row['tflops']:.3g}{mfu}", f"{row['peak_bytes'] / 2**30:.3g}"]
+                cells += [
+                    f"{row['seconds']:.3g} ({row['spread']:.0%})",
+                    f"{row['tokens_per_s']:.0f}",
+                ]
+                cells += [
+                    str(row["row_tokens"]),
+                    f"{row['tflops']:.3g}{mfu}",
+                    f"{row['peak_bytes'] / 2**30:.3g}",
+                ]
                 cells += [f"{row['loss']:.4f}" + ("" if entry["parity"] else " (alone)"), ratio]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -221,7 +258,10 @@ def longest_lines(entries: list[dict[str, Any]]) -> str:
     ]
     for entry in entries:
         for k, row in enumerate(entry["table"]):
-            cells = [step_label(entry) if k == 0 else "", f"**{row['name']}**" if k == 0 else row["name"]]
+            cells = [
+                step_label(entry) if k == 0 else "",
+                f"**{row['name']}**" if k == 0 else row["name"],
+            ]
             if "reason" in row:
                 cells += [row["reason"], "", "", ""]
             else:
@@ -236,7 +276,9 @@ def extrapolated_lines(lines: list[dict[str, Any]]) -> str:
     found = []
     for line in lines:
         what = f"{line['label']}, {line['suite']}, {line['layout']}, {line['mode']}"
-        cells = ", ".join(f"{row['name']} {row['extrapolated_seconds']:.3g} s" for row in line["table"])
+        cells = ", ".join(
+            f"{row['name']} {row['extrapolated_seconds']:.3g} s" for row in line["table"]
+        )
         found.append(
             f"- {what}, {line['full_layers']} layers from {' and '.join(map(str, line['from_layers']))}: {cells}"
         )
@@ -245,7 +287,11 @@ def extrapolated_lines(lines: list[dict[str, Any]]) -> str:
 
 def step_table(report: dict[str, Any], name: str) -> str:
     """Separate tables for pairs of one length, of many, and with a shared prompt; then how long a sequence may be."""
-    where, cpu, results = report["environment"], "gpu" not in report["environment"], report["results"]
+    where, cpu, results = (
+        report["environment"],
+        "gpu" not in report["environment"],
+        report["results"],
+    )
     parts = []
     for suites, title in STEP_TABLES.items():
         entries = [entry for entry in results if entry["suite"] in suites]
@@ -265,13 +311,21 @@ def step_table(report: dict[str, Any], name: str) -> str:
         )
     bars = [(entry, bar) for entry in results for bar in entry["bars"]]
     missed = [
-        f"\n- {step_label(e)}: {b['bar']} {number(b['found'])} < {b['least']:.2f}" for e, b in bars if not b["held"]
+        f"\n- {step_label(e)}: {b['bar']} {number(b['found'])} < {b['least']:.2f}"
+        for e, b in bars
+        if not b["held"]
     ]
     if bars:
         parts.append(f"{len(bars) - len(missed)} of {len(bars)} bars held." + "".join(missed))
-    machine = f"{where['threads']} CPU threads" if cpu else f"{where['gpu']} (driver {where['driver']})"
+    machine = (
+        f"{where['threads']} CPU threads" if cpu else f"{where['gpu']} (driver {where['driver']})"
+    )
     times = "the fastest step" if cpu else "medians"
-    memory = "what a step allocates beyond weights and optimizer state" if cpu else "all that is allocated"
+    memory = (
+        "what a step allocates beyond weights and optimizer state"
+        if cpu
+        else "all that is allocated"
+    )
     return (
         f"Whole optimizer steps of random weights, {times} of alternating turns, the same losses and gradient norms on "
         f"both sides, on {machine} (torch {where['torch']}, triton {where.get('triton')}, transformers "
@@ -299,7 +353,9 @@ def merge(reports: Iterable[dict[str, Any]]) -> dict[str, Any]:
             kinds.append((name, *(part["environment"].get(name) for part in (first, other))))
         for name, mine, theirs in kinds:
             if mine != theirs:
-                raise ValueError(f"parts of different {name} are not one result: {mine} and {theirs}")
+                raise ValueError(
+                    f"parts of different {name} are not one result: {mine} and {theirs}"
+                )
         merged["results"] += other["results"]
         if "extrapolated" in other:
             merged["extrapolated"] = merged.get("extrapolated", []) + other["extrapolated"]
@@ -324,7 +380,9 @@ def tables(root: Path) -> dict[str, Callable[[], str]]:
     step_cpu, step_gpu = (f"bench/results/step_{device}.json" for device in ("cpu", "gpu"))
     if (root / step_cpu).exists():
         found["step"] = lambda: step_table(read(root / step_cpu), step_cpu)
-    found["step_gpu"] = lambda: step_table(read(root / step_gpu), step_gpu) if (root / step_gpu).exists() else NO_GPU
+    found["step_gpu"] = lambda: (
+        step_table(read(root / step_gpu), step_gpu) if (root / step_gpu).exists() else NO_GPU
+    )
     return found
 
 
@@ -339,12 +397,19 @@ def regenerate(text: str, root: Path = ROOT) -> str:
             continue
         assert begin in text and end in text, f"README.md has no {begin} ... {end}"
         body = f"{begin}\n\n{make()}\n\n{end}"
-        text = re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _, body=body: body, text, flags=re.DOTALL)
+        text = re.sub(
+            f"{re.escape(begin)}.*?{re.escape(end)}",
+            lambda _, body=body: body,
+            text,
+            flags=re.DOTALL,
+        )
     return text
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--merge", type=Path, nargs="+", metavar="FILE")
     parser.add_argument("--show", type=Path, metavar="FILE")

@@ -24,13 +24,22 @@ IGNORE = tl.constexpr(-100)
 
 @triton.jit
 def gather_kernel(
-    logits_ptr, targets_ptr, logps_ptr, lse_ptr, logits_stride, width, inverse_temperature, BLOCK: tl.constexpr
+    logits_ptr,
+    targets_ptr,
+    logps_ptr,
+    lse_ptr,
+    logits_stride,
+    width,
+    inverse_temperature,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     logits_row = logits_ptr + row * logits_stride
     target = tl.load(targets_ptr + row)
     inside = (target >= 0) & (target < width)
-    target_logit = logit_at(logits_row, None, target, inside, inverse_temperature, 1.0, False, False)
+    target_logit = logit_at(
+        logits_row, None, target, inside, inverse_temperature, 1.0, False, False
+    )
     lse = row_logsumexp(logits_row, None, width, inverse_temperature, 1.0, False, False, BLOCK)
     tl.store(lse_ptr + row, lse)
     logp = tl.where(inside, target_logit - lse, float("nan"))
@@ -55,15 +64,39 @@ def gather_backward_kernel(
     coef = tl.where(target != IGNORE, tl.load(upstream_ptr + row), 0.0)
     logits_row, grad_row = logits_ptr + row * logits_stride, grad_ptr + row * grad_stride
     lse = tl.load(lse_ptr + row)
-    row_gradient(logits_row, grad_row, None, target, coef, lse, width, inverse_temperature, 1.0, False, False, BLOCK)
+    row_gradient(
+        logits_row,
+        grad_row,
+        None,
+        target,
+        coef,
+        lse,
+        width,
+        inverse_temperature,
+        1.0,
+        False,
+        False,
+        BLOCK,
+    )
 
 
 def _check(logits: Tensor, targets: Tensor) -> None:
-    assert logits.dim() == 2 and logits.dtype in LOGIT_DTYPES and logits.stride(1) == 1 and logits.shape[1] > 0
-    assert targets.shape == logits.shape[:1] and targets.is_contiguous() and not targets.is_floating_point()
+    assert (
+        logits.dim() == 2
+        and logits.dtype in LOGIT_DTYPES
+        and logits.stride(1) == 1
+        and logits.shape[1] > 0
+    )
+    assert (
+        targets.shape == logits.shape[:1]
+        and targets.is_contiguous()
+        and not targets.is_floating_point()
+    )
 
 
-def gather_logps(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def gather_logps(
+    logits: Tensor, targets: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """(log softmax(logits / temperature) at the targets, its logsumexp), both [M] float32.
 
     logits: [M, V] float32, bfloat16 or float16, any row stride. targets: [M] integers in [0, V), or -100, which gives
@@ -74,7 +107,9 @@ def gather_logps(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> t
     lse = torch.empty_like(logps)
     if rows:
         with torch.cuda.device_of(logits):
-            gather_kernel[(rows,)](logits, targets, logps, lse, logits.stride(0), width, 1 / temperature, **LAUNCH)
+            gather_kernel[(rows,)](
+                logits, targets, logps, lse, logits.stride(0), width, 1 / temperature, **LAUNCH
+            )
     return logps, lse
 
 
@@ -92,8 +127,14 @@ def gather_logps_backward(
     out: where it is written; the logits themselves, which are then lost, or a tensor beside them (None: a new one)."""
     _check(logits, targets)
     rows, width = logits.shape
-    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if out is None else out
-    assert grad.shape == logits.shape and grad.dtype == logits.dtype and (grad.stride(1) == 1 or width == 1)
+    grad = (
+        torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if out is None else out
+    )
+    assert (
+        grad.shape == logits.shape
+        and grad.dtype == logits.dtype
+        and (grad.stride(1) == 1 or width == 1)
+    )
     assert upstream.shape == lse.shape == (rows,) and lse.dtype == torch.float32
     if rows:
         with torch.cuda.device_of(logits):

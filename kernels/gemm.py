@@ -17,8 +17,18 @@ from torch import Tensor
 from una_fast.kernels.rowgrad import FUSED
 
 TILES = {"BM": 128, "BN": 128, "BK": 32, "GROUP": 8, "num_warps": 8, "num_stages": 2}
-SINGLES = {**TILES, "BN": 64}  # operands loaded number by number, whose addresses take registers: TILES would spill
-TINY = {"BM": 16, "BN": 32, "BK": 16, "GROUP": 2, "num_warps": 4, "num_stages": 1}  # the interpreter on a CPU
+SINGLES = {
+    **TILES,
+    "BN": 64,
+}  # operands loaded number by number, whose addresses take registers: TILES would spill
+TINY = {
+    "BM": 16,
+    "BN": 32,
+    "BK": 16,
+    "GROUP": 2,
+    "num_warps": 4,
+    "num_stages": 1,
+}  # the interpreter on a CPU
 
 
 @triton.jit
@@ -82,6 +92,17 @@ def mm(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> Tensor
     grid = triton.cdiv(rows, tiles["BM"]) * triton.cdiv(columns, tiles["BN"])
     with torch.cuda.device_of(a):
         mm_kernel[(grid,)](
-            a, b, out, rows, columns, depth, *a.stride(), *b.stride(), out.stride(0), accumulate, **tiles, **FUSED
+            a,
+            b,
+            out,
+            rows,
+            columns,
+            depth,
+            *a.stride(),
+            *b.stride(),
+            out.stride(0),
+            accumulate,
+            **tiles,
+            **FUSED,
         )
     return out

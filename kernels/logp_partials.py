@@ -62,7 +62,9 @@ NARROW = {  # bfloat16 and float16 operands, by architecture; one BV, so that `r
 # Architecture -> hidden size below which the kernel beats a GEMM into float32 logits and row_logps, by
 # bench_head.py --suite forward. None has been measured: callers that can hold logits use the GEMM.
 FASTER_BELOW: dict[str, int] = {}
-WIDE = Tiling(64, 64, 32, num_warps=8, num_stages=2)  # float32 operands multiply outside the tensor cores
+WIDE = Tiling(
+    64, 64, 32, num_warps=8, num_stages=2
+)  # float32 operands multiply outside the tensor cores
 TINY = Tiling(16, 32, 16, num_warps=4, num_stages=1, GROUP=2)  # the interpreter on a CPU
 MERGE_ROWS, MERGE_TILES = 32, 64
 
@@ -104,7 +106,9 @@ def partials_kernel(
     GROUP: tl.constexpr,
 ):
     row_tiles, vocab_tiles = tl.cdiv(N, BM), tl.cdiv(V, BV)
-    for tile in tl.range(tl.program_id(0), row_tiles * vocab_tiles, tl.num_programs(0), flatten=TMA):
+    for tile in tl.range(
+        tl.program_id(0), row_tiles * vocab_tiles, tl.num_programs(0), flatten=TMA
+    ):
         group = tile // (GROUP * vocab_tiles)
         height = tl.minimum(row_tiles - group * GROUP, GROUP)
         within = tile - group * GROUP * vocab_tiles
@@ -165,7 +169,11 @@ def tiling(arch: str, dtype: torch.dtype, *, by_vectors: bool = True) -> Tiling:
     that cannot be loaded 16 bytes at a time."""
     if arch == "cpu":
         return TINY
-    return WIDE if dtype == torch.float32 else NARROW.get(arch if by_vectors else "sm_80", NARROW["sm_80"])
+    return (
+        WIDE
+        if dtype == torch.float32
+        else NARROW.get(arch if by_vectors else "sm_80", NARROW["sm_80"])
+    )
 
 
 def _by_vectors(x: Tensor) -> bool:
@@ -173,9 +181,14 @@ def _by_vectors(x: Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and x.shape[1] % 16 == 0
 
 
-def _descriptors(arch: str, block: Tiling, hidden: Tensor, weight: Tensor) -> list[TensorDescriptor] | None:
+def _descriptors(
+    arch: str, block: Tiling, hidden: Tensor, weight: Tensor
+) -> list[TensorDescriptor] | None:
     """Of both operands, where the hardware has them and the operands fit."""
-    fits = all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in (hidden, weight))
+    fits = all(
+        x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+        for x in (hidden, weight)
+    )
     if not fits or hidden.dtype == torch.float32 or arch not in ("sm_90", "sm_100", "cpu"):
         return None
     shapes = ((hidden, block.BM), (weight, block.BV))
@@ -211,7 +224,10 @@ def linear_logps(
     Workspace: N times `row_bytes`."""
     (rows, depth), entries = hidden.shape, weight.shape[0]
     assert weight.shape[1] == depth > 0 and entries > 0 and hidden.dtype == weight.dtype
-    assert hidden.dtype in (torch.bfloat16, torch.float16, torch.float32) and hidden.stride(1) == weight.stride(1) == 1
+    assert (
+        hidden.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and hidden.stride(1) == weight.stride(1) == 1
+    )
     assert targets.shape == (rows,) and targets.is_contiguous() and not targets.is_floating_point()
     assert bias is None or (bias.shape == (entries,) and bias.is_contiguous())
     lse = torch.empty(rows, dtype=torch.float32, device=hidden.device)

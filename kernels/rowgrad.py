@@ -38,8 +38,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-FUSED = {"enable_fp_fusion": True}  # a * b + c as one instruction, whatever the installed Triton's default
-BLOCKS = ((2048, 8), (4096, 8), (4096, 16))  # (BLOCK, num_warps): launches use the first, bench_head.py times them all
+FUSED = {
+    "enable_fp_fusion": True
+}  # a * b + c as one instruction, whatever the installed Triton's default
+BLOCKS = (
+    (2048, 8),
+    (4096, 8),
+    (4096, 16),
+)  # (BLOCK, num_warps): launches use the first, bench_head.py times them all
 LAUNCH = {"BLOCK": BLOCKS[0][0], "num_warps": BLOCKS[0][1], **FUSED}
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -59,7 +65,15 @@ def transform(u, inner, outer, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def load_logits(
-    u_row, bias_ptr, cols, width, inner, outer, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr
+    u_row,
+    bias_ptr,
+    cols,
+    width,
+    inner,
+    outer,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
     """(z, dz/du) of one block of a row; z is -inf beyond the row's end."""
     mask = cols < width if MASKED else None
@@ -82,25 +96,40 @@ def add_to_sum(top, total, z):
 
 @triton.jit
 def row_logsumexp(
-    u_row, bias_ptr, width, inner, outer, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr
+    u_row,
+    bias_ptr,
+    width,
+    inner,
+    outer,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """logsumexp of one row of z."""
     cols = tl.arange(0, BLOCK)
-    top = tl.full([BLOCK], -3.0e38, tl.float32)  # finite: logits of -inf then add exp(-inf) = 0, never inf - inf
+    top = tl.full(
+        [BLOCK], -3.0e38, tl.float32
+    )  # finite: logits of -inf then add exp(-inf) = 0, never inf - inf
     total = tl.zeros([BLOCK], tl.float32)
     whole = width // BLOCK * BLOCK
     for first in range(0, whole, BLOCK):
-        z, _ = load_logits(u_row, bias_ptr, first + cols, width, inner, outer, HAS_BIAS, HAS_SOFTCAP, False)
+        z, _ = load_logits(
+            u_row, bias_ptr, first + cols, width, inner, outer, HAS_BIAS, HAS_SOFTCAP, False
+        )
         top, total = add_to_sum(top, total, z)
     for first in range(whole, width, BLOCK):
-        z, _ = load_logits(u_row, bias_ptr, first + cols, width, inner, outer, HAS_BIAS, HAS_SOFTCAP, True)
+        z, _ = load_logits(
+            u_row, bias_ptr, first + cols, width, inner, outer, HAS_BIAS, HAS_SOFTCAP, True
+        )
         top, total = add_to_sum(top, total, z)
     peak = tl.max(top, 0)
     return peak + tl.log(tl.sum(total * tl.exp(top - peak), 0))
 
 
 @triton.jit
-def logit_at(u_row, bias_ptr, index, inside, inner, outer, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+def logit_at(
+    u_row, bias_ptr, index, inside, inner, outer, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr
+):
     """z of one entry of the row, 0 where it lies outside."""
     u = tl.load(u_row + index, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
@@ -136,11 +165,15 @@ def row_gradient(
     whole = width // BLOCK * BLOCK
     for first in range(0, whole, BLOCK):
         at = first + cols
-        z, slope = load_logits(u_row, bias_ptr, at, width, inner, outer, HAS_BIAS, HAS_SOFTCAP, False)
+        z, slope = load_logits(
+            u_row, bias_ptr, at, width, inner, outer, HAS_BIAS, HAS_SOFTCAP, False
+        )
         _store_gradient(du_row, at, width, z, slope, index, coef, lse, False)
     for first in range(whole, width, BLOCK):
         at = first + cols
-        z, slope = load_logits(u_row, bias_ptr, at, width, inner, outer, HAS_BIAS, HAS_SOFTCAP, True)
+        z, slope = load_logits(
+            u_row, bias_ptr, at, width, inner, outer, HAS_BIAS, HAS_SOFTCAP, True
+        )
         _store_gradient(du_row, at, width, z, slope, index, coef, lse, True)
 
 
@@ -179,7 +212,20 @@ def rows_kernel(
     if GRAD:
         coef = tl.load(coef_ptr + row)
         du_row = du_ptr + row * du_stride
-        row_gradient(u_row, du_row, bias_ptr, index, coef, lse, width, inner, outer, HAS_BIAS, HAS_SOFTCAP, BLOCK)
+        row_gradient(
+            u_row,
+            du_row,
+            bias_ptr,
+            index,
+            coef,
+            lse,
+            width,
+            inner,
+            outer,
+            HAS_BIAS,
+            HAS_SOFTCAP,
+            BLOCK,
+        )
 
 
 def affine(softcap: float | None, logit_scale: float, temperature: float) -> tuple[float, float]:
@@ -241,7 +287,9 @@ def overlay(u: Tensor, dtype: torch.dtype) -> Tensor:
     return u.view(dtype)[:, : u.shape[1]]
 
 
-def row_logps(u: Tensor, targets: Tensor, **options: Tensor | float | None) -> tuple[Tensor, Tensor]:
+def row_logps(
+    u: Tensor, targets: Tensor, **options: Tensor | float | None
+) -> tuple[Tensor, Tensor]:
     """(logsumexp of z, z at the target or 0 where the target lies outside the tile), both [C] float32; u is kept.
 
     u: [C, T] raw logits, float32, bfloat16 or float16, last stride 1, rows on 16-byte boundaries for full speed.
@@ -275,7 +323,12 @@ def row_grad(
 
 
 def row_logps_grad(
-    u: Tensor, targets: Tensor, coef: Tensor, *, dtype: torch.dtype, **options: Tensor | float | None
+    u: Tensor,
+    targets: Tensor,
+    coef: Tensor,
+    *,
+    dtype: torch.dtype,
+    **options: Tensor | float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(lse, target logit, du) in one launch, for a tile of the whole vocabulary whose coef is known beforehand.
 

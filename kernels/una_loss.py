@@ -101,7 +101,10 @@ def _unit(
 
     right, right_slope = _phi(lead, shift, PAIR_FORM)
     wrong, wrong_slope = _phi(-lead, shift, PAIR_FORM)
-    pair, pair_slope = value * right + (1 - value) * wrong, value * right_slope - (1 - value) * wrong_slope
+    pair, pair_slope = (
+        value * right + (1 - value) * wrong,
+        value * right_slope - (1 - value) * wrong_slope,
+    )
     binary, binary_slope = _phi(reward + shift, value, BINARY_FORM)
     score, score_slope = _phi(reward + shift, value, SCORE_FORM)
     loss = tl.where(kind == PAIR, pair, tl.where(kind == BINARY, binary, score))
@@ -119,7 +122,15 @@ def _segment_sum(x_ptr, low, high, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def segment_kernel(tokens_ptr, ref_tokens_ptr, cu_ptr, logps_ptr, ref_ptr, HAS_REF: tl.constexpr, BLOCK: tl.constexpr):
+def segment_kernel(
+    tokens_ptr,
+    ref_tokens_ptr,
+    cu_ptr,
+    logps_ptr,
+    ref_ptr,
+    HAS_REF: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     s = tl.program_id(0)
     low, high = tl.load(cu_ptr + s), tl.load(cu_ptr + s + 1)
     tl.store(logps_ptr + s, _segment_sum(tokens_ptr, low, high, BLOCK))
@@ -156,7 +167,17 @@ def unit_kernel(
     for low in range(0, U, BLOCK):
         u = low + lanes
         loss, _, weight, _ = _unit(
-            u, u < U, logps_ptr, ref_ptr, scale_ptr, ints_ptr, floats_ptr, U, PAIR_FORM, BINARY_FORM, SCORE_FORM
+            u,
+            u < U,
+            logps_ptr,
+            ref_ptr,
+            scale_ptr,
+            ints_ptr,
+            floats_ptr,
+            U,
+            PAIR_FORM,
+            BINARY_FORM,
+            SCORE_FORM,
         )
         tl.store(losses_ptr + u, loss, mask=u < U)
         total += weight * loss
@@ -172,7 +193,17 @@ def unit_kernel(
             mask = k < count
             u = tl.load(entry_ptr + begin + k, mask=mask, other=0)
             _, slope, weight, first = _unit(
-                u, mask, logps_ptr, ref_ptr, scale_ptr, ints_ptr, floats_ptr, U, PAIR_FORM, BINARY_FORM, SCORE_FORM
+                u,
+                mask,
+                logps_ptr,
+                ref_ptr,
+                scale_ptr,
+                ints_ptr,
+                floats_ptr,
+                U,
+                PAIR_FORM,
+                BINARY_FORM,
+                SCORE_FORM,
             )
             coef += weight * tl.where(first == s, slope, -slope)
         scale = tl.load(scale_ptr + s, mask=s < S, other=0.0)
@@ -235,13 +266,21 @@ def unit_table(
     if length_normalize:
         scale /= lengths
     ints = [torch.cat([kind, first, second]), start, entry]
-    floats = [torch.cat([value, shift, weight]), scale, torch.tensor([denominator], dtype=torch.float64)]
-    buffer = torch.cat([*ints, *(x.view(torch.int64) for x in floats)]).to(device, non_blocking=True)
+    floats = [
+        torch.cat([value, shift, weight]),
+        scale,
+        torch.tensor([denominator], dtype=torch.float64),
+    ]
+    buffer = torch.cat([*ints, *(x.view(torch.int64) for x in floats)]).to(
+        device, non_blocking=True
+    )
     parts = list(buffer.split([len(x) for x in (*ints, *floats)]))
     parts[3:] = [x.view(torch.float64) for x in parts[3:]]
     table, start, entry, numbers, scale, denominator = parts
     most_units = int(count.max()) if responses else 0
-    return UnitTable(table.view(3, units), numbers.view(3, units), start, entry, scale, denominator, most_units)
+    return UnitTable(
+        table.view(3, units), numbers.view(3, units), start, entry, scale, denominator, most_units
+    )
 
 
 def segment_sums(
@@ -285,11 +324,18 @@ def una_losses(
     pair, binary, score: a form of FORMS each. denominator: one number on the device, instead of the table's."""
     for name, form in (("pair", pair), ("binary", binary), ("score", score)):
         if form not in FORMS[name]:
-            raise ValueError(f"{name}={form!r} is not a form of the loss kernel; it has {FORMS[name]}")
+            raise ValueError(
+                f"{name}={form!r} is not a form of the loss kernel; it has {FORMS[name]}"
+            )
     responses, units = len(table.scale), table.ints.shape[1]
-    assert logps.shape == ref_logps.shape == (responses,) and logps.dtype == ref_logps.dtype == torch.float64
+    assert (
+        logps.shape == ref_logps.shape == (responses,)
+        and logps.dtype == ref_logps.dtype == torch.float64
+    )
     assert logps.is_contiguous() and ref_logps.is_contiguous()
-    out = UnaLosses(*(logps.new_empty(shape) for shape in ((), (responses,), (units,), (responses,))))
+    out = UnaLosses(
+        *(logps.new_empty(shape) for shape in ((), (responses,), (units,), (responses,)))
+    )
     with torch.cuda.device_of(logps):
         unit_kernel[(1,)](
             logps,

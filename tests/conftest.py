@@ -7,7 +7,9 @@ import os
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # before anything imports triton: kernels then run in its interpreter
+if (
+    not torch.cuda.is_available()
+):  # before anything imports triton: kernels then run in its interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 

@@ -20,16 +20,16 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-import una_fast.memory as memory_module
-import una_fast.online as online_module
-import una_fast.train as train_module
+import una_fast.model.activations as memory_module
+import una_fast.online.steps as online_module
+import una_fast.train.loop as train_module
 from una_fast import cli
 from una_fast.config import RunConfig
-from una_fast.loader import Step
-from una_fast.policy import Policy
-from una_fast.rollout import Completion, Sampling
-from una_fast.sharding import start_world, stop_world
-from una_fast.train import Trainer
+from una_fast.data.loader import Step
+from una_fast.distributed import start_world, stop_world
+from una_fast.model.policy import Policy
+from una_fast.online.sampling import Completion, Sampling
+from una_fast.train.loop import Trainer
 
 memory_module.SMALL = 1  # the hidden states of tests are worth moving
 
@@ -48,17 +48,23 @@ class FixedSampler:
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
 
-    def sample(self, prompts: Any, *, seed: int, samples: int | None = None, version: int = 0) -> Any:
+    def sample(
+        self, prompts: Any, *, seed: int, samples: int | None = None, version: int = 0
+    ) -> Any:
         drawn = []
         for prompt in prompts:
             rng = np.random.default_rng([version, *prompt.tolist()])
-            lengths = rng.integers(1, self.sampling.max_new_tokens, samples or self.sampling.samples)
+            lengths = rng.integers(
+                1, self.sampling.max_new_tokens, samples or self.sampling.samples
+            )
             ids = [rng.integers(3, 300, n, dtype=np.int32) for n in lengths]
             drawn.append([Completion(one, True, -float(len(one)), version) for one in ids])
         return drawn
 
 
-def run_case(settings: dict[str, Any], die_at: int | None = None, fixed: bool = False) -> dict[str, Any]:
+def run_case(
+    settings: dict[str, Any], die_at: int | None = None, fixed: bool = False
+) -> dict[str, Any]:
     """Train, dying in the step number `die_at` of this process, before its update; returns what was seen."""
     make_sampler = online_module.make_sampler
     if fixed:

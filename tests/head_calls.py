@@ -16,7 +16,7 @@ from helpers import MIXED, MIXED_LENGTHS, PAIR, TWO_PAIRS, Problem, evaluate
 from torch import Tensor
 
 from una_fast import Feedback, linear_una_loss
-from una_fast.plan import HeadSize, head_size
+from una_fast.head.plan import HeadSize, head_size
 
 
 def drawn(
@@ -41,7 +41,9 @@ def drawn(
     targets = torch.randint(vocab, (rows,), generator=g, device=device)
     cu = torch.tensor([0, *lengths]).cumsum(0)
     noise = 0.05 * normal(rows, dim)
-    return Problem(hidden, weight, normal(vocab), targets, cu, feedback, hidden + noise, weight + 0.01)
+    return Problem(
+        hidden, weight, normal(vocab), targets, cu, feedback, hidden + noise, weight + 0.01
+    )
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,13 @@ class Call:
         ref = {"ref_hidden": p.ref_hidden, "ref_weight": p.ref_weight}
         ref |= {"ref_bias": 0.5 * p.bias} if self.bias else {}
         budget = self.budget(size, head_size(vocab, dim, "cuda", dtype.itemsize))
-        return p, {"train": self.train, "bias": self.bias, **ref, **self.options, "workspace_mb": budget / 2**20}
+        return p, {
+            "train": self.train,
+            "bias": self.bias,
+            **ref,
+            **self.options,
+            "workspace_mb": budget / 2**20,
+        }
 
 
 # 1700 to 9000 rows. As on a CPU in "mixed in every way", an accumulator takes what the logits of 3 x size rows do.
@@ -89,7 +97,9 @@ CALLS = {
     ),
     "vocabulary in slices": Call(PAIR, (5, 4), 0.7, 24, "sliced recomputed"),
     "mixed feedback": Call(MIXED, MIXED_LENGTHS, 20, 24, "resident unscored"),
-    "mixed in every way": Call(MIXED, MIXED_LENGTHS, 16, 3, "streamed scratch resident recomputed unscored"),
+    "mixed in every way": Call(
+        MIXED, MIXED_LENGTHS, 16, 3, "streamed scratch resident recomputed unscored"
+    ),
 }
 
 
@@ -104,7 +114,10 @@ def check_repeats(p: Problem, arguments: dict[str, Any], times: int) -> None:
 
 
 def check_under(
-    guard: Callable[[], AbstractContextManager], p: Problem, arguments: dict[str, Any], times: int = 2
+    guard: Callable[[], AbstractContextManager],
+    p: Problem,
+    arguments: dict[str, Any],
+    times: int = 2,
 ) -> None:
     """The call, and one without gradients whose reference shares its head, within guard(): the first time, and when
     their constants are there."""
@@ -115,17 +128,25 @@ def check_under(
         with guard():
             evaluate(linear_una_loss, p, **arguments)
             with torch.no_grad():
-                linear_una_loss(p.hidden, p.weight, p.targets, p.cu_seqlens, p.feedback, bias=bias, **rest)
+                linear_una_loss(
+                    p.hidden, p.weight, p.targets, p.cu_seqlens, p.feedback, bias=bias, **rest
+                )
 
 
 Step = Callable[[], list[Tensor]]
 
 
-def check_capture(capture: Callable[[Step], tuple[Callable[[], None], list[Tensor]]], p: Problem, arguments) -> None:
+def check_capture(
+    capture: Callable[[Step], tuple[Callable[[], None], list[Tensor]]], p: Problem, arguments
+) -> None:
     """capture(step) -> (replay, what step returned): replayed on other hidden states, it returns what a call does."""
     bias = arguments["bias"]
     leaves = [p.hidden.clone(), p.weight.clone(), *([p.bias.clone()] if bias else [])]
-    trained = [x for x, name in zip(leaves, ("hidden", "weight", "bias"), strict=False) if name in arguments["train"]]
+    trained = [
+        x
+        for x, name in zip(leaves, ("hidden", "weight", "bias"), strict=False)
+        if name in arguments["train"]
+    ]
     rest = {name: value for name, value in arguments.items() if name not in ("train", "bias")}
     for x in trained:
         x.requires_grad_()
@@ -134,7 +155,12 @@ def check_capture(capture: Callable[[Step], tuple[Callable[[], None], list[Tenso
         for x in trained:
             x.grad = None
         out = linear_una_loss(
-            *leaves[:2], p.targets, p.cu_seqlens, p.feedback, bias=leaves[2] if bias else None, **rest
+            *leaves[:2],
+            p.targets,
+            p.cu_seqlens,
+            p.feedback,
+            bias=leaves[2] if bias else None,
+            **rest,
         )
         out.loss.backward()
         return [out.loss.detach(), out.logps, *(x.grad for x in trained)]

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from una_fast import Feedback, UnaOutput, eager
-from una_fast.plan import Plan, components
+from una_fast import Feedback, UnaOutput
+from una_fast.head import eager
+from una_fast.head.plan import Plan, components
 
 
 @dataclass
@@ -136,7 +137,9 @@ def evaluate(
     **arguments: Any,
 ) -> dict[str, Tensor]:
     """Outputs of one call of linear_una_loss (eager's or ours) and, under "grad hidden" ..., the gradients."""
-    leaves = {name: getattr(p, name).detach().clone().requires_grad_(name in train) for name in LEAVES}
+    leaves = {
+        name: getattr(p, name).detach().clone().requires_grad_(name in train) for name in LEAVES
+    }
     arguments = {"bias": leaves["bias"] if bias else None, **arguments}
     out = op(leaves["hidden"], leaves["weight"], p.targets, p.cu_seqlens, p.feedback, **arguments)
     (upstream * out.loss).backward()
@@ -157,7 +160,10 @@ def errors(value: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, f
     assert value.keys() == expected.keys()
     found = {name: relative_error(value[name], expected[name]) for name in value}
     if "rewards" in expected and len(expected["rewards"]):
-        delta, sums = (expected["logps"] - expected["ref_logps"]).abs().max(), expected["logps"].abs().max()
+        delta, sums = (
+            (expected["logps"] - expected["ref_logps"]).abs().max(),
+            expected["logps"].abs().max(),
+        )
         found["rewards"] *= min(float(delta / sums), 1.0)
     return found
 
@@ -186,7 +192,9 @@ class Way:
     passes: float
 
     def problem(self, vocab: int = 101, **arguments: Any) -> Problem:
-        return problem(lengths=self.lengths, dim=self.dim, vocab=vocab, feedback=self.feedback, **arguments)
+        return problem(
+            lengths=self.lengths, dim=self.dim, vocab=vocab, feedback=self.feedback, **arguments
+        )
 
     def workspace_mb(self, dtype: torch.dtype, vocab: int = 101) -> float:
         """The budget that holds `rows` rows; narrow operands need room to be cast as well, as do several components
@@ -198,7 +206,9 @@ class Way:
         return (self.rows * row_bytes * (8 / 7 if narrow else 1) + 8) / 2**20
 
 
-def _way(feedback: Feedback, lengths: Sequence[int], rows: float, dim: int, kinds: str, passes: float) -> Way:
+def _way(
+    feedback: Feedback, lengths: Sequence[int], rows: float, dim: int, kinds: str, passes: float
+) -> Way:
     return Way(feedback, tuple(lengths), rows, dim, frozenset(kinds.split()), passes)
 
 
@@ -207,16 +217,36 @@ TWO_PAIRS = Feedback.pairs([0, 2], [1, 3], target=[0.8, 1.0])
 BOTH_SCORES = Feedback.merge([PAIR, Feedback.scores([0, 1], [0.9, 0.2])])
 FOUR = Feedback.pairs(*zip(*combinations(range(4), 2), strict=True), weight=[1, 2, 3, 4, 5, 6])
 MIXED = mixed_feedback(torch.Generator().manual_seed(3))
-MIXED_LENGTHS = (5, 3, 7, 4, 6, 8, 5, 9)  # components of 12, 3, 4 and 19 rows; response 7 is in none
+MIXED_LENGTHS = (
+    5,
+    3,
+    7,
+    4,
+    6,
+    8,
+    5,
+    9,
+)  # components of 12, 3, 4 and 19 rows; response 7 is in none
 
 WAYS = {
-    "mixed, one block": _way(MIXED, MIXED_LENGTHS, 1000, 24, "resident unscored", (3 * 38 + 9) / 47),
-    "mixed, two blocks": _way(MIXED, MIXED_LENGTHS, 20, 24, "resident unscored", (3 * 38 + 9) / 47),
-    "mixed, no scratch": _way(MIXED, MIXED_LENGTHS, 13, 24, "resident recomputed unscored", (3 * 19 + 4 * 19 + 9) / 47),
-    "mixed, all at once": _way(
-        MIXED, MIXED_LENGTHS, 16, 3, "streamed scratch resident recomputed unscored", (3 * 26 + 4 * 12 + 9) / 47
+    "mixed, one block": _way(
+        MIXED, MIXED_LENGTHS, 1000, 24, "resident unscored", (3 * 38 + 9) / 47
     ),
-    "mixed, sliced": _way(MIXED, MIXED_LENGTHS, 0.3, 24, "sliced recomputed unscored", (4 * 38 + 9) / 47),
+    "mixed, two blocks": _way(MIXED, MIXED_LENGTHS, 20, 24, "resident unscored", (3 * 38 + 9) / 47),
+    "mixed, no scratch": _way(
+        MIXED, MIXED_LENGTHS, 13, 24, "resident recomputed unscored", (3 * 19 + 4 * 19 + 9) / 47
+    ),
+    "mixed, all at once": _way(
+        MIXED,
+        MIXED_LENGTHS,
+        16,
+        3,
+        "streamed scratch resident recomputed unscored",
+        (3 * 26 + 4 * 12 + 9) / 47,
+    ),
+    "mixed, sliced": _way(
+        MIXED, MIXED_LENGTHS, 0.3, 24, "sliced recomputed unscored", (4 * 38 + 9) / 47
+    ),
     "pair, resident": _way(PAIR, (30, 21), 51, 24, "resident", 3),
     "pair, streamed": _way(PAIR, (30, 21), 8, 24, "streamed", 3),
     "pair, row by row": _way(PAIR, (30, 21), 1, 24, "streamed", 3),
@@ -224,14 +254,18 @@ WAYS = {
     "pair, a few cells": _way(PAIR, (5, 3), 0.05, 24, "sliced recomputed", 4),
     "pair beside short ones": _way(TWO_PAIRS, (30, 21, 4, 3), 8, 24, "streamed resident", 3),
     "two pairs, scratch": _way(TWO_PAIRS, (30, 21, 17, 13), 8, 3, "streamed scratch", 3),
-    "two pairs, no scratch": _way(TWO_PAIRS, (30, 21, 17, 13), 8, 24, "streamed recomputed", (3 * 51 + 4 * 30) / 81),
+    "two pairs, no scratch": _way(
+        TWO_PAIRS, (30, 21, 17, 13), 8, 24, "streamed recomputed", (3 * 51 + 4 * 30) / 81
+    ),
     "scores too, resident": _way(BOTH_SCORES, (30, 21), 51, 24, "resident", 3),
     "scores too, streamed": _way(BOTH_SCORES, (30, 21), 8, 3, "streamed scratch", 3),
     "scores too, recomputed": _way(BOTH_SCORES, (30, 21), 8, 24, "recomputed", 4),
     "four, resident": _way(FOUR, (9, 5, 12, 7), 33, 24, "resident", 3),
     "four, streamed": _way(FOUR, (9, 5, 12, 7), 18, 3, "streamed scratch", 3),
     "four, recomputed": _way(FOUR, (9, 5, 12, 7), 18, 24, "recomputed", 4),
-    "labels, streamed": _way(Feedback.binary([1, 0], [True, False]), (30, 21), 8, 3, "streamed scratch", 3),
+    "labels, streamed": _way(
+        Feedback.binary([1, 0], [True, False]), (30, 21), 8, 3, "streamed scratch", 3
+    ),
 }
 
 

@@ -42,7 +42,9 @@ class JudgeServer:
                     outer.most_in_flight = max(outer.most_in_flight, outer.in_flight)
                 outer.closing.wait(delay)
                 status, body, headers = answer(payload, number)
-                with outer.lock:  # before it is sent: who waits for it may send the next request at once
+                with (
+                    outer.lock
+                ):  # before it is sent: who waits for it may send the next request at once
                     outer.in_flight -= 1
                 body = body if isinstance(body, bytes) else json.dumps(body).encode()
                 try:

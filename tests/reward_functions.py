@@ -17,7 +17,10 @@ def length(prompts, completions):
 
 def some(prompts, completions):
     """None for texts of even length, NaN for some others."""
-    return [None if len(text) % 2 == 0 else float("nan") if len(text) % 5 == 0 else 0.5 for text in completions]
+    return [
+        None if len(text) % 2 == 0 else float("nan") if len(text) % 5 == 0 else 0.5
+        for text in completions
+    ]
 
 
 def nothing(prompts, completions):

@@ -13,10 +13,12 @@ import torch.nn.functional as F
 import transformers
 from transformers import AutoModelForCausalLM
 
-from una_fast import attention, packing
-from una_fast.attention import PACKED, Segment, packed_attention
-from una_fast.packing import packing_refusal
-from una_fast.policy import remove_dropout
+from una_fast.attention import packed, rows, sdpa, varlen
+from una_fast.attention import probe as packing
+from una_fast.attention.packed import PACKED, packed_attention
+from una_fast.attention.probe import packing_refusal
+from una_fast.attention.rows import Segment
+from una_fast.model.loading import remove_dropout
 
 SMALL = {
     "vocab_size": 97,
@@ -42,7 +44,9 @@ FAMILIES = {  # config class, and what is special
     "Qwen2Config": SMALL,
     "Qwen3Config": without(head_dim=8),
     "MistralConfig": without(head_dim=8, sliding_window=WINDOW),
-    "Gemma2Config": without(head_dim=8, sliding_window=WINDOW, attn_logit_softcapping=2.0, query_pre_attn_scalar=8),
+    "Gemma2Config": without(
+        head_dim=8, sliding_window=WINDOW, attn_logit_softcapping=2.0, query_pre_attn_scalar=8
+    ),
     "Gemma3TextConfig": without(
         head_dim=8,
         num_hidden_layers=3,
@@ -54,13 +58,21 @@ FAMILIES = {  # config class, and what is special
     "GraniteConfig": without(attention_multiplier=0.3, residual_multiplier=0.7),
     "HyperCLOVAXConfig": without(head_dim=8, logits_scaling=0.5),
     "MiniCPM3Config": without(
-        num_key_value_heads=4, dim_model_base=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8
+        num_key_value_heads=4,
+        dim_model_base=8,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=4,
+        v_head_dim=8,
     ),
     "PhiConfig": SMALL,
-    "OPTConfig": without("num_key_value_heads", "intermediate_size", ffn_dim=48, word_embed_proj_dim=16),
+    "OPTConfig": without(
+        "num_key_value_heads", "intermediate_size", ffn_dim=48, word_embed_proj_dim=16
+    ),
     "GPTNeoXConfig": without("num_key_value_heads"),
     "GPT2Config": without("num_key_value_heads", "intermediate_size", n_inner=48),
-    "JetMoeConfig": without(kv_channels=8, num_local_experts=2),  # takes views of what attention returns
+    "JetMoeConfig": without(
+        kv_channels=8, num_local_experts=2
+    ),  # takes views of what attention returns
     "GptOssConfig": without(
         head_dim=8,
         sliding_window=WINDOW,
@@ -70,9 +82,21 @@ FAMILIES = {  # config class, and what is special
     ),
 }
 REFUSED = {
-    "GPTJConfig": {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 64},
+    "GPTJConfig": {
+        "vocab_size": 97,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "rotary_dim": 4,
+        "n_positions": 64,
+    },
     "BloomConfig": {"vocab_size": 97, "hidden_size": 32, "n_layer": 2, "n_head": 4},
-    "FalconConfig": {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "FalconConfig": {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    },
     "StableLmConfig": SMALL,
     "Llama4TextConfig": without(
         head_dim=8,
@@ -100,9 +124,13 @@ def build(name, fields, implementation=None, sharp=True):
     """A tiny model; `sharp` weights make softmaxes peaked, softcaps bend and sinks count."""
     torch.manual_seed(0)
     if "attn_logit_softcapping" in fields:
-        implementation = implementation or "eager"  # transformers 5.17 defaults to sdpa, which drops the softcap
+        implementation = (
+            implementation or "eager"
+        )  # transformers 5.17 defaults to sdpa, which drops the softcap
     model = AutoModelForCausalLM.from_config(
-        getattr(transformers, name.split()[0])(**fields), attn_implementation=implementation, dtype=torch.float32
+        getattr(transformers, name.split()[0])(**fields),
+        attn_implementation=implementation,
+        dtype=torch.float32,
     )
     remove_dropout(model)
     if sharp:
@@ -121,7 +149,9 @@ def packed_row(vocabulary=97):
     segments, positions, start = [], [], 0
     for prompt, responses in zip(PROMPTS, RESPONSES, strict=True):
         bounds = [start, *accumulate((prompt, *responses), initial=start)][1:]
-        segments.append(Segment((bounds[0], bounds[1]), tuple(zip(bounds[1:-1], bounds[2:], strict=True))))
+        segments.append(
+            Segment((bounds[0], bounds[1]), tuple(zip(bounds[1:-1], bounds[2:], strict=True)))
+        )
         positions += [torch.arange(prompt), *(prompt + torch.arange(n) for n in responses)]
         start = bounds[-1]
     ids = torch.randint(3, vocabulary, (1, start))
@@ -135,11 +165,15 @@ def packed_row(vocabulary=97):
 
 def hidden_packed(model, ids, positions, segments):
     with packed_attention(model):
-        return model.base_model(input_ids=ids, position_ids=positions, use_cache=False, una_segments=segments)[0][0]
+        return model.base_model(
+            input_ids=ids, position_ids=positions, use_cache=False, una_segments=segments
+        )[0][0]
 
 
 def hidden_separate(model, ids, sequences):
-    return [model.base_model(input_ids=ids[:, columns], use_cache=False)[0][0] for columns in sequences]
+    return [
+        model.base_model(input_ids=ids[:, columns], use_cache=False)[0][0] for columns in sequences
+    ]
 
 
 def gradients(model, loss):
@@ -152,7 +186,10 @@ def gradient_difference(ours, truth):
     """Of each parameter, relative to its largest gradient; key biases have none but rounding, hence the floor."""
     assert ours.keys() == truth.keys()
     floor = 1e-2 * max(g.abs().max() for g in truth.values())
-    return max(((ours[k] - truth[k]).abs().max() / truth[k].abs().max().clamp(min=floor)).item() for k in truth)
+    return max(
+        ((ours[k] - truth[k]).abs().max() / truth[k].abs().max().clamp(min=floor)).item()
+        for k in truth
+    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -167,7 +204,9 @@ def test_packed_is_separate(name):
         assert (packed[columns] - truth).abs().max() <= 1e-5 * max(1.0, scale)
 
     # The prompt's hidden states stand once in the row and serve every response.
-    ours = gradients(model, sum((packed[c] * w).sum() for c, w in zip(sequences, weights, strict=True)))
+    ours = gradients(
+        model, sum((packed[c] * w).sum() for c, w in zip(sequences, weights, strict=True))
+    )
     truth = gradients(model, sum((h * w).sum() for h, w in zip(separate, weights, strict=True)))
     assert gradient_difference(ours, truth) <= 1e-4
 
@@ -197,7 +236,7 @@ def test_probe_refuses_with_a_reason(name):
 )
 def test_probe_sees_a_wrong_attention(name, change, monkeypatch):
     def wrong(*args, **kwargs):
-        return attention.packed_attention_forward(*args, **(kwargs | change))
+        return packed.packed_attention_forward(*args, **(kwargs | change))
 
     monkeypatch.setitem(transformers.AttentionInterface._global_mapping, PACKED, wrong)
     assert "hidden states" in packing_refusal(build(name, FAMILIES[name]))
@@ -205,8 +244,14 @@ def test_probe_sees_a_wrong_attention(name, change, monkeypatch):
 
 def test_probe_serves_published_sizes_and_leaves_no_trace():
     with torch.device("meta"):  # a probe that built the model itself would need gigabytes
-        model = AutoModelForCausalLM.from_config(transformers.Gemma3TextConfig(), dtype=torch.bfloat16)
-    before = copy.deepcopy(model.config.to_dict()), torch.get_rng_state(), model.config._attn_implementation
+        model = AutoModelForCausalLM.from_config(
+            transformers.Gemma3TextConfig(), dtype=torch.bfloat16
+        )
+    before = (
+        copy.deepcopy(model.config.to_dict()),
+        torch.get_rng_state(),
+        model.config._attn_implementation,
+    )
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):
@@ -223,7 +268,9 @@ def test_probe_names_an_sdpa_that_drops_the_softcap(monkeypatch):
     """What sdpa does with a softcap in transformers 5.17; later releases raise."""
     sdpa = transformers.AttentionInterface._global_mapping["sdpa"]
     monkeypatch.setitem(
-        transformers.AttentionInterface._global_mapping, "sdpa", lambda *a, **k: sdpa(*a, **(k | {"softcap": None}))
+        transformers.AttentionInterface._global_mapping,
+        "sdpa",
+        lambda *a, **k: sdpa(*a, **(k | {"softcap": None})),
     )
     model = build("Gemma2Config", FAMILIES["Gemma2Config"])
     model.config._attn_implementation = "sdpa"
@@ -294,9 +341,11 @@ def test_what_changes_the_scores_is_not_ignored(change, message):
     q = torch.randn(1, 2, 6, 8)
     segments = (Segment((0, 3), ((3, 6),)),)
     module = torch.nn.Identity()
-    attention.packed_attention_forward(module, q, q, q, una_segments=segments, position_ids=torch.zeros(1, 6))
+    packed.packed_attention_forward(
+        module, q, q, q, una_segments=segments, position_ids=torch.zeros(1, 6)
+    )
     with pytest.raises(ValueError, match=message):
-        attention.packed_attention_forward(module, q, q, q, una_segments=segments, **change)
+        packed.packed_attention_forward(module, q, q, q, una_segments=segments, **change)
 
 
 def test_padding_masks_raise():
@@ -340,24 +389,37 @@ def full_mask_attention(query, key, value, scores, shift=0):
     hidden[:, 0] &= shift == 0  # no query without a key
     z = z.masked_fill(hidden, float("-inf"))
     if scores.sinks is not None:
-        z = torch.cat([z, scores.sinks.double().view(1, -1, 1, 1).expand(1, -1, queries, 1)], dim=-1)
+        z = torch.cat(
+            [z, scores.sinks.double().view(1, -1, 1, 1).expand(1, -1, queries, 1)], dim=-1
+        )
     return z.softmax(-1)[..., :keys] @ v.repeat_interleave(groups, 1)
 
 
 @pytest.mark.parametrize("window", [None, 1, 7, 16, 40, 1000])
 @pytest.mark.parametrize("kind", ["plain", "softcap", "sinks", "wide values"])
 def test_chunks_equal_the_full_mask(window, kind, monkeypatch):
-    monkeypatch.setattr(attention, "CHUNK", 16)
-    attention._mask_table.cache_clear()
+    monkeypatch.setattr(sdpa, "CHUNK", 16)
+    sdpa.mask_table.cache_clear()
     torch.manual_seed(3)
-    for queries, offset in [(1, 0), (1, 30), (15, 0), (16, 5), (17, 0), (17, 16), (33, 64), (40, 3)]:
+    for queries, offset in [
+        (1, 0),
+        (1, 30),
+        (15, 0),
+        (16, 5),
+        (17, 0),
+        (17, 16),
+        (33, 64),
+        (40, 3),
+    ]:
         q = torch.randn(1, 4, queries, 8, requires_grad=True)
         k = torch.randn(1, 2, queries + offset, 8, requires_grad=True)
-        v = torch.randn(1, 2, queries + offset, 12 if kind == "wide values" else 8, requires_grad=True)
+        v = torch.randn(
+            1, 2, queries + offset, 12 if kind == "wide values" else 8, requires_grad=True
+        )
         sinks = torch.randn(4, requires_grad=True) if kind == "sinks" else None
-        scores = attention._Scores(0.7, window, 1.5 if kind == "softcap" else None, sinks)
+        scores = sdpa.Scores(0.7, window, 1.5 if kind == "softcap" else None, sinks)
         inputs = [x for x in (q, k, v, sinks) if x is not None]
-        ours, truth = attention._attend(q, k, v, scores), full_mask_attention(q, k, v, scores)
+        ours, truth = sdpa._attend(q, k, v, scores), full_mask_attention(q, k, v, scores)
         assert ours.dtype == q.dtype and (ours - truth).abs().max() <= 2e-6
         upstream = torch.randn_like(ours)
         for a, b in zip(
@@ -366,7 +428,7 @@ def test_chunks_equal_the_full_mask(window, kind, monkeypatch):
             strict=True,
         ):
             assert (a - b).abs().max() <= 1e-5
-    attention._mask_table.cache_clear()
+    sdpa.mask_table.cache_clear()
 
 
 def test_long_rows_build_no_square_mask():
@@ -380,32 +442,39 @@ def test_long_rows_build_no_square_mask():
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             nonlocal largest
             out = func(*args, **(kwargs or {}))
-            largest = max([largest, *(t.untyped_storage().nbytes() for t in tree_leaves(out) if torch.is_tensor(t))])
+            largest = max(
+                [
+                    largest,
+                    *(t.untyped_storage().nbytes() for t in tree_leaves(out) if torch.is_tensor(t)),
+                ]
+            )
             return out
 
     q, kv = torch.randn(1, 2, 4096, 8), torch.randn(1, 1, 4096, 8)
     with Watch():
-        attention.packed_attention_forward(
+        packed.packed_attention_forward(
             torch.nn.Identity(), q, kv, kv, una_segments=(Segment((0, 2048), ((2048, 4096),)),)
         )
-    assert largest <= 4 * attention.CHUNK * 4096
+    assert largest <= 4 * sdpa.CHUNK * 4096
 
 
 def test_masks_made_in_inference_mode_serve_training():
-    attention._mask_table.cache_clear()
+    sdpa.mask_table.cache_clear()
     q = torch.randn(1, 2, 9, 8)
     segments = (Segment((0, 3), ((3, 9),)),)
     with torch.inference_mode():
-        attention.packed_attention_forward(torch.nn.Identity(), q, q, q, una_segments=segments)
+        packed.packed_attention_forward(torch.nn.Identity(), q, q, q, una_segments=segments)
     q = torch.randn(1, 2, 9, 8, requires_grad=True)
-    attention.packed_attention_forward(torch.nn.Identity(), q, q, q, una_segments=segments)[0].sum().backward()
+    packed.packed_attention_forward(torch.nn.Identity(), q, q, q, una_segments=segments)[
+        0
+    ].sum().backward()
     assert q.grad is not None
 
 
 def test_autocast_gives_its_dtype():
     q = torch.randn(1, 2, 9, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out, _ = attention.packed_attention_forward(
+        out, _ = packed.packed_attention_forward(
             torch.nn.Identity(), q, q, q.bfloat16(), una_segments=(Segment((0, 3), ((3, 9),)),)
         )
     assert out.dtype == torch.bfloat16
@@ -422,9 +491,12 @@ def varlen_truth(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window, softcap=0.
     assert (cu_q[-1], cu_k[-1]) == (len(q), len(k)) and all(x.stride(-1) == 1 for x in (q, k, v))
     outputs = []
     for i in range(len(cu_q) - 1):
-        parts = (x[cu[i] : cu[i + 1]].transpose(0, 1)[None].double() for x, cu in ((q, cu_q), (k, cu_k), (v, cu_k)))
+        parts = (
+            x[cu[i] : cu[i + 1]].transpose(0, 1)[None].double()
+            for x, cu in ((q, cu_q), (k, cu_k), (v, cu_k))
+        )
         size = None if window[0] < 0 else window[0] + 1
-        scores = attention._Scores(scale, size, softcap or None, None)
+        scores = sdpa.Scores(scale, size, softcap or None, None)
         outputs.append(full_mask_attention(*parts, scores, shift)[0].transpose(0, 1).to(q.dtype))
     return torch.cat(outputs)
 
@@ -455,10 +527,22 @@ def flash_attn_varlen_func(
 
 
 def varlen_attn_2_11(
-    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+    query,
+    key,
+    value,
+    cu_seq_q,
+    cu_seq_k,
+    max_q,
+    max_k,
+    *,
+    return_aux=None,
+    scale=None,
+    window_size=(-1, -1),
 ):
     """torch 2.11: key heads are shared without being asked."""
-    return varlen_truth(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window=window_size)
+    return varlen_truth(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window=window_size
+    )
 
 
 def varlen_attn_2_13(
@@ -480,10 +564,16 @@ def varlen_attn_2_13(
 ):
     """torch 2.13: key heads are shared when asked."""
     assert enable_gqa or query.shape[1] == key.shape[1]
-    return varlen_truth(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window=window_size)
+    return varlen_truth(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window=window_size
+    )
 
 
-KERNELS = {"flash-attn": flash_attn_varlen_func, "torch 2.11": varlen_attn_2_11, "torch 2.13": varlen_attn_2_13}
+KERNELS = {
+    "flash-attn": flash_attn_varlen_func,
+    "torch 2.11": varlen_attn_2_11,
+    "torch 2.13": varlen_attn_2_13,
+}
 
 
 def install(monkeypatch, flash=None, torch_varlen=None):
@@ -502,9 +592,9 @@ def install(monkeypatch, flash=None, torch_varlen=None):
 def kernel_of(monkeypatch, name):
     if name == "flash-attn":
         install(monkeypatch, flash=KERNELS[name])
-        return attention._flash_attn()
+        return varlen._flash_attn()
     install(monkeypatch, torch_varlen=KERNELS[name])
-    return attention._torch_varlen()
+    return varlen._torch_varlen()
 
 
 def arguments(function):
@@ -515,7 +605,9 @@ def test_stand_ins_have_the_signatures_of_what_is_installed():
     from torch.nn.attention.varlen import varlen_attn
 
     known = [arguments(varlen_attn_2_11), arguments(varlen_attn_2_13)]
-    assert arguments(varlen_attn) in known, "torch changed varlen_attn: read its notes, then add a stand-in"
+    assert arguments(varlen_attn) in known, (
+        "torch changed varlen_attn: read its notes, then add a stand-in"
+    )
     if importlib.util.find_spec("flash_attn") is not None:
         from flash_attn import flash_attn_varlen_func as real
 
@@ -535,15 +627,19 @@ def separate_attention(q, k, v, segments, scores):
 
 @pytest.mark.parametrize("window", [None, 1, 4, 9, 12, 18, 1000])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)], ids=str)
-@pytest.mark.parametrize(("name", "softcap"), [*((name, None) for name in KERNELS), ("flash-attn", 1.5)])
+@pytest.mark.parametrize(
+    ("name", "softcap"), [*((name, None) for name in KERNELS), ("flash-attn", 1.5)]
+)
 def test_varlen_path_is_separate_attention(name, heads, window, softcap, monkeypatch):
     kernel = kernel_of(monkeypatch, name)
     _, _, segments, _ = packed_row()
     total = segments[-1].responses[-1][1]
-    scores = attention._Scores(0.4, window, softcap, None)
+    scores = sdpa.Scores(0.4, window, softcap, None)
     torch.manual_seed(4)
-    q, k, v = (torch.randn(1, n, total, 8, requires_grad=True) for n in (heads[0], heads[1], heads[1]))
-    ours = attention._attend_varlen(q, k, v, attention._row(segments, total), scores, kernel.call)
+    q, k, v = (
+        torch.randn(1, n, total, 8, requires_grad=True) for n in (heads[0], heads[1], heads[1])
+    )
+    ours = varlen.attend_varlen(q, k, v, rows.row_ranges(segments, total), scores, kernel.call)
     truth = separate_attention(q, k, v, segments, scores)
     assert ours.shape == truth.shape == (1, total, heads[0], 8)
     assert (ours - truth).abs().max() <= 1e-6
@@ -564,13 +660,17 @@ def test_models_through_a_varlen_kernel(name, kernel, monkeypatch):
     ids, positions, segments, sequences = packed_row()
     calls = []
     function = kernel_of(monkeypatch, kernel)
-    served = function._replace(call=lambda *args, **kwargs: calls.append(1) or function.call(*args, **kwargs))
-    refusal = attention._varlen_refusal  # float32, for a sharp comparison
-    monkeypatch.setattr(attention, "_varlen_refusal", lambda q, v, *rest: refusal(q.bfloat16(), v.bfloat16(), *rest))
-    monkeypatch.setattr(attention, "_stand_in", served)
-    packed = hidden_packed(model, ids, positions, segments)
+    served = function._replace(
+        call=lambda *args, **kwargs: calls.append(1) or function.call(*args, **kwargs)
+    )
+    refusal = varlen.varlen_refusal  # float32, for a sharp comparison
+    monkeypatch.setattr(
+        packed, "varlen_refusal", lambda q, v, *rest: refusal(q.bfloat16(), v.bfloat16(), *rest)
+    )
+    monkeypatch.setattr(packed, "_stand_in", served)
+    states = hidden_packed(model, ids, positions, segments)
     for columns, truth in zip(sequences, hidden_separate(model, ids, sequences), strict=True):
-        assert (packed[columns] - truth).abs().max() <= 1e-5 * max(1.0, truth.abs().max())
+        assert (states[columns] - truth).abs().max() <= 1e-5 * max(1.0, truth.abs().max())
     assert bool(calls) == (name != "Gemma2Config" or function.softcap)
 
 
@@ -586,10 +686,14 @@ def test_the_first_right_kernel_is_used(monkeypatch, caplog):
         q, k, v, cu_q, cu_k, *_ = args
         queries, keys = (cu.diff().tolist() for cu in (cu_q, cu_k))
         outputs = []
-        for a, b, c, n, m in zip(q.split(queries), k.split(keys), v.split(keys), queries, keys, strict=True):
+        for a, b, c, n, m in zip(
+            q.split(queries), k.split(keys), v.split(keys), queries, keys, strict=True
+        ):
             a, b, c = (x.transpose(0, 1)[None].float() for x in (a, b, c))
             mask = torch.ones(n, m, dtype=torch.bool).tril()
-            out = F.scaled_dot_product_attention(a, b, c, mask, scale=softmax_scale, enable_gqa=True)
+            out = F.scaled_dot_product_attention(
+                a, b, c, mask, scale=softmax_scale, enable_gqa=True
+            )
             outputs.append(out[0].transpose(0, 1).to(q.dtype))
         return torch.cat(outputs)
 
@@ -600,22 +704,32 @@ def test_the_first_right_kernel_is_used(monkeypatch, caplog):
     def no_gradient(q, *args, **kwargs):
         return flash_attn_varlen_func(q, *args, **kwargs).detach() + 0 * q
 
-    def too_old(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=None, causal=False, window_size=(-1, -1)):
+    def too_old(
+        q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=None, causal=False, window_size=(-1, -1)
+    ):
         raise AssertionError("called without the softcap")
 
     def no_kernel(*_, **__):
         raise RuntimeError("only supports Ampere GPUs or newer")
 
     def chosen():
-        attention._varlen_kernel.cache_clear()
-        kernel = attention._varlen_kernel(torch.device("cpu"))
+        varlen.varlen_kernel.cache_clear()
+        kernel = varlen.varlen_kernel(torch.device("cpu"))
         return kernel and kernel.name
 
     caplog.set_level("INFO", logger="una_fast")
     right = varlen_attn_2_13
     install(monkeypatch, flash=flash_attn_varlen_func, torch_varlen=right)
     assert chosen() == "flash-attn" and "does not use" not in caplog.text
-    for wrong in (shifted(1), shifted(-1), upper_left, window_one_off, no_gradient, too_old, no_kernel):
+    for wrong in (
+        shifted(1),
+        shifted(-1),
+        upper_left,
+        window_one_off,
+        no_gradient,
+        too_old,
+        no_kernel,
+    ):
         caplog.clear()
         install(monkeypatch, flash=wrong, torch_varlen=right)
         assert chosen() == "torch.nn.attention.varlen", wrong
@@ -624,7 +738,7 @@ def test_the_first_right_kernel_is_used(monkeypatch, caplog):
     assert chosen() is None
     install(monkeypatch)
     assert chosen() is None
-    attention._varlen_kernel.cache_clear()
+    varlen.varlen_kernel.cache_clear()
 
 
 def test_keys_are_repeated_as_little_as_possible():
@@ -639,15 +753,25 @@ def test_keys_are_repeated_as_little_as_possible():
         segments, start = [], 0
         for prompt, responses in shapes:
             bounds = [*accumulate((prompt, *responses), initial=start)]
-            segments.append(Segment((bounds[0], bounds[1]), tuple(zip(bounds[1:-1], bounds[2:], strict=True))))
+            segments.append(
+                Segment((bounds[0], bounds[1]), tuple(zip(bounds[1:-1], bounds[2:], strict=True)))
+            )
             start = bounds[-1]
         seen.clear()
-        q, k = torch.arange(start * 8.0).view(1, start, 4, 2).transpose(1, 2), torch.randn(1, 2, start, 2)
-        row, scores = attention._row(tuple(segments), start), attention._Scores(1.0, None, None, None)
-        out = attention._attend_varlen(q, k, k, row, scores, kernel)
+        q, k = (
+            torch.arange(start * 8.0).view(1, start, 4, 2).transpose(1, 2),
+            torch.randn(1, 2, start, 2),
+        )
+        row, scores = (
+            rows.row_ranges(tuple(segments), start),
+            sdpa.Scores(1.0, None, None, None),
+        )
+        out = varlen.attend_varlen(q, k, k, row, scores, kernel)
         assert torch.equal(out, q.transpose(1, 2)), "the outputs stand in the row's order"
         assert all(len(keys) <= start for keys in seen)
-        copied = sum(len(x) for x in seen if x.untyped_storage().data_ptr() != k.untyped_storage().data_ptr())
+        copied = sum(
+            len(x) for x in seen if x.untyped_storage().data_ptr() != k.untyped_storage().data_ptr()
+        )
         return [len(keys) for keys in seen], copied
 
     assert calls((100, (5,)), (7, (3,))) == ([115], 0)
@@ -657,9 +781,12 @@ def test_keys_are_repeated_as_little_as_possible():
 
 
 def test_varlen_is_used_only_where_it_is_right():
-    kernel = attention._Varlen("kernel", None, softcap=False)
-    half, plain = torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16), attention._Scores(1.0, None, None, None)
-    refusal = attention._varlen_refusal
+    kernel = varlen.VarlenKernel("kernel", None, softcap=False)
+    half, plain = (
+        torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16),
+        sdpa.Scores(1.0, None, None, None),
+    )
+    refusal = varlen.varlen_refusal
     assert refusal(half, half, plain, kernel) is None
     assert "precision" in refusal(half.float(), half.float(), plain, kernel)
     assert "head sizes" in refusal(half, half[..., :32], plain, kernel)

@@ -14,7 +14,8 @@ import torch
 from bench_head import Case, attempt, judge, measure, reference
 from contenders import Eager, Inputs, Trl, Una, WrongResult, check, logp_errors, truth
 
-from una_fast import Objective, eager
+from una_fast import Objective
+from una_fast.head import eager
 
 CASE = Case("test", (9, 9), 16, 130, bars=("time", "peers", "memory", "accuracy"), runs=1)
 
@@ -26,7 +27,9 @@ def small():
 
 
 def options(**changes):
-    parsed = bench_head.parse(["--device", "cpu", "--runs", "1", "--threads", str(torch.get_num_threads())])
+    parsed = bench_head.parse(
+        ["--device", "cpu", "--runs", "1", "--threads", str(torch.get_num_threads())]
+    )
     for name, value in changes.items():
         setattr(parsed, name, value)
     return parsed
@@ -58,7 +61,9 @@ def test_truth_is_that_of_eager(scores):
     leaves = [leaf.detach().double().requires_grad_() for leaf in (x.hidden, x.weight)]
     ref = {"ref_hidden": x.ref_hidden.double(), "ref_weight": x.ref_weight.double()}
     objective = Objective(beta=contenders.BETA)
-    out = eager.linear_una_loss(*leaves, x.targets, x.cu_seqlens, x.feedback, objective=objective, **ref)
+    out = eager.linear_una_loss(
+        *leaves, x.targets, x.cu_seqlens, x.feedback, objective=objective, **ref
+    )
     out.loss.backward()
     found = truth(x, block_bytes=8 * 70 * 4)
     assert found.loss == pytest.approx(out.loss.item(), rel=1e-12)
@@ -75,7 +80,9 @@ def test_passes_are_those_counted(head):
         if contender.unavailable(x):  # a peer that is not installed
             continue
         check(contender, x, truth(x))
-        assert bench_head.costs(contender, x)["passes"] == pytest.approx(contender.passes[head]), contender.name
+        assert bench_head.costs(contender, x)["passes"] == pytest.approx(contender.passes[head]), (
+            contender.name
+        )
 
 
 def test_bfloat16_is_within_the_tolerances():
@@ -109,7 +116,10 @@ def grown(x, loss):
 FAULTS = {
     "no reference": (no_reference, "wrong result: loss"),
     "no gradient": (detached_weight, "wrong result: no gradient for weight"),
-    "other sign": (lambda x, loss: loss(x).detach() * 2 - loss(x), "wrong result: gradient of hidden"),
+    "other sign": (
+        lambda x, loss: loss(x).detach() * 2 - loss(x),
+        "wrong result: gradient of hidden",
+    ),
     "NaN": (lambda x, loss: loss(x) * float("nan"), "wrong result: loss"),
     "memory": (raises(torch.OutOfMemoryError("CUDA out of memory")), "out of memory"),
     "driver": (raises(RuntimeError("CUDA error: out of memory")), "out of memory"),
@@ -149,8 +159,15 @@ def test_missing_lost_and_slow_contenders_are_rows(small):
         while True:
             pass
 
-    entrants = [Missing(), contenders.Cce(), Broken("slow", forever), Broken("lost", lambda x, loss: loss(x))]
-    entry = measure(CASE, x, true, entrants, options(warmup=0.2, lost={"lost": "broke the GPU's context"}))
+    entrants = [
+        Missing(),
+        contenders.Cce(),
+        Broken("slow", forever),
+        Broken("lost", lambda x, loss: loss(x)),
+    ]
+    entry = measure(
+        CASE, x, true, entrants, options(warmup=0.2, lost={"lost": "broke the GPU's context"})
+    )
     reasons = {row["name"]: row.get("reason") for row in entry["table"]}
     assert "no_such_package" in reasons["missing"] and reasons["lost"] == "broke the GPU's context"
     assert reasons["slow"] == "not done in 0.2 s"
@@ -169,7 +186,9 @@ def test_running_out_of_memory_while_timed_drops_the_contender_alone(small):
         return loss(x)
 
     table = measure(CASE, x, true, [Broken("late", late), Eager()], options())["table"]
-    assert table[0]["reason"] == "out of memory" and "seconds" in table[1] and len(calls) == 5  # tried twice
+    assert (
+        table[0]["reason"] == "out of memory" and "seconds" in table[1] and len(calls) == 5
+    )  # tried twice
 
 
 # ------------------------------------------------------------------------------------------------ arithmetic, verdicts
@@ -189,7 +208,12 @@ def row(name, **numbers):
 
 
 def ours(seconds=1.1, gib=1.9, **numbers):
-    fixed = {"workspace_mb": 2048, "extra_bytes": gib * 2**30, "sum_tokens": 8192, "sum_error": 0.01}
+    fixed = {
+        "workspace_mb": 2048,
+        "extra_bytes": gib * 2**30,
+        "sum_tokens": 8192,
+        "sum_error": 0.01,
+    }
     return row("una_fast 2048 MiB", seconds=seconds, **fixed | numbers)
 
 
@@ -205,7 +229,9 @@ def test_bars_hold_and_miss():
     held = verdicts(ours(**good), *peers, row("bare mm", seconds=1.0))
     assert len(held) == 10 and all(held.values())
     assert not verdicts(ours(1.2), row("bare mm", seconds=1.0))["time / bare mm"]
-    slow = verdicts(ours(), row("bare mm", seconds=1.0), row("trl", seconds=3.0), reference={"valid": False})
+    slow = verdicts(
+        ours(), row("bare mm", seconds=1.0), row("trl", seconds=3.0), reference={"valid": False}
+    )
     assert not slow["time / bare mm"] and slow["time / trl"]
     assert not verdicts(ours(), row("trl", seconds=1.2))["time / trl"]
     assert not verdicts(ours(gib=2.2))["bytes / workspace"]
@@ -215,9 +241,14 @@ def test_bars_hold_and_miss():
 
 
 def test_a_peer_out_of_memory_is_beaten_and_a_missing_one_is_not():
-    held = verdicts(ours(), row("trl", reason="cannot import trl"), row("eager", reason="out of memory"))
+    held = verdicts(
+        ours(), row("trl", reason="cannot import trl"), row("eager", reason="out of memory")
+    )
     assert held["time / eager"] and not held["time / trl"] and "time / cce" not in held
-    lost = verdicts(row("una_fast", workspace_mb=512, reason="out of memory"), row("eager", reason="out of memory"))
+    lost = verdicts(
+        row("una_fast", workspace_mb=512, reason="out of memory"),
+        row("eager", reason="out of memory"),
+    )
     assert not any(lost.values())
 
 
@@ -240,7 +271,9 @@ def test_every_shape_of_the_anchors_has_its_bars():
 
 def run(*arguments):
     threads = str(torch.get_num_threads())
-    return bench_head.main(["--device", "cpu", "--runs", "1", "--threads", threads, "--shapes", "8x16x90", *arguments])
+    return bench_head.main(
+        ["--device", "cpu", "--runs", "1", "--threads", threads, "--shapes", "8x16x90", *arguments]
+    )
 
 
 def test_exit_status_and_results(tmp_path, monkeypatch, capsys):
@@ -260,7 +293,16 @@ def test_a_lost_gpu_ends_the_run_and_resuming_leaves_its_contender_out(tmp_path,
         raise RuntimeError("an illegal memory access")
 
     out = tmp_path / "out.json"
-    common = ("--suite", "layouts", "--heads", "frozen", "--contenders", "broken,eager", "--out", str(out))
+    common = (
+        "--suite",
+        "layouts",
+        "--heads",
+        "frozen",
+        "--contenders",
+        "broken,eager",
+        "--out",
+        str(out),
+    )
     everybody = [Broken("broken", raises(RuntimeError("misaligned address"))), Eager()]
     monkeypatch.setattr(contenders, "everybody", lambda *_: everybody)
     with monkeypatch.context() as patch:
@@ -273,7 +315,9 @@ def test_a_lost_gpu_ends_the_run_and_resuming_leaves_its_contender_out(tmp_path,
     report = json.loads(out.read_text())
     assert len(report["results"]) == 2
     for entry in report["results"]:
-        assert "misaligned address" in entry["table"][0]["reason"] and "seconds" in entry["table"][1]
+        assert (
+            "misaligned address" in entry["table"][0]["reason"] and "seconds" in entry["table"][1]
+        )
     run(*common, "--resume")
     assert len(json.loads(out.read_text())["results"]) == 2
 
@@ -289,18 +333,37 @@ def test_attempt_leaves_no_alarm_behind():
 def gpu_report():
     """Invented numbers, of the form that bench_head.py writes."""
     results = []
-    for suite, rows in [("bars", 8192), ("peers", 8192), *(("memory", 4096 << k) for k in range(4))]:
+    for suite, rows in [
+        ("bars", 8192),
+        ("peers", 8192),
+        *(("memory", 4096 << k) for k in range(4)),
+    ]:
         common = {"rows": rows, "dim": 4096, "vocab": 128256}
         numbers = {"times bare mm": 1.5, "tflops": 600.0, "spread": 0.02, "extra_bytes": 2**30}
-        table = [{**common, **row("una_fast 2048 MiB", workspace_mb=2048, seconds=rows / 1e5, **numbers)}]
+        table = [
+            {**common, **row("una_fast 2048 MiB", workspace_mb=2048, seconds=rows / 1e5, **numbers)}
+        ]
         if suite != "bars":
             table.append({**common, **row("cce", reason="needs a GPU")})
-            full = {"reason": "out of memory"} if rows > 8192 else {"seconds": rows / 5e4, **numbers}
+            full = (
+                {"reason": "out of memory"} if rows > 8192 else {"seconds": rows / 5e4, **numbers}
+            )
             table.append({**common, **row("eager", **full)})
         bare = {"seconds": rows / 2e5, "times bare mm": 1.0, "tflops": 700.0}
-        entry = {"suite": suite, "shape": [rows // 2, 4096, 128256], "responses": 2, "head": "trained", **common}
+        entry = {
+            "suite": suite,
+            "shape": [rows // 2, 4096, 128256],
+            "responses": 2,
+            "head": "trained",
+            **common,
+        }
         ref = {"valid": False, "tflops": 700.0}
-        results.append(judge(CASE, entry | {"reference": ref, "table": [*table, {**common, **row("bare mm", **bare)}]}))
+        results.append(
+            judge(
+                CASE,
+                entry | {"reference": ref, "table": [*table, {**common, **row("bare mm", **bare)}]},
+            )
+        )
     return {"environment": {"gpu": "A GPU", "torch": "2.11", "trl": "1.16"}, "results": results,
             "ceilings": {"gemm_tflops": 800.0}}  # fmt: skip
 
@@ -308,7 +371,9 @@ def gpu_report():
 def test_results_become_a_readme_table_and_plots(tmp_path):
     folder = tmp_path / "bench/results"
     folder.mkdir(parents=True)
-    (folder / "head_cpu.json").write_bytes((tables.ROOT / "bench/results/head_cpu.json").read_bytes())
+    (folder / "head_cpu.json").write_bytes(
+        (tables.ROOT / "bench/results/head_cpu.json").read_bytes()
+    )
     cpu = "<!-- bench:head -->\n<!-- end bench:head -->\n"
     text = cpu + "<!-- bench:head_gpu -->\nold\n<!-- end bench:head_gpu -->\n"
     assert "old" in tables.regenerate(text, tmp_path)  # no GPU results: nothing to say
@@ -320,12 +385,17 @@ def test_results_become_a_readme_table_and_plots(tmp_path):
     new = tables.regenerate(text, tmp_path)
     assert "old" not in new and tables.regenerate(new, tmp_path) == new
     assert "![head_gpu_time](bench/results/head_gpu_time.png)" in new
-    assert "| Llama-3-8B, 8192, trained | **81.9 (1.50)** | – | 163.8 (1.50) | 41.0 (700 TF/s)* |" in new
+    assert (
+        "| Llama-3-8B, 8192, trained | **81.9 (1.50)** | – | 163.8 (1.50) | 41.0 (700 TF/s)* |"
+        in new
+    )
     assert "| Llama-3-8B, 32768, trained | **327.7 (1.50)** | – | OOM |" in new
     assert "– cce: needs a GPU" in new
     found = int(re.search(r"(\d+) of \d+ bars held", new)[1])
     assert found == sum(bar["held"] for entry in report["results"] for bar in entry["bars"])
-    assert tables.regenerate(cpu, tmp_path).count("bench:") == 2  # a README without the GPU's markers
+    assert (
+        tables.regenerate(cpu, tmp_path).count("bench:") == 2
+    )  # a README without the GPU's markers
 
 
 def test_curves_leave_out_what_was_not_measured():

@@ -20,14 +20,27 @@ CPU = torch.device("cpu")
 
 def run(*arguments):
     threads = str(torch.get_num_threads())
-    common = ["--device", "cpu", "--threads", threads, "--models", "tiny-gemma", "--rounds", "1", "--steps", "1"]
+    common = [
+        "--device",
+        "cpu",
+        "--threads",
+        threads,
+        "--models",
+        "tiny-gemma",
+        "--rounds",
+        "1",
+        "--steps",
+        "1",
+    ]
     return bench_step.main([*common, *arguments])
 
 
 @pytest.fixture
 def no_ceiling(monkeypatch):
     """The rate of a square product, which takes seconds to measure."""
-    monkeypatch.setattr(bench_step, "peak_of", lambda device: {"tflops": 0.1, "source": "nothing measured"})
+    monkeypatch.setattr(
+        bench_step, "peak_of", lambda device: {"tflops": 0.1, "source": "nothing measured"}
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- one tiny step
@@ -36,7 +49,14 @@ def no_ceiling(monkeypatch):
 @pytest.fixture(scope="module")
 def sessions():
     """Ragged pairs in micro-batches of two, windows shorter than the sequences: name -> session."""
-    case = Case("ragged", "tiny-gemma", 2, "cached", ((5, 40, 9), (30, 7, 22), (3, 4, 31), (12, 12, 12)), micro=2)
+    case = Case(
+        "ragged",
+        "tiny-gemma",
+        2,
+        "cached",
+        ((5, 40, 9), (30, 7, 22), (3, 4, 31), (12, 12, 12)),
+        micro=2,
+    )
     found = {}
     for name in step_contenders.CONTENDERS:
         found[name], reason = step_contenders.run(name, case, Setup(CPU, torch.float32), 2, 1, 60)
@@ -47,10 +67,14 @@ def sessions():
 def test_both_sides_take_the_same_step(sessions):
     case, found = sessions
     ours, theirs = found["una_fast"], found["trl"]
-    assert len(ours.sequences) == len(set(ours.sequences)) == 8 and ours.sequences == theirs.sequences
+    assert (
+        len(ours.sequences) == len(set(ours.sequences)) == 8 and ours.sequences == theirs.sequences
+    )
     differences = parity(case, torch.float32, 2, ours, theirs)
     assert differences["loss"] < 1e-4 and differences["steps"] == 2
-    assert abs(ours.history[0]["loss"] - math.log(2)) > 0.01, "a policy equal to its reference would show nothing"
+    assert abs(ours.history[0]["loss"] - math.log(2)) > 0.01, (
+        "a policy equal to its reference would show nothing"
+    )
     assert ours.history[0]["loss"] != ours.history[1]["loss"], "no step was taken"
     assert ours.packed and ours.row_tokens == sum(map(sum, case.pairs)) < theirs.row_tokens
     assert len(ours.seconds) == len(theirs.seconds) == 1
@@ -81,7 +105,9 @@ def test_other_tokens_and_other_weights_are_refused(sessions):
     case, found = sessions
     ours, theirs = found["una_fast"], found["trl"]
     with pytest.raises(WrongResult, match="different token ids"):
-        parity(case, torch.float32, 2, ours, theirs._replace(sequences=theirs.sequences[1:] + ["0"]))
+        parity(
+            case, torch.float32, 2, ours, theirs._replace(sequences=theirs.sequences[1:] + ["0"])
+        )
     with pytest.raises(WrongResult, match="--master-weights"):
         parity(case, torch.float32, 2, ours, theirs._replace(weights="bfloat16"))
 
@@ -99,7 +125,10 @@ def test_a_step_over_the_cap_is_out_of_memory(sessions):
     case, _ = sessions
     capped = case._replace(memory_cap=1e-4)
     for name in step_contenders.CONTENDERS:
-        assert step_contenders.run(name, capped, Setup(CPU, torch.float32), 2, 1, 60) == (None, "out of memory")
+        assert step_contenders.run(name, capped, Setup(CPU, torch.float32), 2, 1, 60) == (
+            None,
+            "out of memory",
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------- whole runs
@@ -122,7 +151,9 @@ def acted(sessions, monkeypatch, no_ceiling):
 
     for name, speed in (("una_fast", 2), ("trl", 1)):
         monkeypatch.setitem(step_contenders.CONTENDERS, name, act(name, speed))
-    monkeypatch.setattr(step_contenders, "clean", lambda: None)  # nothing to clean, half a second each
+    monkeypatch.setattr(
+        step_contenders, "clean", lambda: None
+    )  # nothing to clean, half a second each
     return step_contenders.CONTENDERS
 
 
@@ -133,7 +164,12 @@ def test_results_tables_and_extrapolation(tmp_path, monkeypatch, acted):
     assert run(*arguments) == 0
     report = json.loads(out.read_text())
     assert [entry["layers"] for entry in report["results"]] == [1, 2]
-    assert [row["seconds"] for entry in report["results"] for row in entry["table"]] == [0.75, 1.5, 1.0, 2.0]
+    assert [row["seconds"] for entry in report["results"] for row in entry["table"]] == [
+        0.75,
+        1.5,
+        1.0,
+        2.0,
+    ]
     assert all(entry["table"][0]["x trl"] == pytest.approx(2) for entry in report["results"])
     assert {"torch", "trl", "commit", "command", "transformers"} <= report["environment"].keys()
     (line,) = report["extrapolated"]
@@ -153,7 +189,9 @@ def test_a_disagreement_leaves_no_times_and_fails(tmp_path, sessions, acted):
     acted["una_fast"], out = wrong, tmp_path / "step.json"
     assert run("--suite", "equal", "--layers", "1", "--out", str(out)) == 1
     rows = json.loads(out.read_text())["results"][0]["table"]
-    assert len(rows) == 2 and all("different token ids" in row["reason"] and "seconds" not in row for row in rows)
+    assert len(rows) == 2 and all(
+        "different token ids" in row["reason"] and "seconds" not in row for row in rows
+    )
 
 
 def test_a_failure_is_a_row_and_leaves_the_other_without_a_ratio(tmp_path, acted):
@@ -163,18 +201,34 @@ def test_a_failure_is_a_row_and_leaves_the_other_without_a_ratio(tmp_path, acted
     acted["trl"], out = broken, tmp_path / "step.json"
     run("--suite", "equal", "--layers", "1", "--out", str(out))
     ours, theirs = json.loads(out.read_text())["results"][0]["table"]
-    assert theirs["reason"] == "RuntimeError: no such kernel" and ours["seconds"] == 0.75 and "x trl" not in ours
+    assert (
+        theirs["reason"] == "RuntimeError: no such kernel"
+        and ours["seconds"] == 0.75
+        and "x trl" not in ours
+    )
 
 
 def test_the_longest_is_searched_under_a_cap(tmp_path, acted):
     out = tmp_path / "step.json"
-    arguments = ("--suite", "maxlen", "--memory-cap", str(3000 / 2**30), "--start", "64", "--grain", "64")
+    arguments = (
+        "--suite",
+        "maxlen",
+        "--memory-cap",
+        str(3000 / 2**30),
+        "--start",
+        "64",
+        "--grain",
+        "64",
+    )
     assert run(*arguments, "--layers", "1", "--out", str(out)) == 0
     results = json.loads(out.read_text())["results"]
     assert [entry["layout"] for entry in results] == ["nothing shared", "prompt : response 16 : 1"]
     for row in (row for entry in results for row in entry["table"]):
         assert 3000 - 2 * 64 < row["sequence_tokens"] <= 3000
-        assert dict(row["tried"])[row["sequence_tokens"]] == "ran" and [4096, "out of memory"] in row["tried"]
+        assert (
+            dict(row["tried"])[row["sequence_tokens"]] == "ran"
+            and [4096, "out of memory"] in row["tried"]
+        )
 
 
 def test_a_spent_budget_measures_nothing_and_fails(tmp_path, no_ceiling):
@@ -188,7 +242,9 @@ def test_a_spent_budget_measures_nothing_and_fails(tmp_path, no_ceiling):
 def test_attended_counts_by_enumeration():
     for length in (1, 5, 16, 17):
         for window in (None, 1, 5, 16, 40):
-            pairs = sum(1 for q in range(length) for k in range(q + 1) if window is None or q - k < window)
+            pairs = sum(
+                1 for q in range(length) for k in range(q + 1) if window is None or q - k < window
+            )
             assert attended(length, window) == pairs
 
 
@@ -205,7 +261,9 @@ def test_needed_flop_is_that_of_the_linear_layers_counted():
     with FlopCounter() as counter:
         hidden = model.model(torch.randint(2, 100, (2, 11)).requires_grad_(False)).last_hidden_state
         hidden.sum().backward()
-    linear = counter.flop  # fused attention is not a product; the first layer's inputs get their gradient too
+    linear = (
+        counter.flop
+    )  # fused attention is not a product; the first layer's inputs get their gradient too
     assert needed_flop(case) - attention - head == pytest.approx(linear, rel=1e-6)
     lora, frozen = case._replace(lora=True, mode="adapter"), case._replace(mode="frozen")
     assert needed_flop(case) < needed_flop(frozen) and needed_flop(lora) < needed_flop(frozen)
@@ -213,13 +271,15 @@ def test_needed_flop_is_that_of_the_linear_layers_counted():
 
 def test_configurations_are_the_published_ones():
     sizes = {
-        name: Case("equal", name, shape.config["num_hidden_layers"], "cached", ()) for name, shape in SHAPES.items()
+        name: Case("equal", name, shape.config["num_hidden_layers"], "cached", ())
+        for name, shape in SHAPES.items()
     }
     with torch.device("meta"):
         from transformers import AutoModelForCausalLM
 
         count = {
-            name: sum(p.numel() for p in AutoModelForCausalLM.from_config(case.config).parameters()) / 1e9
+            name: sum(p.numel() for p in AutoModelForCausalLM.from_config(case.config).parameters())
+            / 1e9
             for name, case in sizes.items()
             if not name.startswith("tiny")
         }
@@ -242,15 +302,27 @@ def test_search_finds_the_limit():
 
 def entry(suite, speed, **more):
     ours = {"name": "una_fast", "seconds": 1.0, "x trl": speed}
-    common = {"suite": suite, "model": "gemma3-1b", "layers": 26, "full_layers": 26, "memory_cap": None}
+    common = {
+        "suite": suite,
+        "model": "gemma3-1b",
+        "layers": 26,
+        "full_layers": 26,
+        "memory_cap": None,
+    }
     return common | {"table": [ours, {"name": "trl", "seconds": 1.0}]} | more
 
 
 def test_bars_hold_and_miss():
-    held = {suite: judge(entry(suite, 1.7))["bars"][0]["held"] for suite in ("equal", "shared16", "shared64")}
+    held = {
+        suite: judge(entry(suite, 1.7))["bars"][0]["held"]
+        for suite in ("equal", "shared16", "shared64")
+    }
     assert held == {"equal": True, "shared16": True, "shared64": False}
     assert judge(entry("equal", 1.04))["bars"][0]["held"] is False
-    assert judge(entry("equal", 9.0, layers=4))["bars"] == [] and judge(entry("ragged", 0.5))["bars"] == []
+    assert (
+        judge(entry("equal", 9.0, layers=4))["bars"] == []
+        and judge(entry("ragged", 0.5))["bars"] == []
+    )
     full = [{"name": "una_fast", "seconds": 1.0}, {"name": "trl", "reason": "out of memory"}]
     assert judge(entry("equal", 0, table=full))["bars"][0]["held"]
     missing = [full[0], {"name": "trl", "reason": "ModuleNotFoundError: trl"}]
@@ -260,9 +332,14 @@ def test_bars_hold_and_miss():
 
     def longest(ratio, tokens):
         table = [{"name": "una_fast", "sequence_tokens": tokens}]
-        return judge(entry("maxlen", 0, ratio=ratio, memory_cap=79.0, table=table))["bars"][0]["held"]
+        return judge(entry("maxlen", 0, ratio=ratio, memory_cap=79.0, table=table))["bars"][0][
+            "held"
+        ]
 
-    assert [longest(0, 118784), longest(0, 118783), longest(16, 237568), longest(16, 237567)] == [True, False] * 2
+    assert [longest(0, 118784), longest(0, 118783), longest(16, 237568), longest(16, 237567)] == [
+        True,
+        False,
+    ] * 2
 
 
 def test_suites_are_what_they_say():
@@ -272,7 +349,11 @@ def test_suites_are_what_they_say():
             assert prompt == ratio * chosen == ratio * rejected, model
         pairs, micro = bench_step.pairs_of("ragged", shape.tokens)
         assert len(set(pairs)) > micro > 1 and len(pairs) % micro == 0
-    assert sum(bench_step.longest_pair(1700, 16)[:2]) == sum(bench_step.longest_pair(1700, 0)[:2]) == 1700
+    assert (
+        sum(bench_step.longest_pair(1700, 16)[:2])
+        == sum(bench_step.longest_pair(1700, 0)[:2])
+        == 1700
+    )
     rows = [sum(case.pairs[0]) for case in bench_step.long_cases("llama3-8b")]
     assert rows == [131072 + 1024, 262144 + 1024, 393216 + 1024]
     capped = [case for case in bench_step.long_cases("gemma3-1b") if case.memory_cap]
@@ -295,8 +376,12 @@ def gpu_report():
         table = [bench_step.row_of("una_fast", case, [session], 989.0, "cuda")]
         table.append(bench_step.row_of("trl", case, [slow], 989.0, "cuda"))
         table[0]["x trl"] = table[0]["tokens_per_s"] / table[1]["tokens_per_s"]
-        made = bench_step.entry_of(case, Setup(CPU, torch.bfloat16), bench_step.layout_of(case.pairs))
-        results.append(judge(made | {"tokens": case.tokens, "parity": {"loss": 0.01}, "table": table}))
+        made = bench_step.entry_of(
+            case, Setup(CPU, torch.bfloat16), bench_step.layout_of(case.pairs)
+        )
+        results.append(
+            judge(made | {"tokens": case.tokens, "parity": {"loss": 0.01}, "table": table})
+        )
     case = Case("maxlen", "gemma3-1b", 26, "cached", (), memory_cap=79.0)
     found = {
         "name": "una_fast",
@@ -306,8 +391,16 @@ def gpu_report():
         "peak_bytes": 78 * 2**30,
     }
     made = bench_step.entry_of(case, Setup(CPU, torch.bfloat16), bench_step.searched_layout(0))
-    full = {"name": "trl", "sequence_tokens": 49152, "row_tokens": 98304, "seconds": 8.0, "peak_bytes": 78 * 2**30}
-    results.append(judge(made | {"ratio": 0, "parity": {}, "table": [found, full | {"unfinished": True}]}))
+    full = {
+        "name": "trl",
+        "sequence_tokens": 49152,
+        "row_tokens": 98304,
+        "seconds": 8.0,
+        "peak_bytes": 78 * 2**30,
+    }
+    results.append(
+        judge(made | {"ratio": 0, "parity": {}, "table": [found, full | {"unfinished": True}]})
+    )
     where = {
         "gpu": "A GPU",
         "driver": "1.2",
@@ -316,7 +409,12 @@ def gpu_report():
         "transformers": "5",
         "command": "python x",
     }
-    return {"kind": "step", "environment": where, "peak": {"source": "the data sheet"}, "results": results}
+    return {
+        "kind": "step",
+        "environment": where,
+        "peak": {"source": "the data sheet"},
+        "results": results,
+    }
 
 
 def test_gpu_results_become_tables(tmp_path, monkeypatch):
@@ -329,7 +427,9 @@ def test_gpu_results_become_tables(tmp_path, monkeypatch):
     harness.write_report(report, folder / "step_gpu.json")
     new = tables.regenerate(text, tmp_path)
     assert "old" not in new and tables.regenerate(new, tmp_path) == new
-    equal = needed_flop(bench_step.step_cases("equal", "llama3-8b", [32], bench_step.parse(["--device", "cpu"]))[0])
+    equal = needed_flop(
+        bench_step.step_cases("equal", "llama3-8b", [32], bench_step.parse(["--device", "cpu"]))[0]
+    )
     rate = f"{equal / 2.1 / 1e12:.3g} ({equal / 2.1 / 989e12:.0%})"
     assert (
         "| Llama-3-8B, LoRA, adapter: 16 + 4096 | **una_fast** |" in new

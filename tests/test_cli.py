@@ -21,11 +21,18 @@ def run(llamas, tmp_path, capsys):
     """Run `una-fast train` on some records; returns (exit status, stderr). The model may be left out by model=None."""
 
     def call(records=None, *flags: str, command: str = "train", **settings):
-        defaults = {"model": llamas["untied"], "output_dir": str(tmp_path / "run"), "device": "cpu", "max_steps": 1}
+        defaults = {
+            "model": llamas["untied"],
+            "output_dir": str(tmp_path / "run"),
+            "device": "cpu",
+            "max_steps": 1,
+        }
         if records is not None:
             defaults["data"] = write_jsonl(tmp_path / "x.jsonl", records)
         settings = {
-            k: v for k, v in {**defaults, "progress": False, "loggers": [], **settings}.items() if v is not None
+            k: v
+            for k, v in {**defaults, "progress": False, "loggers": [], **settings}.items()
+            if v is not None
         }
         (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
         capsys.readouterr()
@@ -44,7 +51,16 @@ def test_train_and_precompute(run, llamas, tmp_path):
     status, said = run(records, command="precompute-ref", output_dir=str(tmp_path / "cache"))
     assert status == 0
     entries = yaml.safe_load(said.out[said.out.index("data:") :])
-    flags = ["--learning_rate", "1e-3", "--lora.r", "2", "--adam_betas", "[0.8, 0.9]", "--score_center", "dataset"]
+    flags = [
+        "--learning_rate",
+        "1e-3",
+        "--lora.r",
+        "2",
+        "--adam_betas",
+        "[0.8, 0.9]",
+        "--score_center",
+        "dataset",
+    ]
     status, said = run(None, "--max_steps", "2", "--batch_size", "3", *flags, **entries)
     assert status == 0, said.err
     result = json.loads(said.out.splitlines()[-1])  # the last line is for programs
@@ -52,11 +68,20 @@ def test_train_and_precompute(run, llamas, tmp_path):
     assert result["loss"] == read_metrics(tmp_path / "run")[-1]["loss"]
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert saved["lora"] == {"r": 2, "alpha": 16, "target_modules": "all-linear"}
-    assert (saved["learning_rate"], saved["adam_betas"], saved["score_center"]) == (1e-3, [0.8, 0.9], "dataset")
+    assert (saved["learning_rate"], saved["adam_betas"], saved["score_center"]) == (
+        1e-3,
+        [0.8, 0.9],
+        "dataset",
+    )
     assert not any("lora" in p.name for p in tmp_path.iterdir())
     # The file that a run leaves starts the same run.
     again = tmp_path / "again"
-    assert main(["train", "--config", str(tmp_path / "run" / "config.yaml"), "--output_dir", str(again)]) == 0
+    assert (
+        main(
+            ["train", "--config", str(tmp_path / "run" / "config.yaml"), "--output_dir", str(again)]
+        )
+        == 0
+    )
     assert read_metrics(again) == read_metrics(tmp_path / "run")
 
 
@@ -87,14 +112,42 @@ def test_an_unknown_command_is_refused(capsys):
 
 RECORDS = {
     "missing column": ({"prompt": "a", "chosen": "b"}, {}, "column 'rejected' is missing"),
-    "no response": ({"prompt": "a", "text": "b"}, {}, "no response column; found columns prompt, text"),
-    "score over 1": (SCORE | {"score": 7}, {}, r"score is 7.0, outside \[0, 1\].*score_map: range with score_range"),
+    "no response": (
+        {"prompt": "a", "text": "b"},
+        {},
+        "no response column; found columns prompt, text",
+    ),
+    "score over 1": (
+        SCORE | {"score": 7},
+        {},
+        r"score is 7.0, outside \[0, 1\].*score_map: range with score_range",
+    ),
     "NaN score": (SCORE | {"score": float("nan")}, {}, "score is nan; it must be finite"),
-    "infinite reward": (SCORE | {"score": float("inf")}, {"score": "reward_mse"}, "score is inf; it must be finite"),
-    "empty response": (PAIR | {"chosen": " "}, {}, "chosen is empty; fill it in or remove the record"),
-    "label 1": ({"prompt": "a", "completion": "b", "label": 1}, {}, r"label is 1 \(int\), not a boolean; write true"),
-    "equal pair": (PAIR | {"rejected": PAIR["chosen"]}, {}, "chosen and rejected are equal.*remove the record"),
-    "long prompt": (PAIR | {"prompt": "why " * 9}, {"max_prompt_tokens": 5}, "over max_prompt_tokens=5; raise max_"),
+    "infinite reward": (
+        SCORE | {"score": float("inf")},
+        {"score": "reward_mse"},
+        "score is inf; it must be finite",
+    ),
+    "empty response": (
+        PAIR | {"chosen": " "},
+        {},
+        "chosen is empty; fill it in or remove the record",
+    ),
+    "label 1": (
+        {"prompt": "a", "completion": "b", "label": 1},
+        {},
+        r"label is 1 \(int\), not a boolean; write true",
+    ),
+    "equal pair": (
+        PAIR | {"rejected": PAIR["chosen"]},
+        {},
+        "chosen and rejected are equal.*remove the record",
+    ),
+    "long prompt": (
+        PAIR | {"prompt": "why " * 9},
+        {"max_prompt_tokens": 5},
+        "over max_prompt_tokens=5; raise max_",
+    ),
     "ref_logps": (PAIR | {"ref_logps": [1.0]}, {}, "ref_logps has 1 values for 2 responses"),
 }
 
@@ -105,7 +158,9 @@ def test_malformed_records(run, tmp_path, name):
     record, settings, message = RECORDS[name]
     status, said = run([SCORE, record], **settings)
     assert status == 1
-    assert re.fullmatch(rf"una-fast train: error: .*x\.jsonl:2: .*{message}.*\n", said.err.splitlines(True)[-1])
+    assert re.fullmatch(
+        rf"una-fast train: error: .*x\.jsonl:2: .*{message}.*\n", said.err.splitlines(True)[-1]
+    )
     assert "Traceback" not in said.err
 
     status, said = run([SCORE, record], on_bad_record="skip", **settings)
@@ -121,7 +176,9 @@ def test_any_finite_reward_is_accepted_by_reward_mse(run, tmp_path):
 
 
 def test_a_declared_range_is_accepted(run, tmp_path):
-    status, _ = run([SCORE | {"score": 7}, SCORE | {"score": 1}], score_map="range", score_range=[1, 9])
+    status, _ = run(
+        [SCORE | {"score": 7}, SCORE | {"score": 1}], score_map="range", score_range=[1, 9]
+    )
     assert status == 0
     assert read_metrics(tmp_path / "run")[0]["una/target_mean"] == pytest.approx(0.375)
 
@@ -132,16 +189,28 @@ def test_a_declared_range_is_accepted(run, tmp_path):
         ({"model": None}, "model is missing; set --model"),
         ({"data": None}, "data is missing; set --data"),
         ({"output_dir": None}, "output_dir is missing; set --output_dir"),
-        ({"model": "./nowhere"}, r"directory ./nowhere does not exist; give a directory in Hugging Face form"),
-        ({"data": "nowhere.jsonl"}, "'nowhere.jsonl' is neither a file, a directory, nor a loadable dataset"),
+        (
+            {"model": "./nowhere"},
+            r"directory ./nowhere does not exist; give a directory in Hugging Face form",
+        ),
+        (
+            {"data": "nowhere.jsonl"},
+            "'nowhere.jsonl' is neither a file, a directory, nor a loadable dataset",
+        ),
         ({"data": [{"path": "x", "wieght": 2}]}, "unknown key 'wieght'; known keys: path, weight"),
         ({"reference": "adapter"}, "reference=adapter needs lora"),
         ({"eval_every": 1}, "eval_every=1 has nothing to evaluate on"),
-        ({"reference": "cached"}, r"reference=cached, but .*x.jsonl:1 has no ref_logps .*una-fast precompute-ref"),
+        (
+            {"reference": "cached"},
+            r"reference=cached, but .*x.jsonl:1 has no ref_logps .*una-fast precompute-ref",
+        ),
         ({"loggers": ["wandb"]}, "loggers: wandb is not installed; pip install wandb"),
         ({"engine": "triton"}, 'engine="triton" cannot run: tensors are on the CPU'),
         ({"workspace_mb": -1}, "workspace_mb=-1.* must be positive"),
-        ({"score_center": 1.5}, "score_center=1.5 gives 1.5, but it must lie strictly between 0 and 1"),
+        (
+            {"score_center": 1.5},
+            "score_center=1.5 gives 1.5, but it must lie strictly between 0 and 1",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
@@ -156,14 +225,17 @@ def test_wrong_settings(run, monkeypatch, settings, message):
 @pytest.mark.parametrize("records", [[], [PAIR | {"chosen": "fell"}]])
 def test_nothing_to_train_on(run, records):
     status, said = run(records, on_bad_record="skip")
-    assert status == 1 and re.search("error: no usable record: .*x.jsonl: . records -> 0 examples", said.err)
+    assert status == 1 and re.search(
+        "error: no usable record: .*x.jsonl: . records -> 0 examples", said.err
+    )
 
 
 def test_a_tokenizer_without_eos(run, tmp_path):
     status, said = run([PAIR], model=save_llama(tmp_path / "model", eos=False))
     assert status == 1
     assert re.search(
-        "error: the tokenizer of .*model has no eos token.*set eos_token in its tokenizer_config", said.err
+        "error: the tokenizer of .*model has no eos token.*set eos_token in its tokenizer_config",
+        said.err,
     )
 
 
@@ -172,7 +244,9 @@ def test_a_tokenizer_of_its_own(run, tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.pad_token = None
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    status, _ = run([PAIR, SCORE], tokenizer=str(tmp_path / "tokenizer"), packing=False, micro_batch_size=2)
+    status, _ = run(
+        [PAIR, SCORE], tokenizer=str(tmp_path / "tokenizer"), packing=False, micro_batch_size=2
+    )
     assert status == 0
     status, said = run([PAIR], tokenizer="./nowhere", output_dir=str(tmp_path / "other"))
     assert status == 1 and "tokenizer directory ./nowhere does not exist" in said.err
@@ -191,7 +265,8 @@ def test_a_directory_in_use(run):
     status, said = run([PAIR])
     assert status == 1
     assert re.search(
-        "error: .*run holds an earlier run; set resume=true to continue it, or another output_dir", said.err
+        "error: .*run holds an earlier run; set resume=true to continue it, or another output_dir",
+        said.err,
     )
     assert run([PAIR], "--resume", "true")[0] == 0
 
@@ -221,4 +296,7 @@ def test_plan_of_one_call(capsys):
     assert "N at least 2" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["plan", "--op", "8192", "4096", "128256", "--device", "tpu"])
-    assert "Expected a typing.Literal['auto', 'cpu', 'cuda']. Got value: tpu" in capsys.readouterr().err
+    assert (
+        "Expected a typing.Literal['auto', 'cpu', 'cuda']. Got value: tpu"
+        in capsys.readouterr().err
+    )

@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 import una_fast
-from una_fast.config import ONLINE_TRAJECTORY, TRAJECTORY, LoraOptions, OnlineOptions, RunConfig
+from una_fast.config import ONLINE_TRAJECTORY, TRAJECTORY, OnlineOptions, RunConfig
+from una_fast.data.records import RecordOptions
 from una_fast.losses import Objective
-from una_fast.memory import MemoryOptions
-from una_fast.records import RecordOptions
+from una_fast.model.settings import LoraOptions, MemoryOptions
 
 PACKAGE = Path(una_fast.__file__).parent
 NEEDED = {"model": "some/model", "data": ["x.jsonl"], "output_dir": "out"}
@@ -37,7 +37,11 @@ def attributes_read(holders: set[str], skip: str = "") -> set[str]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 holder = node.value
-                name = holder.attr if isinstance(holder, ast.Attribute) else getattr(holder, "id", None)
+                name = (
+                    holder.attr
+                    if isinstance(holder, ast.Attribute)
+                    else getattr(holder, "id", None)
+                )
                 if name in holders:
                     found.add(node.attr)
     return found
@@ -45,17 +49,27 @@ def attributes_read(holders: set[str], skip: str = "") -> set[str]:
 
 def test_every_field_is_read():
     """A setting that nobody reads is accepted and ignored."""
-    read = attributes_read({"config"}, skip="config.py") | {"online_fraction", "off_policy_ok"}  # which config.py reads
+    read = attributes_read({"config"}, skip="config.py") | {
+        "online_fraction",
+        "off_policy_ok",
+    }  # which config.py reads
     own = {f.name for f in fields(RunConfig)} - RECORD_FIELDS - OBJECTIVE_FIELDS - MEMORY_FIELDS
     assert not own - read
-    assert not {f.name for f in fields(LoraOptions)} - attributes_read({"options"}, skip="config.py")
+    assert not {f.name for f in fields(LoraOptions)} - attributes_read(
+        {"options"}, skip="config.py"
+    )
 
 
 def test_every_field_of_the_records_is_read():
     used = attributes_read({"options"}) | {"preset"}
     assert not RECORD_FIELDS - used
     assert RecordOptions(preset="helpsteer2").resolved().divide == 7.6
-    settings = {"columns": {"completion": "answer"}, "max_tokens": 77, "score_center": "dataset", "ties": "drop"}
+    settings = {
+        "columns": {"completion": "answer"},
+        "max_tokens": 77,
+        "score_center": "dataset",
+        "ties": "drop",
+    }
     assert config(**settings).record_options() == RecordOptions(**settings)
 
 
@@ -96,10 +110,34 @@ def test_the_trajectory_names_settings():
     assert set(config(**ONLINE).trajectory()) == {*TRAJECTORY, *ONLINE_TRAJECTORY}
     # What may change when a run is resumed: how long, how often, where, and how the same numbers are computed.
     free = {
-        *("data", "output_dir", "tokenizer", "trust_remote_code", "reference", "gradient_checkpointing", "packing"),
-        *("attn_implementation", "workspace_mb", "engine", "device", "epochs", "max_steps", "micro_batch_size"),
+        *(
+            "data",
+            "output_dir",
+            "tokenizer",
+            "trust_remote_code",
+            "reference",
+            "gradient_checkpointing",
+            "packing",
+        ),
+        *(
+            "attn_implementation",
+            "workspace_mb",
+            "engine",
+            "device",
+            "epochs",
+            "max_steps",
+            "micro_batch_size",
+        ),
         *("max_tokens_per_batch", "offload_activations", "mlp_tile", "liger", "memory_gib"),
-        *("eval_data", "eval_fraction", "eval_every", "save_every", "keep_checkpoints", "resume", "log_every"),
+        *(
+            "eval_data",
+            "eval_fraction",
+            "eval_every",
+            "save_every",
+            "keep_checkpoints",
+            "resume",
+            "log_every",
+        ),
         *("loggers", "progress"),
         *("max_kl", "on_max_kl", "saved_completions", "off_policy_ok"),
     }
@@ -110,10 +148,28 @@ def test_the_trajectory_names_settings():
     "settings",
     [
         {},
-        {"data": "one.jsonl", "eval_data": ["a", {"path": "b", "weight": 2.5, "score_range": [1, 5]}]},
-        {"lora": LoraOptions(r=3, target_modules=["q_proj"]), "reference": "adapter", "max_grad_norm": None},
-        {"columns": {"completion": "x"}, "score_map": "range", "score_range": [1.0, 5.0], "score_center": 0.5},
-        {"feedback": "both", "ties": "soft", "margin": "rating_gap", "adam_betas": (0.8, 0.95), "loggers": []},
+        {
+            "data": "one.jsonl",
+            "eval_data": ["a", {"path": "b", "weight": 2.5, "score_range": [1, 5]}],
+        },
+        {
+            "lora": LoraOptions(r=3, target_modules=["q_proj"]),
+            "reference": "adapter",
+            "max_grad_norm": None,
+        },
+        {
+            "columns": {"completion": "x"},
+            "score_map": "range",
+            "score_range": [1.0, 5.0],
+            "score_center": 0.5,
+        },
+        {
+            "feedback": "both",
+            "ties": "soft",
+            "margin": "rating_gap",
+            "adam_betas": (0.8, 0.95),
+            "loggers": [],
+        },
     ],
 )
 def test_settings_survive_their_file(settings, tmp_path):
@@ -155,22 +211,46 @@ def test_settings_survive_their_file(settings, tmp_path):
         ({"max_grad_norm": 0.0}, "max_grad_norm=0.0 must be positive, or null for no clipping"),
         ({"eval_fraction": 1.0}, r"eval_fraction=1.0 must lie in \[0, 1\)"),
         ({"eval_fraction": 0.1, "eval_data": "x"}, "give eval_data or eval_fraction, not both"),
-        ({"eval_every": 5}, "eval_every=5 has nothing to evaluate on; set eval_data or eval_fraction"),
+        (
+            {"eval_every": 5},
+            "eval_every=5 has nothing to evaluate on; set eval_data or eval_fraction",
+        ),
         ({"reference": "adapter"}, "reference=adapter needs lora; use reference=frozen or cached"),
-        ({"optimizer": "sgd", "weight_decay": 0.1}, "weight_decay=0.1 acts on adamw and adamw_8bit only; rem"),
+        (
+            {"optimizer": "sgd", "weight_decay": 0.1},
+            "weight_decay=0.1 acts on adamw and adamw_8bit only; rem",
+        ),
         (
             {"optimizer": "sgd", "offload_optimizer": True},
             "offload_optimizer=true .* not that of sgd; set optimizer=adamw",
         ),
-        ({"optimizer": "adamw_8bit", "offload_optimizer": True}, "offload_optimizer=true .* not that of adamw_8bit"),
-        ({"output_dir": "some/../some/model"}, "output_dir=.* is the model itself, which would be overwritten"),
-        ({"loggers": ["tensorbord"]}, r"loggers: unknown \['tensorbord'\]; known: tensorboard, wandb, trackio"),
+        (
+            {"optimizer": "adamw_8bit", "offload_optimizer": True},
+            "offload_optimizer=true .* not that of adamw_8bit",
+        ),
+        (
+            {"output_dir": "some/../some/model"},
+            "output_dir=.* is the model itself, which would be overwritten",
+        ),
+        (
+            {"loggers": ["tensorbord"]},
+            r"loggers: unknown \['tensorbord'\]; known: tensorboard, wandb, trackio",
+        ),
         ({"lora": {"r": 0}}, "lora r=0, alpha=16: r must be at least 1"),
         ({"lora": {"target_modules": []}}, "lora target_modules is empty; name layers"),
         ({"score_map": "range"}, r"score_map=range needs score_range: \[lo, hi\]"),
-        ({"max_prompt_tokens": 8, "max_tokens": 8}, "max_prompt_tokens=8 leaves no room for a response"),
-        ({"ties": "soft"}, "ties=soft acts on pairs built from ratings, and feedback=scores builds none"),
-        ({"preset": "helpsteer2", "divide": 2.0}, "preset='helpsteer2' sets divide to 7.6; remove divide"),
+        (
+            {"max_prompt_tokens": 8, "max_tokens": 8},
+            "max_prompt_tokens=8 leaves no room for a response",
+        ),
+        (
+            {"ties": "soft"},
+            "ties=soft acts on pairs built from ratings, and feedback=scores builds none",
+        ),
+        (
+            {"preset": "helpsteer2", "divide": 2.0},
+            "preset='helpsteer2' sets divide to 7.6; remove divide",
+        ),
     ],
 )
 def test_wrong_settings_are_refused_by_name(settings, message):
@@ -181,8 +261,14 @@ def test_wrong_settings_are_refused_by_name(settings, message):
 def test_forms_that_are_chosen_by_the_mode():
     offline, online = config(), config(**ONLINE)
     assert (offline.score, offline.offset) == ("mse", 0.0) and offline.objective() == Objective()
-    assert (online.score, online.offset) == ("reward_mse", "group") and online.objective().offset == 0.0
-    assert config(**ONLINE, samples_per_prompt=1).offset == "ema" and config(**ONLINE, offset=-0.5).offset == -0.5
+    assert (online.score, online.offset) == (
+        "reward_mse",
+        "group",
+    ) and online.objective().offset == 0.0
+    assert (
+        config(**ONLINE, samples_per_prompt=1).offset == "ema"
+        and config(**ONLINE, offset=-0.5).offset == -0.5
+    )
     assert config(**ONLINE, score="mse", reward_map="sigmoid").offset == 0.0
 
 
@@ -190,21 +276,42 @@ def test_forms_that_are_chosen_by_the_mode():
     ("settings", "match"),
     [
         ({"top_p": 0.9}, "top_p=0.9.*off_policy_ok: true"),
-        ({"length_normalize": True}, "length_normalize=True.*set length_normalize: false, or off_policy_ok"),
+        (
+            {"length_normalize": True},
+            "length_normalize=True.*set length_normalize: false, or off_policy_ok",
+        ),
         ({"offset": "group", "samples_per_prompt": 1}, "samples_per_prompt of at least 2; use ema"),
         ({"offset": "mean"}, "offset='mean' must be a number, group or ema"),
-        ({"offset": "ema", "score": "bce", "reward_map": "sigmoid"}, "set mode: online and score: reward_mse"),
-        ({"reference": "cached"}, "reference=cached has no log-probs of responses yet to be sampled"),
+        (
+            {"offset": "ema", "score": "bce", "reward_map": "sigmoid"},
+            "set mode: online and score: reward_mse",
+        ),
+        (
+            {"reference": "cached"},
+            "reference=cached has no log-probs of responses yet to be sampled",
+        ),
         ({"reference_refresh": 4, "lora": {"r": 2}}, "does not go with lora"),
-        ({"inner_epochs": 2, "save_every": 3}, "save_every=3 would save between the 2 inner_epochs"),
+        (
+            {"inner_epochs": 2, "save_every": 3},
+            "save_every=3 would save between the 2 inner_epochs",
+        ),
         ({"rewards": []}, "needs rewards; set --rewards"),
         ({"rewards": [{"model": "a", "judge": "http://b/v1"}]}, "rewards"),
         ({"reward_map": "range"}, "limits are needed for a range, and only there"),
         ({"reward_map": "range", "reward_range": [1, 1]}, "must be .lowest, highest."),
         ({"temperature": 0.0}, "temperature=0.0 must be positive"),
-        ({"generation": "continuous", "stop_strings": ["x"]}, "generation=continuous knows no stop_strings"),
-        ({"generation": "continuous", "top_p": 0.5, "off_policy_ok": True}, "set top_p: 1, or generation: padded"),
-        ({"generation_batch_size": 3}, "generation_batch_size=3 must hold the samples_per_prompt=4"),
+        (
+            {"generation": "continuous", "stop_strings": ["x"]},
+            "generation=continuous knows no stop_strings",
+        ),
+        (
+            {"generation": "continuous", "top_p": 0.5, "off_policy_ok": True},
+            "set top_p: 1, or generation: padded",
+        ),
+        (
+            {"generation_batch_size": 3},
+            "generation_batch_size=3 must hold the samples_per_prompt=4",
+        ),
         ({"generation": "vllm", "generation_batch_size": 64}, "not read with generation=vllm"),
         ({"online_fraction": 0.3}, "online_fraction=0.3 is read with mode: mixed"),
         (
@@ -214,8 +321,14 @@ def test_forms_that_are_chosen_by_the_mode():
         ({"max_kl": 0.0}, "max_kl=0.0 must be positive"),
         ({"on_max_kl": "warn"}, "on_max_kl=warn acts at max_kl, which is not set"),
         ({"mode": "mixed", "temperature": 0.7}, "set temperature: 1, or mode: online"),
-        ({"mode": "mixed", "online_fraction": 0.01}, "leaves no prompts, or no records; raise batch_size"),
-        ({"mode": "offline"}, "is for sampled responses, and mode is offline; set mode: online or mixed, or remove"),
+        (
+            {"mode": "mixed", "online_fraction": 0.01},
+            "leaves no prompts, or no records; raise batch_size",
+        ),
+        (
+            {"mode": "offline"},
+            "is for sampled responses, and mode is offline; set mode: online or mixed, or remove",
+        ),
     ],
 )
 def test_online_refusals_name_the_flag(settings, match):

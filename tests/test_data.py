@@ -11,10 +11,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from una_fast.attention import Segment
-from una_fast.data import Encoder, Source, collate, load_examples, load_prompts, mixture_order
+from una_fast.attention.rows import Segment
+from una_fast.data.batch import collate
+from una_fast.data.encode import Encoder
+from una_fast.data.examples import load_examples, load_prompts
+from una_fast.data.loader import mixture_order
+from una_fast.data.records import Record, RecordOptions
+from una_fast.data.sources import Source
 from una_fast.feedback import BINARY, PAIR, SCORE
-from una_fast.records import Record, RecordOptions
 
 CHATML = (
     "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
@@ -43,8 +47,12 @@ def make_tokenizer(single="<s> $A", template=CHATML, **special):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    raw.train_from_iterator(["the cat sat on the mat", "hi there, how are you", "good and bad answers"], trainer)
-    raw.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", BOS), ("</s>", EOS)])
+    raw.train_from_iterator(
+        ["the cat sat on the mat", "hi there, how are you", "good and bad answers"], trainer
+    )
+    raw.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[("<s>", BOS), ("</s>", EOS)]
+    )
     special = {"bos_token": "<s>", "eos_token": "</s>", "name_or_path": "tiny-bpe", **special}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, **special)
     tokenizer.chat_template = template
@@ -93,13 +101,27 @@ def table(feedback):
 
 def test_shapes_mixed_in_one_file(load):
     examples, report = load(
-        {"prompt": "p", "chosen": "good", "rejected": "bad", "margin": 0.5, "weight": 2, "ref_logps": [-1.0, -2.5]},
+        {
+            "prompt": "p",
+            "chosen": "good",
+            "rejected": "bad",
+            "margin": 0.5,
+            "weight": 2,
+            "ref_logps": [-1.0, -2.5],
+        },
         {"prompt": "p", "completion": "good", "label": False, "ref_logps": -3},
         {"prompt": "p", "completion": "good", "score": 0.25},
         "",
         {"prompt": "p", "completion": "good"},
         {"prompt": "p", "completions": ["a", "b", "c"], "scores": [0.1, 0.9, 1]},
-        {"prompt": "p", "chosen": "a", "rejected": "b", "chosen_rating": 0.9, "rejected_rating": 0.9, "id": 7},
+        {
+            "prompt": "p",
+            "chosen": "a",
+            "rejected": "b",
+            "chosen_rating": 0.9,
+            "rejected_rating": 0.9,
+            "id": 7,
+        },
         {"id": 8, "source": "x", "chosen": [USER, bot("a")], "rejected": [USER, bot("b")]},
     )
     assert [table(e.feedback) for e in examples] == [
@@ -111,15 +133,25 @@ def test_shapes_mixed_in_one_file(load):
         [(SCORE, 0, -1, 0.9), (SCORE, 1, -1, 0.9)],
         [(PAIR, 0, 1, 1.0)],
     ]
-    assert examples[0].feedback.margin.tolist() == [0.5] and examples[0].feedback.weight.tolist() == [2.0]
-    assert examples[0].ref_logps == (-1.0, -2.5) and examples[1].ref_logps == (-3.0,) and examples[2].ref_logps is None
+    assert examples[0].feedback.margin.tolist() == [0.5] and examples[
+        0
+    ].feedback.weight.tolist() == [2.0]
+    assert (
+        examples[0].ref_logps == (-1.0, -2.5)
+        and examples[1].ref_logps == (-3.0,)
+        and examples[2].ref_logps is None
+    )
     assert examples[3].origin.endswith("rows.jsonl:5")  # the empty line counts as a line
     assert examples[0].prompt_ids.dtype == np.int32 == examples[0].responses[1].dtype
     assert (report.records, report.examples, report.unlabelled) == (7, 7, 1)
     assert dict(report.units) == {"pair": 2, "binary": 2, "score": 6}
     assert dict(report.ignored_columns) == {"id": 2, "source": 1}
-    assert "7 records -> 7 examples (2 pair, 2 binary, 6 score units)" in str(report) and "\n" not in str(report)
-    assert "1 without a label" in str(report) and "ignored columns id (2), source (1)" in str(report)
+    assert "7 records -> 7 examples (2 pair, 2 binary, 6 score units)" in str(
+        report
+    ) and "\n" not in str(report)
+    assert "1 without a label" in str(report) and "ignored columns id (2), source (1)" in str(
+        report
+    )
 
 
 RATED = {"prompt": "p", "completions": ["a", "b", "c"], "scores": [1.0, 3.0, 1.0]}
@@ -129,10 +161,18 @@ RATED = {"prompt": "p", "completions": ["a", "b", "c"], "scores": [1.0, 3.0, 1.0
     ("options", "units", "ties"),
     [
         ({"feedback": "pairs"}, [(PAIR, 1, 0, 1.0), (PAIR, 1, 2, 1.0)], 1),
-        ({"feedback": "pairs", "ties": "soft"}, [(PAIR, 1, 0, 1.0), (PAIR, 0, 2, 0.5), (PAIR, 1, 2, 1.0)], 0),
+        (
+            {"feedback": "pairs", "ties": "soft"},
+            [(PAIR, 1, 0, 1.0), (PAIR, 0, 2, 0.5), (PAIR, 1, 2, 1.0)],
+            0,
+        ),
         (
             {"feedback": "both"},
-            [(PAIR, 1, 0, 1.0), (PAIR, 1, 2, 1.0), *((SCORE, k, -1, RATED["scores"][k]) for k in range(3))],
+            [
+                (PAIR, 1, 0, 1.0),
+                (PAIR, 1, 2, 1.0),
+                *((SCORE, k, -1, RATED["scores"][k]) for k in range(3)),
+            ],
             1,
         ),
     ],
@@ -143,8 +183,16 @@ def test_pairs_from_ratings(load, options, units, ties):
 
 
 def test_rated_pair_as_pair_with_margin_from_the_mapped_gap(load):
-    row = {"prompt": "p", "chosen": "a", "rejected": "b", "chosen_rating": 8, "rejected_rating": 3.5}
-    examples, _ = load(row, feedback="pairs", margin="rating_gap", score_map="range", score_range=[1, 10])
+    row = {
+        "prompt": "p",
+        "chosen": "a",
+        "rejected": "b",
+        "chosen_rating": 8,
+        "rejected_rating": 3.5,
+    }
+    examples, _ = load(
+        row, feedback="pairs", margin="rating_gap", score_map="range", score_range=[1, 10]
+    )
     assert table(examples[0].feedback) == [(PAIR, 0, 1, 1.0)]
     assert examples[0].feedback.margin.item() == pytest.approx(0.5)
     examples, _ = load({**row, "margin": 2}, feedback="pairs", margin="rating_gap")
@@ -152,7 +200,9 @@ def test_rated_pair_as_pair_with_margin_from_the_mapped_gap(load):
 
 
 def test_order_comes_from_the_ratings_even_where_the_sigmoid_is_flat(load):
-    examples, report = load({**RATED, "scores": [60.0, 80.0, 0.0]}, feedback="pairs", score_map="sigmoid")
+    examples, report = load(
+        {**RATED, "scores": [60.0, 80.0, 0.0]}, feedback="pairs", score_map="sigmoid"
+    )
     assert table(examples[0].feedback)[0] == (PAIR, 1, 0, 1.0) and report.ties_dropped == 0
 
 
@@ -162,14 +212,18 @@ def test_record_of_dropped_ties_alone_is_left_out(load):
 
 
 def test_prompts_keep_their_columns_for_the_rewards(load, tokenizer):
-    prompts, report = load({"prompt": "hi", "weight": 2}, {"prompt": [USER], "answer": "x"}, prompts=True)
+    prompts, report = load(
+        {"prompt": "hi", "weight": 2}, {"prompt": [USER], "answer": "x"}, prompts=True
+    )
     assert [len(p.responses) for p in prompts] == [0, 0] and prompts[0].feedback.num_units == 0
     assert [p.text for p in prompts] == ["hi", [USER]] and [p.weight for p in prompts] == [2.0, 1.0]
     assert [p.columns for p in prompts] == [{}, {"answer": "x"}] and report.examples == 2
 
 
 def test_prompts_leave_room_for_a_response(load):
-    with pytest.raises(ValueError, match=r"rows.jsonl:1: prompt has .* over max_tokens=9; raise max_tokens"):
+    with pytest.raises(
+        ValueError, match=r"rows.jsonl:1: prompt has .* over max_tokens=9; raise max_tokens"
+    ):
         load({"prompt": "the cat sat on a mat"}, prompts=True, max_tokens=9)
     load({"prompt": "the cat sat on a mat"}, prompts=True, max_tokens=40)
 
@@ -178,7 +232,14 @@ def test_prompts_leave_room_for_a_response(load):
 
 
 def test_helpsteer2_preset(load):
-    row = {"prompt": "p", "response": "a", "helpfulness": 4, "correctness": 3, "coherence": 2, "verbosity": 1}
+    row = {
+        "prompt": "p",
+        "response": "a",
+        "helpfulness": 4,
+        "correctness": 3,
+        "coherence": 2,
+        "verbosity": 1,
+    }
     examples, report = load(row, preset="helpsteer2")
     assert examples[0].feedback.value.item() == pytest.approx((0.65 * 4 + 0.8 * 3 + 0.45 * 2) / 7.6)
     assert dict(report.ignored_columns) == {"verbosity": 1}
@@ -188,13 +249,17 @@ def test_ultrafeedback_preset_with_text_prompt_beside_whole_chats(load, tokenize
     row = {"prompt": "hi there", "chosen": [USER, bot("a")], "rejected": [USER, bot("b")]}
     examples, _ = load({**row, "score_chosen": 8.2, "score_rejected": 1.0}, preset="ultrafeedback")
     assert examples[0].feedback.value.tolist() == pytest.approx([0.8, 0.0])
-    assert examples[0].prompt_ids.tolist() == ids(tokenizer, "<s><|im_start|>user\nhi there<|im_end|>\n" + ASSISTANT)
+    assert examples[0].prompt_ids.tolist() == ids(
+        tokenizer, "<s><|im_start|>user\nhi there<|im_end|>\n" + ASSISTANT
+    )
 
 
 def test_columns_rename_and_take_away(load):
     row = {"q": "p", "completion": "a", "label": 1, "score": 0.5}
     examples, report = load(row, columns={"prompt": "q", "label": "unused"})
-    assert table(examples[0].feedback) == [(SCORE, 0, -1, 0.5)] and dict(report.ignored_columns) == {"label": 1}
+    assert table(examples[0].feedback) == [(SCORE, 0, -1, 0.5)] and dict(
+        report.ignored_columns
+    ) == {"label": 1}
 
 
 def test_score_maps(load):
@@ -206,7 +271,9 @@ def test_score_maps(load):
     assert values(score_map="quantile") == [0.125, 0.5, 0.5, 0.875]
     expected = torch.sigmoid(torch.tensor([-2.0, 5.0, 5.0, 700.0]).double()).tolist()
     assert values(score_map="sigmoid") == pytest.approx(expected, abs=1e-12)
-    assert values(score_map="range", score_range=[-2, 700]) == pytest.approx([0, 7 / 702, 7 / 702, 1])
+    assert values(score_map="range", score_range=[-2, 700]) == pytest.approx(
+        [0, 7 / 702, 7 / 702, 1]
+    )
     assert values(unit=False) == [-2.0, 5.0, 5.0, 700.0]
 
 
@@ -222,7 +289,9 @@ def test_score_center(load):
     assert examples[1].feedback.offset.item() == 0 and report.score_center == 0.5
     examples, _ = load(*rows, score_center="dataset", unit=False)
     assert examples[0].feedback.offset.item() == pytest.approx(0.2)
-    with pytest.raises(ValueError, match="score_center=3 gives 3.0, but it must lie strictly between 0 and 1"):
+    with pytest.raises(
+        ValueError, match="score_center=3 gives 3.0, but it must lie strictly between 0 and 1"
+    ):
         load(*rows, score_center=3)
 
 
@@ -234,30 +303,66 @@ NAN = float("nan")
 BAD = {
     "invalid json": ('{"prompt": ', {}, "invalid JSON.*one complete JSON object per line"),
     "not an object": ("[1, 2]", {}, "must be a JSON object of columns, not list"),
-    "no response": ({"prompt": "p", "answer": "x"}, {}, "no response column; found columns prompt, answer; accepted"),
+    "no response": (
+        {"prompt": "p", "answer": "x"},
+        {},
+        "no response column; found columns prompt, answer; accepted",
+    ),
     "two families": ({**ONE, **PAIR_ROW}, {}, "both chosen/rejected and completion are given"),
-    "no rejected": ({"prompt": "p", "chosen": "a"}, {}, "column 'rejected' is missing; found columns prompt, chosen"),
+    "no rejected": (
+        {"prompt": "p", "chosen": "a"},
+        {},
+        "column 'rejected' is missing; found columns prompt, chosen",
+    ),
     "null rejected": ({**PAIR_ROW, "rejected": None}, {}, "column 'rejected' is null"),
     "no prompt": ({"chosen": "a", "rejected": "b"}, {}, "column 'prompt' is missing or null"),
-    "renamed": (ONE, {"columns": {"prompt": "q"}}, "column 'q' is missing or null.*prompt is read from 'q'"),
-    "no scores": ({"prompt": "p", "completions": ["a"]}, {}, "column 'scores' is missing.*accepted shapes"),
+    "renamed": (
+        ONE,
+        {"columns": {"prompt": "q"}},
+        "column 'q' is missing or null.*prompt is read from 'q'",
+    ),
+    "no scores": (
+        {"prompt": "p", "completions": ["a"]},
+        {},
+        "column 'scores' is missing.*accepted shapes",
+    ),
     "nan score": ({**ONE, "score": NAN}, {}, "score is nan; it must be finite"),
-    "inf score": ({**RATED, "scores": [0, 1, float("inf")]}, {}, r"scores\[2\] is inf; it must be finite"),
-    "huge score": ('{"prompt": "p", "completion": "a", "score": 1' + "0" * 400 + "}", {}, "score is 1.*finite"),
+    "inf score": (
+        {**RATED, "scores": [0, 1, float("inf")]},
+        {},
+        r"scores\[2\] is inf; it must be finite",
+    ),
+    "huge score": (
+        '{"prompt": "p", "completion": "a", "score": 1' + "0" * 400 + "}",
+        {},
+        "score is 1.*finite",
+    ),
     "text score": ({**ONE, "score": "0.5"}, {}, r"score is '0.5' \(str\); write a number"),
-    "nan rating": ({**PAIR_ROW, "chosen_rating": NAN, "rejected_rating": 1}, {}, "chosen_rating is nan"),
+    "nan rating": (
+        {**PAIR_ROW, "chosen_rating": NAN, "rejected_rating": 1},
+        {},
+        "chosen_rating is nan",
+    ),
     "nan weight": ({**PAIR_ROW, "weight": NAN}, {}, "weight is nan"),
     "negative weight": ({**PAIR_ROW, "weight": -1}, {}, "weight is -1; it must not be negative"),
     "nan margin": ({**PAIR_ROW, "margin": NAN}, {}, "margin is nan"),
     "nan ref_logps": ({**PAIR_ROW, "ref_logps": [-1.0, NAN]}, {}, r"ref_logps\[1\] is nan"),
-    "ref_logps count": ({**PAIR_ROW, "ref_logps": -1.0}, {}, "ref_logps has 1 values for 2 responses"),
+    "ref_logps count": (
+        {**PAIR_ROW, "ref_logps": -1.0},
+        {},
+        "ref_logps has 1 values for 2 responses",
+    ),
     "score range": ({**ONE, "score": 7}, {}, r"score is 7.0, outside \[0, 1\].*score_map: range"),
     "outside declared": (
         {**ONE, "score": 11},
         {"score_map": "range", "score_range": [1, 10]},
         r"score is 11.0, outside score_range \[1, 10\]",
     ),
-    "label int": ({**ONE, "label": 1}, {}, r"label is 1 \(int\), not a boolean; write true or false"),
+    "label int": (
+        {**ONE, "label": 1},
+        {},
+        r"label is 1 \(int\), not a boolean; write true or false",
+    ),
     "label text": ({**ONE, "label": "yes"}, {}, r"label is 'yes' \(str\), not a boolean"),
     "label null": ({**ONE, "label": None}, {}, "label is null; fill it in"),
     "score null": ({**ONE, "score": None}, {}, "score is null; fill it in"),
@@ -282,15 +387,39 @@ BAD = {
         {"feedback": "pairs"},
         "one completion makes no pair",
     ),
-    "no ratings": (PAIR_ROW, {"feedback": "pairs", "margin": "rating_gap"}, "margin=rating_gap needs chosen_rating"),
+    "no ratings": (
+        PAIR_ROW,
+        {"feedback": "pairs", "margin": "rating_gap"},
+        "margin=rating_gap needs chosen_rating",
+    ),
     "attributes": (ONE, {"score_columns": {"help": 1.0}}, "score_columns help are missing"),
-    "one attribute": ({**ONE, "b": 1}, {"score_columns": {"help": 1.0, "b": 1.0}}, "score_columns help are missing"),
-    "prompt type": ({**ONE, "prompt": 3}, {}, r"prompt is 3 \(int\); write a string or a list of chat messages"),
+    "one attribute": (
+        {**ONE, "b": 1},
+        {"score_columns": {"help": 1.0, "b": 1.0}},
+        "score_columns help are missing",
+    ),
+    "prompt type": (
+        {**ONE, "prompt": 3},
+        {},
+        r"prompt is 3 \(int\); write a string or a list of chat messages",
+    ),
     "message type": ({**ONE, "prompt": ["hi"]}, {}, r"prompt\[0\] is 'hi'; a message is"),
-    "content type": ({**ONE, "prompt": [{"role": "user", "content": 3}]}, {}, r"prompt\[0\].content is 3 \(int\)"),
-    "text and chat": ({**ONE, "completion": [bot("a")]}, {}, "prompt is plain text but completion is a list"),
+    "content type": (
+        {**ONE, "prompt": [{"role": "user", "content": 3}]},
+        {},
+        r"prompt\[0\].content is 3 \(int\)",
+    ),
+    "text and chat": (
+        {**ONE, "completion": [bot("a")]},
+        {},
+        "prompt is plain text but completion is a list",
+    ),
     "assistant last": ({**ONE, "prompt": [USER, bot("x")]}, {}, "prompt must end with a user"),
-    "user last": ({**ONE, "prompt": [USER], "completion": [USER]}, {}, "must end with an assistant message"),
+    "user last": (
+        {**ONE, "prompt": [USER], "completion": [USER]},
+        {},
+        "must end with an assistant message",
+    ),
     "other turns": (
         {"chosen": [USER, bot("a")], "rejected": [{**USER, "content": "other"}, bot("b")]},
         {},
@@ -350,11 +479,17 @@ def test_nothing_usable_is_an_error(load):
         ({"score_map": "range", "score_range": [2, 1]}, r"score_range=\[2, 1\] must rise"),
         ({"score_range": [0, 1]}, "score_range=.* is only read with score_map: range"),
         ({"score_center": "mean"}, "score_center='mean' must be none, dataset or a finite number"),
-        ({"margin": "rating_gap"}, "margin=rating_gap acts on pairs built from ratings, and feedback=scores"),
+        (
+            {"margin": "rating_gap"},
+            "margin=rating_gap acts on pairs built from ratings, and feedback=scores",
+        ),
         ({"ties": "soft"}, "ties=soft acts on pairs"),
         ({"max_tokens": 0}, "max_tokens=0 must be a positive number of tokens"),
         ({"max_tokens": 8, "max_prompt_tokens": 8}, "max_prompt_tokens=8 leaves no room"),
-        ({"preset": "helpsteer2", "divide": 2.0}, "preset='helpsteer2' sets divide to 7.6; remove divide"),
+        (
+            {"preset": "helpsteer2", "divide": 2.0},
+            "preset='helpsteer2' sets divide to 7.6; remove divide",
+        ),
     ],
 )
 def test_options_refuse_by_name(options, message):
@@ -368,11 +503,21 @@ def test_options_refuse_by_name(options, message):
 def test_source_entries(tmp_path):
     defaults = RecordOptions(preset="helpsteer2", max_tokens=99)
     assert Source.parse("a.jsonl", defaults) == Source("a.jsonl", options=defaults)
-    entry = {"path": "x", "weight": 0.5, "split": "test", "preset": "none", "feedback": "pairs", "ties": "soft"}
+    entry = {
+        "path": "x",
+        "weight": 0.5,
+        "split": "test",
+        "preset": "none",
+        "feedback": "pairs",
+        "ties": "soft",
+    }
     source = Source.parse(entry, defaults)
     assert (source.weight, source.split) == (0.5, "test")
     assert source.options == RecordOptions(feedback="pairs", ties="soft", max_tokens=99)
-    with pytest.raises(ValueError, match="'x': unknown key 'wieght'; known keys: path, weight, split, online, columns"):
+    with pytest.raises(
+        ValueError,
+        match="'x': unknown key 'wieght'; known keys: path, weight, split, online, columns",
+    ):
         Source.parse({"path": "x", "wieght": 1}, defaults)
     with pytest.raises(ValueError, match="'x': ties='hard' is not one of"):
         Source.parse({"path": "x", "ties": "hard"}, defaults)
@@ -397,7 +542,11 @@ def test_parquet_and_directory(tmp_path, tokenizer):
     (tmp_path / "README.md").write_text("not data")
     (tmp_path / ".hidden.jsonl").write_text("not data")
     examples, _ = load_examples(Source(str(tmp_path)), tokenizer, require_unit_scores=True)
-    assert [e.origin.rpartition("/")[2] for e in examples] == ["a.jsonl:1", "b.parquet:0", "b.parquet:1"]
+    assert [e.origin.rpartition("/")[2] for e in examples] == [
+        "a.jsonl:1",
+        "b.parquet:0",
+        "b.parquet:1",
+    ]
     assert table(examples[1].feedback) == [(PAIR, 0, 1, 1.0)]
     pyarrow.parquet.write_table(
         pyarrow.table({"prompt": ["p"], "completion": ["a"], "label": [1]}), tmp_path / "c.parquet"
@@ -411,7 +560,10 @@ def test_paths_that_hold_no_data(tmp_path, tokenizer):
         with pytest.raises(ValueError, match=message):
             load_examples(Source(str(path), **source), tokenizer, require_unit_scores=True)
 
-    refuse(tmp_path / "no.jsonl", "no.jsonl' is neither a file, a directory, nor a loadable dataset name")
+    refuse(
+        tmp_path / "no.jsonl",
+        "no.jsonl' is neither a file, a directory, nor a loadable dataset name",
+    )
     refuse("no.jsonl", "'no.jsonl' is neither a file")
     refuse(tmp_path, "holds no data files")
     (tmp_path / "x.csv").write_text("a,b")
@@ -429,14 +581,20 @@ def test_dataset_by_name(monkeypatch, tokenizer):
         if name == "org/missing":
             raise ConnectionError("unreachable")
         return datasets.Dataset.from_list(
-            [{"prompt": [USER], "completion": "a", "label": True}, {"prompt": [USER], "completion": "a", "label": None}]
+            [
+                {"prompt": [USER], "completion": "a", "label": True},
+                {"prompt": [USER], "completion": "a", "label": None},
+            ]
         )
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(ValueError, match=r"^org/set:small\[test\]:1: label is null"):
         load_examples(Source("org/set:small", split="test"), tokenizer, require_unit_scores=True)
     assert calls == [("org/set", "small", "test")]
-    with pytest.raises(ValueError, match="'org/missing' is neither a file, a directory, nor a loadable.*unreachable"):
+    with pytest.raises(
+        ValueError,
+        match="'org/missing' is neither a file, a directory, nor a loadable.*unreachable",
+    ):
         load_examples(Source("org/missing"), tokenizer, require_unit_scores=True)
 
 
@@ -445,7 +603,9 @@ def test_dataset_by_name(monkeypatch, tokenizer):
 ASSISTANT = "<|im_start|>assistant\n"
 
 
-@pytest.mark.parametrize(("single", "bos"), [("<s> $A", [BOS]), ("<s> $A </s>", [BOS]), ("$A </s>", []), ("$A", [])])
+@pytest.mark.parametrize(
+    ("single", "bos"), [("<s> $A", [BOS]), ("<s> $A </s>", [BOS]), ("$A </s>", []), ("$A", [])]
+)
 def test_plain_text_has_one_bos_and_one_eos(load, single, bos):
     tokenizer = make_tokenizer(single)
     for prompt, response in (("hi there", "the cat"), ("<s>hi there", "the cat</s>")):
@@ -461,9 +621,14 @@ def test_chat_ends_with_the_template_s_end_of_turn(load, tokenizer):
         {"prompt": [system, USER], "completion": answer, "label": True}
         for answer in ([bot("the cat \n")], "the cat", [bot("the cat<|im_end|>")])
     ]
-    rows.append({"prompt": [system, USER], "chosen": [system, USER, bot("the cat")], "rejected": "no"})
+    rows.append(
+        {"prompt": [system, USER], "chosen": [system, USER, bot("the cat")], "rejected": "no"}
+    )
     for example in load(*rows)[0]:
-        text = "<|im_start|>system\nbe good<|im_end|>\n<|im_start|>user\nhi there<|im_end|>\n" + ASSISTANT
+        text = (
+            "<|im_start|>system\nbe good<|im_end|>\n<|im_start|>user\nhi there<|im_end|>\n"
+            + ASSISTANT
+        )
         assert example.prompt_ids.tolist() == [BOS, *ids(tokenizer, text)]
         assert example.responses[0].tolist() == [*ids(tokenizer, "the cat"), END]
 
@@ -486,7 +651,9 @@ def test_tokenizer_that_puts_a_space_before_any_text():
     raw.train_from_iterator(["user", "assistant", "\n", "hi there", "the cat"], trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", unk_token="<unk>")
     tokenizer.chat_template = CHATML.replace("{{ bos_token }}", "")
-    prompt, (answer,), _ = Encoder(tokenizer, RecordOptions()).encode(Record([USER], ([bot("the cat")],)))
+    prompt, (answer,), _ = Encoder(tokenizer, RecordOptions()).encode(
+        Record([USER], ([bot("the cat")],))
+    )
     whole = tokenizer.apply_chat_template([USER, bot("the cat")], tokenize=False).rstrip("\n")
     assert [*prompt, *answer] == ids(tokenizer, whole)
     assert answer[-1] == END
@@ -496,13 +663,20 @@ def test_templates_and_tokenizers_that_cannot_work(load):
     row = {"prompt": [USER], "completion": "a"}
     with pytest.raises(ValueError, match="tokenizer tiny-bpe has no eos_token.*set eos_token"):
         load(row, tokenizer=make_tokenizer(eos_token=None))
-    with pytest.raises(ValueError, match="tokenizer tiny-bpe has no chat template; set chat_template"):
+    with pytest.raises(
+        ValueError, match="tokenizer tiny-bpe has no chat template; set chat_template"
+    ):
         load(row, tokenizer=make_tokenizer(template=None))
     shifting = CHATML + "{{ messages | length }}"
-    with pytest.raises(ValueError, match="chat template of tiny-bpe renders prompt .* must be its beginning"):
+    with pytest.raises(
+        ValueError, match="chat template of tiny-bpe renders prompt .* must be its beginning"
+    ):
         load(row, tokenizer=make_tokenizer(template="{{ messages | length }}" + shifting))
     refusing = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(ValueError, match="rows.jsonl:1: the chat template of tiny-bpe refuses.*roles must alternate"):
+    with pytest.raises(
+        ValueError,
+        match="rows.jsonl:1: the chat template of tiny-bpe refuses.*roles must alternate",
+    ):
         load(row, tokenizer=make_tokenizer(template=refusing))
     with pytest.raises(ValueError, match="does not end this response"):
         odd = CHATML.replace("<|im_end|>", "{% if m.content != 'a' %}<|im_end|>{% endif %}")
@@ -517,7 +691,10 @@ def test_truncation_keeps_bos_and_the_end_of_the_prompt(load, tokenizer):
         assert examples[0].prompt_ids.tolist() == [BOS, *full.prompt_ids[-4:]]
         assert [r.tolist() for r in examples[0].responses] == [r.tolist() for r in full.responses]
         assert report.truncated_prompts == 1 and "1 prompts truncated" in str(report)
-    assert load(row, max_tokens=len(full.prompt_ids) + len(full.responses[1]))[1].truncated_prompts == 0
+    assert (
+        load(row, max_tokens=len(full.prompt_ids) + len(full.responses[1]))[1].truncated_prompts
+        == 0
+    )
 
 
 # Mixing
@@ -527,13 +704,20 @@ def test_mixture_weights_and_determinism():
     order = mixture_order([4, 10, 3], [1, 2.5, 0.5], seed=3, epoch=0)
     counts = np.bincount(order, minlength=17)
     assert order.dtype == np.int64 and len(order) == 4 + 25 + 2
-    assert (counts[:4] == 1).all() and sorted(counts[4:14]) == [2] * 5 + [3] * 5 and counts[14:].max() == 1
+    assert (
+        (counts[:4] == 1).all()
+        and sorted(counts[4:14]) == [2] * 5 + [3] * 5
+        and counts[14:].max() == 1
+    )
     assert (order == mixture_order([4, 10, 3], [1, 2.5, 0.5], seed=3, epoch=0)).all()
     assert (order != np.sort(order)).any()
     halves = [frozenset(mixture_order([100], [0.5], seed=3, epoch=epoch)) for epoch in range(4)]
     assert len(set(halves)) == 4 and all(len(half) == 50 for half in halves)
     assert set(mixture_order([100], [0.5], seed=4, epoch=0)) != halves[0]
-    assert len(mixture_order([10], [0.01], seed=0, epoch=0)) == 1 and len(mixture_order([], [], seed=0, epoch=0)) == 0
+    assert (
+        len(mixture_order([10], [0.01], seed=0, epoch=0)) == 1
+        and len(mixture_order([], [], seed=0, epoch=0)) == 0
+    )
 
 
 # Batches
@@ -544,7 +728,11 @@ def examples(load):
     return load(
         {"prompt": "hi there", "chosen": "the cat", "rejected": "a", "weight": 2},
         {"prompt": [USER], "completion": "the mat", "score": 0.3},
-        {"prompt": "how are", "completions": ["you", "the cat sat", "bad"], "scores": [0.1, 0.2, 0.2]},
+        {
+            "prompt": "how are",
+            "completions": ["you", "the cat sat", "bad"],
+            "scores": [0.1, 0.2, 0.2],
+        },
         feedback="both",
         ties="soft",
     )[0]
@@ -560,11 +748,19 @@ def test_packed_token_by_token(examples):
         assert batch.position_ids[0, at : at + length].tolist() == list(range(length))
         last, at = at + length - 1, at + length
         for response, (start, stop) in zip(example.responses, segment.responses, strict=True):
-            assert (start, stop) == (at, at + len(response)) and flat[start:stop] == response.tolist()
-            assert batch.position_ids[0, start:stop].tolist() == list(range(length, length + len(response)))
+            assert (start, stop) == (at, at + len(response)) and flat[
+                start:stop
+            ] == response.tolist()
+            assert batch.position_ids[0, start:stop].tolist() == list(
+                range(length, length + len(response))
+            )
             assert [next(rows) for _ in response] == [last, *range(start, stop - 1)]
             at = stop
-    assert at == len(flat) == batch.num_tokens and next(rows, None) is None and batch.attention_mask is None
+    assert (
+        at == len(flat) == batch.num_tokens
+        and next(rows, None) is None
+        and batch.attention_mask is None
+    )
 
 
 def test_padded_token_by_token(examples):
@@ -574,12 +770,18 @@ def test_padded_token_by_token(examples):
         for response in example.responses:
             tokens = [*example.prompt_ids, *response]
             assert batch.input_ids[b].tolist() == tokens + [7] * (width - len(tokens))
-            assert batch.attention_mask[b].tolist() == [1] * len(tokens) + [0] * (width - len(tokens))
+            assert batch.attention_mask[b].tolist() == [1] * len(tokens) + [0] * (
+                width - len(tokens)
+            )
             first = b * width + len(example.prompt_ids) - 1
             assert [next(rows) for _ in response] == list(range(first, first + len(response)))
             b += 1
-    assert b == 6 == batch.input_ids.shape[0] and batch.segments is None and next(rows, None) is None
-    assert batch.num_tokens == batch.attention_mask.sum() and batch.position_ids[3].tolist() == list(range(width))
+    assert (
+        b == 6 == batch.input_ids.shape[0] and batch.segments is None and next(rows, None) is None
+    )
+    assert batch.num_tokens == batch.attention_mask.sum() and batch.position_ids[
+        3
+    ].tolist() == list(range(width))
 
 
 def test_layouts_agree(examples):
@@ -589,15 +791,34 @@ def test_layouts_agree(examples):
         == padded.targets.tolist()
         == np.concatenate([r for e in examples for r in e.responses]).tolist()
     )
-    assert packed.cu_seqlens.tolist() == padded.cu_seqlens.tolist() and packed.cu_seqlens[-1] == len(packed.targets)
-    assert packed.cu_seqlens.dtype == packed.targets.dtype == packed.rows.dtype == packed.input_ids.dtype == torch.int64
+    assert packed.cu_seqlens.tolist() == padded.cu_seqlens.tolist() and packed.cu_seqlens[
+        -1
+    ] == len(packed.targets)
+    assert (
+        packed.cu_seqlens.dtype
+        == packed.targets.dtype
+        == packed.rows.dtype
+        == packed.input_ids.dtype
+        == torch.int64
+    )
     assert table(packed.feedback) == table(padded.feedback)
     assert packed.feedback.weight.tolist() == [2.0] + [1.0] * 7
-    assert table(packed.feedback)[:4] == [(PAIR, 0, 1, 1.0), (SCORE, 2, -1, 0.3), (PAIR, 4, 3, 1.0), (PAIR, 5, 3, 1.0)]
+    assert table(packed.feedback)[:4] == [
+        (PAIR, 0, 1, 1.0),
+        (SCORE, 2, -1, 0.3),
+        (PAIR, 4, 3, 1.0),
+        (PAIR, 5, 3, 1.0),
+    ]
     # A row predicts the token after it: the same token at the same position in both layouts.
     for batch in (packed, padded):
-        assert batch.input_ids.flatten()[batch.rows].tolist() == padded.input_ids.flatten()[padded.rows].tolist()
-        assert batch.position_ids.flatten()[batch.rows].tolist() == padded.position_ids.flatten()[padded.rows].tolist()
+        assert (
+            batch.input_ids.flatten()[batch.rows].tolist()
+            == padded.input_ids.flatten()[padded.rows].tolist()
+        )
+        assert (
+            batch.position_ids.flatten()[batch.rows].tolist()
+            == padded.position_ids.flatten()[padded.rows].tolist()
+        )
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -605,7 +826,13 @@ def test_no_examples_still_give_something_to_run(packed, load):
     for nothing in ([], load({"prompt": "hi"}, prompts=True)[0]):
         batch = collate(nothing, packed=packed, pad_id=5)
         assert batch.input_ids.tolist() == [[5, 5]] and batch.position_ids.tolist() == [[0, 1]]
-        assert batch.rows.numel() == batch.targets.numel() == batch.num_tokens == batch.feedback.num_units == 0
+        assert (
+            batch.rows.numel()
+            == batch.targets.numel()
+            == batch.num_tokens
+            == batch.feedback.num_units
+            == 0
+        )
         assert batch.cu_seqlens.tolist() == [0] and batch.ref_logps is None
         assert batch.rows.dtype == batch.targets.dtype == batch.input_ids.dtype == torch.int64
         assert batch.segments == ((Segment((0, 1), ((1, 2),)),) if packed else None)

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from una_fast.data import Source, load_examples
-from una_fast.demo import REWARDS, DemoConfig, run_demo
-from una_fast.demo_report import reliability
-from una_fast.demo_reward import known_words, names_the_object, repeats_nothing, well_formed
-from una_fast.demo_text import make_records, read_corpus, rouge_2
-from una_fast.records import RecordOptions
+from una_fast.data.examples import load_examples
+from una_fast.data.records import RecordOptions
+from una_fast.data.sources import Source
+from una_fast.demo.compare import reliability
+from una_fast.demo.rewards import known_words, names_the_object, repeats_nothing, well_formed
+from una_fast.demo.run import REWARDS, run_demo
+from una_fast.demo.settings import DemoConfig
+from una_fast.demo.text import make_records, read_corpus, rouge_2
 
 
 @pytest.fixture(scope="module")
@@ -28,29 +30,49 @@ def demo(tmp_path_factory):
 def test_quick_demo_leaves_everything_and_keeps_an_earlier_run(demo):
     wanted, summary = demo
     directory = wanted.with_name("demo-2")
-    assert summary["output_dir"] == str(directory) and [p.name for p in wanted.iterdir()] == ["earlier"]
+    assert summary["output_dir"] == str(directory) and [p.name for p in wanted.iterdir()] == [
+        "earlier"
+    ]
     assert (directory / "demo.png").stat().st_size > 10_000
     assert json.loads((directory / "summary.json").read_text()) == summary
-    assert set(summary) >= {"pair_accuracy", "score_gap", "calibration_error", "kl", "kl_standard_error", "seconds"}
+    assert set(summary) >= {
+        "pair_accuracy",
+        "score_gap",
+        "calibration_error",
+        "kl",
+        "kl_standard_error",
+        "seconds",
+    }
     model = AutoModelForCausalLM.from_pretrained(directory / "aligned")
     tokenizer = AutoTokenizer.from_pretrained(directory / "aligned")
     assert model.generate(**tokenizer("# os: ", return_tensors="pt"), max_new_tokens=3).shape[1] > 3
-    lines = [json.loads(line) for line in (directory / "aligned/metrics.jsonl").read_text().splitlines()]
-    assert any("eval_rewards/accuracies" in line for line in lines), "held-out records are evaluated by the trainer"
+    lines = [
+        json.loads(line) for line in (directory / "aligned/metrics.jsonl").read_text().splitlines()
+    ]
+    assert any("eval_rewards/accuracies" in line for line in lines), (
+        "held-out records are evaluated by the trainer"
+    )
 
 
 def test_quick_online_demo(tmp_path, capsys):
     summary = run_demo(DemoConfig(output_dir=str(tmp_path / "demo"), quick=True, online=True))
-    lines = [json.loads(line) for line in (tmp_path / "demo/aligned/metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / "demo/aligned/metrics.jsonl").read_text().splitlines()
+    ]
     evaluations = [line for line in lines if "eval_reward" in line]
-    assert [line["step"] for line in evaluations] == [0, 1, 2, 3] and (tmp_path / "demo/demo.png").exists()
+    assert [line["step"] for line in evaluations] == [0, 1, 2, 3] and (
+        tmp_path / "demo/demo.png"
+    ).exists()
     assert summary["reward"] == [round(evaluations[k]["eval_reward"], 4) for k in (0, -1)]
     parts = [summary[f"rewards/{name}/mean"] for name in REWARDS]
     for k in (0, 1):
         total = sum(weight * part[k] for weight, part in zip(REWARDS.values(), parts, strict=True))
         assert summary["reward"][k] == pytest.approx(total, abs=2e-4)
     shown = capsys.readouterr().out
-    assert "standard errors" in shown and shown.count("\n  before  ") == 3 == shown.count("\n  after  ")
+    assert "standard errors" in shown and shown.count("\n  before  ") == 3 == shown.count(
+        "\n  after  "
+    )
 
 
 def test_rewards_of_the_online_demo_are_what_they_say():
@@ -66,7 +88,10 @@ def test_rewards_of_the_online_demo_are_what_they_say():
 
 def test_records_are_real_text_split_without_leaks():
     corpus = read_corpus(0, max_modules=60)
-    parts = [{e.docstring.casefold() for e in part} for part in (corpus.base, corpus.align, corpus.held_out)]
+    parts = [
+        {e.docstring.casefold() for e in part}
+        for part in (corpus.base, corpus.align, corpus.held_out)
+    ]
     assert all(parts) and not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
     records = make_records(corpus.align, 0)
     assert records == make_records(corpus.align, 0), "the same seed gives the same records"

@@ -18,10 +18,15 @@ def table(feedback: Feedback) -> list[tuple]:
 
 
 def test_columns_of_each_kind():
-    pairs = Feedback.pairs([0, 2], [1, 3], margin=[0.1, 0.2], weight=2.0, target=torch.tensor([1.0, 0.5]))
+    pairs = Feedback.pairs(
+        [0, 2], [1, 3], margin=[0.1, 0.2], weight=2.0, target=torch.tensor([1.0, 0.5])
+    )
     assert table(pairs) == [(PAIR, 0, 1, 1.0, 0.1, 2.0, 0.0), (PAIR, 2, 3, 0.5, 0.2, 2.0, 0.0)]
     binary = Feedback.binary(torch.tensor([4, 5]), [True, False], offset=-0.5)
-    assert table(binary) == [(BINARY, 4, -1, 1.0, 0.0, 1.0, -0.5), (BINARY, 5, -1, 0.0, 0.0, 1.0, -0.5)]
+    assert table(binary) == [
+        (BINARY, 4, -1, 1.0, 0.0, 1.0, -0.5),
+        (BINARY, 5, -1, 0.0, 0.0, 1.0, -0.5),
+    ]
     scores = Feedback.scores([1], [-3.5], weight=[0.0])
     assert table(scores) == [(SCORE, 1, -1, -3.5, 0.0, 0.0, 0.0)]
 
@@ -71,8 +76,14 @@ def test_no_units(empty):
 @pytest.mark.parametrize(
     ("feedback", "message"),
     [
-        (Feedback.scores([0, 5], [0.5, 0.5]), r"unit 1 \(score\) names response 5, but the call has 5 responses"),
-        (Feedback.pairs([0, 1], [9, 2]), r"unit 0 \(pair\) names response 9, but the call has 5 responses"),
+        (
+            Feedback.scores([0, 5], [0.5, 0.5]),
+            r"unit 1 \(score\) names response 5, but the call has 5 responses",
+        ),
+        (
+            Feedback.pairs([0, 1], [9, 2]),
+            r"unit 0 \(pair\) names response 9, but the call has 5 responses",
+        ),
         (Feedback.binary([7], [True]), r"unit 0 \(binary\) names response 7"),
     ],
 )
@@ -83,28 +94,76 @@ def test_check_names_the_unit(feedback, message):
 
 
 REFUSED = {
-    "pair with one side": (lambda: Feedback.pairs([0, 1], [2]), r"chosen has 2 indices and rejected 1"),
-    "pair with itself": (lambda: Feedback.pairs([0, 3], [1, 3]), r"pair 1 has response 3 as both chosen and rejected"),
-    "target over one": (lambda: Feedback.pairs([0], [1], target=1.5), r"target\[0\] is 1\.5; it must lie in \[0, 1\]"),
-    "target below zero": (lambda: Feedback.pairs([0, 2], [1, 3], target=[1, -0.1]), r"target\[1\] is -0\.1"),
-    "margin per unit": (lambda: Feedback.pairs([0], [1], margin=[1.0, 2.0]), r"margin has shape \(2,\).*\(1 units\)"),
-    "margin NaN": (lambda: Feedback.pairs([0], [1], margin=NAN), r"margin\[0\] is nan; every margin must be finite"),
-    "weight negative": (lambda: Feedback.pairs([0, 2], [1, 3], weight=[1, -1]), r"weight\[1\] is negative; use 0"),
+    "pair with one side": (
+        lambda: Feedback.pairs([0, 1], [2]),
+        r"chosen has 2 indices and rejected 1",
+    ),
+    "pair with itself": (
+        lambda: Feedback.pairs([0, 3], [1, 3]),
+        r"pair 1 has response 3 as both chosen and rejected",
+    ),
+    "target over one": (
+        lambda: Feedback.pairs([0], [1], target=1.5),
+        r"target\[0\] is 1\.5; it must lie in \[0, 1\]",
+    ),
+    "target below zero": (
+        lambda: Feedback.pairs([0, 2], [1, 3], target=[1, -0.1]),
+        r"target\[1\] is -0\.1",
+    ),
+    "margin per unit": (
+        lambda: Feedback.pairs([0], [1], margin=[1.0, 2.0]),
+        r"margin has shape \(2,\).*\(1 units\)",
+    ),
+    "margin NaN": (
+        lambda: Feedback.pairs([0], [1], margin=NAN),
+        r"margin\[0\] is nan; every margin must be finite",
+    ),
+    "weight negative": (
+        lambda: Feedback.pairs([0, 2], [1, 3], weight=[1, -1]),
+        r"weight\[1\] is negative; use 0",
+    ),
     "weight infinite": (lambda: Feedback.binary([0], [True], weight=INF), r"weight\[0\] is inf"),
-    "label graded": (lambda: Feedback.binary([0, 1], [1, 0.5]), r"label must be True or False.*Feedback\.scores"),
+    "label graded": (
+        lambda: Feedback.binary([0, 1], [1, 0.5]),
+        r"label must be True or False.*Feedback\.scores",
+    ),
     "label NaN": (lambda: Feedback.binary([0], [NAN]), r"label\[0\] is nan"),
-    "label count": (lambda: Feedback.binary([0, 1], [True]), r"label has shape \(1,\); .*\(2 units\)"),
-    "score NaN": (lambda: Feedback.scores([0, 1], [0.5, NAN]), r"score\[1\] is nan; every score must be finite"),
+    "label count": (
+        lambda: Feedback.binary([0, 1], [True]),
+        r"label has shape \(1,\); .*\(2 units\)",
+    ),
+    "score NaN": (
+        lambda: Feedback.scores([0, 1], [0.5, NAN]),
+        r"score\[1\] is nan; every score must be finite",
+    ),
     "score infinite": (lambda: Feedback.scores([0], [-INF]), r"score\[0\] is -inf"),
     "score count": (lambda: Feedback.scores([0], [0.1, 0.2]), r"score has shape \(2,\)"),
     "offset NaN": (lambda: Feedback.scores([0], [0.1], offset=NAN), r"offset\[0\] is nan"),
-    "offset count": (lambda: Feedback.scores([0], [0.1], offset=[1.0, 2.0]), r"offset has shape \(2,\)"),
-    "index negative": (lambda: Feedback.scores([-1], [0.5]), r"index holds a negative response index \(-1\)"),
-    "chosen negative": (lambda: Feedback.pairs([-2], [0]), r"chosen holds a negative response index \(-2\)"),
-    "index fractional": (lambda: Feedback.binary([0.5], [True]), r"index must be a one-dimensional list .*integers"),
-    "index boolean": (lambda: Feedback.binary([True], [True]), r"index must be a one-dimensional list"),
+    "offset count": (
+        lambda: Feedback.scores([0], [0.1], offset=[1.0, 2.0]),
+        r"offset has shape \(2,\)",
+    ),
+    "index negative": (
+        lambda: Feedback.scores([-1], [0.5]),
+        r"index holds a negative response index \(-1\)",
+    ),
+    "chosen negative": (
+        lambda: Feedback.pairs([-2], [0]),
+        r"chosen holds a negative response index \(-2\)",
+    ),
+    "index fractional": (
+        lambda: Feedback.binary([0.5], [True]),
+        r"index must be a one-dimensional list .*integers",
+    ),
+    "index boolean": (
+        lambda: Feedback.binary([True], [True]),
+        r"index must be a one-dimensional list",
+    ),
     "index not a list": (lambda: Feedback.pairs(0, 1), r"chosen must be a one-dimensional list"),
-    "index nested": (lambda: Feedback.scores([[0, 1]], [0.5]), r"index must be a one-dimensional list"),
+    "index nested": (
+        lambda: Feedback.scores([[0, 1]], [0.5]),
+        r"index must be a one-dimensional list",
+    ),
     "lone index": (lambda: Feedback.binary(0, True), r"index must be a one-dimensional list"),
     "label text": (lambda: Feedback.binary([0], ["yes"]), r"label"),
     "label missing": (lambda: Feedback.binary([0], None), r"label"),

@@ -5,11 +5,13 @@ import pytest
 import torch
 from test_attention import FAMILIES, build
 from transformers import PreTrainedConfig
+from una_fast.model.head_probe import probe_head
 
 from una_fast import Feedback, token_logps
-from una_fast.attention import PACKED, packed_attention
-from una_fast.data import Example, collate
-from una_fast.policy import make_policy, probe_head
+from una_fast.attention.packed import PACKED, packed_attention
+from una_fast.data.batch import collate
+from una_fast.data.examples import Example
+from una_fast.model.policy import make_policy
 
 CHECKPOINTING = {"plain": None, "checkpointed": False, "reentrant": True}  # use_reentrant
 
@@ -22,7 +24,10 @@ def generate(model, batched=True):
     prompts[0, :4], mask[0, :4] = 0, 0
     settings = {"max_new_tokens": 9, "pad_token_id": 0, "eos_token_id": None}
     if not batched:
-        return [model.generate(p[m.bool()][None], **settings)[0, -9:] for p, m in zip(prompts, mask, strict=True)]
+        return [
+            model.generate(p[m.bool()][None], **settings)[0, -9:]
+            for p, m in zip(prompts, mask, strict=True)
+        ]
     torch.manual_seed(7)
     sampled = model.generate(prompts, attention_mask=mask, do_sample=True, **settings)
     greedy = model.generate(prompts, attention_mask=mask, do_sample=False, **settings)
@@ -46,7 +51,9 @@ def step(policy, lr):
     tokens = [rng.integers(3, 97, n, dtype=np.int32) for n in (8, 7, 12)]
     example = Example(tokens[0], tuple(tokens[1:]), Feedback.pairs([0], [1]), None, "")
     batch = collate([example], packed=True)
-    loss = policy.score(batch, lambda hidden, weight, bias: token_logps(hidden, weight, batch.targets, bias).sum())
+    loss = policy.score(
+        batch, lambda hidden, weight, bias: token_logps(hidden, weight, batch.targets, bias).sum()
+    )
     policy.model.zero_grad()
     loss.backward()
     torch.optim.SGD(policy.trainable_parameters(), lr=lr).step()
@@ -66,7 +73,9 @@ def test_generation_before_between_and_after_packed_steps(name, reentrant):
     policy = policy_of(name, reentrant)
     model = policy.causal_lm
     before = generate(model)
-    assert torch.equal(before[:2], torch.stack(generate(model, batched=False))), "left padding is masked"
+    assert torch.equal(before[:2], torch.stack(generate(model, batched=False))), (
+        "left padding is masked"
+    )
     for _ in range(2):
         step(policy, lr=0.0)
         assert torch.equal(generate(model), before)
@@ -96,7 +105,9 @@ def test_generation_after_an_exception_in_a_packed_pass(part, call):
         if calls == max(call, 1):
             raise RuntimeError("out of memory")
 
-    handle = (layer.self_attn.o_proj if part == "attention" else layer.mlp).register_forward_pre_hook(fail)
+    handle = (
+        layer.self_attn.o_proj if part == "attention" else layer.mlp
+    ).register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         step(policy, lr=0.0)
     handle.remove()
@@ -108,6 +119,9 @@ def test_generation_after_an_exception_in_a_packed_pass(part, call):
 
 def test_generation_inside_the_block_is_refused():
     model = build("LlamaConfig", FAMILIES["LlamaConfig"])
-    with packed_attention(model), pytest.raises(ValueError, match="attention_mask=None|una_segments"):
+    with (
+        packed_attention(model),
+        pytest.raises(ValueError, match="attention_mask=None|una_segments"),
+    ):
         generate(model)
     assert_clean(model)

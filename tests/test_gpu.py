@@ -7,16 +7,37 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from head_calls import CALLS, GPU_DIM, GPU_SIZE, Step, check_capture, check_repeats, check_under, drawn
+from head_calls import (
+    CALLS,
+    GPU_DIM,
+    GPU_SIZE,
+    Step,
+    check_capture,
+    check_repeats,
+    check_under,
+    drawn,
+)
 from helpers import MIXED, MIXED_LENGTHS, PAIR, Problem, cast, problem, relative_error
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from una_fast import Feedback, Objective, attention, eager, gather_logps, linear_una_loss, token_logps
-from una_fast.attention import Segment, packed_attention
-from una_fast.engine import GPU_BLOCK_BYTES
-from una_fast.head import sequence_logps
+from una_fast import (
+    Feedback,
+    Objective,
+    gather_logps,
+    linear_una_loss,
+    token_logps,
+)
+from una_fast.attention import rows, sdpa, varlen
+from una_fast.attention.packed import packed_attention
+from una_fast.attention.rows import Segment
+from una_fast.head import eager
+from una_fast.head.ops import sequence_logps
+from una_fast.head.torch_engine import GPU_BLOCK_BYTES
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 DEVICE = torch.device("cuda")
 MIB = 2**20
@@ -33,16 +54,30 @@ def gradients(op, p: Problem, *, bias: bool = True, **options) -> dict[str, torc
     """Outputs and gradients of one call; cu_seqlens and feedback stay on the CPU."""
     leaves = [x.detach().clone().requires_grad_() for x in (p.hidden, p.weight, p.bias)]
     ref = {} if "ref_logps" in options else {"ref_hidden": p.ref_hidden, "ref_weight": p.ref_weight}
-    out = op(*leaves[:2], p.targets, p.cu_seqlens, p.feedback, bias=leaves[2] if bias else None, **ref, **options)
+    out = op(
+        *leaves[:2],
+        p.targets,
+        p.cu_seqlens,
+        p.feedback,
+        bias=leaves[2] if bias else None,
+        **ref,
+        **options,
+    )
     out.loss.backward()
-    grads = {"hidden": leaves[0].grad, "weight": leaves[1].grad} | ({"bias": leaves[2].grad} if bias else {})
+    grads = {"hidden": leaves[0].grad, "weight": leaves[1].grad} | (
+        {"bias": leaves[2].grad} if bias else {}
+    )
     return {"logps": out.logps, "loss": out.loss.detach(), **grads}
 
 
-def sized(rows: int, dim: int, vocab: int, dtype: torch.dtype = torch.bfloat16, peak: float = 24.0) -> Problem:
+def sized(
+    rows: int, dim: int, vocab: int, dtype: torch.dtype = torch.bfloat16, peak: float = 24.0
+) -> Problem:
     """A pair of rows / 2 tokens each, made on the device."""
     lengths = [rows - rows // 2, rows // 2] if rows > 1 else [rows] * min(rows, 1)
-    feedback = PAIR if len(lengths) == 2 else Feedback.scores(range(len(lengths)), [0.7] * len(lengths))
+    feedback = (
+        PAIR if len(lengths) == 2 else Feedback.scores(range(len(lengths)), [0.7] * len(lengths))
+    )
     return drawn(lengths, dim, vocab, feedback, device=DEVICE, dtype=dtype, peak=peak)
 
 
@@ -65,7 +100,9 @@ def test_no_worse_than_eager(workspace_mb, vocab, engine, dtype):
         assert error <= allowed + 1e-9, (name, error, allowed)
 
 
-@pytest.mark.parametrize("options", [{"softcap": 30.0, "logit_scale": 0.7}, {"temperature": 0.6}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"softcap": 30.0, "logit_scale": 0.7}, {"temperature": 0.6}], ids=str
+)
 def test_logit_transforms(options):
     p = problem(1, longest=90, dim=64, vocab=1999, peak=20.0, dtype=torch.bfloat16)
     exact = gradients(eager.linear_una_loss, cast(p, torch.float64), **options)
@@ -76,9 +113,17 @@ def test_logit_transforms(options):
 
 
 def test_mixed_feedback_and_losses_equal_the_torch_engine():
-    p = on_device(problem(2, lengths=MIXED_LENGTHS, dim=64, vocab=999, feedback=MIXED), torch.bfloat16)
-    options = {"objective": Objective(offset=0.1, length_normalize=True), "num_units": torch.tensor(7, device=DEVICE)}
-    runs = {e: gradients(linear_una_loss, p, engine=e, workspace_mb=0.2, **options) for e in ("triton", "torch")}
+    p = on_device(
+        problem(2, lengths=MIXED_LENGTHS, dim=64, vocab=999, feedback=MIXED), torch.bfloat16
+    )
+    options = {
+        "objective": Objective(offset=0.1, length_normalize=True),
+        "num_units": torch.tensor(7, device=DEVICE),
+    }
+    runs = {
+        e: gradients(linear_una_loss, p, engine=e, workspace_mb=0.2, **options)
+        for e in ("triton", "torch")
+    }
     for name, value in runs["torch"].items():
         assert relative_error(runs["triton"][name], value) < 1e-2, name
     torch.testing.assert_close(runs["triton"]["loss"], runs["torch"]["loss"], rtol=1e-5, atol=1e-7)
@@ -96,13 +141,24 @@ def test_sum_over_8192_tokens_of_peaked_logits():
         exact.append(logps.gather(1, p.targets.unsqueeze(1)).sum().item())
         del logps
     for options in ({"engine": "triton"}, {"engine": "torch"}, {"workspace_mb": 0.1}):
-        found = [sequence_logps(hidden, weight, p.targets, cu, **options).item() for hidden, weight in both]
+        found = [
+            sequence_logps(hidden, weight, p.targets, cu, **options).item()
+            for hidden, weight in both
+        ]
         errors = [a - b for a, b in zip(found, exact, strict=True)]
-        print(options, "error of the sum", errors[0], "of policy minus reference", errors[0] - errors[1])
+        print(
+            options,
+            "error of the sum",
+            errors[0],
+            "of policy minus reference",
+            errors[0] - errors[1],
+        )
         assert abs(errors[0]) <= 0.5 and abs(errors[0] - errors[1]) <= 0.02
 
 
-@pytest.mark.parametrize(("rows", "dim", "vocab"), [(300, 576, 5003), (1, 128, 262145), (517, 1152, 32768)])
+@pytest.mark.parametrize(
+    ("rows", "dim", "vocab"), [(300, 576, 5003), (1, 128, 262145), (517, 1152, 32768)]
+)
 def test_fused_linear_kernel_in_bf16(rows, dim, vocab):
     from una_fast.kernels.logp_partials import linear_logps
 
@@ -110,7 +166,9 @@ def test_fused_linear_kernel_in_bf16(rows, dim, vocab):
     z = p.hidden.double() @ p.weight.double().T
     lse, target = linear_logps(p.hidden, p.weight, p.targets)
     torch.testing.assert_close(lse.double(), torch.logsumexp(z, 1), rtol=0, atol=2e-4)
-    torch.testing.assert_close(target.double(), z.gather(1, p.targets.unsqueeze(1)).squeeze(1), rtol=0, atol=2e-4)
+    torch.testing.assert_close(
+        target.double(), z.gather(1, p.targets.unsqueeze(1)).squeeze(1), rtol=0, atol=2e-4
+    )
 
 
 # --------------------------------------------------------------------------------------------------- shapes and layouts
@@ -131,7 +189,11 @@ def test_extreme_shapes(rows, dim, vocab, workspace_mb):
     p = sized(rows, dim, vocab)
     ref = torch.zeros(len(p.cu_seqlens) - 1, dtype=torch.float64, device=DEVICE)
     # Linear: a coefficient that no reward saturates.
-    options = {"bias": False, "ref_logps": ref, "objective": Objective(pair="linear", score="reward_mse")}
+    options = {
+        "bias": False,
+        "ref_logps": ref,
+        "objective": Objective(pair="linear", score="reward_mse"),
+    }
     found = gradients(linear_una_loss, p, workspace_mb=workspace_mb, **options)
     if rows:
         other = gradients(linear_una_loss, p, workspace_mb=64, engine="torch", **options)
@@ -178,7 +240,9 @@ def test_layouts(layout):
     for workspace_mb in (None, 1):
         leaves = [hidden.detach().requires_grad_(), weight.detach().requires_grad_()]
         ref = {"ref_hidden": p.ref_hidden, "ref_weight": p.ref_weight}
-        out = linear_una_loss(*leaves, p.targets, p.cu_seqlens, p.feedback, workspace_mb=workspace_mb, **ref)
+        out = linear_una_loss(
+            *leaves, p.targets, p.cu_seqlens, p.feedback, workspace_mb=workspace_mb, **ref
+        )
         out.loss.backward()
         assert relative_error(out.logps, expected["logps"]) < 1e-6
         assert relative_error(leaves[0].grad, expected["hidden"]) < 2e-2
@@ -204,7 +268,13 @@ def test_a_target_outside_the_vocabulary_is_nan(target, workspace_mb):
     p = sized(300, 128, 4003)
     p.targets[5] = target
     out = linear_una_loss(
-        p.hidden, p.weight, p.targets, p.cu_seqlens, p.feedback, ref_hidden=p.ref_hidden, workspace_mb=workspace_mb
+        p.hidden,
+        p.weight,
+        p.targets,
+        p.cu_seqlens,
+        p.feedback,
+        ref_hidden=p.ref_hidden,
+        workspace_mb=workspace_mb,
     )
     assert out.loss.isnan() and out.logps[0].isnan() and out.logps[1].isfinite()
 
@@ -215,7 +285,10 @@ def test_a_target_outside_the_vocabulary_is_nan(target, workspace_mb):
 @pytest.mark.parametrize("name", CALLS)
 def test_a_hundred_bitwise_repeats(name):
     """A gradient written over logits that another thread has yet to read would differ now and then."""
-    check_repeats(*CALLS[name].drawn(GPU_SIZE, GPU_DIM, 50_257, device=DEVICE, dtype=torch.bfloat16), times=100)
+    check_repeats(
+        *CALLS[name].drawn(GPU_SIZE, GPU_DIM, 50_257, device=DEVICE, dtype=torch.bfloat16),
+        times=100,
+    )
 
 
 @contextmanager
@@ -249,7 +322,9 @@ def test_workspace_bounds_the_peak(rows, workspace_mb, engine, trained):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         options = {"workspace_mb": workspace_mb, "engine": engine}
-        linear_una_loss(hidden, weight, p.targets, p.cu_seqlens, p.feedback, **ref, **options).loss.backward()
+        linear_una_loss(
+            hidden, weight, p.targets, p.cu_seqlens, p.feedback, **ref, **options
+        ).loss.backward()
         returned = hidden.grad.nbytes + (weight.grad.nbytes + 4 * vocab * dim if trained else 0)
         extra = torch.cuda.max_memory_allocated() - before - returned
     slack = 64 * rows  # log-probs, logsumexps, coefficients, targets
@@ -276,14 +351,19 @@ def captured(step: Step) -> tuple[Callable[[], None], list[torch.Tensor]]:
 @pytest.mark.parametrize("name", CALLS)
 def test_cuda_graph(name):
     """Captured once for fixed cu_seqlens and feedback, replayed on other values."""
-    check_capture(captured, *CALLS[name].drawn(GPU_SIZE, GPU_DIM, 10_007, device=DEVICE, dtype=torch.bfloat16))
+    check_capture(
+        captured, *CALLS[name].drawn(GPU_SIZE, GPU_DIM, 10_007, device=DEVICE, dtype=torch.bfloat16)
+    )
 
 
 def test_a_first_call_inside_a_capture_is_refused():
     p = sized(64, 64, 1003)
     p.cu_seqlens = torch.tensor([0, 11, 64])  # lengths that no other test has
     ref = torch.zeros(2, dtype=torch.float64, device=DEVICE)
-    with pytest.raises(RuntimeError, match="before the capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+    with (
+        pytest.raises(RuntimeError, match="before the capture"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
         linear_una_loss(p.hidden, p.weight, p.targets, p.cu_seqlens, p.feedback, ref_logps=ref)
     torch.cuda.synchronize()
 
@@ -296,7 +376,9 @@ def test_compiled_model_and_autocast():
 
     def loss_of(x: torch.Tensor) -> torch.Tensor:
         hidden = torch.tanh(layer(x)) * 5
-        return linear_una_loss(hidden, p.weight, p.targets, p.cu_seqlens, p.feedback, ref_logps=ref).loss
+        return linear_una_loss(
+            hidden, p.weight, p.targets, p.cu_seqlens, p.feedback, ref_logps=ref
+        ).loss
 
     with torch.autocast("cuda", torch.bfloat16):
         expected = torch.autograd.grad(loss_of(p.hidden), layer.weight)[0]
@@ -308,7 +390,10 @@ def test_gradient_accumulation():
     p = sized(900, 64, 3001)
     halves = [slice(0, 450), slice(450, 900)]
     pairs = [Feedback.pairs([0], [1])] * 2
-    leaves = [p.hidden.detach().clone().requires_grad_(), p.weight.detach().clone().requires_grad_()]
+    leaves = [
+        p.hidden.detach().clone().requires_grad_(),
+        p.weight.detach().clone().requires_grad_(),
+    ]
     lengths = torch.tensor([0, 225, 450])
     total = gradients(
         linear_una_loss,
@@ -316,10 +401,10 @@ def test_gradient_accumulation():
                 Feedback.pairs([0, 2], [1, 3]), p.ref_hidden, p.ref_weight),
         bias=False,
     )  # fmt: skip
-    for rows, feedback in zip(halves, pairs, strict=True):
+    for half, feedback in zip(halves, pairs, strict=True):
         linear_una_loss(
-            leaves[0][rows], leaves[1], p.targets[rows], lengths, feedback,
-            ref_hidden=p.ref_hidden[rows], ref_weight=p.ref_weight, num_units=2,
+            leaves[0][half], leaves[1], p.targets[half], lengths, feedback,
+            ref_hidden=p.ref_hidden[half], ref_weight=p.ref_weight, num_units=2,
         ).loss.backward()  # fmt: skip
     assert relative_error(leaves[0].grad, total["hidden"]) < 1e-2
     assert relative_error(leaves[1].grad, total["weight"]) < 2e-2
@@ -337,23 +422,35 @@ def test_packed_rows_equal_separate_sequences(window):
     if window:
         from transformers import MistralConfig, MistralForCausalLM
 
-        config = MistralConfig(**{**config.to_dict(), "sliding_window": window, "model_type": "mistral"})
+        config = MistralConfig(
+            **{**config.to_dict(), "sliding_window": window, "model_type": "mistral"}
+        )
         model = MistralForCausalLM(config)
     else:
         model = LlamaForCausalLM(config)
     model = model.cuda().bfloat16().eval()
-    prompt, responses = torch.randint(128, (300,)), [torch.randint(128, (n,)) for n in (120, 77, 200)]
+    prompt, responses = (
+        torch.randint(128, (300,)),
+        [torch.randint(128, (n,)) for n in (120, 77, 200)],
+    )
     bounds = torch.tensor([300, 120, 77, 200]).cumsum(0).tolist()
     segments = (Segment((0, 300), tuple(zip(bounds[:-1], bounds[1:], strict=True))),)
     ids = torch.cat([prompt, *responses])[None].cuda()
-    positions = torch.cat([torch.arange(300), *(300 + torch.arange(len(r)) for r in responses)])[None].cuda()
+    positions = torch.cat([torch.arange(300), *(300 + torch.arange(len(r)) for r in responses)])[
+        None
+    ].cuda()
     weights = [torch.randn(len(r), 128, device=DEVICE, dtype=torch.bfloat16) for r in responses]
     with packed_attention(model):
-        packed = model.model(ids, position_ids=positions, use_cache=False, una_segments=segments)[0][0]
+        packed = model.model(ids, position_ids=positions, use_cache=False, una_segments=segments)[
+            0
+        ][0]
     rows = [packed[start:stop] for start, stop in segments[0].responses]
-    ours = torch.autograd.grad(sum((h * w).sum() for h, w in zip(rows, weights, strict=True)), model.model.parameters())
+    ours = torch.autograd.grad(
+        sum((h * w).sum() for h, w in zip(rows, weights, strict=True)), model.model.parameters()
+    )
     alone = [
-        model.model(torch.cat([prompt, response])[None].cuda(), use_cache=False)[0][0, 300:] for response in responses
+        model.model(torch.cat([prompt, response])[None].cuda(), use_cache=False)[0][0, 300:]
+        for response in responses
     ]
     truth = torch.autograd.grad(
         sum((h * w).sum() for h, w in zip(alone, weights, strict=True)), model.model.parameters()
@@ -362,19 +459,21 @@ def test_packed_rows_equal_separate_sequences(window):
         assert relative_error(a.float(), b.float()) < 5e-2
 
 
-def row_of(*shapes: tuple[int, tuple[int, ...]]) -> tuple[attention._Row, int]:
+def row_of(*shapes: tuple[int, tuple[int, ...]]) -> tuple[rows.RowRanges, int]:
     segments, start = [], 0
     for prompt, responses in shapes:
         bounds = [start, start + prompt]
         for response in responses:
             bounds.append(bounds[-1] + response)
-        segments.append(Segment((bounds[0], bounds[1]), tuple(zip(bounds[1:-1], bounds[2:], strict=True))))
+        segments.append(
+            Segment((bounds[0], bounds[1]), tuple(zip(bounds[1:-1], bounds[2:], strict=True)))
+        )
         start = bounds[-1]
-    return attention._row(tuple(segments), start), start
+    return rows.row_ranges(tuple(segments), start), start
 
 
-def kernel_named(name: str) -> attention._Varlen:
-    kernel = {"flash-attn": attention._flash_attn, "torch": attention._torch_varlen}[name]()
+def kernel_named(name: str) -> varlen.VarlenKernel:
+    kernel = {"flash-attn": varlen._flash_attn, "torch": varlen._torch_varlen}[name]()
     if kernel is None and name == "flash-attn":
         pytest.skip("flash_attn is not importable")
     assert kernel is not None
@@ -384,21 +483,26 @@ def kernel_named(name: str) -> attention._Varlen:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("window", [None, 2, 64, 500, 10_000])
 @pytest.mark.parametrize(("heads", "dim"), [((8, 2), 128), ((4, 4), 64), ((6, 1), 256)])
-@pytest.mark.parametrize(("name", "softcap"), [("flash-attn", None), ("flash-attn", 3.0), ("torch", None)])
+@pytest.mark.parametrize(
+    ("name", "softcap"), [("flash-attn", None), ("flash-attn", 3.0), ("torch", None)]
+)
 def test_varlen_kernels_equal_the_sdpa_path(name, softcap, heads, dim, window, dtype):
     """Forward and gradient of the kernel that is really there, against the path that the CPU tests show to be right."""
     kernel = kernel_named(name)
     row, total = row_of((700, (130, 257, 64)), (90, (33,)), (5, (300, 1)))
-    scores = attention._Scores(2 * dim**-0.5, window, softcap, None)
-    inputs = [torch.randn(1, n, total, dim, device=DEVICE, dtype=dtype) for n in (heads[0], heads[1], heads[1])]
+    scores = sdpa.Scores(2 * dim**-0.5, window, softcap, None)
+    inputs = [
+        torch.randn(1, n, total, dim, device=DEVICE, dtype=dtype)
+        for n in (heads[0], heads[1], heads[1])
+    ]
     upstream = torch.randn(1, total, heads[0], dim, device=DEVICE, dtype=dtype)
     results = []
     for half in (True, False):
         qkv = [(x if half else x.float()).clone().requires_grad_() for x in inputs]
         out = (
-            attention._attend_varlen(*qkv, row, scores, kernel.call)
+            varlen.attend_varlen(*qkv, row, scores, kernel.call)
             if half
-            else attention._attend_sdpa(*qkv, row, scores)
+            else sdpa.attend_sdpa(*qkv, row, scores)
         )
         results.append((out, *torch.autograd.grad(out, qkv, upstream.to(out.dtype))))
     for what, ours, truth in zip("oqkv", *results, strict=True):
@@ -407,8 +511,8 @@ def test_varlen_kernels_equal_the_sdpa_path(name, softcap, heads, dim, window, d
 
 @pytest.mark.parametrize("name", ["flash-attn", "torch"])
 def test_the_kernel_passes_its_check(name):
-    assert attention._varlen_fault(kernel_named(name), DEVICE) is None
-    assert attention._varlen_kernel(DEVICE) is not None
+    assert varlen.varlen_fault(kernel_named(name), DEVICE) is None
+    assert varlen.varlen_kernel(DEVICE) is not None
 
 
 def test_memory_of_a_prompt_that_four_responses_share():
@@ -417,7 +521,7 @@ def test_memory_of_a_prompt_that_four_responses_share():
     prompt, heads, kv_heads, dim = 65_536, 8, 2, 128
     copy = 2 * prompt * kv_heads * dim * 2
     peaks = []
-    kernel = attention._varlen_kernel(DEVICE)
+    kernel = varlen.varlen_kernel(DEVICE)
     for responses in [(256,), (64,) * 4]:
         row, total = row_of((prompt, responses))
         qkv = [
@@ -427,10 +531,15 @@ def test_memory_of_a_prompt_that_four_responses_share():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        scores = attention._Scores(dim**-0.5, None, None, None)
-        attention._attend_varlen(*qkv, row, scores, kernel.call).sum().backward()
+        scores = sdpa.Scores(dim**-0.5, None, None, None)
+        varlen.attend_varlen(*qkv, row, scores, kernel.call).sum().backward()
         torch.cuda.synchronize()
         peaks.append(torch.cuda.max_memory_allocated() - before)
         del qkv
-    print("MiB for one and for four responses", *(peak // MIB for peak in peaks), "one copy", copy // MIB)
+    print(
+        "MiB for one and for four responses",
+        *(peak // MIB for peak in peaks),
+        "one copy",
+        copy // MIB,
+    )
     assert peaks[1] - peaks[0] <= 10 * copy

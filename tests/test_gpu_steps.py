@@ -10,13 +10,17 @@ import torch
 from tiny import make_config, make_records, make_tokenizer, write_jsonl
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from una_fast.loader import Step
-from una_fast.run_plan import Planner, Row
-from una_fast.run_report import measured_peak
-from una_fast.sharding import start_world
-from una_fast.train import RunData, Trainer, train
+from una_fast.capacity.trace import Planner, Row
+from una_fast.data.loader import Step
+from una_fast.distributed import start_world
+from una_fast.train.loop import Trainer, train
+from una_fast.train.measure import measured_peak
+from una_fast.train.run_data import RunData
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +56,13 @@ MEMORY_SETTINGS = {
 
 
 def open_run(directory, tokenizer, output_dir, batch, **changes):
-    settings = {"device": "cuda", "batch_size": 1, "workspace_mb": 256, "learning_rate": 1e-4, "max_grad_norm": None}
+    settings = {
+        "device": "cuda",
+        "batch_size": 1,
+        "workspace_mb": 256,
+        "learning_rate": 1e-4,
+        "max_grad_norm": None,
+    }
     config = make_config(directory, ["unread.jsonl"], output_dir, **settings | changes)
     output_dir.mkdir()
     torch.manual_seed(0)
@@ -76,7 +86,10 @@ def test_what_travels_beside_the_computation_arrives(name, llama_200m, tmp_path)
     on = MEMORY_SETTINGS[name]
     off = {**on, "offload_activations": False}
     if name == "host optimizer":  # the moments of fp32 weights on the device, by torch's own
-        on, off = on | {"master_weights": True}, {"gradient_checkpointing": True, "master_weights": True}
+        on, off = (
+            on | {"master_weights": True},
+            {"gradient_checkpointing": True, "master_weights": True},
+        )
     norms = []
     for number, changes in enumerate((on, off)):
         _, trainer = open_run(*llama_200m, tmp_path / f"run{number}", batch, **changes)
@@ -88,8 +101,12 @@ def test_liger_computes_what_the_model_does(llama_200m, tmp_path):
     pytest.importorskip("liger_kernel")
     batch = [Row(300, (50, 70)).example()]
     norms = []
-    for number, liger in enumerate((False, True)):  # in this order: liger patches the family for the whole process
-        _, trainer = open_run(*llama_200m, tmp_path / f"run{number}", batch, liger=liger, mlp_tile=100)
+    for number, liger in enumerate(
+        (False, True)
+    ):  # in this order: liger patches the family for the whole process
+        _, trainer = open_run(
+            *llama_200m, tmp_path / f"run{number}", batch, liger=liger, mlp_tile=100
+        )
         norms.append(trainer.take_step(Step(0.0, [batch], 1))["grad_norm"])
     assert norms[0] == pytest.approx(norms[1], rel=0.03)
 
@@ -98,13 +115,29 @@ def test_liger_computes_what_the_model_does(llama_200m, tmp_path):
 @pytest.mark.parametrize("generation", ["padded", "continuous"])
 def test_an_online_run_samples_from_its_policy(generation, settings, llama_200m, tmp_path):
     """In bf16 the sampler's log-probs and those of the packed step differ by rounding alone: the KL starts near 0."""
-    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": r["prompt"]} for r in make_records("scores", 16)])
+    prompts = write_jsonl(
+        tmp_path / "prompts.jsonl", [{"prompt": r["prompt"]} for r in make_records("scores", 16)]
+    )
     reward = f"{Path(__file__).with_name('reward_functions.py')}:length"
     config = make_config(
         *(llama_200m[0], prompts, tmp_path / "run"),
-        **{"mode": "online", "rewards": [reward], "generation": generation, "device": "cuda", "max_steps": 3},
-        **{"batch_size": 8, "max_tokens_per_batch": 4096, "max_new_tokens": 32, "learning_rate": 1e-5, **settings},
+        **{
+            "mode": "online",
+            "rewards": [reward],
+            "generation": generation,
+            "device": "cuda",
+            "max_steps": 3,
+        },
+        **{
+            "batch_size": 8,
+            "max_tokens_per_batch": 4096,
+            "max_new_tokens": 32,
+            "learning_rate": 1e-5,
+            **settings,
+        },
     )
     train(config)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert abs(lines[0]["kl"]) < 0.5 and lines[-1]["completions/skipped"] == 0

@@ -29,10 +29,19 @@ from helpers import (
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from una_fast import Feedback, Objective, eager, gather_logps, linear_una_loss, passes, token_logps, una_loss
-from una_fast.head import sequence_logps
+from una_fast import (
+    Feedback,
+    Objective,
+    gather_logps,
+    linear_una_loss,
+    token_logps,
+    una_loss,
+)
+from una_fast.head import eager, passes
+from una_fast.head.ops import sequence_logps
+from una_fast.head.plan import Plan
+from una_fast.logs import say_once
 from una_fast.losses import BINARY_FORMS, PAIR_FORMS, SCORE_FORMS
-from una_fast.plan import Plan, say_once
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 WIDE = tuple(TOLERANCE)
@@ -84,11 +93,15 @@ def test_every_way_through_the_plan(way, dtype, plans):
         }
         out = evaluate(linear_una_loss, p, train=train, workspace_mb=budget, **arguments)
         assert_close(out, truth(p, train=train, **arguments), TOLERANCE[dtype])
-        frozen = (way.kinds & {"sliced", "unscored"}) | ({"recomputed"} if "sliced" in way.kinds else {"streamed"})
+        frozen = (way.kinds & {"sliced", "unscored"}) | (
+            {"recomputed"} if "sliced" in way.kinds else {"streamed"}
+        )
         found = kinds(plans[-1], 101)
         if train == ("hidden",):
             assert found - {"scratch"} == frozen
-        elif "weight" in train:  # accumulators of the bias alone are small enough to stream everything
+        elif (
+            "weight" in train
+        ):  # accumulators of the bias alone are small enough to stream everything
             assert found == way.kinds
 
 
@@ -124,7 +137,9 @@ def random_units(rng: random.Random, responses: int) -> Feedback:
         extra = {"weight": rng.choice([0, 1, 2.5])}
         if responses > 1 and rng.random() < 0.6:
             first, second = rng.sample(range(responses), 2)
-            return Feedback.pairs([first], [second], target=rng.random(), margin=rng.uniform(-1, 1), **extra)
+            return Feedback.pairs(
+                [first], [second], target=rng.random(), margin=rng.uniform(-1, 1), **extra
+            )
         index, extra["offset"] = [rng.randrange(responses)], rng.uniform(-1, 1)
         if rng.random() < 0.5:
             return Feedback.binary(index, [rng.random() < 0.5], **extra)
@@ -137,7 +152,11 @@ def random_units(rng: random.Random, responses: int) -> Feedback:
 @pytest.mark.parametrize("seed", range(60))
 def test_random_calls(seed, dtype):
     rng = random.Random(seed)
-    responses, dim, vocab = rng.randint(1, 7), rng.randint(1, 12), rng.choice([2, 3, 17, 64, 101, 259])
+    responses, dim, vocab = (
+        rng.randint(1, 7),
+        rng.randint(1, 12),
+        rng.choice([2, 3, 17, 64, 101, 259]),
+    )
     p = problem(
         seed,
         responses=responses,
@@ -166,7 +185,9 @@ def test_random_calls(seed, dtype):
     assert_close(out, truth(p, **arguments), TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("way", ["mixed, one block", "mixed, all at once", "mixed, sliced", "pair, streamed"])
+@pytest.mark.parametrize(
+    "way", ["mixed, one block", "mixed, all at once", "mixed, sliced", "pair, streamed"]
+)
 @pytest.mark.parametrize("upstream", [3.7, -0.013, 0.0, 1e6])
 def test_upstream_scales_the_gradient(way, upstream):
     way = WAYS[way]
@@ -189,7 +210,10 @@ def test_half_precision_is_no_worse_than_eager_in_half_precision(way, peak, dtyp
         exact = truth(p, **arguments)
         out = evaluate(linear_una_loss, p, workspace_mb=way.workspace_mb(dtype), **arguments)
         assert {out[f"grad {name}"].dtype for name in train} == {dtype}
-        for worst, result in ((ours, out), (theirs, evaluate(eager.linear_una_loss, p, **arguments))):
+        for worst, result in (
+            (ours, out),
+            (theirs, evaluate(eager.linear_una_loss, p, **arguments)),
+        ):
             for name, error in errors(result, exact).items():
                 key = f"{name} (head {'trained' if 'weight' in train else 'frozen'})"
                 worst[key] = max(worst.get(key, 0.0), error)
@@ -205,11 +229,21 @@ def test_float16_survives_loss_scaling(way, normalize):
     way = WAYS[way]
     p = way.problem(dtype=torch.float16, peak=1.0)
     objective = Objective(beta=0.01, length_normalize=normalize)
-    arguments = {**reference(p, "cached"), "upstream": 65536.0, "num_units": 32, "objective": objective}
+    arguments = {
+        **reference(p, "cached"),
+        "upstream": 65536.0,
+        "num_units": 32,
+        "objective": objective,
+    }
     exact = truth(p, **arguments)
-    ours = errors(evaluate(linear_una_loss, p, workspace_mb=way.workspace_mb(torch.float16), **arguments), exact)
+    ours = errors(
+        evaluate(linear_una_loss, p, workspace_mb=way.workspace_mb(torch.float16), **arguments),
+        exact,
+    )
     theirs = errors(evaluate(eager.linear_una_loss, p, **arguments), exact)
-    worse = {name: (ours[name], theirs[name]) for name in ours if not ours[name] <= theirs[name] + 1e-9}
+    worse = {
+        name: (ours[name], theirs[name]) for name in ours if not ours[name] <= theirs[name] + 1e-9
+    }
     assert not worse, f"(ours, eager): {worse}"
 
 
@@ -221,7 +255,9 @@ def test_keeping_the_graph_does_not_change_half_precision_gradients(way, upstrea
     way = WAYS[way]
     p = way.problem(dtype=dtype, peak=1.0)
     leaves = trained(p)
-    loss = call(p, ref_hidden=p.ref_hidden, num_units=4096, workspace_mb=way.workspace_mb(dtype)).loss
+    loss = call(
+        p, ref_hidden=p.ref_hidden, num_units=4096, workspace_mb=way.workspace_mb(dtype)
+    ).loss
     kept = torch.autograd.grad(upstream * loss, leaves, retain_graph=True)
     last = torch.autograd.grad(upstream * loss, leaves)
     for a, b in zip(kept, last, strict=True):
@@ -232,7 +268,11 @@ def test_long_sums_are_accumulated_in_float64():
     """32k tokens in one response: a float32 sum is off by hundredths of a nat."""
     p = problem(0, dim=2, vocab=5, peak=3.0, dtype=torch.float32, lengths=[32768, 5], feedback=PAIR)
     out = evaluate(linear_una_loss, p, **reference(p, "own"), workspace_mb=0.5)
-    per_token = torch.log_softmax(p.hidden @ p.weight.T + p.bias, 1).gather(1, p.targets.unsqueeze(1))[:, 0].double()
+    per_token = (
+        torch.log_softmax(p.hidden @ p.weight.T + p.bias, 1)
+        .gather(1, p.targets.unsqueeze(1))[:, 0]
+        .double()
+    )
     exact_sum = torch.stack([part.sum() for part in per_token.split([32768, 5])])
     assert relative_error(out["logps"], exact_sum) < 1e-8
 
@@ -256,13 +296,17 @@ def test_the_budget_changes_nothing_but_rounding():
     p = problem(4, dim=3, longest=30)
     arguments = reference(p, "own")
     sizes = [1e9, 1, 0.03, 0.02, 0.01, 0.005, 0.002, 0.0008, 0.0005, 1e-4]
-    first, *others = [evaluate(linear_una_loss, p, workspace_mb=size, **arguments) for size in sizes]
+    first, *others = [
+        evaluate(linear_una_loss, p, workspace_mb=size, **arguments) for size in sizes
+    ]
     for other in others:
         assert_close(other, first, 1e-11)
         assert relative_error(other["loss"], first["loss"]) <= 1e-12
 
 
-@pytest.mark.parametrize("way", ["mixed, one block", "mixed, all at once", "mixed, no scratch", "mixed, sliced"])
+@pytest.mark.parametrize(
+    "way", ["mixed, one block", "mixed, all at once", "mixed, no scratch", "mixed, sliced"]
+)
 def test_order_of_responses_and_units_does_not_matter(way):
     way = WAYS[way]
     p, budget = way.problem(), way.workspace_mb(torch.float64)
@@ -300,10 +344,15 @@ def test_bitwise_repeatable_and_inputs_untouched(way):
     arguments = {**reference(p, "own"), "softcap": 20.0}
     tensors = {name: x for name, x in vars(p).items() if isinstance(x, Tensor)}
     before = {name: (x.clone(), x._version) for name, x in tensors.items()}
-    runs = [evaluate(linear_una_loss, p, workspace_mb=budget, upstream=2.5, **arguments) for _ in range(2)]
+    runs = [
+        evaluate(linear_una_loss, p, workspace_mb=budget, upstream=2.5, **arguments)
+        for _ in range(2)
+    ]
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
     for name, x in tensors.items():
-        assert torch.equal(x, before[name][0]) and x._version == before[name][1], f"{name} was written to"
+        assert torch.equal(x, before[name][0]) and x._version == before[name][1], (
+            f"{name} was written to"
+        )
 
 
 @pytest.mark.parametrize("op", ["una", "tokens", "gather"])
@@ -315,9 +364,14 @@ def test_inputs_are_not_written_to(op):
     watched = [*leaves, p.targets, p.cu_seqlens, p.ref_hidden, p.ref_weight, cached]
     before = [x.detach().clone() for x in watched]
     if op == "una":
-        for ref in ({"ref_logps": cached}, {"ref_hidden": p.ref_hidden, "ref_weight": p.ref_weight}):
+        for ref in (
+            {"ref_logps": cached},
+            {"ref_hidden": p.ref_hidden, "ref_weight": p.ref_weight},
+        ):
             arguments = {"bias": p.bias, "softcap": 9.0, "workspace_mb": 0.01, **ref}
-            linear_una_loss(*leaves[:2], p.targets, p.cu_seqlens, p.feedback, **arguments).loss.backward()
+            linear_una_loss(
+                *leaves[:2], p.targets, p.cu_seqlens, p.feedback, **arguments
+            ).loss.backward()
     elif op == "tokens":
         token_logps(*leaves[:2], p.targets, p.bias, softcap=9.0).sum().backward()
     else:
@@ -331,7 +385,11 @@ def test_uninitialised_memory_is_never_read(way, monkeypatch):
     p = way.problem(dtype=torch.float32)
     budget = way.workspace_mb(torch.float32)
     cases = [
-        {**reference(p, ("own", "cached")[k % 2]), "train": train, **TRANSFORMS[k % len(TRANSFORMS)]}
+        {
+            **reference(p, ("own", "cached")[k % 2]),
+            "train": train,
+            **TRANSFORMS[k % len(TRANSFORMS)],
+        }
         for k, train in enumerate(TRAINED)
     ]
     clean = [evaluate(linear_una_loss, p, workspace_mb=budget, **case) for case in cases]
@@ -353,7 +411,9 @@ def test_uninitialised_memory_is_never_read(way, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int64])
 def test_cu_seqlens_of_any_integer_type(dtype):
     p = problem(0)
-    out = evaluate(linear_una_loss, replace(p, cu_seqlens=p.cu_seqlens.to(dtype)), **reference(p, "cached"))
+    out = evaluate(
+        linear_una_loss, replace(p, cu_seqlens=p.cu_seqlens.to(dtype)), **reference(p, "cached")
+    )
     assert_close(out, truth(p, **reference(p, "cached")), 1e-10)
 
 
@@ -363,7 +423,9 @@ def test_targets_of_other_integer_types_work_or_are_refused(dtype):
     narrow, logits = p.targets.to(dtype), p.hidden @ p.weight.T
     calls = (
         lambda targets: (
-            linear_una_loss(p.hidden, p.weight, targets, p.cu_seqlens, MIXED, ref_logps=torch.zeros(8)).logps
+            linear_una_loss(
+                p.hidden, p.weight, targets, p.cu_seqlens, MIXED, ref_logps=torch.zeros(8)
+            ).logps
         ),
         lambda targets: token_logps(p.hidden, p.weight, targets),
         lambda targets: gather_logps(logits, targets),
@@ -390,7 +452,9 @@ def strided(x: Tensor, how: str) -> Tensor:
 def test_strides_do_not_matter(how, way, dtype):
     way = WAYS[way]
     p = way.problem(dtype=dtype)
-    other = replace(p, **{name: strided(x, how) for name, x in vars(p).items() if isinstance(x, Tensor)})
+    other = replace(
+        p, **{name: strided(x, how) for name, x in vars(p).items() if isinstance(x, Tensor)}
+    )
     assert not other.hidden.is_contiguous()
     budget = way.workspace_mb(dtype)
     names = ("hidden", "weight", "bias")
@@ -399,7 +463,13 @@ def test_strides_do_not_matter(how, way, dtype):
         leaves = [getattr(q, name).detach().requires_grad_() for name in names]
         ref = {"ref_hidden": q.ref_hidden, "ref_weight": q.ref_weight}
         out = linear_una_loss(
-            *leaves[:2], q.targets, q.cu_seqlens, q.feedback, bias=leaves[2], workspace_mb=budget, **ref
+            *leaves[:2],
+            q.targets,
+            q.cu_seqlens,
+            q.feedback,
+            bias=leaves[2],
+            workspace_mb=budget,
+            **ref,
         )
         return [*out, *torch.autograd.grad(out.loss, leaves)]
 
@@ -420,8 +490,13 @@ def test_sequence_logps_are_what_the_loss_sums(dtype, workspace_mb, transform):
     arguments = {"bias": p.bias, "workspace_mb": workspace_mb, **transform}
     sums = sequence_logps(p.hidden, p.weight, p.targets, p.cu_seqlens, **arguments)
     assert sums.dtype == torch.float64 and not sums.requires_grad
-    assert relative_error(sums, truth(p, ref_logps=torch.zeros(8), **transform)["logps"]) <= TOLERANCE[dtype]
-    out = linear_una_loss(p.hidden, p.weight, p.targets, p.cu_seqlens, p.feedback, ref_logps=sums, **arguments)
+    assert (
+        relative_error(sums, truth(p, ref_logps=torch.zeros(8), **transform)["logps"])
+        <= TOLERANCE[dtype]
+    )
+    out = linear_una_loss(
+        p.hidden, p.weight, p.targets, p.cu_seqlens, p.feedback, ref_logps=sums, **arguments
+    )
     assert relative_error(out.logps, sums) <= {torch.float64: 1e-13, torch.float32: 1e-6}[dtype]
 
 
@@ -458,8 +533,12 @@ def test_a_reference_of_other_width_and_dtype(dtype):
     """A reference model need not have the policy's hidden size, and may be held in another precision."""
     p = problem(0)
     g = torch.Generator().manual_seed(1)
-    ref_hidden, ref_weight = (torch.randn(n, 7, generator=g).to(dtype) for n in (len(p.hidden), len(p.weight)))
-    out = evaluate(linear_una_loss, p, ref_hidden=ref_hidden, ref_weight=ref_weight, workspace_mb=0.01)
+    ref_hidden, ref_weight = (
+        torch.randn(n, 7, generator=g).to(dtype) for n in (len(p.hidden), len(p.weight))
+    )
+    out = evaluate(
+        linear_una_loss, p, ref_hidden=ref_hidden, ref_weight=ref_weight, workspace_mb=0.01
+    )
     expected = truth(p, ref_hidden=ref_hidden, ref_weight=ref_weight)
     assert_close(out, expected, 1e-4)
 
@@ -473,7 +552,12 @@ def test_reference_logps_of_any_float_type():
 def test_policy_equal_to_reference_has_zero_reward():
     p = problem(0)
     for budget in (1.0, 0.01, 1e-4):
-        arguments = {"ref_hidden": p.hidden, "ref_weight": p.weight, "ref_bias": p.bias, "workspace_mb": budget}
+        arguments = {
+            "ref_hidden": p.hidden,
+            "ref_weight": p.weight,
+            "ref_bias": p.bias,
+            "workspace_mb": budget,
+        }
         out = evaluate(linear_una_loss, p, softcap=7.0, **arguments)
         assert out["rewards"].abs().max() <= 1e-13 * out["logps"].abs().max()
 
@@ -595,13 +679,23 @@ def test_no_rows(train):
     leaves = {name: getattr(p, name).requires_grad_(name in train) for name in LEAVES}
     for ref in ({"ref_logps": torch.zeros(0)}, {"ref_hidden": p.ref_hidden}):
         out = linear_una_loss(
-            p.hidden, p.weight, p.targets, p.cu_seqlens, p.feedback, bias=p.bias, num_units=torch.tensor(4), **ref
+            p.hidden,
+            p.weight,
+            p.targets,
+            p.cu_seqlens,
+            p.feedback,
+            bias=p.bias,
+            num_units=torch.tensor(4),
+            **ref,
         )
         assert [x.shape for x in out] == [(), (0,), (0,), (0,), (0,)]
         assert out.loss.item() == 0 and out.loss.requires_grad == bool(train)
         if train:
             grads = torch.autograd.grad(out.loss, [leaves[name] for name in train])
-            assert all(torch.equal(g, torch.zeros_like(leaves[name])) for g, name in zip(grads, train, strict=True))
+            assert all(
+                torch.equal(g, torch.zeros_like(leaves[name]))
+                for g, name in zip(grads, train, strict=True)
+            )
 
 
 @pytest.mark.parametrize("train", [(), *TRAINED])
@@ -611,13 +705,22 @@ def test_no_units(train, workspace_mb):
     leaves = {name: getattr(p, name).requires_grad_(name in train) for name in LEAVES}
     out = call(p, bias=p.bias, ref_hidden=p.ref_hidden, workspace_mb=workspace_mb)
     expected = eager.linear_una_loss(
-        p.hidden, p.weight, p.targets, p.cu_seqlens, p.feedback, bias=p.bias, ref_hidden=p.ref_hidden
+        p.hidden,
+        p.weight,
+        p.targets,
+        p.cu_seqlens,
+        p.feedback,
+        bias=p.bias,
+        ref_hidden=p.ref_hidden,
     )
     assert out.loss.item() == 0 and out.loss.requires_grad == bool(train)
     assert relative_error(out.logps, expected.logps.detach()) <= 1e-10
     if train:
         grads = torch.autograd.grad(out.loss, [leaves[name] for name in train])
-        assert all(torch.equal(g, torch.zeros_like(leaves[name])) for g, name in zip(grads, train, strict=True))
+        assert all(
+            torch.equal(g, torch.zeros_like(leaves[name]))
+            for g, name in zip(grads, train, strict=True)
+        )
 
 
 def test_gradients_are_not_copied_by_autograd():
@@ -653,8 +756,14 @@ def test_autocast_is_the_cast_of_the_inputs(workspace_mb, backward_inside):
             out.loss.backward()
     if not backward_inside:
         out.loss.backward()
-    found = {name: x.detach() for name, x in out._asdict().items()} | {f"grad {n}": x.grad for n, x in leaves.items()}
-    assert {x.dtype for x in leaves.values()} == {x.grad.dtype for x in leaves.values()} == {torch.float32}
+    found = {name: x.detach() for name, x in out._asdict().items()} | {
+        f"grad {n}": x.grad for n, x in leaves.items()
+    }
+    assert (
+        {x.dtype for x in leaves.values()}
+        == {x.grad.dtype for x in leaves.values()}
+        == {torch.float32}
+    )
     assert {x.dtype for x in out} == {torch.float64}
     # A float32 weight gets the accumulator itself; what a cast outside would have rounded it to is the same number.
     exact = errors(found, truth(narrow, **reference(narrow, "own")))
@@ -676,7 +785,10 @@ def test_autocast_of_the_per_token_ops(op):
         else:
             logits = hidden @ weight.T
             assert logits.dtype == torch.bfloat16
-            out, expected = gather_logps(logits, p.targets), gather_logps(logits.detach(), p.targets)
+            out, expected = (
+                gather_logps(logits, p.targets),
+                gather_logps(logits.detach(), p.targets),
+            )
     assert out.dtype == torch.float32 and torch.equal(out, expected)
     out.sum().backward()
     assert hidden.grad.dtype == weight.grad.dtype == torch.float32
@@ -692,10 +804,22 @@ def test_gradcheck_linear_una_loss(rows, normalize):
     objective = Objective(beta=0.5, length_normalize=normalize)
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        arguments = {"bias": bias, "softcap": 4.0, "temperature": 0.8, "workspace_mb": rows * 5 * 8 / 2**20}
+        arguments = {
+            "bias": bias,
+            "softcap": 4.0,
+            "temperature": 0.8,
+            "workspace_mb": rows * 5 * 8 / 2**20,
+        }
         ref = torch.arange(5.0)
         return linear_una_loss(
-            hidden, weight, p.targets, p.cu_seqlens, feedback, objective=objective, ref_logps=ref, **arguments
+            hidden,
+            weight,
+            p.targets,
+            p.cu_seqlens,
+            feedback,
+            objective=objective,
+            ref_logps=ref,
+            **arguments,
         ).loss
 
     assert gradcheck(loss, tuple(getattr(p, name).requires_grad_() for name in LEAVES))
@@ -708,7 +832,9 @@ def test_gradcheck_token_logps(budget, monkeypatch):
     p.targets[2] = -100
 
     def logps(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return token_logps(hidden, weight, p.targets, bias, softcap=4.0, logit_scale=1.2, temperature=0.8)
+        return token_logps(
+            hidden, weight, p.targets, bias, softcap=4.0, logit_scale=1.2, temperature=0.8
+        )
 
     assert gradcheck(logps, tuple(getattr(p, name).requires_grad_() for name in LEAVES))
 
@@ -722,11 +848,16 @@ def test_gradcheck_gather_logps():
 # --------------------------------------------------------------------------------------------------- per-token ops
 
 
-def token_grads(op, p: Problem, targets: Tensor, upstream: Tensor, train=LEAVES, **arguments) -> dict[str, Tensor]:
+def token_grads(
+    op, p: Problem, targets: Tensor, upstream: Tensor, train=LEAVES, **arguments
+) -> dict[str, Tensor]:
     leaves = {name: getattr(p, name).clone().requires_grad_(name in train) for name in LEAVES}
     out = op(leaves["hidden"], leaves["weight"], targets, leaves["bias"], **arguments)
     grads = torch.autograd.grad(out, [leaves[name] for name in train], upstream.to(out.dtype))
-    return {"logps": out.detach(), **{f"grad {name}": g for name, g in zip(train, grads, strict=True)}}
+    return {
+        "logps": out.detach(),
+        **{f"grad {name}": g for name, g in zip(train, grads, strict=True)},
+    }
 
 
 @pytest.mark.parametrize("case", range(len(TRAINED)))
@@ -741,7 +872,9 @@ def test_token_logps(case, rows, dtype, monkeypatch):
     upstream = torch.randn(len(targets), dtype=torch.float64).to(dtype)
     out = token_grads(token_logps, p, targets, upstream, train, **transform)
     assert out["logps"].dtype == dtype
-    expected = token_grads(eager.token_logps, cast(p, torch.float64), targets, upstream, train, **transform)
+    expected = token_grads(
+        eager.token_logps, cast(p, torch.float64), targets, upstream, train, **transform
+    )
     assert_close(out, expected, TOLERANCE[dtype])
     assert (out["logps"][::4] == 0).all()
     if "hidden" in train:
@@ -774,7 +907,9 @@ def test_ignored_tokens_drop_even_a_nan_upstream():
     grads = [
         *torch.autograd.grad(token_logps(*leaves, targets), leaves, upstream),
         *torch.autograd.grad(
-            gather_logps(p.hidden, torch.where(targets == -100, -100, targets % 24)), p.hidden, upstream
+            gather_logps(p.hidden, torch.where(targets == -100, -100, targets % 24)),
+            p.hidden,
+            upstream,
         ),
     ]
     assert all(torch.isfinite(g).all() for g in grads)
@@ -806,7 +941,10 @@ def test_gather_logps(dtype, shape, layout):
     (expected_grad,) = torch.autograd.grad(expected, exact, upstream.double())
     assert grad.dtype == dtype and grad.shape == logits.shape
     assert relative_error(out.detach(), expected.detach()) <= TOLERANCE.get(dtype, 2e-5)
-    assert relative_error(grad, expected_grad) <= {torch.bfloat16: 4e-3, torch.float16: 5e-4, **TOLERANCE}[dtype]
+    assert (
+        relative_error(grad, expected_grad)
+        <= {torch.bfloat16: 4e-3, torch.float16: 5e-4, **TOLERANCE}[dtype]
+    )
     assert (grad[targets == -100] == 0).all()
 
 
@@ -816,7 +954,8 @@ def test_token_logps_of_no_rows():
     out = token_logps(*leaves, p.targets)
     assert out.shape == (0,)
     assert all(
-        torch.equal(g, torch.zeros_like(x)) for g, x in zip(torch.autograd.grad(out.sum(), leaves), leaves, strict=True)
+        torch.equal(g, torch.zeros_like(x))
+        for g, x in zip(torch.autograd.grad(out.sum(), leaves), leaves, strict=True)
     )
 
 
@@ -869,23 +1008,31 @@ def test_a_compiled_model_calls_the_ops_as_they_are():
 
     def loss_of(x: Tensor) -> Tensor:
         hidden = torch.tanh(layer(x))
-        loss = linear_una_loss(hidden, p.weight, p.targets, p.cu_seqlens, p.feedback, ref_logps=ref).loss
+        loss = linear_una_loss(
+            hidden, p.weight, p.targets, p.cu_seqlens, p.feedback, ref_logps=ref
+        ).loss
         return (
-            loss + token_logps(hidden, p.weight, p.targets).sum() + gather_logps(hidden @ p.weight.T, p.targets).sum()
+            loss
+            + token_logps(hidden, p.weight, p.targets).sum()
+            + gather_logps(hidden @ p.weight.T, p.targets).sum()
         )
 
     expected = torch.autograd.grad(loss_of(p.hidden), layer.weight)[0]
     torch._dynamo.reset()
     counters.clear()
     for _ in range(2):
-        found = torch.autograd.grad(torch.compile(loss_of, backend="eager")(p.hidden), layer.weight)[0]
+        found = torch.autograd.grad(
+            torch.compile(loss_of, backend="eager")(p.hidden), layer.weight
+        )[0]
         torch.testing.assert_close(found, expected)
     assert counters["stats"]["unique_graphs"] <= 8
     torch._dynamo.reset()
 
 
 def test_importing_the_op_does_not_import_the_compiler():
-    code = "import sys, una_fast; una_fast.linear_una_loss; assert 'torch._dynamo' not in sys.modules"
+    code = (
+        "import sys, una_fast; una_fast.linear_una_loss; assert 'torch._dynamo' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -898,7 +1045,9 @@ def test_gather_logps_in_place():
         labels = targets[:, : given.shape[1]]
         out = gather_logps(given, labels, 0.7, inplace_backward=True)
         (grad,) = torch.autograd.grad(out.sum(), given, retain_graph=True)
-        assert torch.equal(grad, expected[:, : given.shape[1]]) and grad.data_ptr() == given.data_ptr()
+        assert (
+            torch.equal(grad, expected[:, : given.shape[1]]) and grad.data_ptr() == given.data_ptr()
+        )
         with pytest.raises(RuntimeError):
             torch.autograd.grad(out.sum(), given)
     logits = leaf * 1.0
@@ -945,18 +1094,33 @@ def refuse(change: dict | None = None, op=linear_una_loss, **arguments) -> None:
 
 
 SHAPES = {
-    "hidden of three dimensions": ({"hidden": torch.zeros(1, 7, 24)}, r"hidden \(1, 7, 24\).*\[N, D\] and \[V, D\]"),
+    "hidden of three dimensions": (
+        {"hidden": torch.zeros(1, 7, 24)},
+        r"hidden \(1, 7, 24\).*\[N, D\] and \[V, D\]",
+    ),
     "other widths": ({"hidden": torch.zeros(7, 5)}, r"hidden \(7, 5\) and weight \(101, 24\)"),
     "weight transposed": ({"weight": torch.zeros(24, 101)}, r"weight \(24, 101\)"),
-    "too few targets": ({"targets": torch.zeros(6, dtype=torch.int64)}, r"targets \(6,\) must be \[7\] integers"),
+    "too few targets": (
+        {"targets": torch.zeros(6, dtype=torch.int64)},
+        r"targets \(6,\) must be \[7\] integers",
+    ),
     "float targets": ({"targets": torch.zeros(7)}, r"targets \(7,\) must be (\[7\] )?integers"),
-    "boolean targets": ({"targets": torch.zeros(7, dtype=torch.bool)}, r"targets \(7,\) must be (\[7\] )?integers"),
+    "boolean targets": (
+        {"targets": torch.zeros(7, dtype=torch.bool)},
+        r"targets \(7,\) must be (\[7\] )?integers",
+    ),
     "dtypes differ": (
         {"weight": torch.zeros(101, 24).bfloat16()},
         r"hidden is torch.float32 and weight torch.bfloat16",
     ),
-    "target over the vocabulary": ({"targets": torch.tensor([0, 1, 101, 3, 4, 5, 6])}, r"targets\[2\] is 101, outside"),
-    "target below zero": ({"targets": torch.tensor([0, 1, 2, 3, -1, 5, 6])}, r"targets\[4\] is -1, outside"),
+    "target over the vocabulary": (
+        {"targets": torch.tensor([0, 1, 101, 3, 4, 5, 6])},
+        r"targets\[2\] is 101, outside",
+    ),
+    "target below zero": (
+        {"targets": torch.tensor([0, 1, 2, 3, -1, 5, 6])},
+        r"targets\[4\] is -1, outside",
+    ),
 }
 
 
@@ -969,17 +1133,37 @@ def test_shape_refusals(case, op):
 
 
 REFUSED = {
-    "ignored target": ({"targets": torch.full((7,), -100)}, {}, r"targets\[0\] is -100, outside the vocabulary"),
-    "cu_seqlens ends early": ({"cu_seqlens": torch.tensor([0, 4, 6])}, {}, r"end at N=7; it .* ends at 6"),
+    "ignored target": (
+        {"targets": torch.full((7,), -100)},
+        {},
+        r"targets\[0\] is -100, outside the vocabulary",
+    ),
+    "cu_seqlens ends early": (
+        {"cu_seqlens": torch.tensor([0, 4, 6])},
+        {},
+        r"end at N=7; it .* ends at 6",
+    ),
     "cu_seqlens starts late": ({"cu_seqlens": torch.tensor([1, 4, 7])}, {}, r"starts at 1"),
-    "cu_seqlens falls": ({"cu_seqlens": torch.tensor([0, 8, 7])}, {}, r"falls from 8 to 7 at response 1"),
+    "cu_seqlens falls": (
+        {"cu_seqlens": torch.tensor([0, 8, 7])},
+        {},
+        r"falls from 8 to 7 at response 1",
+    ),
     "cu_seqlens empty": (
         {"cu_seqlens": torch.tensor([], dtype=torch.int64)},
         {},
         r"cu_seqlens \(0,\) must be \[S\+1\]",
     ),
-    "cu_seqlens float": ({"cu_seqlens": torch.tensor([0.0, 4, 7])}, {}, r"cu_seqlens \(3,\) must be \[S\+1\] integers"),
-    "cu_seqlens of two dimensions": ({"cu_seqlens": torch.tensor([[0, 7]])}, {}, r"cu_seqlens \(1, 2\)"),
+    "cu_seqlens float": (
+        {"cu_seqlens": torch.tensor([0.0, 4, 7])},
+        {},
+        r"cu_seqlens \(3,\) must be \[S\+1\] integers",
+    ),
+    "cu_seqlens of two dimensions": (
+        {"cu_seqlens": torch.tensor([[0, 7]])},
+        {},
+        r"cu_seqlens \(1, 2\)",
+    ),
     "empty response": ({"cu_seqlens": torch.tensor([0, 4, 4, 7])}, {}, r"response 1 is empty"),
     "empty first response": ({"cu_seqlens": torch.tensor([0, 0, 7])}, {}, r"response 0 is empty"),
     "missing response": (
@@ -992,7 +1176,11 @@ REFUSED = {
         {},
         r"score 7\.0 lies outside \[0, 1\].*reward_mse",
     ),
-    "no reference": ({}, {"ref_logps": None}, r"needs a reference: give ref_logps .* or ref_hidden"),
+    "no reference": (
+        {},
+        {"ref_logps": None},
+        r"needs a reference: give ref_logps .* or ref_hidden",
+    ),
     "two references": (
         {},
         {"ref_logps": torch.zeros(2), "ref_hidden": torch.zeros(7, 24)},
@@ -1003,16 +1191,32 @@ REFUSED = {
         {"ref_logps": torch.zeros(2), "ref_weight": torch.zeros(101, 24)},
         r"ref_weight",
     ),
-    "cached reference with a bias": ({}, {"ref_logps": torch.zeros(2), "ref_bias": torch.zeros(101)}, r"ref_bias"),
-    "reference per token": ({}, {"ref_logps": torch.zeros(7)}, r"ref_logps is \(7,\); expected \[2\], one sum per"),
+    "cached reference with a bias": (
+        {},
+        {"ref_logps": torch.zeros(2), "ref_bias": torch.zeros(101)},
+        r"ref_bias",
+    ),
+    "reference per token": (
+        {},
+        {"ref_logps": torch.zeros(7)},
+        r"ref_logps is \(7,\); expected \[2\], one sum per",
+    ),
     "reference vocabulary": (
         {},
         {"ref_hidden": torch.zeros(7, 24), "ref_weight": torch.zeros(50, 24)},
         r"ref_weight \(50, 24\) and weight \(101, 24\) must have the same vocabulary",
     ),
     "reference rows": ({}, {"ref_hidden": torch.zeros(6, 24)}, r"ref_hidden"),
-    "reference width": ({}, {"ref_hidden": torch.zeros(7, 5)}, r"ref_hidden \(7, 5\) and ref_weight \(101, 24\)"),
-    "reference bias": ({}, {"ref_hidden": torch.zeros(7, 24), "ref_bias": torch.zeros(5)}, r"ref_bias \(5,\) must be"),
+    "reference width": (
+        {},
+        {"ref_hidden": torch.zeros(7, 5)},
+        r"ref_hidden \(7, 5\) and ref_weight \(101, 24\)",
+    ),
+    "reference bias": (
+        {},
+        {"ref_hidden": torch.zeros(7, 24), "ref_bias": torch.zeros(5)},
+        r"ref_bias \(5,\) must be",
+    ),
     "reference dtype": (
         {},
         {"ref_hidden": torch.zeros(7, 24).bfloat16()},
@@ -1023,8 +1227,16 @@ REFUSED = {
     "workspace negative": ({}, {"workspace_mb": -1.5}, r"workspace_mb=-1\.5 must be positive"),
     "workspace NaN": ({}, {"workspace_mb": float("nan")}, r"workspace_mb=nan must be positive"),
     "workspace infinite": ({}, {"workspace_mb": float("inf")}, r"workspace_mb=inf"),
-    "engine unknown": ({}, {"engine": "cuda"}, r"engine='cuda' is not one of \('auto', 'torch', 'triton'\)"),
-    "engine triton": ({}, {"engine": "triton"}, r'engine="triton" cannot run: tensors are on the CPU'),
+    "engine unknown": (
+        {},
+        {"engine": "cuda"},
+        r"engine='cuda' is not one of \('auto', 'torch', 'triton'\)",
+    ),
+    "engine triton": (
+        {},
+        {"engine": "triton"},
+        r'engine="triton" cannot run: tensors are on the CPU',
+    ),
     "reduction": ({}, {"reduction": "none"}, r"reduction='none'"),
     "softcap": ({}, {"softcap": 0.0}, r"softcap=0\.0 must be positive, or None"),
     "temperature": ({}, {"temperature": 0.0}, r"temperature=0\.0 must be positive"),
@@ -1057,7 +1269,11 @@ def test_token_logps_refusals(arguments, message):
 @pytest.mark.parametrize(
     ("targets", "arguments", "message"),
     [
-        (torch.zeros(4, dtype=torch.int64), {}, r"targets \(4,\) must have the shape of logits \(3, 9\) less V"),
+        (
+            torch.zeros(4, dtype=torch.int64),
+            {},
+            r"targets \(4,\) must have the shape of logits \(3, 9\) less V",
+        ),
         (torch.tensor([0, 9, 1]), {}, r"targets\[1\] is 9, outside the vocabulary \[0, 9\)"),
         (torch.tensor([0, -1, 1]), {}, r"targets\[1\] is -1"),
         (torch.zeros(3), {}, r"targets"),

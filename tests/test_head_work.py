@@ -10,15 +10,25 @@ import torch
 from helpers import PAIR, WAYS, Problem, Way, evaluate, problem, reference
 from torch import Tensor
 
-from una_fast import Feedback, Objective, UnaOutput, eager, gather_logps, linear_una_loss, passes, token_logps
+from una_fast import (
+    Feedback,
+    Objective,
+    UnaOutput,
+    gather_logps,
+    linear_una_loss,
+    token_logps,
+)
 from una_fast.counters import FlopCounter, LiveBytes
-from una_fast.head import sequence_logps
+from una_fast.head import eager, passes
+from una_fast.head.ops import sequence_logps
 
 VOCAB = 101
 TRAINED, FROZEN = ("hidden", "weight"), ("hidden",)
 
 
-def work(way: Way, op: Callable[..., UnaOutput] = linear_una_loss, dtype=torch.float32, **arguments) -> float:
+def work(
+    way: Way, op: Callable[..., UnaOutput] = linear_una_loss, dtype=torch.float32, **arguments
+) -> float:
     """GEMM passes of one forward and backward."""
     p = way.problem(VOCAB, dtype=dtype)
     ref = reference(p, arguments.pop("ref", "cached"))
@@ -53,7 +63,9 @@ def test_frozen_head(way, ref):
     """2 passes, whatever links the responses; 3 over vocabulary slices."""
     way = WAYS[way]
     p = way.problem(VOCAB)
-    scored = torch.isin(torch.arange(len(way.lengths)), torch.cat([way.feedback.first, way.feedback.second]))
+    scored = torch.isin(
+        torch.arange(len(way.lengths)), torch.cat([way.feedback.first, way.feedback.second])
+    )
     share = float(p.cu_seqlens.diff()[scored].sum()) / len(p.hidden)
     policy = (3 if "sliced" in way.kinds else 2) * share + (1 - share)
     assert work(way, ref=ref, train=FROZEN) == pytest.approx(policy + (ref != "cached"), abs=1e-9)
@@ -82,15 +94,23 @@ def test_pass_counts_in_plain_numbers(links, block, passes, normalize):
     assert work(way, train=TRAINED, objective=objective, ref="own") == passes + 1
 
 
-@pytest.mark.parametrize("way", ["pair, resident", "pair, streamed", "scores too, recomputed", "two pairs, no scratch"])
+@pytest.mark.parametrize(
+    "way", ["pair, resident", "pair, streamed", "scores too, recomputed", "two pairs, no scratch"]
+)
 def test_weight_only_and_bias_only(way):
     way = WAYS[way]
-    assert work(way, train=("weight",)) == pytest.approx(way.passes - 1, abs=1e-9), "nobody asked for dL/dh"
-    assert work(way, train=("bias",)) == pytest.approx(1, abs=1e-9), "a bias needs no [V, D] accumulator"
+    assert work(way, train=("weight",)) == pytest.approx(way.passes - 1, abs=1e-9), (
+        "nobody asked for dL/dh"
+    )
+    assert work(way, train=("bias",)) == pytest.approx(1, abs=1e-9), (
+        "a bias needs no [V, D] accumulator"
+    )
     assert work(way, train=("hidden", "bias")) == pytest.approx(2, abs=1e-9)
 
 
-@pytest.mark.parametrize("way", ["pair, resident", "pair, streamed", "mixed, all at once", "mixed, sliced"])
+@pytest.mark.parametrize(
+    "way", ["pair, resident", "pair, streamed", "mixed, all at once", "mixed, sliced"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_without_gradients_one_pass_and_no_gradient_buffer(way, dtype):
     way = WAYS[way]
@@ -117,10 +137,15 @@ def test_inputs_without_gradients_cost_one_pass():
     assert counter.passes(*p.hidden.shape, VOCAB) == 1
 
 
-@pytest.mark.parametrize(("train", "passes"), [(TRAINED, 4), (FROZEN, 3), (("weight",), 3), ((), 1)])
+@pytest.mark.parametrize(
+    ("train", "passes"), [(TRAINED, 4), (FROZEN, 3), (("weight",), 3), ((), 1)]
+)
 def test_token_logps_recomputes(train, passes):
     p = problem(0)
-    hidden, weight = p.hidden.requires_grad_("hidden" in train), p.weight.requires_grad_("weight" in train)
+    hidden, weight = (
+        p.hidden.requires_grad_("hidden" in train),
+        p.weight.requires_grad_("weight" in train),
+    )
     with FlopCounter() as counter:
         out = token_logps(hidden, weight, p.targets)
         if train:
@@ -132,14 +157,18 @@ def test_bad_feedback_is_refused_before_any_pass():
     """One outlier must not cost a reference pass over a long batch first."""
     p = problem(0, lengths=[5], feedback=Feedback.scores([0], [3.0]))
     with FlopCounter() as counter, pytest.raises(ValueError, match="outside"):
-        linear_una_loss(p.hidden, p.weight, p.targets, p.cu_seqlens, p.feedback, ref_hidden=p.ref_hidden)
+        linear_una_loss(
+            p.hidden, p.weight, p.targets, p.cu_seqlens, p.feedback, ref_hidden=p.ref_hidden
+        )
     assert counter.flop == 0
 
 
 # ---------------------------------------------------------------------------------------------------------- memory
 
 
-def measured(op: Callable[..., UnaOutput], p: Problem | Namespace, **arguments) -> tuple[LiveBytes, list[Tensor]]:
+def measured(
+    op: Callable[..., UnaOutput], p: Problem | Namespace, **arguments
+) -> tuple[LiveBytes, list[Tensor]]:
     """Every allocation of one forward and backward, and the gradients it returned."""
     leaves = [p.hidden.detach().requires_grad_(), p.weight.detach().requires_grad_()]
     with LiveBytes() as memory:
@@ -163,7 +192,9 @@ def test_no_tensor_of_rows_by_vocabulary(workspace_mb):
         cu_seqlens=torch.tensor([0, 9_000, 17_000, 19_000, rows]),
         feedback=feedback,
     )
-    memory, returned = measured(linear_una_loss, p, ref_logps=torch.zeros(4), workspace_mb=workspace_mb)
+    memory, returned = measured(
+        linear_una_loss, p, ref_logps=torch.zeros(4), workspace_mb=workspace_mb
+    )
     budget = (workspace_mb or 256) * 2**20
     assert memory.largest(excluding=returned) <= budget < rows * vocab * 4
     # Blocks of row operations and the rows of a chunk come on top of the budget, a few MiB whatever its size.
@@ -182,10 +213,12 @@ BUDGETED = [(way, torch.float32) for way in WAYS] + [
 @pytest.mark.parametrize("train", [TRAINED, FROZEN])
 def test_every_way_stays_within_its_budget(way, dtype, train, monkeypatch):
     """Scratch included. Row blocks are made small, so that the budget is not lost in them."""
-    monkeypatch.setattr("una_fast.engine.CACHE_BLOCK_BYTES", 1)
+    monkeypatch.setattr("una_fast.head.torch_engine.CACHE_BLOCK_BYTES", 1)
     way, scale = WAYS[way], 4
     lengths, vocab = [scale * n for n in way.lengths], VOCAB * scale
-    p = problem(0, lengths=lengths, dim=scale * way.dim, vocab=vocab, feedback=way.feedback, dtype=dtype)
+    p = problem(
+        0, lengths=lengths, dim=scale * way.dim, vocab=vocab, feedback=way.feedback, dtype=dtype
+    )
     budget = scale**2 * way.workspace_mb(dtype)
     p.hidden.requires_grad_(), p.weight.requires_grad_("weight" in train)
     with LiveBytes() as memory:
@@ -197,14 +230,18 @@ def test_every_way_stays_within_its_budget(way, dtype, train, monkeypatch):
     assert memory.peak(excluding=built) <= budget * 2**20 + slack
 
 
-@pytest.mark.parametrize("way", ["pair, resident", "two pairs, scratch", "scores too, recomputed", "pair, sliced"])
+@pytest.mark.parametrize(
+    "way", ["pair, resident", "two pairs, scratch", "scores too, recomputed", "pair, sliced"]
+)
 def test_nothing_but_gradients_is_kept_for_backward(way):
     way = WAYS[way]
     p = way.problem(1001, dtype=torch.float32)
     p.hidden.requires_grad_(), p.weight.requires_grad_()
     with LiveBytes() as memory:
         ref = {"ref_hidden": p.ref_hidden, "ref_weight": p.ref_weight}
-        loss = linear_una_loss(p.hidden, p.weight, p.targets, p.cu_seqlens, p.feedback, **ref, workspace_mb=0.1).loss
+        loss = linear_una_loss(
+            p.hidden, p.weight, p.targets, p.cu_seqlens, p.feedback, **ref, workspace_mb=0.1
+        ).loss
     gradients = 4 * (p.hidden.numel() + p.weight.numel())
     assert loss.requires_grad
     assert memory.live() <= gradients + 64 * len(p.hidden)
@@ -227,10 +264,14 @@ def test_peak_is_at_most_half_of_eager():
 @pytest.mark.parametrize("layout", ["contiguous", "shifted"])
 def test_gather_logps_keeps_no_copy_of_the_logits(layout, monkeypatch):
     """Callers hold [B, T, V] and pass logits[:, :-1]: copying that is as large as the softmax that it saves."""
-    monkeypatch.setattr("una_fast.engine.CACHE_BLOCK_BYTES", 1)
+    monkeypatch.setattr("una_fast.head.torch_engine.CACHE_BLOCK_BYTES", 1)
     logits = torch.randn(2, 65, 4001).requires_grad_()
     targets = torch.randint(0, 4001, (2, 64))
-    given = logits[:, :-1] if layout == "shifted" else logits[:, :64].detach().contiguous().requires_grad_()
+    given = (
+        logits[:, :-1]
+        if layout == "shifted"
+        else logits[:, :64].detach().contiguous().requires_grad_()
+    )
     size = 2 * 64 * 4001 * 4
     with LiveBytes() as memory:
         out = gather_logps(given, targets)
@@ -242,7 +283,7 @@ def test_gather_logps_keeps_no_copy_of_the_logits(layout, monkeypatch):
 
 def test_token_logps_stays_within_the_default_budget(monkeypatch):
     monkeypatch.setitem(passes.DEFAULT_WORKSPACE_MB, "cpu", 1)
-    monkeypatch.setattr("una_fast.engine.CACHE_BLOCK_BYTES", 1)
+    monkeypatch.setattr("una_fast.head.torch_engine.CACHE_BLOCK_BYTES", 1)
     p = problem(0, lengths=[4000], dim=8, vocab=1001, dtype=torch.float32, feedback=PAIR)
     leaves = [p.hidden.requires_grad_(), p.weight.requires_grad_()]
     with LiveBytes() as memory:

@@ -12,74 +12,102 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = sorted((ROOT / "una_fast").rglob("*.py"))
+FILES = [*PACKAGE, *sorted((ROOT / "kernels").glob("*.py"))]
 
-# The core: what each file may import of ours.
-CORE = {
-    "feedback": set(),
-    "losses": {"feedback"},
-    "call_loss": {"feedback", "losses"},
-    "engine": {"call_loss", "plan", "triton_engine"},
-    "triton_engine": {"call_loss", "engine", "kernels", "losses", "plan"},
-    "plan": {"feedback"},
-    "passes": {"call_loss", "engine", "feedback", "losses", "plan"},
-    "head": {"call_loss", "engine", "feedback", "losses", "passes", "plan"},
-    "eager": {"feedback", "losses"},
-    "offsets": set(),
-    "optim": {"counters"},
-    "counters": set(),
-    "memory": {"counters"},
-    "attention": set(),
-    "records": set(),
-    "probe": set(),
-    "packing": {"attention"},
-    "encode": {"records"},
-    "data": {"attention", "encode", "feedback", "records"},
-    "reward_settings": {"records"},
-    "reward_sources": {"reward_settings"},
-    "reward_http": {"reward_settings", "reward_sources"},
-    "rewards": {"records", "reward_http", "reward_settings", "reward_sources"},
-    "rollout": {"head", "policy", "scoring", "sharding", "vllm_sampler"},
-}
+# Who may import whom: a room imports from the lines below its own, and from itself where it is a
+# folder. Rooms of one line do not know each other.
+LAYERS = """
+feedback offsets counters distributed checks logs attention
+losses data rewards kernels
+head
+model
+config
+optim resolved
+online capacity
+train
+demo
+cli
+"""
+LAYER = {room: number for number, line in enumerate(LAYERS.split("\n")) for room in line.split()}
 
 
 def imports(path: Path) -> set[str]:
-    """Modules of ours that a file imports, as names below una_fast, type-checking imports left out."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
-            node.body = []
+    """Return every name that a file imports, with its module: lazy and type-only imports too."""
     found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.name} uses a relative import"
-            names = [node.module or ""] + [f"{node.module}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        else:
-            continue
-        for name in names:
-            parts = name.split(".")
-            if parts[0] == "una_fast" and len(parts) > 1:
-                found.add(parts[1])
-            elif parts[0] in ("tests", "bench"):
-                found.add(parts[0])
-    modules = {p.stem for p in PACKAGE} | {"kernels", "tests", "bench"}
-    return found & modules
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} uses a relative import"
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
 
 
-def name_of(path: Path) -> str:
+def room_of(path: Path) -> str:
+    """Return the room of a file: its folder in una_fast, or the file itself where it has none."""
+    if path.is_relative_to(ROOT / "kernels"):
+        return "kernels"
     return path.relative_to(ROOT / "una_fast").parts[0].removesuffix(".py")
 
 
-@pytest.mark.parametrize("path", PACKAGE, ids=lambda p: str(p.relative_to(ROOT / "una_fast")))
-def test_imports_follow_the_house(path):
-    name, found = name_of(path), imports(path)
-    if name in CORE:
-        assert found <= CORE[name], f"{name} imports {sorted(found - CORE[name])}"
-    assert not found & {"tests", "bench", "eager"}, "the library imports neither tests, benches nor the eager truth"
-    assert "cli" not in found
-    if name not in ("cli", "demo"):
-        assert not found & {"train", "demo"}, "only the command line and the demo import the trainer"
+def arrows(path: Path) -> set[str]:
+    """Return the rooms that a file imports from."""
+    names = [name.split(".") for name in imports(path)]
+    return {parts[1] for parts in names if parts[0] == "una_fast" and parts[1] in LAYER}
+
+
+def test_every_room_has_a_layer():
+    rooms = {room_of(path) for path in PACKAGE} - {"__init__"}
+    assert rooms | {"kernels"} == set(LAYER)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path):
+    room = room_of(path)
+    upward = {other for other in arrows(path) if other != room and LAYER[other] >= LAYER[room]}
+    assert not upward, f"{room} is below {sorted(upward)}, or beside"
+    outside = {name.split(".")[0] for name in imports(path)} & {"tests", "bench"}
+    assert not outside, "the library imports neither tests nor benches"
+
+
+def test_an_arrow_upwards_is_seen(tmp_path):
+    """Lazy, type-only and whole-module imports are arrows too."""
+    lines = [
+        "def f():",
+        "    from una_fast.train.loop import train",
+        "if TYPE_CHECKING:",
+        "    from una_fast.config import RunConfig",
+        "import una_fast.online.steps as steps",
+        "from una_fast import cli",
+    ]
+    path = tmp_path / "planted.py"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    assert arrows(path) == {"train", "config", "online", "cli"}
+
+
+def test_no_circle_between_files():
+    """Within a room, too: each file imports files that do not lead back to it."""
+    modules = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in PACKAGE}
+    below = {}
+    for module, path in modules.items():
+        prefixes = {name.rpartition(".")[0] for name in imports(path)} | imports(path)
+        below[module] = prefixes & set(modules) - {module}
+    done: set[str] = set()
+
+    def visit(module: str, way: tuple[str, ...]) -> None:
+        assert module not in way, f"a circle: {' -> '.join((*way, module))}"
+        if module not in done:
+            for other in below[module]:
+                visit(other, (*way, module))
+            done.add(module)
+
+    for module in modules:
+        visit(module, ())
+
+
+def test_the_truth_stays_out_of_the_library():
+    for path in PACKAGE:
+        assert "una_fast.head.eager" not in {name.rpartition(".")[0] for name in imports(path)}
 
 
 def test_kernels_import_only_torch_and_triton():
@@ -89,7 +117,9 @@ def test_kernels_import_only_torch_and_triton():
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             for name in names:
                 root = name.split(".")[0]
-                assert root in {"torch", "triton", *sys.stdlib_module_names} or name.startswith("una_fast.kernels")
+                assert root in {"torch", "triton", *sys.stdlib_module_names} or name.startswith(
+                    "una_fast.kernels"
+                )
 
 
 def test_import_needs_torch_alone():
@@ -134,13 +164,24 @@ def test_kernels_folder_does_not_shadow_hugging_face_kernels():
 
 
 def test_wheel_holds_the_kernels(tmp_path):
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", tmp_path, ROOT]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-q",
+        "-w",
+        tmp_path,
+        ROOT,
+    ]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     import zipfile
 
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
-    assert "una_fast/kernels/__init__.py" in names and "una_fast/head.py" in names
+    assert "una_fast/kernels/__init__.py" in names and "una_fast/head/ops.py" in names
     assert not any(name.startswith(("kernels/", "tests/", "bench/")) for name in names)
 
 
@@ -153,7 +194,10 @@ def test_constraints_pin_what_setup_asks_for():
     for node in ast.walk(tree):
         if isinstance(node, ast.keyword) and node.arg == "install_requires":
             wanted = {ast.literal_eval(e) for e in node.value.elts}
-    names = {"".join(c for c in w.split(";")[0].split("[")[0] if c not in "<>=!. 0123456789").lower() for w in wanted}
+    names = {
+        "".join(c for c in w.split(";")[0].split("[")[0] if c not in "<>=!. 0123456789").lower()
+        for w in wanted
+    }
     assert names and names <= pinned, names - pinned
 
 

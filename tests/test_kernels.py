@@ -12,8 +12,8 @@ import torch
 from torch.testing import assert_close
 
 from una_fast import losses
-from una_fast.engine import LogitTransform
 from una_fast.feedback import Feedback
+from una_fast.head.torch_engine import LogitTransform
 from una_fast.losses import Objective
 
 pytest.importorskip("triton")
@@ -52,7 +52,9 @@ def generator(seed: int = 0) -> torch.Generator:
 def padded(values: torch.Tensor, dtype: torch.dtype, extra: int = 5) -> torch.Tensor:
     """[C, T] values inside a wider buffer whose other columns are NaN. The row stride is a multiple of 64."""
     rows, width = values.shape
-    buffer = torch.full((rows, (width + extra + 63) // 64 * 64), float("nan"), dtype=dtype, device=DEVICE)
+    buffer = torch.full(
+        (rows, (width + extra + 63) // 64 * 64), float("nan"), dtype=dtype, device=DEVICE
+    )
     buffer[:, :width] = values
     return buffer
 
@@ -73,7 +75,9 @@ def truth(u, targets, transform, bias, start, coef):
     lse = torch.logsumexp(z, 1)
     index = targets.cpu() - start
     inside = (index >= 0) & (index < u.shape[1])
-    target_logit = torch.where(inside, z.gather(1, torch.where(inside, index, 0).unsqueeze(1)).squeeze(1), 0.0)
+    target_logit = torch.where(
+        inside, z.gather(1, torch.where(inside, index, 0).unsqueeze(1)).squeeze(1), 0.0
+    )
     du = torch.autograd.grad(target_logit - lse, raw, coef.double().cpu())[0]
     return lse.detach(), target_logit.detach(), du
 
@@ -100,7 +104,11 @@ ROWS = [(1, 1), (3, 7), (2, BLOCK), (4, BLOCK + 1), (3, 2 * BLOCK - 1)]
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 @pytest.mark.parametrize(
     ("logits", "grad"),
-    [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.float32, torch.float16)]
+    [
+        (torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float16),
+    ]
     + [(torch.float16, torch.float16), (torch.bfloat16, torch.bfloat16)],
     ids=str,
 )
@@ -122,7 +130,9 @@ def test_row_kernels(rows, width, logits, grad, transform):
     check(stats[1], target_logit, exact)
 
     out = torch.full_like(kept, float("nan"), dtype=grad)
-    elsewhere = rowgrad.row_grad(u, targets, coef, stats[0], dtype=grad, out=out[:, :width], **options)
+    elsewhere = rowgrad.row_grad(
+        u, targets, coef, stats[0], dtype=grad, out=out[:, :width], **options
+    )
     check(elsewhere, du, narrow)
     assert torch.equal(buffer.nan_to_num(), kept.nan_to_num()) and out[:, width:].isnan().all()
 
@@ -132,7 +142,9 @@ def test_row_kernels(rows, width, logits, grad, transform):
     assert buffer[:, width:].isnan().all(), "the guard columns are as they were"
 
     fused = rowgrad.row_logps_grad(again[:, :width], targets, coef, dtype=grad, **options)
-    assert all(torch.equal(a, b) for a, b in zip(fused, (*stats, over), strict=True)), "the same blocks: the same bits"
+    assert all(torch.equal(a, b) for a, b in zip(fused, (*stats, over), strict=True)), (
+        "the same blocks: the same bits"
+    )
     assert again[:, width:].isnan().all()
 
 
@@ -167,7 +179,9 @@ def test_row_kernels_take_any_row_stride_and_no_rows():
 def test_gather(rows, width, dtype, inplace):
     buffer, logits, targets, upstream = row_case(rows, width, dtype, 0)
     targets.clamp_(max=width - 1)
-    upstream = torch.randn(rows, generator=generator(2)).to(DEVICE)  # not zero where the target is -100
+    upstream = torch.randn(rows, generator=generator(2)).to(
+        DEVICE
+    )  # not zero where the target is -100
     raw = logits.double().cpu().requires_grad_()
     z, known = raw / 1.7, targets.cpu() != -100
     expected = torch.log_softmax(z, 1).gather(1, targets.cpu().clamp_min(0).unsqueeze(1)).squeeze(1)
@@ -177,7 +191,9 @@ def test_gather(rows, width, dtype, inplace):
     logps, lse = gather.gather_logps(logits, targets, 1.7)
     check(logps, expected.detach(), 2e-6)
     check(lse, torch.logsumexp(z.detach(), 1), 1e-6)
-    ones = torch.ones((), device=DEVICE).expand(rows)  # what .sum().backward() sends: every stride is 0
+    ones = torch.ones((), device=DEVICE).expand(
+        rows
+    )  # what .sum().backward() sends: every stride is 0
     assert gather.gather_logps_backward(logits, targets, lse, ones, 1.7).isfinite().all()
     out = logits if inplace else None
     actual = gather.gather_logps_backward(logits, targets, lse, upstream, 1.7, out=out)
@@ -188,7 +204,9 @@ def test_gather(rows, width, dtype, inplace):
 
 def test_gather_of_a_target_outside_the_vocabulary_is_nan():
     """And reads no memory that is not the row's."""
-    logps, lse = gather.gather_logps(torch.zeros(4, 9, device=DEVICE), torch.tensor([9, -1, 2**40, 3], device=DEVICE))
+    logps, lse = gather.gather_logps(
+        torch.zeros(4, 9, device=DEVICE), torch.tensor([9, -1, 2**40, 3], device=DEVICE)
+    )
     assert logps[:3].isnan().all() and lse.isfinite().all() and logps[3].isfinite()
 
 
@@ -235,21 +253,38 @@ def test_linear_logps_uses_descriptors_only_where_they_fit():
 def test_operands_that_are_loaded_number_by_number_get_tiles_that_do_not_spill():
     """On a GPU: there the table of kernels_compile.py holds both. Workspace counts on one width of tiles."""
     fits = torch.zeros(64, 64, dtype=torch.float16)
-    views = {"row": fits[:, 1:33], "stride": torch.zeros(64, 70, dtype=torch.float16)[:, :64], "depth": fits[:, :63]}
-    assert logp_partials._by_vectors(fits) and not any(map(logp_partials._by_vectors, views.values()))
-    assert gemm._by_vectors(fits) and gemm._by_vectors(fits.T) and not gemm._by_vectors(fits[::2, ::2])
+    views = {
+        "row": fits[:, 1:33],
+        "stride": torch.zeros(64, 70, dtype=torch.float16)[:, :64],
+        "depth": fits[:, :63],
+    }
+    assert logp_partials._by_vectors(fits) and not any(
+        map(logp_partials._by_vectors, views.values())
+    )
+    assert (
+        gemm._by_vectors(fits) and gemm._by_vectors(fits.T) and not gemm._by_vectors(fits[::2, ::2])
+    )
     assert not gemm._by_vectors(views["row"]) and not gemm._by_vectors(views["stride"].T)
     for arch in logp_partials.NARROW:
-        assert logp_partials.tiling(arch, torch.float16, by_vectors=False) == logp_partials.NARROW["sm_80"]
+        assert (
+            logp_partials.tiling(arch, torch.float16, by_vectors=False)
+            == logp_partials.NARROW["sm_80"]
+        )
     assert len({tiles.BV for tiles in logp_partials.NARROW.values()}) == 1
 
 
 def test_linear_logps_of_vocabulary_slices_combine():
     g = generator(5)
-    hidden, weight = torch.randn(9, 24, generator=g).to(DEVICE), torch.randn(75, 24, generator=g).to(DEVICE)
+    hidden, weight = (
+        torch.randn(9, 24, generator=g).to(DEVICE),
+        torch.randn(75, 24, generator=g).to(DEVICE),
+    )
     targets = torch.randint(0, 75, (9,), generator=g).to(DEVICE)
     whole = logp_partials.linear_logps(hidden, weight, targets)
-    parts = [logp_partials.linear_logps(hidden, weight[a:b], targets, start=a) for a, b in ((0, 40), (40, 75))]
+    parts = [
+        logp_partials.linear_logps(hidden, weight[a:b], targets, start=a)
+        for a, b in ((0, 40), (40, 75))
+    ]
     assert_close(torch.logaddexp(parts[0][0], parts[1][0]), whole[0])
     assert_close(parts[0][1] + parts[1][1], whole[1])
 
@@ -257,19 +292,28 @@ def test_linear_logps_of_vocabulary_slices_combine():
 def test_linear_logps_with_a_vocabulary_tile_of_minus_infinity():
     """Padding entries of a vocabulary may be masked by a bias of -inf."""
     g = generator(4)
-    hidden, weight = torch.randn(3, 16, generator=g).to(DEVICE), torch.randn(200, 16, generator=g).to(DEVICE)
+    hidden, weight = (
+        torch.randn(3, 16, generator=g).to(DEVICE),
+        torch.randn(200, 16, generator=g).to(DEVICE),
+    )
     bias = torch.zeros(200, device=DEVICE)
     bias[64:] = float("-inf")
-    lse, _ = logp_partials.linear_logps(hidden, weight, torch.zeros(3, dtype=torch.int64, device=DEVICE), bias=bias)
+    lse, _ = logp_partials.linear_logps(
+        hidden, weight, torch.zeros(3, dtype=torch.int64, device=DEVICE), bias=bias
+    )
     check(lse, torch.logsumexp((hidden.double() @ weight[:64].double().T).cpu(), 1), 5e-6)
 
 
 def test_merge_over_many_vocabulary_tiles():
     """More vocabulary tiles than one block of the merge holds, one of them all -inf."""
-    part = torch.randn(logp_partials.MERGE_TILES * 2 + 3, 45, generator=generator(6)).to(DEVICE) * 20
+    part = (
+        torch.randn(logp_partials.MERGE_TILES * 2 + 3, 45, generator=generator(6)).to(DEVICE) * 20
+    )
     part[1] = float("-inf")
     lse = torch.empty(45, device=DEVICE)
-    logp_partials.merge_kernel[(2,)](part, lse, 45, len(part), ROWS=32, TILES=logp_partials.MERGE_TILES)
+    logp_partials.merge_kernel[(2,)](
+        part, lse, 45, len(part), ROWS=32, TILES=logp_partials.MERGE_TILES
+    )
     check(lse, torch.logsumexp(part.double().cpu(), 0), 1e-6)
 
 
@@ -278,9 +322,14 @@ def test_merge_over_many_vocabulary_tiles():
 LENGTHS = torch.tensor([5, 1, 9000, 130, 3, 17, 8])
 
 
-def table_of(feedback: Feedback, objective: Objective, denominator: float = 1.0) -> una_loss.UnitTable:
+def table_of(
+    feedback: Feedback, objective: Objective, denominator: float = 1.0
+) -> una_loss.UnitTable:
     return una_loss.unit_table(
-        *(getattr(feedback, name) for name in ("kind", "first", "second", "value", "margin", "weight", "offset")),
+        *(
+            getattr(feedback, name)
+            for name in ("kind", "first", "second", "value", "margin", "weight", "offset")
+        ),
         LENGTHS,
         beta=objective.beta,
         constant=objective.offset,
@@ -295,9 +344,13 @@ def feedback_of(kind: str, form: str) -> Feedback:
     weight = [0.5, 2.0, 1.0, 0.0]
     offset = [0.3, -1.0, 0.0, 2.0]
     if kind == "pair":
-        return Feedback.pairs([4, 0, 0, 1], [0, 2, 4, 5], margin=offset, weight=weight, target=[1.0, 0.8, 0.5, 0.0])
+        return Feedback.pairs(
+            [4, 0, 0, 1], [0, 2, 4, 5], margin=offset, weight=weight, target=[1.0, 0.8, 0.5, 0.0]
+        )
     if kind == "binary":
-        return Feedback.binary([4, 0, 0, 1], [True, False, True, True], weight=weight, offset=offset)
+        return Feedback.binary(
+            [4, 0, 0, 1], [True, False, True, True], weight=weight, offset=offset
+        )
     score = [0.1, 0.9, 0.5, 1.0] if form != "reward_mse" else [-3.0, 40.0, 0.5, 1.0]
     return Feedback.scores([4, 0, 0, 1], score, weight=weight, offset=offset)
 
@@ -317,7 +370,9 @@ def test_loss_kernel_has_every_form_of_losses(kind, form, normalize, spread):
     objective = Objective(**{kind: form}, beta=0.37, offset=0.21, length_normalize=normalize)
     feedback = feedback_of(kind, form)
     leaf = logps.clone().requires_grad_()
-    expected = losses.una_loss(leaf, ref, feedback, objective=objective, num_units=3, lengths=LENGTHS)
+    expected = losses.una_loss(
+        leaf, ref, feedback, objective=objective, num_units=3, lengths=LENGTHS
+    )
     (coef,) = torch.autograd.grad(expected.loss, leaf)
 
     forms = {"pair": objective.pair, "binary": objective.binary, "score": objective.score}
@@ -334,7 +389,10 @@ def test_loss_kernel_mixes_kinds_and_takes_the_denominator_from_the_device():
     objective = Objective(score="reward_mse")
     parts = [feedback_of(kind, "reward_mse") for kind in ("score", "pair", "binary")]
     feedback = Feedback.merge(parts * 15)  # 180 units: more than one block of them
-    logps, ref = (torch.randn(7, generator=g, dtype=torch.float64, device="cpu").to(DEVICE) * 9 for _ in range(2))
+    logps, ref = (
+        torch.randn(7, generator=g, dtype=torch.float64, device="cpu").to(DEVICE) * 9
+        for _ in range(2)
+    )
     leaf = logps.clone().requires_grad_()
     expected = losses.una_loss(leaf, ref, feedback, objective=objective, num_units=11)
     (coef,) = torch.autograd.grad(expected.loss, leaf)
@@ -354,7 +412,10 @@ def test_loss_kernel_mixes_kinds_and_takes_the_denominator_from_the_device():
 
 def test_loss_kernel_without_units_or_responses():
     none = una_loss.unit_table(
-        *(getattr(Feedback.merge([]), n) for n in ("kind", "first", "second", "value", "margin", "weight", "offset")),
+        *(
+            getattr(Feedback.merge([]), n)
+            for n in ("kind", "first", "second", "value", "margin", "weight", "offset")
+        ),
         torch.empty(0, dtype=torch.int64),
         beta=0.1,
         device=DEVICE,
@@ -377,18 +438,28 @@ def test_loss_kernel_refuses_a_form_it_lacks():
 def test_segment_sums(with_ref):
     """float64 over float32 tokens; a response longer than a block; no token of a neighbour."""
     cu = torch.cat([torch.zeros(1, dtype=torch.int64), LENGTHS.cumsum(0)]).to(DEVICE)
-    tokens = [-10 * torch.rand(int(LENGTHS.sum()), generator=generator(9)).to(DEVICE) for _ in range(2)]
+    tokens = [
+        -10 * torch.rand(int(LENGTHS.sum()), generator=generator(9)).to(DEVICE) for _ in range(2)
+    ]
     expected = [torch.stack([x.sum() for x in t.double().split(LENGTHS.tolist())]) for t in tokens]
     sums = una_loss.segment_sums(tokens[0], cu, tokens[1] if with_ref else None)
     assert_close(sums[0], expected[0], rtol=1e-14, atol=0)
-    assert sums[1] is None if not with_ref else torch.allclose(sums[1], expected[1], rtol=1e-14, atol=0)
+    assert (
+        sums[1] is None
+        if not with_ref
+        else torch.allclose(sums[1], expected[1], rtol=1e-14, atol=0)
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- GEMM
 
 
 # On a GPU tiles are larger, and every layout of a shape is compiled.
-SHAPES = [(256, 128, 64), (1100, 300, 150)] if CUDA else [(1, 1, 1), (16, 32, 16), (37, 70, 21), (5, 130, 40)]
+SHAPES = (
+    [(256, 128, 64), (1100, 300, 150)]
+    if CUDA
+    else [(1, 1, 1), (16, 32, 16), (37, 70, 21), (5, 130, 40)]
+)
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
@@ -407,7 +478,11 @@ def test_gemm_of_any_strides(m, n, k, dtype, transposed, accumulate):
     if accumulate:
         out[:, :n] = start
     gemm.mm(a, b, out[:, :n], accumulate=accumulate)
-    check(out[:, :n], (a.double() @ b.double() + (start.double() if accumulate else 0)).cpu(), 1e-4 if CUDA else 1e-5)
+    check(
+        out[:, :n],
+        (a.double() @ b.double() + (start.double() if accumulate else 0)).cpu(),
+        1e-4 if CUDA else 1e-5,
+    )
     assert out[:, n:].isnan().all()
 
 
@@ -429,7 +504,9 @@ def test_no_rows_launch_nothing(monkeypatch):
     targets, none = torch.zeros(0, dtype=torch.int64, device=DEVICE), torch.zeros(0, device=DEVICE)
     stats = rowgrad.row_logps_grad(logits.float(), targets, none, dtype=torch.float16)
     both = gather.gather_logps(logits, targets)
-    linear = logp_partials.linear_logps(logits, torch.zeros(5, 9, dtype=torch.float16, device=DEVICE), targets)
+    linear = logp_partials.linear_logps(
+        logits, torch.zeros(5, 9, dtype=torch.float16, device=DEVICE), targets
+    )
     assert all(x.shape == (0,) and x.dtype == torch.float32 for x in (*stats[:2], *both, *linear))
     for out in (None, logits):
         grad = gather.gather_logps_backward(logits, targets, none, none, out=out)
@@ -453,13 +530,18 @@ def test_offsets_beyond_32_bits():
     u = far_apart(FAR)[:, :width]
     u.copy_(peaked(3, width))
     kept = u.clone()
-    targets, coef = torch.tensor([3, 4, 69], device=DEVICE), torch.tensor([1.0, -2.0, 3.0], device=DEVICE)
+    targets, coef = (
+        torch.tensor([3, 4, 69], device=DEVICE),
+        torch.tensor([1.0, -2.0, 3.0], device=DEVICE),
+    )
     lse, target_logit, du = truth(u, targets, LogitTransform(), None, 0, coef)
     logps, sums = gather.gather_logps(u, targets)
     check(logps, target_logit - lse, 1e-5)
     check(sums, lse, 1e-5)
     for a, b in zip(
-        rowgrad.row_logps_grad(u, targets, coef, dtype=torch.float16), (lse, target_logit, du), strict=True
+        rowgrad.row_logps_grad(u, targets, coef, dtype=torch.float16),
+        (lse, target_logit, du),
+        strict=True,
     ):
         check(a, b, 1e-3)
     u.copy_(kept)
@@ -473,7 +555,10 @@ def test_linear_offsets_beyond_32_bits(stride):
     hidden, weight = both[:, :24], both[:, 128:152]
     hidden.copy_(torch.randn(3, 24, generator=generator(1)) * 3)
     weight.copy_(torch.randn(3, 24, generator=generator(2)))
-    targets, product = torch.tensor([2, 0, 1], device=DEVICE), (hidden.double() @ weight.double().T).cpu()
+    targets, product = (
+        torch.tensor([2, 0, 1], device=DEVICE),
+        (hidden.double() @ weight.double().T).cpu(),
+    )
     lse, target_logit = logp_partials.linear_logps(hidden, weight, targets)
     check(lse, torch.logsumexp(product, 1), 5e-6)
     check(target_logit, product.gather(1, targets.cpu().unsqueeze(1)).squeeze(1), 5e-6)

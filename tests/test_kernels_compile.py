@@ -29,7 +29,9 @@ def table():
 def fresh():
     """A few rows per target, compiled now, and the names of all rows there should be."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, SCRIPT, "--subset"], capture_output=True, text=True, env=environment)
+    run = subprocess.run(
+        [sys.executable, SCRIPT, "--subset"], capture_output=True, text=True, env=environment
+    )
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
 

@@ -11,10 +11,11 @@ import math
 import numpy as np
 import pytest
 
-from una_fast.data import Example, collate, layout_tokens
+from una_fast.data.batch import collate, layout_tokens
+from una_fast.data.examples import Example
+from una_fast.data.loader import MAX_PADDING, Loader, Step, plan_batches
 from una_fast.feedback import Feedback
-from una_fast.loader import MAX_PADDING, Loader, Step, plan_batches
-from una_fast.plan import say_once
+from una_fast.logs import say_once
 
 BUDGET = 16384
 LAYOUTS = pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
@@ -35,7 +36,11 @@ def ragged(count: int, seed: int) -> list[Example]:
     """Prompts of 5..400 tokens, one to four responses of 5..1000 tokens each."""
     rng = np.random.default_rng([seed, count])
     return [
-        example(k, log_uniform(rng, 5, 400), [log_uniform(rng, 5, 1000) for _ in range(rng.integers(1, 5))])
+        example(
+            k,
+            log_uniform(rng, 5, 400),
+            [log_uniform(rng, 5, 1000) for _ in range(rng.integers(1, 5))],
+        )
         for k in range(count)
     ]
 
@@ -46,9 +51,18 @@ def one_response(count: int, seed: int) -> list[Example]:
     return [example(k, 50, [log_uniform(rng, 100, 4000) - 50]) for k in range(count)]
 
 
-def plan(examples: list[Example], *, packed: bool, tokens: int | None, records: int | None = None, world_size: int = 1):
+def plan(
+    examples: list[Example],
+    *,
+    packed: bool,
+    tokens: int | None,
+    records: int | None = None,
+    world_size: int = 1,
+):
     """(batches of the step, tokens that each is laid out in)"""
-    batches = plan_batches(examples, packed=packed, max_tokens=tokens, max_records=records, world_size=world_size)
+    batches = plan_batches(
+        examples, packed=packed, max_tokens=tokens, max_records=records, world_size=world_size
+    )
     return batches, [layout_tokens(batch, packed=packed) for batch in batches]
 
 
@@ -75,7 +89,8 @@ def test_layout_tokens_are_what_collate_lays_out(packed):
 @LAYOUTS
 @WORLDS
 @pytest.mark.parametrize(
-    ("tokens", "records"), [(None, None), (None, 1), (None, 5), (3000, None), (3000, 3), (700, None), (1, None)]
+    ("tokens", "records"),
+    [(None, None), (None, 1), (None, 5), (3000, None), (3000, 3), (700, None), (1, None)],
 )
 @pytest.mark.parametrize("count", [1, 7, 60])
 def test_batches_of_a_step(count, tokens, records, world_size, packed):
@@ -96,29 +111,48 @@ def test_batches_of_a_step(count, tokens, records, world_size, packed):
     largest = 1 if tokens is None and records is None else records or math.inf
     for alone, first, steps in zip(expected, again, zip(*ranks, strict=True), strict=True):
         assert origins(first.micro_batches) == origins(steps[0].micro_batches)
-        assert len({len(step.micro_batches) for step in steps}) == 1, "ranks would wait for each other"
+        assert len({len(step.micro_batches) for step in steps}) == 1, (
+            "ranks would wait for each other"
+        )
         batches = [batch for step in steps for batch in step.micro_batches]
         assert sum(1 for batch in batches if not batch) < world_size, "a round that nobody needs"
         seen = sorted(origin for batch in origins(batches) for origin in batch)
         assert seen == sorted(origin for batch in origins(alone.micro_batches) for origin in batch)
         rounds = [
-            batch for turn in zip(*(step.micro_batches for step in steps), strict=True) for batch in turn if batch
+            batch
+            for turn in zip(*(step.micro_batches for step in steps), strict=True)
+            for batch in turn
+            if batch
         ]
-        _, tokens_of = plan(sum(batches, []), packed=packed, tokens=tokens, records=largest, world_size=world_size)
-        assert [layout_tokens(batch, packed=packed) for batch in rounds] == tokens_of, "ranks take turns"
+        _, tokens_of = plan(
+            sum(batches, []), packed=packed, tokens=tokens, records=largest, world_size=world_size
+        )
+        assert [layout_tokens(batch, packed=packed) for batch in rounds] == tokens_of, (
+            "ranks take turns"
+        )
         assert len(set(seen)) == len(seen) == min(23, len(seen))
         assert all(len(batch) <= largest for batch in batches)
         for batch in batches:
             assert len(batch) <= 1 or layout_tokens(batch, packed=packed) <= (tokens or math.inf)
-        assert {step.num_units for step in steps} == {sum(e.feedback.num_units for b in batches for e in b)}
+        assert {step.num_units for step in steps} == {
+            sum(e.feedback.num_units for b in batches for e in b)
+        }
     assert sum(len(b) for step in expected for b in step.micro_batches) == count
 
 
 @WORLDS
 def test_without_limits_records_run_one_by_one(world_size):
-    options = {"batch_size": 23, "micro_batch_size": None, "max_tokens_per_batch": None, "packed": True, "seed": 0}
+    options = {
+        "batch_size": 23,
+        "micro_batch_size": None,
+        "max_tokens_per_batch": None,
+        "packed": True,
+        "seed": 0,
+    }
     for rank in range(world_size):
-        (step,) = Loader([ragged(23, 0)], [1.0], rank=rank, world_size=world_size, **options).steps(0, 1)
+        (step,) = Loader([ragged(23, 0)], [1.0], rank=rank, world_size=world_size, **options).steps(
+            0, 1
+        )
         assert len(step.micro_batches) == math.ceil(23 / world_size)
         assert {len(batch) for batch in step.micro_batches} <= {0, 1}
 
@@ -137,16 +171,32 @@ def test_a_limit_on_records_alone_needs_the_fewest_rounds(records, world_size, p
 @LAYOUTS
 def test_longer_records_run_alone_and_are_counted_once(packed, caplog):
     examples = [example(k, 10, [length]) for k, length in enumerate([500, 20, 90, 91, 30, 700])]
-    options = {"batch_size": 6, "micro_batch_size": None, "max_tokens_per_batch": 100, "packed": packed, "seed": 0}
+    options = {
+        "batch_size": 6,
+        "micro_batch_size": None,
+        "max_tokens_per_batch": 100,
+        "packed": packed,
+        "seed": 0,
+    }
     with caplog.at_level(logging.WARNING):
         say_once.cache_clear()
         other = Loader([examples], [1.0], rank=1, world_size=2, **options)
         assert not caplog.records, "one rank says it"
-        loaders = [other, *(Loader([examples], [1.0], rank=0, world_size=2, **options) for _ in range(2))]
+        loaders = [
+            other,
+            *(Loader([examples], [1.0], rank=0, world_size=2, **options) for _ in range(2)),
+        ]
     message = "3 of 6 records are longer than max_tokens_per_batch=100; each of them runs alone"
     assert [record.getMessage() for record in caplog.records] == [message]
-    batches = [batch for loader in loaders[:2] for step in loader.steps(0, 1) for batch in step.micro_batches]
-    alone = sorted(batch[0].origin for batch in batches if batch and len(batch[0].responses[0]) > 90)
+    batches = [
+        batch
+        for loader in loaders[:2]
+        for step in loader.steps(0, 1)
+        for batch in step.micro_batches
+    ]
+    alone = sorted(
+        batch[0].origin for batch in batches if batch and len(batch[0].responses[0]) > 90
+    )
     assert alone == ["x.jsonl:0", "x.jsonl:3", "x.jsonl:5"]
     assert all(len(batch) == 1 for batch in batches if any(len(e.responses[0]) > 90 for e in batch))
 
@@ -161,17 +211,23 @@ def test_packed_batches_are_as_few_as_their_tokens_allow(seed, world_size):
     for examples in (one_response(64, seed), ragged(64, seed)):
         batches, tokens = plan(examples, packed=True, tokens=BUDGET, world_size=world_size)
         total = sum(tokens)
-        assert total == sum(collate(batch, packed=True).num_tokens for batch in batches), "nothing is padding"
+        assert total == sum(collate(batch, packed=True).num_tokens for batch in batches), (
+            "nothing is padding"
+        )
         longest = max(layout_tokens([e], packed=True) for e in examples)
         rounds = math.ceil(len(batches) / world_size)
         assert rounds <= math.ceil((math.floor(total / (BUDGET - longest)) + 1) / world_size)
-        assert rounds == math.ceil(math.ceil(total / BUDGET) / world_size), "the ideal, where records are many"
+        assert rounds == math.ceil(math.ceil(total / BUDGET) / world_size), (
+            "the ideal, where records are many"
+        )
 
 
 @WORLDS
 @pytest.mark.parametrize("seed", range(10))
 def test_packed_batches_are_level(seed, world_size):
-    batches, tokens = plan(one_response(64, seed), packed=True, tokens=BUDGET, world_size=world_size)
+    batches, tokens = plan(
+        one_response(64, seed), packed=True, tokens=BUDGET, world_size=world_size
+    )
     assert len(batches) % world_size == 0
     assert max(tokens) <= 1.03 * sum(tokens) / len(tokens)
     assert seconds(tokens, world_size) <= 1.02 * sum(tokens) / world_size
@@ -192,7 +248,10 @@ def test_a_limit_on_records_levels_too():
 def test_ranks_run_records_of_similar_length_at_the_same_time(seed):
     """Attention costs the square of a length, so that batches of the same tokens are not yet the same work."""
     batches, tokens = plan(one_response(256, seed), packed=True, tokens=BUDGET, world_size=4)
-    work = [t + sum(len(e.responses[0]) ** 2 for e in b) / 2**13 for b, t in zip(batches, tokens, strict=True)]
+    work = [
+        t + sum(len(e.responses[0]) ** 2 for e in b) / 2**13
+        for b, t in zip(batches, tokens, strict=True)
+    ]
     shuffled = np.random.default_rng(seed).permutation(work).tolist()
     assert seconds(work, 4) - sum(work) / 4 <= 0.5 * (seconds(shuffled, 4) - sum(work) / 4)
 
@@ -240,6 +299,8 @@ def test_padded_batches_of_a_round_are_similar(seed, world_size):
     examples = one_response(256, seed)
     batches, tokens = plan(examples, packed=False, tokens=BUDGET, world_size=world_size)
     assert 1 - sum(layout_tokens([e], packed=False) for e in examples) / sum(tokens) <= 0.05
-    assert seconds(tokens, world_size) <= (1.0 if world_size == 1 else 1.2) * sum(tokens) / world_size
+    assert (
+        seconds(tokens, world_size) <= (1.0 if world_size == 1 else 1.2) * sum(tokens) / world_size
+    )
     ideal = math.ceil(math.ceil(sum(tokens) / BUDGET) / world_size)
     assert math.ceil(len(batches) / world_size) <= 2 * ideal

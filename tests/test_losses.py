@@ -45,7 +45,8 @@ def logps(*values: float) -> torch.Tensor:
 
 @pytest.mark.parametrize("form", PAIR_FORMS)
 @pytest.mark.parametrize(
-    ("margin", "target", "weight"), [(0.0, 1.0, 1.0), (0.7, 1.0, 2.5), (-0.3, 0.5, 1.0), (0.2, 0.0, 0.0)]
+    ("margin", "target", "weight"),
+    [(0.0, 1.0, 1.0), (0.7, 1.0, 2.5), (-0.3, 0.5, 1.0), (0.2, 0.0, 0.0)],
 )
 def test_pair_formula(form, margin, target, weight):
     objective = Objective(beta=0.3, pair=form, offset=5.0)  # offsets cancel in pairs
@@ -79,7 +80,9 @@ def test_label_and_score_formula(kind, form, value, constant, offset, weight):
 
 @pytest.mark.parametrize(
     "form",
-    [("pair", f) for f in PAIR_FORMS] + [("binary", f) for f in BINARY_FORMS] + [("score", f) for f in SCORE_FORMS],
+    [("pair", f) for f in PAIR_FORMS]
+    + [("binary", f) for f in BINARY_FORMS]
+    + [("score", f) for f in SCORE_FORMS],
 )
 @pytest.mark.parametrize("lead", [0.0, 1e3, -1e3, 1e5, -1e5])
 def test_extreme_rewards_stay_finite(form, lead):
@@ -104,7 +107,13 @@ ALL_FORMS = list(product(PAIR_FORMS, BINARY_FORMS, SCORE_FORMS))
 def test_gradcheck(forms, length_normalize):
     feedback = Feedback.merge(
         [
-            Feedback.pairs([0, 0, 2], [1, 2, 1], target=[1.0, 0.7, 0.5], margin=[0.0, 0.3, 0.0], weight=[1, 2, 0.5]),
+            Feedback.pairs(
+                [0, 0, 2],
+                [1, 2, 1],
+                target=[1.0, 0.7, 0.5],
+                margin=[0.0, 0.3, 0.0],
+                weight=[1, 2, 0.5],
+            ),
             Feedback.binary([3, 1], [True, False], offset=[0.1, -0.2]),
             Feedback.scores([1, 2], [0.2, 0.8], weight=0.3),
         ]
@@ -115,13 +124,17 @@ def test_gradcheck(forms, length_normalize):
     policy = torch.randn(5, dtype=torch.float64, requires_grad=True)
     ref = torch.randn(5, dtype=torch.float64)
     lengths = torch.tensor([3, 1, 7, 2, 4])
-    assert gradcheck(lambda x: una_loss(x, ref, feedback, objective=objective, lengths=lengths).loss, (policy,))
+    assert gradcheck(
+        lambda x: una_loss(x, ref, feedback, objective=objective, lengths=lengths).loss, (policy,)
+    )
 
 
 def test_only_the_loss_is_differentiable_and_everything_is_float64():
     policy = torch.randn(3, requires_grad=True)
     ref = torch.randn(3, requires_grad=True)
-    out = una_loss(policy, ref, Feedback.merge([Feedback.pairs([0], [1]), Feedback.scores([2], [0.4])]))
+    out = una_loss(
+        policy, ref, Feedback.merge([Feedback.pairs([0], [1]), Feedback.scores([2], [0.4])])
+    )
     assert isinstance(out, UnaOutput)
     assert {name for name, x in out._asdict().items() if x.requires_grad} == {"loss"}
     assert {x.dtype for x in out} == {torch.float64}
@@ -134,7 +147,10 @@ def test_only_the_loss_is_differentiable_and_everything_is_float64():
 def test_narrow_logps_are_computed_in_float64(dtype):
     policy, ref = torch.randn(4).to(dtype), torch.randn(4).to(dtype)
     feedback = Feedback.merge([Feedback.pairs([0], [1]), Feedback.binary([2, 3], [True, False])])
-    narrow, wide = una_loss(policy, ref, feedback), una_loss(policy.double(), ref.double(), feedback)
+    narrow, wide = (
+        una_loss(policy, ref, feedback),
+        una_loss(policy.double(), ref.double(), feedback),
+    )
     assert all(torch.equal(a, b) for a, b in zip(narrow, wide, strict=True))
 
 
@@ -151,21 +167,34 @@ def test_outputs_do_not_share_memory_with_the_inputs(dtype):
 
 @pytest.mark.parametrize(
     ("arguments", "divisor"),
-    [({}, 3), ({"reduction": "sum"}, 1), ({"num_units": 12}, 12), ({"num_units": torch.tensor(6)}, 6)]
-    + [({"reduction": "sum", "num_units": 12}, 1), ({"num_units": torch.tensor(2.0, dtype=torch.float64)}, 2)],
+    [
+        ({}, 3),
+        ({"reduction": "sum"}, 1),
+        ({"num_units": 12}, 12),
+        ({"num_units": torch.tensor(6)}, 6),
+    ]
+    + [
+        ({"reduction": "sum", "num_units": 12}, 1),
+        ({"num_units": torch.tensor(2.0, dtype=torch.float64)}, 2),
+    ],
 )
 def test_denominator_counts_units_not_weights(arguments, divisor):
     feedback = Feedback.scores([0, 1, 1], [0.1, 0.6, 0.9], weight=[3.0, 0.0, 0.5])
     out = una_loss(logps(-1.0, -2.0), logps(0.0, -5.0), feedback, **arguments)
     assert out.loss.shape == ()
-    assert out.loss.item() == pytest.approx(float((out.unit_losses * feedback.weight).sum()) / divisor, rel=1e-12)
+    assert out.loss.item() == pytest.approx(
+        float((out.unit_losses * feedback.weight).sum()) / divisor, rel=1e-12
+    )
 
 
 def test_accumulated_micro_batches_equal_the_whole():
     """Dividing each micro-batch by its own count weights units by the size of their micro-batch."""
     torch.manual_seed(1)
     policy, ref = torch.randn(5, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
-    parts = [(slice(0, 2), Feedback.pairs([0], [1])), (slice(2, 5), Feedback.scores([0, 1, 2], [0.1, 0.5, 1.0]))]
+    parts = [
+        (slice(0, 2), Feedback.pairs([0], [1])),
+        (slice(2, 5), Feedback.scores([0, 1, 2], [0.1, 0.5, 1.0])),
+    ]
     whole = Feedback.merge([parts[0][1], parts[1][1].shift(2)])
     split = sum(una_loss(policy[rows], ref[rows], part, num_units=4).loss for rows, part in parts)
     torch.testing.assert_close(split, una_loss(policy, ref, whole).loss, rtol=1e-13, atol=0)
@@ -184,7 +213,11 @@ def test_length_normalization_is_a_mean_over_tokens_in_rewards_only():
     lengths = torch.tensor([4, 10])
     objective = Objective(beta=0.5, length_normalize=True)
     out = una_loss(
-        logps(-4.0, -20.0), logps(-8.0, -5.0), Feedback.pairs([0], [1]), objective=objective, lengths=lengths
+        logps(-4.0, -20.0),
+        logps(-8.0, -5.0),
+        Feedback.pairs([0], [1]),
+        objective=objective,
+        lengths=lengths,
     )
     assert out.rewards.tolist() == pytest.approx([0.5, -0.75], rel=1e-12)
     assert out.logps.tolist() == [-4.0, -20.0] and out.ref_logps.tolist() == [-8.0, -5.0]
@@ -193,7 +226,9 @@ def test_length_normalization_is_a_mean_over_tokens_in_rewards_only():
 # ---------------------------------------------------------------------------------------- equal to known methods
 
 
-@pytest.mark.parametrize("rewards", [[0.3, -0.1, 0.7, 1.5], [0.0, 22.0, 30.0, 0.0], [-12.0, 12.0, -11.0, 10.0]])
+@pytest.mark.parametrize(
+    "rewards", [[0.3, -0.1, 0.7, 1.5], [0.0, 22.0, 30.0, 0.0], [-12.0, 12.0, -11.0, 10.0]]
+)
 def test_pair_logistic_is_dpo(rewards):
     """Also for pairs in the wrong order by more than 20, where softplus is cut off and logsigmoid is not."""
     policy, ref = logps(*(10 * r for r in rewards)), torch.zeros(4, dtype=torch.float64)
@@ -206,11 +241,16 @@ def test_pair_logistic_is_dpo(rewards):
 
 def test_binary_bce_is_bco_with_shift_zero():
     torch.manual_seed(0)
-    policy, ref = torch.randn(6, dtype=torch.float64, requires_grad=True), torch.randn(6, dtype=torch.float64)
+    policy, ref = (
+        torch.randn(6, dtype=torch.float64, requires_grad=True),
+        torch.randn(6, dtype=torch.float64),
+    )
     label = torch.tensor([True, False, True, True, False, False])
     reward, shift = 0.1 * (policy - ref), 0.0
     bco = torch.where(label, -F.logsigmoid(reward - shift), -F.logsigmoid(-(reward - shift))).mean()
-    ours = una_loss(policy, ref, Feedback.binary(range(6), label), objective=Objective(beta=0.1)).loss
+    ours = una_loss(
+        policy, ref, Feedback.binary(range(6), label), objective=Objective(beta=0.1)
+    ).loss
     torch.testing.assert_close(ours, bco, rtol=1e-14, atol=0)
     ours_grad, bco_grad = (torch.autograd.grad(loss, policy)[0] for loss in (ours, bco))
     torch.testing.assert_close(ours_grad, bco_grad, rtol=1e-14, atol=0)
@@ -219,20 +259,27 @@ def test_binary_bce_is_bco_with_shift_zero():
 @pytest.mark.parametrize("form", ["mse", "bce"])
 def test_scores_of_zero_and_one_are_labels(form):
     torch.manual_seed(0)
-    policy, ref = torch.randn(4, dtype=torch.float64, requires_grad=True), torch.randn(4, dtype=torch.float64)
+    policy, ref = (
+        torch.randn(4, dtype=torch.float64, requires_grad=True),
+        torch.randn(4, dtype=torch.float64),
+    )
     label = [True, False, False, True]
     objective = Objective(binary=form, score=form, offset=0.3)
     tables = (
         Feedback.scores(range(4), [float(x) for x in label], offset=0.1),
         Feedback.binary(range(4), label, offset=0.1),
     )
-    by_score, by_label = (una_loss(policy, ref, feedback, objective=objective) for feedback in tables)
+    by_score, by_label = (
+        una_loss(policy, ref, feedback, objective=objective) for feedback in tables
+    )
     assert torch.equal(by_score.unit_losses, by_label.unit_losses)
     grads = [torch.autograd.grad(out.loss, policy)[0] for out in (by_score, by_label)]
     assert torch.equal(*grads)
 
 
-def trl_dpo_loss(loss_type: str, token_logps: torch.Tensor, mask: torch.Tensor, ref: torch.Tensor, beta: float):
+def trl_dpo_loss(
+    loss_type: str, token_logps: torch.Tensor, mask: torch.Tensor, ref: torch.Tensor, beta: float
+):
     """TRL's own DPOTrainer._compute_loss on given per-token log-probs: its formula, not a copy of it.
 
     token_logps: [2 pairs, T], chosen sequences first; mask: [2 pairs, T + 1], True on completion tokens."""
@@ -255,7 +302,9 @@ def trl_dpo_loss(loss_type: str, token_logps: torch.Tensor, mask: torch.Tensor, 
         _tp_size=1,
     )
     extra = torch.zeros_like(token_logps)
-    outputs = SimpleNamespace(log_probs=token_logps, entropy=extra, mean_logits=extra, is_top1=extra.bool())
+    outputs = SimpleNamespace(
+        log_probs=token_logps, entropy=extra, mean_logits=extra, is_top1=extra.bool()
+    )
     chosen, rejected = ref.chunk(2)
     inputs = {
         "input_ids": torch.zeros(mask.shape, dtype=torch.int64),
@@ -271,7 +320,11 @@ def trl_dpo_loss(loss_type: str, token_logps: torch.Tensor, mask: torch.Tensor, 
     ("loss_type", "objective", "feedback"),
     [
         ("sigmoid", Objective(beta=0.3), Feedback.pairs([0, 1, 2], [3, 4, 5])),
-        ("sigmoid_norm", Objective(beta=0.3, length_normalize=True), Feedback.pairs([0, 1, 2], [3, 4, 5])),
+        (
+            "sigmoid_norm",
+            Objective(beta=0.3, length_normalize=True),
+            Feedback.pairs([0, 1, 2], [3, 4, 5]),
+        ),
         ("bco_pair", Objective(beta=0.3), Feedback.binary(range(6), [True] * 3 + [False] * 3)),
     ],
 )
@@ -286,7 +339,9 @@ def test_same_as_trl(loss_type, objective, feedback):
     ours = una_loss(sums, ref, feedback, objective=objective, num_units=3, lengths=lengths).loss
     torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=0)
     ours_grad, their_grad = (torch.autograd.grad(loss, token_logps)[0] for loss in (ours, theirs))
-    torch.testing.assert_close(ours_grad * mask[:, 1:], their_grad * mask[:, 1:], rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(
+        ours_grad * mask[:, 1:], their_grad * mask[:, 1:], rtol=1e-12, atol=1e-15
+    )
 
 
 @pytest.mark.parametrize("baseline", [0.0, 0.7, -3.0])
@@ -303,7 +358,9 @@ def test_reward_mse_on_policy_is_the_rlhf_gradient(baseline, where):
     """
     beta, vocab, dim = 0.3, 3, 4
     torch.manual_seed(0)
-    states = torch.randn(1 + vocab, dim, dtype=torch.float64, requires_grad=True)  # one per prefix: none, 0, 1, 2
+    states = torch.randn(
+        1 + vocab, dim, dtype=torch.float64, requires_grad=True
+    )  # one per prefix: none, 0, 1, 2
     weight = torch.randn(vocab, dim, dtype=torch.float64, requires_grad=True)
     reward = torch.randn(vocab, vocab, dtype=torch.float64)
     ref = torch.log_softmax(torch.randn(vocab**2, dtype=torch.float64), 0).view(vocab, vocab)
@@ -316,8 +373,13 @@ def test_reward_mse_on_policy_is_the_rlhf_gradient(baseline, where):
 
     samples = torch.cartesian_prod(torch.arange(vocab), torch.arange(vocab))  # [9, 2]
     prefixes = torch.stack([torch.zeros(len(samples), dtype=torch.int64), 1 + samples[:, 0]], 1)
-    offsets = {"objective": baseline, "unit": 0.0}[where], {"objective": 0.0, "unit": baseline}[where]
-    feedback = Feedback.scores(range(9), reward.flatten(), weight=log_pi.detach().exp().flatten(), offset=offsets[1])
+    offsets = (
+        {"objective": baseline, "unit": 0.0}[where],
+        {"objective": 0.0, "unit": baseline}[where],
+    )
+    feedback = Feedback.scores(
+        range(9), reward.flatten(), weight=log_pi.detach().exp().flatten(), offset=offsets[1]
+    )
     out = linear_una_loss(
         states[prefixes.flatten()],
         weight,
@@ -337,17 +399,32 @@ def test_reward_mse_on_policy_is_the_rlhf_gradient(baseline, where):
 
 ONE = Feedback.scores([0], [0.5])
 REFUSED = {
-    "pair form": (lambda: Objective(pair="hinge"), r"pair='hinge' is not a loss form; choose one of .*'logistic'"),
-    "binary form": (lambda: Objective(binary="reward_mse"), r"binary='reward_mse' .* \['bce', 'mse'\]"),
-    "score form": (lambda: Objective(score="mae"), r"score='mae' .* \['bce', 'mse', 'reward_mse'\]"),
+    "pair form": (
+        lambda: Objective(pair="hinge"),
+        r"pair='hinge' is not a loss form; choose one of .*'logistic'",
+    ),
+    "binary form": (
+        lambda: Objective(binary="reward_mse"),
+        r"binary='reward_mse' .* \['bce', 'mse'\]",
+    ),
+    "score form": (
+        lambda: Objective(score="mae"),
+        r"score='mae' .* \['bce', 'mse', 'reward_mse'\]",
+    ),
     "beta zero": (lambda: Objective(beta=0.0), r"beta=0\.0 must be positive and finite"),
     "beta negative": (lambda: Objective(beta=-0.1), r"beta=-0\.1"),
     "beta NaN": (lambda: Objective(beta=NAN), r"beta=nan"),
     "beta infinite": (lambda: Objective(beta=INF), r"beta=inf"),
     "offset NaN": (lambda: Objective(offset=NAN), r"offset=nan must be finite"),
     "offset infinite": (lambda: Objective(offset=-INF), r"offset=-inf must be finite"),
-    "shapes differ": (lambda: una_loss(torch.zeros(2), torch.zeros(3), ONE), r"logps \(2,\) and ref_logps \(3,\)"),
-    "per token": (lambda: una_loss(torch.zeros(2, 3), torch.zeros(2, 3), ONE), r"must both be \[S\]"),
+    "shapes differ": (
+        lambda: una_loss(torch.zeros(2), torch.zeros(3), ONE),
+        r"logps \(2,\) and ref_logps \(3,\)",
+    ),
+    "per token": (
+        lambda: una_loss(torch.zeros(2, 3), torch.zeros(2, 3), ONE),
+        r"must both be \[S\]",
+    ),
     "missing response": (
         lambda: una_loss(torch.zeros(1), torch.zeros(1), Feedback.pairs([0], [1])),
         r"unit 0 \(pair\) names response 1, but the call has 1 responses",
@@ -361,11 +438,18 @@ REFUSED = {
         r"score 1\.25 lies outside \[0, 1\], which score='mse' .*reward_mse",
     ),
     "score below zero": (
-        lambda: una_loss(torch.zeros(1), torch.zeros(1), Feedback.scores([0], [-2]), objective=Objective(score="bce")),
+        lambda: una_loss(
+            torch.zeros(1),
+            torch.zeros(1),
+            Feedback.scores([0], [-2]),
+            objective=Objective(score="bce"),
+        ),
         r"score -2\.0 lies outside \[0, 1\], which score='bce'",
     ),
     "no lengths": (
-        lambda: una_loss(torch.zeros(1), torch.zeros(1), ONE, objective=Objective(length_normalize=True)),
+        lambda: una_loss(
+            torch.zeros(1), torch.zeros(1), ONE, objective=Objective(length_normalize=True)
+        ),
         r"length_normalize=True needs lengths=",
     ),
     "lengths of another call": (
@@ -382,7 +466,10 @@ REFUSED = {
         lambda: una_loss(torch.zeros(1), torch.zeros(1), ONE, num_units=torch.tensor([4])),
         r"num_units",
     ),
-    "denominator zero": (lambda: una_loss(torch.zeros(1), torch.zeros(1), ONE, num_units=0), r"num_units"),
+    "denominator zero": (
+        lambda: una_loss(torch.zeros(1), torch.zeros(1), ONE, num_units=0),
+        r"num_units",
+    ),
 }
 
 
@@ -395,6 +482,9 @@ def test_refusals(case):
 
 def test_scores_outside_the_interval_are_rewards():
     out = una_loss(
-        torch.zeros(1), torch.zeros(1), Feedback.scores([0], [-7.5]), objective=Objective(score="reward_mse")
+        torch.zeros(1),
+        torch.zeros(1),
+        Feedback.scores([0], [-7.5]),
+        objective=Objective(score="reward_mse"),
     )
     assert out.loss.item() == 7.5**2

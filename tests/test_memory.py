@@ -12,12 +12,13 @@ import transformers
 from test_attention import FAMILIES, SMALL, build
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import una_fast.memory as memory_module
-from una_fast.config import LoraOptions
+import una_fast.model.activations as memory_module
 from una_fast.counters import LiveBytes, part
-from una_fast.memory import MemoryOptions, apply_liger, decoder_layers, find_mlps, tile_mlps
-from una_fast.policy import add_lora, make_policy
-from una_fast.probe import HeadSpec
+from una_fast.model.activations import apply_liger, decoder_layers, find_mlps, tile_mlps
+from una_fast.model.head_probe import HeadSpec
+from una_fast.model.lora import add_lora
+from una_fast.model.policy import make_policy
+from una_fast.model.settings import LoraOptions, MemoryOptions
 
 TOKENS, TILE = 37, 10
 NO_MLP = {"GptOssConfig", "OPTConfig"}  # return their routing too, or have no module for it
@@ -42,17 +43,24 @@ def gradients(model, ids):
     """The loss and all gradients of a model, for a loss with a random upstream gradient."""
     model.zero_grad(set_to_none=True)
     logits = model(input_ids=ids, use_cache=False).logits
-    upstream = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3), dtype=logits.dtype)
+    upstream = torch.randn(
+        logits.shape, generator=torch.Generator().manual_seed(3), dtype=logits.dtype
+    )
     loss = (logits * upstream).sum()
     loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def worst(found, expected):
     """The largest relative error of the loss and of any gradient."""
     assert found[1].keys() == expected[1].keys()
     errors = [(found[0] - expected[0]).abs() / expected[0].abs()]
-    errors += [(found[1][n] - g).abs().max() / g.abs().max().clamp_min(1e-30) for n, g in expected[1].items()]
+    errors += [
+        (found[1][n] - g).abs().max() / g.abs().max().clamp_min(1e-30)
+        for n, g in expected[1].items()
+    ]
     return float(max(errors))
 
 
@@ -63,7 +71,11 @@ def some_ids(rows=2):
 @pytest.mark.parametrize("switch", SWITCHES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_switches_change_no_number(family, switch):
-    model = build(family, FAMILIES[family]).to(torch.float32 if family in FLOAT32 else torch.float64).train()
+    model = (
+        build(family, FAMILIES[family])
+        .to(torch.float32 if family in FLOAT32 else torch.float64)
+        .train()
+    )
     expected = gradients(model, some_ids())
     options = SWITCHES[switch]
     refusal = None
@@ -135,7 +147,9 @@ def test_checkpointing_runs_a_tiled_mlp_twice_not_three_times():
     MemoryOptions(gradient_checkpointing=True, mlp_tile=TILE).apply(model)
     seen = []
     for layer in decoder_layers(model):
-        layer.mlp.gate_proj.register_forward_pre_hook(lambda module, given: seen.append(given[0].shape[1]))
+        layer.mlp.gate_proj.register_forward_pre_hook(
+            lambda module, given: seen.append(given[0].shape[1])
+        )
     gradients(model, some_ids(rows=1))
     assert sum(seen) == 2 * TOKENS * len(decoder_layers(model))
 
@@ -223,13 +237,17 @@ def test_offload_serves_graphs_that_overlap_and_a_kept_graph():
     losses = []
     for ids in some_ids():  # two forward passes before the first backward
         logits = model(input_ids=ids[None], use_cache=False).logits
-        losses.append((logits * torch.randn(logits.shape, generator=torch.Generator().manual_seed(3))).sum())
+        losses.append(
+            (logits * torch.randn(logits.shape, generator=torch.Generator().manual_seed(3))).sum()
+        )
     losses[0].backward(retain_graph=True)
     losses[0].backward()
     losses[1].backward()
     for name, p in model.named_parameters():
         wanted = 2 * expected[0][1][name] + expected[1][1][name]
-        assert torch.allclose(p.grad, wanted, rtol=1e-5, atol=1e-6 * float(wanted.abs().max())), name
+        assert torch.allclose(p.grad, wanted, rtol=1e-5, atol=1e-6 * float(wanted.abs().max())), (
+            name
+        )
 
 
 def test_offload_copies_in_blocks(monkeypatch):
@@ -273,7 +291,9 @@ def liger(monkeypatch):
 def test_liger_patches_layers_and_leaves_the_head(liger):
     model = llama()
     policy = make_policy(model, HeadSpec(model), MemoryOptions(liger=True, mlp_tile=TILE))
-    assert "scorer" in policy.causal_lm.forward.__code__.co_varnames, "scoring runs inside this forward"
+    assert "scorer" in policy.causal_lm.forward.__code__.co_varnames, (
+        "scoring runs inside this forward"
+    )
     layer = decoder_layers(model)[0]
     assert "liger" in layer.input_layernorm.forward.__func__.__module__
     assert "liger" in layer.mlp.forward.run.__func__.__module__, "tiles are those of liger's MLP"
@@ -282,13 +302,17 @@ def test_liger_patches_layers_and_leaves_the_head(liger):
     x, angles = torch.randn(1, 4, 6, 8), torch.randn(1, 6, 8)
     assert liger.modeling.apply_rotary_pos_emb is not liger.rope
     for mine, theirs in zip(
-        liger.modeling.apply_rotary_pos_emb(x, x, angles, angles), liger.rope(x, x, angles, angles), strict=True
+        liger.modeling.apply_rotary_pos_emb(x, x, angles, angles),
+        liger.rope(x, x, angles, angles),
+        strict=True,
     ):
         assert torch.equal(mine, theirs)
 
 
 def test_liger_is_refused_where_it_cannot_run(liger, monkeypatch):
-    config = transformers.GPTJConfig(vocab_size=97, n_embd=32, n_layer=1, n_head=4, rotary_dim=4, n_positions=64)
+    config = transformers.GPTJConfig(
+        vocab_size=97, n_embd=32, n_layer=1, n_head=4, rotary_dim=4, n_positions=64
+    )
     with pytest.raises(ValueError, match="no kernels for the model type gptj; set liger=false"):
         apply_liger(transformers.GPTJForCausalLM(config))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -49,26 +49,36 @@ OFFSETS = {
     "none": lambda residuals: torch.zeros_like(residuals),
     "constant": lambda residuals: torch.full_like(residuals, 0.7),
     "ema": lambda residuals: torch.full_like(residuals, ema_of_an_earlier_step()),
-    "group": lambda residuals: group_offset(residuals, torch.zeros(len(residuals), dtype=torch.int64)),
+    "group": lambda residuals: group_offset(
+        residuals, torch.zeros(len(residuals), dtype=torch.int64)
+    ),
 }
 
 
-def sampled_gradient(logits: torch.Tensor, reward: torch.Tensor, draw: torch.Tensor, beta: float, offset: str):
+def sampled_gradient(
+    logits: torch.Tensor, reward: torch.Tensor, draw: torch.Tensor, beta: float, offset: str
+):
     """Gradient of reward_mse on one group of drawn answers."""
     leaf = logits.clone().requires_grad_()
     logps = torch.log_softmax(leaf, 0)[draw]
     ref = torch.full_like(logps, -torch.log(torch.tensor(float(len(logits)))).item()).detach()
     o = OFFSETS[offset](beta * (logps.detach() - ref) - reward[draw])
     feedback = Feedback.scores(range(len(draw)), reward[draw], offset=o)
-    una_loss(logps, ref, feedback, objective=Objective(beta=beta, score="reward_mse")).loss.backward()
+    una_loss(
+        logps, ref, feedback, objective=Objective(beta=beta, score="reward_mse")
+    ).loss.backward()
     return leaf.grad
 
 
-def exact_moments(logits: torch.Tensor, reward: torch.Tensor, beta: float, samples: int, offset: str):
+def exact_moments(
+    logits: torch.Tensor, reward: torch.Tensor, beta: float, samples: int, offset: str
+):
     """Mean and total variance of the gradient over all draws of `samples` answers."""
     pi = torch.softmax(logits, 0)
     draws = torch.cartesian_prod(*[torch.arange(len(pi))] * samples)
-    gradients = torch.stack([sampled_gradient(logits, reward, draw, beta, offset) for draw in draws])
+    gradients = torch.stack(
+        [sampled_gradient(logits, reward, draw, beta, offset) for draw in draws]
+    )
     weights = pi[draws].prod(1)
     mean = weights @ gradients
     return mean, float(weights @ (gradients - mean).square().sum(1))
@@ -110,14 +120,18 @@ def test_the_fixed_point_is_the_rlhf_optimum(problem, offset):
     ref = -torch.log(torch.tensor(float(UNIFORM), dtype=torch.float64)).expand(128)
     logits = logits.clone().requires_grad_()
     for step in range(steps):
-        draw = torch.multinomial(torch.softmax(logits.detach(), 0), 128, replacement=True, generator=generator)
+        draw = torch.multinomial(
+            torch.softmax(logits.detach(), 0), 128, replacement=True, generator=generator
+        )
         logps = torch.log_softmax(logits, 0)[draw]
         residuals = beta * (logps.detach() - ref) - reward[draw]
         groups = torch.arange(128) // 4
         o = {"none": 0.0, "ema": ema.offset, "group": group_offset(residuals, groups)}[offset]
         ema.update(float(residuals.mean()))
         feedback = Feedback.scores(range(128), reward[draw], offset=o)
-        una_loss(logps, ref, feedback, objective=Objective(beta=beta, score="reward_mse")).loss.backward()
+        una_loss(
+            logps, ref, feedback, objective=Objective(beta=beta, score="reward_mse")
+        ).loss.backward()
         with torch.no_grad():
             logits -= 4.0 * (1 - step / steps) * logits.grad
             logits.grad = None

@@ -18,7 +18,14 @@ from torch.utils._pytree import tree_leaves
 import una_fast.optim as optim_module
 from una_fast.config import RunConfig
 from una_fast.counters import LiveBytes
-from una_fast.optim import AdamW, gradient_norm, make_optimizer, state_bytes, step_bytes, stochastic_bf16_
+from una_fast.optim import (
+    AdamW,
+    gradient_norm,
+    make_optimizer,
+    state_bytes,
+    step_bytes,
+    stochastic_bf16_,
+)
 
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.99)}
 
@@ -34,11 +41,17 @@ def policy_of(*parameters: nn.Parameter) -> SimpleNamespace:
 def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
     """A matrix that slices of 1000 cut raggedly, and a vector."""
     generator = torch.Generator().manual_seed(1)
-    return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in ((37, 101), (53,))]
+    return [
+        nn.Parameter(torch.randn(shape, generator=generator).to(dtype))
+        for shape in ((37, 101), (53,))
+    ]
 
 
 def groups(params: list[nn.Parameter]) -> list[dict]:
-    return [{"params": params[:1], "weight_decay": 0.1}, {"params": params[1:], "weight_decay": 0.0}]
+    return [
+        {"params": params[:1], "weight_decay": 0.1},
+        {"params": params[1:], "weight_decay": 0.0},
+    ]
 
 
 def take_steps(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], steps: range) -> None:
@@ -70,8 +83,14 @@ def test_fp32_weights_are_those_of_torch(small_slices, on_host):
 
 def test_masters_on_the_host_are_fp32_training(small_slices):
     """bf16 weights are the rounded masters, and the masters are what fp32 weights under the same gradients become."""
-    narrow, wide = parameters(torch.bfloat16), [nn.Parameter(p.float()) for p in parameters(torch.bfloat16)]
-    ours, theirs = AdamW(groups(narrow), **SETTINGS, on_host=True), torch.optim.AdamW(groups(wide), **SETTINGS)
+    narrow, wide = (
+        parameters(torch.bfloat16),
+        [nn.Parameter(p.float()) for p in parameters(torch.bfloat16)],
+    )
+    ours, theirs = (
+        AdamW(groups(narrow), **SETTINGS, on_host=True),
+        torch.optim.AdamW(groups(wide), **SETTINGS),
+    )
     for step in range(20):
         generator = torch.Generator().manual_seed(step)
         for p, q in zip(narrow, wide, strict=True):
@@ -115,15 +134,24 @@ def test_stochastic_rounding_is_unbiased(value):
     exact = torch.full((100_000,), value)
     rounded = stochastic_bf16_(exact.clone())
     assert torch.equal(rounded, rounded.bfloat16().float())
-    low, high = sorted([float(exact[0].abs().view(torch.int32).bitwise_and(-(2**16)).view(torch.float32)), abs(value)])
+    low, high = sorted(
+        [
+            float(exact[0].abs().view(torch.int32).bitwise_and(-(2**16)).view(torch.float32)),
+            abs(value),
+        ]
+    )
     assert float(rounded.abs().min()) <= high and float(rounded.abs().max()) >= low
-    assert rounded.unique().numel() == (1 if value in (1.0, -0.0) else 2), "to the two neighbours, and no others"
+    assert rounded.unique().numel() == (1 if value in (1.0, -0.0) else 2), (
+        "to the two neighbours, and no others"
+    )
     error = rounded.double() - exact.double()
     assert abs(float(error.mean())) <= 4 * float(error.std()) / len(exact) ** 0.5
 
 
 def test_what_is_not_finite_stays_so():
-    odd = torch.tensor([0x7FC00001, 0x7FFFFFFF, -1, 0x7F800001], dtype=torch.int32).view(torch.float32)  # NaNs
+    odd = torch.tensor([0x7FC00001, 0x7FFFFFFF, -1, 0x7F800001], dtype=torch.int32).view(
+        torch.float32
+    )  # NaNs
     for _ in range(100):  # noise in the lower half would turn some into 0, others into infinity
         assert stochastic_bf16_(odd.clone()).bfloat16().isnan().all()
     infinite = torch.tensor([float("inf"), -float("inf")])
@@ -176,17 +204,26 @@ class LateBus(optim_module._Bus):
         self.run(len(self.queue))
 
 
-@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)]
+)
 def test_slices_that_travel_late_are_not_mixed_up(small_slices, dtypes):
     """The way to a GPU and back: two buffers suffice however late their copies happen."""
-    here, there = ([nn.Parameter(p.to(dtype)) for p, dtype in zip(parameters(), dtypes, strict=True)] for _ in range(2))
+    here, there = (
+        [nn.Parameter(p.to(dtype)) for p, dtype in zip(parameters(), dtypes, strict=True)]
+        for _ in range(2)
+    )
     take_steps(AdamW(groups(here), **SETTINGS, on_host=True), here, range(4))
     optimizer = AdamW(groups(there), **SETTINGS, on_host=True)
     bus = optimizer._bus = LateBus()
     take_steps(optimizer, there, range(4))
     assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
-    assert bus.longest >= 3 and len(bus.queue) == 4 * 2 * 5, "five slices go over and back in a step"
-    assert sum(buffer.nbytes for buffer in bus.buffers.values()) <= 1000 * 4 * sum(d.itemsize for d in set(dtypes))
+    assert bus.longest >= 3 and len(bus.queue) == 4 * 2 * 5, (
+        "five slices go over and back in a step"
+    )
+    assert sum(buffer.nbytes for buffer in bus.buffers.values()) <= 1000 * 4 * sum(
+        d.itemsize for d in set(dtypes)
+    )
 
 
 # ---------------------------------------------------------------------- state
@@ -228,7 +265,11 @@ class Temporaries(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        given = {
+            x.untyped_storage()._cdata
+            for x in tree_leaves((args, kwargs))
+            if isinstance(x, torch.Tensor)
+        }
         for x in tree_leaves(out):
             if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in given:
                 self.largest = max(self.largest, x.numel())
@@ -276,7 +317,12 @@ def test_predicted_state_is_the_state(settings, dtype, monkeypatch):
     params = parameters(dtype)
     optimizer = make_optimizer(policy_of(*params), config(**settings))
     take_steps(optimizer, params, range(1))
-    values = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    values = [
+        v
+        for state in optimizer.state.values()
+        for v in state.values()
+        if isinstance(v, torch.Tensor)
+    ]
     held = sum(v.nbytes for v in values if v.dim())
     device, host = state_bytes(params, config(**settings))
     total, other = (host, device) if settings.get("offload_optimizer") else (device, host)
@@ -295,7 +341,11 @@ def test_a_step_takes_the_temporaries_that_are_predicted(dtype, monkeypatch):
     with LiveBytes() as live:
         optimizer.step()
     predicted = step_bytes(params, config())
-    assert live.peak() <= predicted + 100 if dtype != torch.float32 else live.peak() <= 100 and predicted == 0
+    assert (
+        live.peak() <= predicted + 100
+        if dtype != torch.float32
+        else live.peak() <= 100 and predicted == 0
+    )
     assert live.peak() >= 0.6 * predicted
 
 
@@ -306,22 +356,34 @@ def test_the_optimizer_of_each_setting():
     wide, narrow = policy_of(*parameters()), policy_of(*parameters(torch.bfloat16))
     assert type(make_optimizer(wide, config())) is torch.optim.AdamW
     assert type(make_optimizer(wide, config(optimizer="sgd"))) is torch.optim.SGD
-    assert type(make_optimizer(narrow, config())) is AdamW and not make_optimizer(narrow, config()).on_host
+    assert (
+        type(make_optimizer(narrow, config())) is AdamW
+        and not make_optimizer(narrow, config()).on_host
+    )
     for policy in (wide, narrow):
         assert make_optimizer(policy, config(offload_optimizer=True)).on_host
-    made = make_optimizer(narrow, config(weight_decay=0.3, learning_rate=1e-4, adam_betas=(0.8, 0.95)))
-    assert [(g["weight_decay"], g["params"][0].dim()) for g in made.param_groups] == [(0.3, 2), (0.0, 1)]
+    made = make_optimizer(
+        narrow, config(weight_decay=0.3, learning_rate=1e-4, adam_betas=(0.8, 0.95))
+    )
+    assert [(g["weight_decay"], g["params"][0].dim()) for g in made.param_groups] == [
+        (0.3, 2),
+        (0.0, 1),
+    ]
     assert all((g["lr"], g["betas"]) == (1e-4, (0.8, 0.95)) for g in made.param_groups)
 
 
 def test_sgd_does_not_lose_updates_silently():
-    with pytest.raises(ValueError, match="optimizer=sgd would lose small updates .*set master_weights=true"):
+    with pytest.raises(
+        ValueError, match="optimizer=sgd would lose small updates .*set master_weights=true"
+    ):
         make_optimizer(policy_of(*parameters(torch.bfloat16)), config(optimizer="sgd"))
 
 
 def test_adamw_8bit_without_torchao_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao", None)
-    with pytest.raises(ValueError, match=r"adamw_8bit needs torchao: pip install una-fast\[optim\]"):
+    with pytest.raises(
+        ValueError, match=r"adamw_8bit needs torchao: pip install una-fast\[optim\]"
+    ):
         make_optimizer(policy_of(*parameters()), config(optimizer="adamw_8bit"))
 
 
@@ -332,13 +394,18 @@ def test_adamw_8bit():
 
     def made() -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
         torch.manual_seed(0)
-        params = [nn.Parameter(torch.randn(64, 128).bfloat16()), nn.Parameter(torch.randn(64).bfloat16())]
+        params = [
+            nn.Parameter(torch.randn(64, 128).bfloat16()),
+            nn.Parameter(torch.randn(64).bfloat16()),
+        ]
         settings = config(optimizer="adamw_8bit", learning_rate=1e-2)
         return params, make_optimizer(policy_of(*params), settings)
 
     params, optimizer = made()
     take_steps(optimizer, params, range(2))
-    assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 1e-2], "a number, for schedules and checkpoints"
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 1e-2], (
+        "a number, for schedules and checkpoints"
+    )
     moments = [optimizer.state[p]["exp_avg_sq"] for p in params]
     assert moments[0].codes.dtype == torch.uint8 and moments[1].dtype == torch.float32
     parts = [[m.codes, m.scale, m.qmap] if hasattr(m, "codes") else [m] for m in moments]

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 from test_attention import FAMILIES, REFUSED, build, gradient_difference, gradients, without
+from una_fast.model.head_probe import probe_head
 
 from una_fast import Feedback, token_logps
-from una_fast.attention import Segment, attended_pairs
+from una_fast.attention.rows import Segment, attended_pairs
 from una_fast.counters import FlopCounter
-from una_fast.data import Example, collate
-from una_fast.policy import make_policy, probe_head
+from una_fast.data.batch import collate
+from una_fast.data.examples import Example
+from una_fast.model.policy import make_policy
 
 # Prompt, responses. With windows of 5: shorter than all, than some, and than the prompt or the response alone.
 SHAPES = [(11, (9, 6, 14)), (7, (8,)), (3, (13, 1)), (1, (2, 4))]
@@ -46,7 +48,9 @@ def score(policy, batch):
     head = policy.head
 
     def scorer(hidden, weight, bias):
-        return token_logps(hidden, weight, batch.targets, bias, softcap=head.softcap, logit_scale=head.logit_scale)
+        return token_logps(
+            hidden, weight, batch.targets, bias, softcap=head.softcap, logit_scale=head.logit_scale
+        )
 
     return policy.score(batch, scorer)
 
@@ -77,9 +81,13 @@ def test_a_refused_model_is_scored_padded_with_one_line(caplog):
         policy = policy_of("GPTJConfig", REFUSED["GPTJConfig"] | {"n_positions": 256})
     assert not policy.packed
     lines = [record.message for record in caplog.records if "pack" in record.message]
-    assert len(lines) == 1 and lines[0].startswith("batches are padded, not packed: GPTJModel"), lines
+    assert len(lines) == 1 and lines[0].startswith("batches are padded, not packed: GPTJModel"), (
+        lines
+    )
     batch = collate(examples(), packed=policy.packed)
-    logits = copy.deepcopy(policy.causal_lm)(batch.input_ids, attention_mask=batch.attention_mask).logits
+    logits = copy.deepcopy(policy.causal_lm)(
+        batch.input_ids, attention_mask=batch.attention_mask
+    ).logits
     truth = logits.flatten(0, 1)[batch.rows].log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
     assert (score(policy, batch) - truth).abs().max() <= 1e-5
 
@@ -94,7 +102,10 @@ def brute_force_pairs(segments, window):
         for before, columns in [([], prompt), *((prompt, range(*r)) for r in segment.responses)]:
             keys = [*before, *columns]
             for query in range(len(before), len(keys)):
-                pairs += sum(key <= query and (window is None or key > query - window) for key in range(len(keys)))
+                pairs += sum(
+                    key <= query and (window is None or key > query - window)
+                    for key in range(len(keys))
+                )
     return pairs
 
 
@@ -114,7 +125,9 @@ def test_a_pair_with_a_long_prompt_costs_half():
             policy.score(batch, lambda hidden, weight, bias: hidden).sum().backward()
         flop[layout] = counter.flop
     weights = sum(p.numel() for p in policy.causal_lm.model.layers.parameters() if p.dim() == 2)
-    assert flop[False] >= 6 * weights * 2 * 272, "every linear layer is counted, three products each"
+    assert flop[False] >= 6 * weights * 2 * 272, (
+        "every linear layer is counted, three products each"
+    )
     assert flop[True] <= 0.53 * flop[False]
 
     pair = (Segment((0, 256), ((256, 272), (272, 288))),)

@@ -9,7 +9,8 @@ from itertools import combinations
 import pytest
 
 from una_fast import Feedback
-from una_fast.plan import (
+from una_fast.head.describe import PlanConfig, describe_op
+from una_fast.head.plan import (
     HOPPER,
     Group,
     HeadSize,
@@ -25,16 +26,21 @@ from una_fast.plan import (
     sliced_tile,
     span_rows,
 )
-from una_fast.plan_report import PlanConfig, describe_op
 
 PAIR = Feedback.pairs([0], [1])
 BOTH_SCORES = Feedback.merge([PAIR, Feedback.scores([0, 1], [0.9, 0.2])])
 ALL_PAIRS_OF_FOUR = Feedback.pairs(*zip(*combinations(range(4), 2), strict=True))
 
 
-def plan(feedback: Feedback, lengths: list[int], *, rows: float, dim: int = 2, vocab: int = 50, **changes) -> Plan:
+def plan(
+    feedback: Feedback, lengths: list[int], *, rows: float, dim: int = 2, vocab: int = 50, **changes
+) -> Plan:
     """A float32 plan whose budget holds `rows` rows of logits."""
-    arguments = {"accumulator_width": dim, "length_normalize": False, "budget": int(rows * vocab * 4)}
+    arguments = {
+        "accumulator_width": dim,
+        "length_normalize": False,
+        "budget": int(rows * vocab * 4),
+    }
     arguments |= {name: changes.pop(name) for name in list(changes) if name in arguments}
     return make_plan(feedback, lengths, HeadSize(vocab, dim, **changes), **arguments)
 
@@ -47,7 +53,11 @@ def test_a_pair_shares_one_scalar_and_linked_responses_have_one_each():
     assert pair.responses == (0, 1) and pair.groups == (Group((0, 1), (1.0, -1.0)),)
     (normalized,) = components(PAIR, [5, 4], True)
     assert normalized.groups == (Group((0, 1), (1 / 5, -1 / 4)),), "dL/dlogp of a mean carries 1/n"
-    for feedback, count in [(BOTH_SCORES, 2), (ALL_PAIRS_OF_FOUR, 4), (Feedback.pairs([2, 1], [1, 0]), 3)]:
+    for feedback, count in [
+        (BOTH_SCORES, 2),
+        (ALL_PAIRS_OF_FOUR, 4),
+        (Feedback.pairs([2, 1], [1, 0]), 3),
+    ]:
         (linked,) = components(feedback, [1] * count, False)
         assert linked.groups == tuple(Group((i,), (1.0,)) for i in range(count))
 
@@ -60,7 +70,9 @@ def test_repeated_and_reversed_pairs_still_share_one_scalar():
 
 def test_responses_in_no_unit_are_in_no_component():
     found = components(
-        Feedback.merge([Feedback.pairs([5], [2]), Feedback.binary([3, 3], [True, False])]), [1] * 7, False
+        Feedback.merge([Feedback.pairs([5], [2]), Feedback.binary([3, 3], [True, False])]),
+        [1] * 7,
+        False,
     )
     assert sorted(part.responses for part in found) == [(2, 5), (3,)]
     assert components(Feedback.merge([]), [1, 2], False) == []
@@ -79,7 +91,9 @@ def test_long_chains_of_pairs_are_one_component():
 @pytest.mark.parametrize("cast", [False, True])
 @pytest.mark.parametrize("acc_bytes", [4, 8])
 @pytest.mark.parametrize("budget", [1, 7, 399, 400, 5_000, 10**6, 10**12])
-@pytest.mark.parametrize(("rows", "vocab", "dim"), [(0, 100, 8), (1, 1, 1), (37, 101, 64), (10_000, 3, 500)])
+@pytest.mark.parametrize(
+    ("rows", "vocab", "dim"), [(0, 100, 8), (1, 1, 1), (37, 101, 64), (10_000, 3, 500)]
+)
 def test_tile_fits_the_budget_and_the_problem(rows, vocab, dim, budget, acc_bytes, cast):
     tile = fit_tile(HeadSize(vocab, dim, acc_bytes, acc_bytes, cast), rows, budget, gathered=False)
     assert 1 <= tile.rows <= max(rows, 1) and 1 <= tile.vocab <= vocab
@@ -91,7 +105,9 @@ def test_tile_uses_the_budget():
     assert fit_tile(size, 10_000, 400 * 12, False) == Tile(12, 100)
     assert fit_tile(size, 5, 400 * 12, False) == Tile(5, 100)
     sliced = fit_tile(size, 10_000, 399, False)
-    assert sliced.vocab < 100 and sliced.rows * sliced.vocab >= 60, "slices should still be near the budget"
+    assert sliced.vocab < 100 and sliced.rows * sliced.vocab >= 60, (
+        "slices should still be near the budget"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- paths
@@ -101,10 +117,42 @@ PATHS = {
     "pair resident": (PAIR, [5, 5], 10, [], [(0, 1)], (), 0),
     "pair streamed": (PAIR, [5, 5], 9, [(0, 1)], [], (), 0),
     "pair sliced": (PAIR, [5, 5], 0.9, [], [], (0, 1), 0),
-    "two pairs, blocks": (Feedback.pairs([0, 1], [2, 3]), [3, 3, 3, 3], 6.6, [], [(0, 2), (1, 3)], (), 0),
-    "two pairs, one block": (Feedback.pairs([0, 1], [2, 3]), [3, 3, 3, 3], 13, [], [(0, 1, 2, 3)], (), 0),
-    "two long pairs, room": (Feedback.pairs([0, 2], [1, 3]), [9, 9, 9, 9], 8, [(0, 1), (2, 3)], [], (), 1),
-    "two long pairs, no room": (Feedback.pairs([0, 2], [1, 3]), [9, 9, 9, 9], 3, [(0, 1)], [], (2, 3), 0),
+    "two pairs, blocks": (
+        Feedback.pairs([0, 1], [2, 3]),
+        [3, 3, 3, 3],
+        6.6,
+        [],
+        [(0, 2), (1, 3)],
+        (),
+        0,
+    ),
+    "two pairs, one block": (
+        Feedback.pairs([0, 1], [2, 3]),
+        [3, 3, 3, 3],
+        13,
+        [],
+        [(0, 1, 2, 3)],
+        (),
+        0,
+    ),
+    "two long pairs, room": (
+        Feedback.pairs([0, 2], [1, 3]),
+        [9, 9, 9, 9],
+        8,
+        [(0, 1), (2, 3)],
+        [],
+        (),
+        1,
+    ),
+    "two long pairs, no room": (
+        Feedback.pairs([0, 2], [1, 3]),
+        [9, 9, 9, 9],
+        3,
+        [(0, 1)],
+        [],
+        (2, 3),
+        0,
+    ),
     "both scores, room": (BOTH_SCORES, [9, 9], 8, [(0, 1)], [], (), 1),
     "both scores, no room": (BOTH_SCORES, [9, 9], 3, [], [], (0, 1), 0),
     "four, resident": (ALL_PAIRS_OF_FOUR, [9] * 4, 36, [], [(0, 1, 2, 3)], (), 0),
@@ -140,7 +188,9 @@ def test_scratch_leaves_room_for_a_row_of_logits():
     assert found.tile.vocab == 50 or not found.streamed
 
 
-@pytest.mark.parametrize("feedback", [PAIR, BOTH_SCORES, ALL_PAIRS_OF_FOUR, Feedback.pairs([0, 2], [1, 3])])
+@pytest.mark.parametrize(
+    "feedback", [PAIR, BOTH_SCORES, ALL_PAIRS_OF_FOUR, Feedback.pairs([0, 2], [1, 3])]
+)
 @pytest.mark.parametrize("rows", [1.1, 9, 1000])
 def test_a_frozen_head_always_streams_without_scratch(feedback, rows):
     found = plan(feedback, [9] * 5, rows=rows, accumulator_width=0)
@@ -181,12 +231,16 @@ def test_random_plans(seed):
     )
     streamed = [i for part in found.streamed for i in part.responses]
     resident = [i for block in found.resident for i in block]
-    assert sorted([*streamed, *resident, *found.recomputed, *found.unscored]) == list(range(responses))
+    assert sorted([*streamed, *resident, *found.recomputed, *found.unscored]) == list(
+        range(responses)
+    )
     scored = {*feedback.first.tolist(), *feedback.second.tolist()} - {-1}
     assert set(found.unscored) == set(range(responses)) - scored
     for part in components(feedback, lengths, False):
         homes = [set(streamed), *map(set, found.resident), set(found.recomputed)]
-        assert sum(bool(home & set(part.responses)) for home in homes) == 1, "a component was torn apart"
+        assert sum(bool(home & set(part.responses)) for home in homes) == 1, (
+            "a component was torn apart"
+        )
     for block in found.resident:
         assert sum(lengths[i] for i in block) <= found.tile.rows and list(block) == sorted(block)
     if found.streamed or found.resident:
@@ -206,9 +260,13 @@ def test_chunks_cover_every_row_once_in_order(seed):
     assert flat == [row for i in chosen for row in range(cu[i], cu[i + 1])]
     assert len(cut) == -(-len(flat) // rows), "the fewest chunks"
     even = -(-len(flat) // max(len(cut), 1))
-    assert all(span_rows(spans) == even for spans in cut[:-1]) and all(0 < span_rows(spans) <= even for spans in cut)
+    assert all(span_rows(spans) == even for spans in cut[:-1]) and all(
+        0 < span_rows(spans) <= even for spans in cut
+    )
     for spans in cut:
-        assert all(left[1] < right[0] for left, right in zip(spans, spans[1:], strict=False)), "adjacent spans join"
+        assert all(left[1] < right[0] for left, right in zip(spans, spans[1:], strict=False)), (
+            "adjacent spans join"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------ cost model
@@ -218,7 +276,12 @@ LLAMA = HeadSize(128256, 4096, 4, 2, align=64, quantum=128, machine=HOPPER)
 
 def llama_plan(rows: int, mb: float, width: int = 4096, size: HeadSize = LLAMA) -> Plan:
     return make_plan(
-        PAIR, [rows // 2] * 2, size, budget=int(mb * 2**20), accumulator_width=width, length_normalize=False
+        PAIR,
+        [rows // 2] * 2,
+        size,
+        budget=int(mb * 2**20),
+        accumulator_width=width,
+        length_normalize=False,
     )
 
 
@@ -238,25 +301,37 @@ def test_a_few_rows_of_logits_lose_to_slices_of_the_vocabulary():
     assert not llama_plan(8192, 512).recomputed and not llama_plan(8192, 256).recomputed
     sliced = llama_plan(8192, 64)
     assert sliced.recomputed == (0, 1) and sliced.tile.vocab < 128256
-    assert abs(sliced.tile.rows - sliced.tile.vocab) < 1024, "both sums are read and written equally often"
+    assert abs(sliced.tile.rows - sliced.tile.vocab) < 1024, (
+        "both sums are read and written equally often"
+    )
     frozen = llama_plan(8192, 128, width=0)
     assert frozen.streamed and frozen.tile.rows == 256
     unknown = replace(LLAMA, machine=None)
-    assert llama_plan(8192, 64, size=unknown).streamed, "without rates only what does not fit is sliced"
+    assert llama_plan(8192, 64, size=unknown).streamed, (
+        "without rates only what does not fit is sliced"
+    )
 
 
 def test_cost_counts_passes_and_bytes_by_hand():
     size = HeadSize(1000, 64, 4, 2)
     one_pass = 2 * 100 * 1000 * 64
-    streamed = make_plan(PAIR, [50, 50], size, budget=10 * 4000, accumulator_width=64, length_normalize=False)
+    streamed = make_plan(
+        PAIR, [50, 50], size, budget=10 * 4000, accumulator_width=64, length_normalize=False
+    )
     found = cost(streamed, [50, 50], size, 64)
     assert found.flop == 3 * one_pass
     # per logit: written, read for its logsumexp, read again, narrow gradient written; per chunk: dH, and dW twice
     assert found.traffic == 100 * 1000 * (4 + 4 + 4 + 2) + 4 * 100 * 64 + 10 * 2 * 4 * 1000 * 64
-    frozen = make_plan(PAIR, [50, 50], size, budget=10 * 4000, accumulator_width=0, length_normalize=False)
+    frozen = make_plan(
+        PAIR, [50, 50], size, budget=10 * 4000, accumulator_width=0, length_normalize=False
+    )
     assert cost(frozen, [50, 50], size, 0).flop == 2 * one_pass
-    sliced = make_plan(PAIR, [50, 50], size, budget=3000, accumulator_width=64, length_normalize=False)
-    assert sliced.tile.vocab < 1000 and cost(sliced, [50, 50], size, 64).flop == pytest.approx(4 * one_pass)
+    sliced = make_plan(
+        PAIR, [50, 50], size, budget=3000, accumulator_width=64, length_normalize=False
+    )
+    assert sliced.tile.vocab < 1000 and cost(sliced, [50, 50], size, 64).flop == pytest.approx(
+        4 * one_pass
+    )
 
 
 def test_a_forward_pass_takes_slices_where_rows_are_few():
@@ -265,7 +340,9 @@ def test_a_forward_pass_takes_slices_where_rows_are_few():
     sliced = forward_tile(LLAMA, 8192, 16 << 20)
     assert sliced.vocab < 128256
     whole = fit_tile(LLAMA, 8192, 16 << 20, gathered=False)
-    assert forward_pass(LLAMA, 8192, whole).seconds(HOPPER) > 4 * forward_pass(LLAMA, 8192, sliced).seconds(HOPPER)
+    assert forward_pass(LLAMA, 8192, whole).seconds(HOPPER) > 4 * forward_pass(
+        LLAMA, 8192, sliced
+    ).seconds(HOPPER)
     assert forward_pass(LLAMA, 8192, sliced).flop == pytest.approx(2 * 8192 * 4096 * 128256)
     assert forward_tile(replace(LLAMA, machine=None), 8192, 16 << 20) == whole
     assert forward_pass(LLAMA, 0, whole).flop == 0
@@ -278,14 +355,23 @@ def test_scratch_is_not_free_in_the_cost_model():
         for f in (PAIR, BOTH_SCORES)
     )
     assert one.scratch == 0 and two.scratch == 1
-    assert cost(two, lengths, size, 4).traffic - cost(one, lengths, size, 4).traffic >= 3 * 1000 * 4 * 4
+    assert (
+        cost(two, lengths, size, 4).traffic - cost(one, lengths, size, 4).traffic
+        >= 3 * 1000 * 4 * 4
+    )
 
 
 @pytest.mark.parametrize("seed", range(100))
 def test_sliced_tiles_stay_within_the_budget_with_their_copies(seed):
     rng = random.Random(seed)
-    size = HeadSize(rng.randint(10_000, 300_000), rng.choice([1152, 2048, 4096]), 4, 2, align=64, quantum=128)
-    budget, rows, gathered = rng.randint(1 << 20, 1 << 28), rng.randint(1, 200_000), rng.random() < 0.5
+    size = HeadSize(
+        rng.randint(10_000, 300_000), rng.choice([1152, 2048, 4096]), 4, 2, align=64, quantum=128
+    )
+    budget, rows, gathered = (
+        rng.randint(1 << 20, 1 << 28),
+        rng.randint(1, 200_000),
+        rng.random() < 0.5,
+    )
     tile = sliced_tile(size, rows, budget, gathered)
     used = tile.rows * (size.stride(tile.vocab) * 4 + size.copied_bytes(gathered, sliced=True))
     assert used <= budget and (tile.rows == rows or used >= budget // 2)
@@ -294,15 +380,22 @@ def test_sliced_tiles_stay_within_the_budget_with_their_copies(seed):
 @pytest.mark.parametrize("pairs", [0, 1, 3])
 def test_the_report_of_a_plan(pairs):
     text = describe_op(8192, 4096, 128256, PlanConfig(pairs=pairs))
-    assert "policy     3.00 passes" in text and "reference  1.00 passes" in text and "4,008 MiB in float32" in text
-    text = describe_op(8192, 4096, 128256, PlanConfig(pairs=pairs, train_head=False, cached_reference=True))
+    assert (
+        "policy     3.00 passes" in text
+        and "reference  1.00 passes" in text
+        and "4,008 MiB in float32" in text
+    )
+    text = describe_op(
+        8192, 4096, 128256, PlanConfig(pairs=pairs, train_head=False, cached_reference=True)
+    )
     assert "policy     2.00 passes" in text and "reference  0.00 passes" in text
     assert "slices" in describe_op(8192, 4096, 128256, PlanConfig(pairs=pairs, workspace_mb=16))
     assert "cpu" in describe_op(64, 32, 1000, PlanConfig(pairs=pairs, device="cpu"))
 
 
 @pytest.mark.parametrize(
-    "change", [{"device": "tpu"}, {"pairs": -1}, {"workspace_mb": 0.0}, {"workspace_mb": float("inf")}]
+    "change",
+    [{"device": "tpu"}, {"pairs": -1}, {"workspace_mb": 0.0}, {"workspace_mb": float("inf")}],
 )
 def test_the_report_refuses(change):
     with pytest.raises(ValueError, match=next(iter(change))):

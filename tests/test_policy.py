@@ -15,24 +15,25 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.cohere import CohereForCausalLM
 from transformers.models.llama import LlamaForCausalLM
+from una_fast.model.head_probe import probe_head
 
-from una_fast import policy as policy_module
-from una_fast.attention import Segment
-from una_fast.config import LoraOptions
-from una_fast.head import token_logps
-from una_fast.memory import MemoryOptions
-from una_fast.policy import (
-    add_lora,
-    install_scorer,
-    load_causal_lm,
-    load_policy,
-    load_tokenizer,
-    probe_head,
-    save_pretrained,
-)
+from una_fast.attention.rows import Segment
+from una_fast.head.ops import token_logps
+from una_fast.model import loading
+from una_fast.model.export import save_pretrained
+from una_fast.model.loading import load_causal_lm, load_tokenizer
+from una_fast.model.lora import add_lora
+from una_fast.model.policy import install_scorer, load_policy
+from una_fast.model.settings import LoraOptions, MemoryOptions
 
 VOCAB = 131
 SIZES = {
@@ -64,7 +65,13 @@ FAMILIES = {
     "hyperclovax": ("hyperclovax", HEADS | {"logits_scaling": 0.5}, None, 0.5),
     "minicpm3": (
         "minicpm3",
-        {"num_key_value_heads": 4, "dim_model_base": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8},
+        {
+            "num_key_value_heads": 4,
+            "dim_model_base": 8,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 8,
+        },
         None,
         0.25,
     ),
@@ -81,7 +88,9 @@ def build(family: str, dtype: torch.dtype = torch.float32):
     """A random model whose logits are large enough for a softcap and a bias to matter."""
     kind, extra, _, _ = FAMILIES[family]
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(SIZES | extra)), dtype=dtype)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(kind, **(SIZES | extra)), dtype=dtype
+    )
     head = model.get_output_embeddings()
     with torch.no_grad():
         head.weight.mul_(20)
@@ -114,7 +123,9 @@ def batch():
     )
     rows, targets = [], []
     for i, (prompt, response) in enumerate(SHAPES):
-        ids[i, : prompt + response] = torch.randint(3, VOCAB, (prompt + response,), generator=generator)
+        ids[i, : prompt + response] = torch.randint(
+            3, VOCAB, (prompt + response,), generator=generator
+        )
         mask[i, : prompt + response] = 1
         rows.append(i * longest + torch.arange(prompt - 1, prompt + response - 1))
         targets.append(ids[i, prompt : prompt + response])
@@ -134,7 +145,9 @@ def full_logps(model, batch):
     logps = []
     for i, (prompt, response) in enumerate(SHAPES):
         ids = batch.input_ids[i : i + 1, : prompt + response]
-        logp = model(input_ids=ids, use_cache=False).logits[0, prompt - 1 : -1].float().log_softmax(-1)
+        logp = (
+            model(input_ids=ids, use_cache=False).logits[0, prompt - 1 : -1].float().log_softmax(-1)
+        )
         logps.append(logp.gather(1, ids[0, prompt:, None])[:, 0])
     return torch.cat(logps)
 
@@ -142,7 +155,9 @@ def full_logps(model, batch):
 def scorer_of(policy, batch):
     def scorer(hidden, weight, bias):
         head = policy.head
-        return token_logps(hidden, weight, batch.targets, bias, softcap=head.softcap, logit_scale=head.logit_scale)
+        return token_logps(
+            hidden, weight, batch.targets, bias, softcap=head.softcap, logit_scale=head.logit_scale
+        )
 
     return scorer
 
@@ -163,7 +178,9 @@ def assert_same_gradients(ours, truth):
     assert ours.keys() == truth.keys() and truth
     for name in truth:
         # Relative to the largest entry; a key projection's bias has a zero gradient but for rounding.
-        torch.testing.assert_close(ours[name], truth[name], rtol=0, atol=1e-5 * float(truth[name].abs().max()) + 1e-6)
+        torch.testing.assert_close(
+            ours[name], truth[name], rtol=0, atol=1e-5 * float(truth[name].abs().max()) + 1e-6
+        )
 
 
 def perturb(policy):
@@ -259,7 +276,9 @@ class BiasAfterScale(CohereForCausalLM):
 
     def forward(self, *args, **kwargs):
         hidden = self.model(*args, **kwargs).last_hidden_state
-        return SimpleNamespace(logits=hidden @ self.lm_head.weight.T * self.logit_scale + self.lm_head.bias)
+        return SimpleNamespace(
+            logits=hidden @ self.lm_head.weight.T * self.logit_scale + self.lm_head.bias
+        )
 
 
 class OtherPositions(LlamaForCausalLM):
@@ -280,7 +299,9 @@ class OtherPositions(LlamaForCausalLM):
 def test_unknown_heads_are_refused(cls, what):
     torch.manual_seed(0)
     kind = "cohere" if issubclass(cls, CohereForCausalLM) else "llama"
-    model = cls(AutoConfig.for_model(kind, **(SIZES | {"logit_scale": 0.25} if kind == "cohere" else SIZES)))
+    model = cls(
+        AutoConfig.for_model(kind, **(SIZES | {"logit_scale": 0.25} if kind == "cohere" else SIZES))
+    )
     with pytest.raises(ValueError, match=f"{cls.__name__} .*{what}"):
         probe_head(model)
     if getattr(model.lm_head, "bias", None) is not None:
@@ -294,9 +315,17 @@ def test_model_without_a_head_is_refused():
 
 def test_adapted_head_is_refused(saved):
     with pytest.raises(ValueError, match="LlamaForCausalLM has an adapted head.*target_modules"):
-        load_policy(saved("llama"), dtype=torch.float32, lora=LoraOptions(target_modules=["q_proj", "lm_head"]))
+        load_policy(
+            saved("llama"),
+            dtype=torch.float32,
+            lora=LoraOptions(target_modules=["q_proj", "lm_head"]),
+        )
     with pytest.raises(ValueError, match="adapted head.*tied"):
-        load_policy(saved("llama-tied"), dtype=torch.float32, lora=LoraOptions(target_modules=["embed_tokens"]))
+        load_policy(
+            saved("llama-tied"),
+            dtype=torch.float32,
+            lora=LoraOptions(target_modules=["embed_tokens"]),
+        )
 
 
 # --- the scorer ------------------------------------------------------------------------------------------------------
@@ -331,7 +360,10 @@ def test_gradient_checkpointing(lora, saved, batch):
     def run(checkpointing):
         torch.manual_seed(0)
         policy = load_policy(
-            saved("gemma2"), dtype=torch.float32, lora=lora, memory=MemoryOptions(gradient_checkpointing=checkpointing)
+            saved("gemma2"),
+            dtype=torch.float32,
+            lora=lora,
+            memory=MemoryOptions(gradient_checkpointing=checkpointing),
         )
         perturb(policy)
         calls = []
@@ -353,7 +385,10 @@ def test_packed_rows_score_as_separate_sequences(lora, checkpointing, saved):
     targets = torch.cat([first, second])
     padded = SimpleNamespace(
         input_ids=torch.stack(
-            [torch.cat([prompt, first]), torch.cat([prompt, second, torch.zeros(2, dtype=torch.int64)])]
+            [
+                torch.cat([prompt, first]),
+                torch.cat([prompt, second, torch.zeros(2, dtype=torch.int64)]),
+            ]
         ),
         attention_mask=torch.tensor([[1] * 9, [1] * 7 + [0] * 2]),
         position_ids=torch.arange(9).repeat(2, 1),
@@ -407,7 +442,9 @@ def test_sharded_scoring(lora, saved, batch, mesh):
         fully_shard(layer, mesh=mesh)
     fully_shard(sharded.causal_lm, mesh=mesh)
     for policy in (single, sharded):
-        if lora is not None:  # first of all, as in training: the adapters must get their gradients all the same
+        if (
+            lora is not None
+        ):  # first of all, as in training: the adapters must get their gradients all the same
             with policy.reference_mode(), torch.no_grad():
                 score(policy, batch)
         weighted(score(policy, batch)).backward()
@@ -444,7 +481,10 @@ def test_adapter_off_is_the_base_model(saved, batch):
 
 def test_reference_mode_needs_an_adapter(saved):
     policy = load_policy(saved("llama"), dtype=torch.float32)
-    with pytest.raises(ValueError, match="no adapter to switch off.*ref_logps"), policy.reference_mode():
+    with (
+        pytest.raises(ValueError, match="no adapter to switch off.*ref_logps"),
+        policy.reference_mode(),
+    ):
         pass
 
 
@@ -460,12 +500,16 @@ def test_lora_options_are_checked(bad):
 def test_dropout_is_removed(tmp_path, batch):
     drops = {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3}
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gptj", **(SIZES | GPT | {"rotary_dim": 4} | drops)))
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("gptj", **(SIZES | GPT | {"rotary_dim": 4} | drops))
+    )
     model.save_pretrained(tmp_path / "base")
     policy = load_policy(tmp_path / "base", dtype=torch.float32)
     assert policy.causal_lm.training
     assert torch.equal(score(policy, batch), score(policy, batch))
-    torch.testing.assert_close(score(policy, batch), full_logps(model.eval(), batch), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        score(policy, batch), full_logps(model.eval(), batch), rtol=0, atol=1e-5
+    )
     assert [policy.causal_lm.config.to_dict()[name] for name in drops] == [0.0] * 3
 
 
@@ -482,7 +526,9 @@ def test_lora_dropout_of_a_loaded_adapter_is_removed(saved, tmp_path, batch):
     from peft import LoraConfig, get_peft_model
 
     base = AutoModelForCausalLM.from_pretrained(saved("llama"))
-    get_peft_model(base, LoraConfig(r=4, lora_dropout=0.5, target_modules="all-linear")).save_pretrained(tmp_path)
+    get_peft_model(
+        base, LoraConfig(r=4, lora_dropout=0.5, target_modules="all-linear")
+    ).save_pretrained(tmp_path)
     policy = load_policy(tmp_path, dtype=torch.float32)
     perturb(policy)
     assert torch.equal(score(policy, batch), score(policy, batch))
@@ -496,7 +542,9 @@ def test_lora_dropout_of_a_loaded_adapter_is_removed(saved, tmp_path, batch):
 def tokenizer():
     words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCAB)}
     backend = Tokenizer(WordLevel(words, unk_token="w3"))
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="w3")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="w3"
+    )
 
 
 @pytest.mark.parametrize("name", ["{tmp}/none", "./none", "../none", "~/none", "{tmp}/here/none"])
@@ -518,7 +566,11 @@ def test_a_path_into_an_existing_directory_is_local(tmp_path, monkeypatch):
 def test_hub_names_are_passed_through(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     asked = []
-    monkeypatch.setattr(policy_module.AutoTokenizer, "from_pretrained", lambda name, **_: asked.append(name) or tokens)
+    monkeypatch.setattr(
+        loading.AutoTokenizer,
+        "from_pretrained",
+        lambda name, **_: asked.append(name) or tokens,
+    )
     tokens = SimpleNamespace(eos_token_id=2, pad_token_id=0)
     assert load_tokenizer("org/name") is tokens and asked == ["org/name"]
 
@@ -526,13 +578,15 @@ def test_hub_names_are_passed_through(monkeypatch, tmp_path):
 def test_tokenizer_without_eos_is_refused(tokenizer, tmp_path):
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"{tmp_path} has no eos token.*set eos_token in its tokenizer_config.json"):
+    with pytest.raises(
+        ValueError, match=f"{tmp_path} has no eos token.*set eos_token in its tokenizer_config.json"
+    ):
         load_tokenizer(tmp_path)
 
 
 def test_tokenizer_without_pad_uses_eos_and_says_so_once(tokenizer, tmp_path, caplog):
     tokenizer.save_pretrained(tmp_path)
-    with caplog.at_level(logging.INFO, logger="una_fast.policy"):
+    with caplog.at_level(logging.INFO, logger="una_fast.model.loading"):
         assert load_tokenizer(tmp_path).pad_token_id == load_tokenizer(tmp_path).pad_token_id == 2
     assert [r.message for r in caplog.records if "no pad token" in r.message] == [
         f"the tokenizer of {tmp_path} has no pad token; its eos token '</s>' pads"
@@ -545,7 +599,12 @@ def test_tokenizer_without_pad_uses_eos_and_says_so_once(tokenizer, tmp_path, ca
 def reload_and_compare(directory, policy, batch):
     model = AutoModelForCausalLM.from_pretrained(directory)
     torch.testing.assert_close(full_logps(model, batch), score(policy, batch), rtol=0, atol=1e-5)
-    out = model.generate(torch.tensor([[1, 5, 9]]), attention_mask=torch.ones(1, 3), max_new_tokens=4, min_new_tokens=4)
+    out = model.generate(
+        torch.tensor([[1, 5, 9]]),
+        attention_mask=torch.ones(1, 3),
+        max_new_tokens=4,
+        min_new_tokens=4,
+    )
     assert out.shape == (1, 7)
     return model
 
@@ -553,14 +612,20 @@ def reload_and_compare(directory, policy, batch):
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "gemma2", "gptj"])
 @pytest.mark.parametrize("gathered", [False, True])
 def test_full_model_round_trip(family, gathered, saved, batch, tmp_path, tokenizer):
-    policy = load_policy(saved(family), dtype=torch.float32, memory=MemoryOptions(gradient_checkpointing=True))
+    policy = load_policy(
+        saved(family), dtype=torch.float32, memory=MemoryOptions(gradient_checkpointing=True)
+    )
     perturb(policy)
     state = copy.deepcopy(policy.model.state_dict()) if gathered else None
     save_pretrained(policy, tmp_path, tokenizer, state)
-    assert state is None or state.keys() == policy.model.state_dict().keys(), "the caller's dict is left as it was"
+    assert state is None or state.keys() == policy.model.state_dict().keys(), (
+        "the caller's dict is left as it was"
+    )
     assert (tmp_path / "model.safetensors").is_file()
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["use_cache"] is True and config["architectures"] == [type(policy.causal_lm).__name__]
+    assert config["use_cache"] is True and config["architectures"] == [
+        type(policy.causal_lm).__name__
+    ]
     assert AutoTokenizer.from_pretrained(tmp_path).eos_token == "</s>"
     reload_and_compare(tmp_path, policy, batch)
 
@@ -573,7 +638,11 @@ def test_adapter_round_trip(family, gathered, saved, batch, tmp_path, tokenizer)
     before = copy.deepcopy(policy.model.state_dict())
     save_pretrained(policy, tmp_path, tokenizer, before if gathered else None, merged=True)
     assert all(torch.equal(t, before[name]) for name, t in policy.model.state_dict().items())
-    assert {p.name for p in tmp_path.iterdir()} >= {"adapter_model.safetensors", "adapter_config.json", "merged"}
+    assert {p.name for p in tmp_path.iterdir()} >= {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "merged",
+    }
     reload_and_compare(tmp_path, policy, batch)
     reload_and_compare(tmp_path / "merged", policy, batch)
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
@@ -585,7 +654,9 @@ def test_adapter_round_trip(family, gathered, saved, batch, tmp_path, tokenizer)
         load_policy(tmp_path, dtype=torch.float32, lora=LoraOptions())
 
 
-def test_an_adapter_remembers_its_base_from_anywhere(saved, tmp_path, tokenizer, monkeypatch, batch):
+def test_an_adapter_remembers_its_base_from_anywhere(
+    saved, tmp_path, tokenizer, monkeypatch, batch
+):
     monkeypatch.chdir(saved("llama").parent)
     policy = load_policy(saved("llama").name, dtype=torch.float32, lora=LoraOptions(r=4))
     save_pretrained(policy, tmp_path / "out", tokenizer)
@@ -594,13 +665,21 @@ def test_an_adapter_remembers_its_base_from_anywhere(saved, tmp_path, tokenizer,
 
 
 def test_an_adapter_without_its_base_is_named(tmp_path):
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "/gone"}))
-    with pytest.raises(ValueError, match="adapter_config.json: base_model_name_or_path.*/gone does not exist"):
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": "/gone"})
+    )
+    with pytest.raises(
+        ValueError, match="adapter_config.json: base_model_name_or_path.*/gone does not exist"
+    ):
         load_policy(tmp_path, dtype=torch.float32)
 
 
 def test_prompt_tuning_adapters_are_refused(tmp_path):
-    config = {"peft_type": "PROMPT_TUNING", "base_model_name_or_path": "x", "task_type": "CAUSAL_LM"}
+    config = {
+        "peft_type": "PROMPT_TUNING",
+        "base_model_name_or_path": "x",
+        "task_type": "CAUSAL_LM",
+    }
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"num_virtual_tokens": 4}))
     with pytest.raises(ValueError, match="PROMPT_TUNING.*LoRA"):
         load_policy(tmp_path, dtype=torch.float32)

@@ -29,14 +29,29 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from una_fast import reward_http
-from una_fast.rewards import RewardError, Rewards, RewardScale, parse_rewards
+from una_fast.rewards import http as reward_http
+from una_fast.rewards.scale import RewardScale
+from una_fast.rewards.settings import RewardError, parse_rewards
+from una_fast.rewards.total import Rewards
 
 JUDGE_CHAT = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
     "[{{ m.role }}] {{ m.content }} [end] {% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 )
-VOCABULARY = ["<unk>", "[BOS]", "[PAD]", "[end]", "[user]", "[assistant]", "the", "cat", "sat", "on", "a", "mat"]
+VOCABULARY = [
+    "<unk>",
+    "[BOS]",
+    "[PAD]",
+    "[end]",
+    "[user]",
+    "[assistant]",
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +86,10 @@ JUDGE = {"judge": "http://h/v1", "judge_model": "m"}
         ([3], r"rewards\[0\] \(3\): must be the name of a function, or a mapping"),
         ([{"weight": 2}], "none of function, model, judge, endpoint"),
         ([{"function": "a.b", "model": "c"}], "both function and model"),
-        (["a.b", {"function": "a.c", "wieght": 2}], r"rewards\[1\] \(function a.c\): unknown key 'wieght'.*weight"),
+        (
+            ["a.b", {"function": "a.c", "wieght": 2}],
+            r"rewards\[1\] \(function a.c\): unknown key 'wieght'.*weight",
+        ),
         ([{"function": "a.b", "batch_size": 2}], "unknown key 'batch_size' of a function"),
         ([{"judge": "http://h/v1"}], r"rewards\[0\] \(judge http://h/v1\): judge_model is missing"),
         (["f"], "package.module.function"),
@@ -97,14 +115,23 @@ def test_wrong_settings_are_refused_by_entry_and_key(entries, message):
 
 
 def test_default_names():
-    entries = ["a.b.f", "dir/x.py:g", {"model": "org/judge-7b/"}, JUDGE, {"endpoint": "http://e:8/r", "name": "mine"}]
+    entries = [
+        "a.b.f",
+        "dir/x.py:g",
+        {"model": "org/judge-7b/"},
+        JUDGE,
+        {"endpoint": "http://e:8/r", "name": "mine"},
+    ]
     assert [spec.name for spec in parse_rewards(entries)] == ["f", "g", "judge-7b", "h", "mine"]
 
 
 def test_import_is_light():
     """The configuration imports this to check settings."""
     code = "import sys, una_fast.rewards; print([m for m in ('transformers', 'httpx', 'httpx2') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+        == "[]\n"
+    )
 
 
 # --- functions and the sum -------------------------------------------------------------------------------------------
@@ -178,18 +205,35 @@ def functions(tmp_path, monkeypatch):
 
 def test_functions_get_what_they_name(functions):
     columns = {"answer": ["a", "x"], "level": [1, 2]}
-    entries = ["own_rewards.strict", "own_rewards:everything", "own_rewards.py:lengths", "own_rewards.scalars"]
+    entries = [
+        "own_rewards.strict",
+        "own_rewards:everything",
+        "own_rewards.py:lengths",
+        "own_rewards.scalars",
+    ]
     found = reward(entries, columns=columns)
-    assert found.parts == {"strict": [1.0, 0.0], "everything": [3.0] * 2, "lengths": [1.0] * 2, "scalars": [0.5, 2.0]}
+    assert found.parts == {
+        "strict": [1.0, 0.0],
+        "everything": [3.0] * 2,
+        "lengths": [1.0] * 2,
+        "scalars": [0.5, 2.0],
+    }
     assert found.total == [5.5, 6.0] and not found.failures
-    assert sys.modules["own_rewards"].seen.calls == [(["prompt 0", "prompt 1"], ["a", "b"], ["a", "x"])]
-    assert sys.path[-1] == str(functions), "behind installed packages, which a folder here must not hide"
+    assert sys.modules["own_rewards"].seen.calls == [
+        (["prompt 0", "prompt 1"], ["a", "b"], ["a", "x"])
+    ]
+    assert sys.path[-1] == str(functions), (
+        "behind installed packages, which a folder here must not hide"
+    )
     with pytest.raises(RewardError, match="strict.*needs column 'answer'.*columns: level"):
         reward(["own_rewards.strict"], columns={"level": [1, 2]})
 
 
 def test_functions_of_one_file_share_its_state(functions):
-    a, b = (Rewards(parse_rewards([f"own_rewards.py:{name}"])).sources[0] for name in ("strict", "scalars"))
+    a, b = (
+        Rewards(parse_rewards([f"own_rewards.py:{name}"])).sources[0]
+        for name in ("strict", "scalars")
+    )
     assert a.function.__globals__ is b.function.__globals__
 
 
@@ -227,17 +271,27 @@ def test_functions_are_loaded_before_the_first_sample(functions, target, message
 def test_no_reward_is_never_zero(functions):
     """A sample that any reward knows nothing of has no total; 0.0 itself is a reward like any other."""
     found = reward(["own_rewards.holes", "own_rewards.lengths"], completions="abcde")
-    assert found.parts["holes"] == [None, None, None, 0.0, None] and found.parts["lengths"] == [1.0] * 5
+    assert (
+        found.parts["holes"] == [None, None, None, 0.0, None]
+        and found.parts["lengths"] == [1.0] * 5
+    )
     assert found.total == [None, None, None, 1.0, None]
     assert found.failures == Counter({"holes: None": 1, "holes: not finite": 3})
-    found = reward(["own_rewards.tiny", {"function": "own_rewards.tiny", "weight": 9.0, "name": "b"}])
+    found = reward(
+        ["own_rewards.tiny", {"function": "own_rewards.tiny", "weight": 9.0, "name": "b"}]
+    )
     assert found.total == [None, None] and found.failures == Counter({"total: not finite": 2})
 
 
 def test_weights_and_penalty(functions):
     """The penalty is not weighted, and taken once, however many rewards there are."""
-    entries = [{"function": "own_rewards.lengths", "weight": -2.0}, {"function": "own_rewards.scalars", "weight": 4.0}]
-    found = reward(entries, completions=["x", "xyz"], finished=[True, False], missing_eos_penalty=0.75)
+    entries = [
+        {"function": "own_rewards.lengths", "weight": -2.0},
+        {"function": "own_rewards.scalars", "weight": 4.0},
+    ]
+    found = reward(
+        entries, completions=["x", "xyz"], finished=[True, False], missing_eos_penalty=0.75
+    )
     assert found.total == [-2.0 + 2.0, -6.0 + 8.0 - 0.75]
     assert found.parts == {"lengths": [1.0, 3.0], "scalars": [0.5, 2.0]}
 
@@ -258,9 +312,13 @@ def test_no_samples_ask_nobody(functions):
 def judge_tokenizer(*, template: str | None = JUDGE_CHAT) -> PreTrainedTokenizerFast:
     """Words, where the policy's tokenizer has bytes; it puts [BOS] before a text. As some published tokenizers do, it
     comes with truncation and padding switched on, which must not be obeyed."""
-    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
+    raw = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>")
+    )
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    raw.post_processor = processors.TemplateProcessing(single="[BOS] $A", special_tokens=[("[BOS]", 1)])
+    raw.post_processor = processors.TemplateProcessing(
+        single="[BOS] $A", special_tokens=[("[BOS]", 1)]
+    )
     raw.enable_truncation(4)
     raw.enable_padding(length=40, pad_id=2, pad_token="[PAD]")
     special = {"bos_token": "[BOS]", "pad_token": "[PAD]", "unk_token": "<unk>"}
@@ -269,7 +327,9 @@ def judge_tokenizer(*, template: str | None = JUDGE_CHAT) -> PreTrainedTokenizer
     return tokenizer
 
 
-def save_judge(directory, *, labels=1, pad=2, kind=LlamaForSequenceClassification, template=JUDGE_CHAT) -> str:
+def save_judge(
+    directory, *, labels=1, pad=2, kind=LlamaForSequenceClassification, template=JUDGE_CHAT
+) -> str:
     torch.manual_seed(1)
     config = LlamaConfig(
         vocab_size=len(VOCABULARY),
@@ -292,9 +352,9 @@ def save_absolute(directory) -> str:
     torch.manual_seed(2)
     sizes = {"n_positions": 24, "n_embd": 16, "n_layer": 2, "n_head": 2, "initializer_range": 0.5}
     ids = {"bos_token_id": 1, "eos_token_id": 3, "pad_token_id": 2}
-    GPT2ForSequenceClassification(GPT2Config(vocab_size=len(VOCABULARY), num_labels=1, **sizes, **ids)).save_pretrained(
-        directory
-    )
+    GPT2ForSequenceClassification(
+        GPT2Config(vocab_size=len(VOCABULARY), num_labels=1, **sizes, **ids)
+    ).save_pretrained(directory)
     judge_tokenizer().save_pretrained(directory)
     return str(directory)
 
@@ -331,8 +391,14 @@ def test_a_model_reads_the_decoded_text_with_its_own_tokenizer(judges):
     assert text == "cat sat on" and sampled[:-1] != words(text)
 
     source = Rewards(parse_rewards([{"model": judges["chat"], "name": "rm"}])).sources[0]
-    assert source.ids("the mat", text) == source.ids([{"role": "user", "content": "the mat"}], text) == wanted
-    found = reward([{"model": judges["chat"], "name": "rm"}], completions=[text], prompts=["the mat"])
+    assert (
+        source.ids("the mat", text)
+        == source.ids([{"role": "user", "content": "the mat"}], text)
+        == wanted
+    )
+    found = reward(
+        [{"model": judges["chat"], "name": "rm"}], completions=[text], prompts=["the mat"]
+    )
     assert found.parts["rm"] == [pytest.approx(alone(judges["chat"], wanted), rel=1e-5)]
 
     plain = Rewards(parse_rewards([{"model": judges["plain"]}])).sources[0]
@@ -346,12 +412,25 @@ def test_a_model_reads_the_decoded_text_with_its_own_tokenizer(judges):
 def test_padding_changes_no_reward(judges, which):
     """Ragged texts in batches, in any order of lengths, give what each gives alone; a model whose config has no pad
     token would pool at the padding, and runs them one by one."""
-    texts = ["cat", "cat sat on a mat", "a mat", "the the the the the the the", "on", "sat cat", "mat on"]
+    texts = [
+        "cat",
+        "cat sat on a mat",
+        "a mat",
+        "the the the the the the the",
+        "on",
+        "sat cat",
+        "mat on",
+    ]
     entry = {"model": judges[which], "name": "rm", "batch_size": 3}
     found = reward([entry], completions=texts, prompts=["the"] * 7).parts["rm"]
-    wanted = [alone(judges[which], words(f"[BOS] [user] the [end] [assistant] {text} [end]")) for text in texts]
+    wanted = [
+        alone(judges[which], words(f"[BOS] [user] the [end] [assistant] {text} [end]"))
+        for text in texts
+    ]
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
-    assert len({round(value, 4) for value in wanted}) == 7, "the rewards must differ for the order to be seen"
+    assert len({round(value, 4) for value in wanted}) == 7, (
+        "the rewards must differ for the order to be seen"
+    )
 
 
 def test_a_model_skips_what_it_cannot_read(judges):
@@ -360,7 +439,9 @@ def test_a_model_skips_what_it_cannot_read(judges):
     prompts = [[{"role": "tool", "content": "cat"}], "cat", "cat"]
     found = reward([entry], completions=["a", "a " * 30, "a"], prompts=prompts)
     assert found.total[:2] == [None, None] and found.total[2] is not None
-    assert found.failures == Counter({"rm: the chat template refuses the messages": 1, "rm: text over 24 tokens": 1})
+    assert found.failures == Counter(
+        {"rm: the chat template refuses the messages": 1, "rm: text over 24 tokens": 1}
+    )
     found = reward([entry | {"max_tokens": 7}], completions=["a", "a a"], prompts=["cat", "cat"])
     assert found.total[0] is not None and found.failures == Counter({"rm: text over 7 tokens": 1})
 
@@ -368,12 +449,20 @@ def test_a_model_skips_what_it_cannot_read(judges):
 def test_models_that_give_no_reward_are_refused(judges, tmp_path):
     with pytest.raises(ValueError, match="2 labels"):
         Rewards(parse_rewards([{"model": save_judge(tmp_path / "two", labels=2)}]))
-    with pytest.raises(ValueError, match=r"lacks the weights score\.weight, so its rewards would be random"):
-        Rewards(parse_rewards([{"model": save_judge(tmp_path / "headless", kind=LlamaForCausalLM)}]))
+    with pytest.raises(
+        ValueError, match=r"lacks the weights score\.weight, so its rewards would be random"
+    ):
+        Rewards(
+            parse_rewards([{"model": save_judge(tmp_path / "headless", kind=LlamaForCausalLM)}])
+        )
     with pytest.raises(ValueError, match="no chat template; set template: plain"):
         Rewards(parse_rewards([{"model": judges["plain"], "template": "chat"}]))
     with pytest.raises(RewardError, match="prompts are chats"):
-        reward([{"model": judges["plain"]}], completions=["a"], prompts=[[{"role": "user", "content": "cat"}]])
+        reward(
+            [{"model": judges["plain"]}],
+            completions=["a"],
+            prompts=[[{"role": "user", "content": "cat"}]],
+        )
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="PEFT adapter"):
         Rewards(parse_rewards([{"model": str(tmp_path)}]))
@@ -416,7 +505,9 @@ def test_a_reply_is_a_number_or_nothing(reply, expected):
     assert reward_http.Judge._outcome(chat(reply)[1]) == expected or expected is None
     found, _ = ask(lambda payload, number: chat(reply))
     assert found.total == [expected]
-    assert found.failures == Counter({"j: the reply is no number from 0 to 100": 1} if expected is None else {})
+    assert found.failures == Counter(
+        {"j: the reply is no number from 0 to 100": 1} if expected is None else {}
+    )
 
 
 @pytest.mark.parametrize(
@@ -444,9 +535,14 @@ def test_what_a_judge_is_sent(monkeypatch):
     """Braces and markers in the texts stay as they are; a chat is written as lines; the key goes along."""
     monkeypatch.setenv("UNA_TEST_KEY", " secret-1\n")
     chat_prompt = [{"role": "system", "content": "Be {brief}"}, {"role": "user", "content": "Hi"}]
-    settings = {"instruction": "P={prompt} C={completion} {other} {0}", "api_key_env": "UNA_TEST_KEY"}
+    settings = {
+        "instruction": "P={prompt} C={completion} {other} {0}",
+        "api_key_env": "UNA_TEST_KEY",
+    }
     prompts, completions = ["{completion} %s {", chat_prompt], ["{prompt}", "\\1 ok"]
-    _, server = ask(lambda payload, number: chat("1"), completions, prompts=prompts, concurrency=1, **settings)
+    _, server = ask(
+        lambda payload, number: chat("1"), completions, prompts=prompts, concurrency=1, **settings
+    )
     sent = [payload["messages"] for _, _, payload in server.requests]
     assert sent == [
         [{"role": "user", "content": "P={completion} %s { C={prompt} {other} {0}"}],
@@ -472,21 +568,41 @@ def test_a_refusal_stops_the_run_without_telling_the_key(monkeypatch, status, ad
     monkeypatch.setenv("UNA_TEST_KEY", "secret-1")
 
     def answer(payload, number):
-        return status, {"error": "bad key secret-1" + "x" * 999}, {"Location": "http://127.0.0.1:9/"}
+        return (
+            status,
+            {"error": "bad key secret-1" + "x" * 999},
+            {"Location": "http://127.0.0.1:9/"},
+        )
 
     with JudgeServer(answer) as server:
         url = server.url.replace("//", "//user:hunter2@")
-        entry = {"judge": url, "judge_model": "m", "name": "j", "api_key_env": "UNA_TEST_KEY", "concurrency": 1}
-        with pytest.raises(RewardError, match=f"reward j: .*{server.url}.*HTTP {status}.*bad key .*{advice}") as error:
+        entry = {
+            "judge": url,
+            "judge_model": "m",
+            "name": "j",
+            "api_key_env": "UNA_TEST_KEY",
+            "concurrency": 1,
+        }
+        with pytest.raises(
+            RewardError, match=f"reward j: .*{server.url}.*HTTP {status}.*bad key .*{advice}"
+        ) as error:
             reward([entry], completions="abcdef")
-        assert "secret-1" not in str(error.value) and "hunter2" not in str(error.value) and len(str(error.value)) < 600
+        assert (
+            "secret-1" not in str(error.value)
+            and "hunter2" not in str(error.value)
+            and len(str(error.value)) < 600
+        )
         assert len(server.requests) == 1, "not retried, and the other samples are not sent"
 
 
 @pytest.mark.parametrize("status", [400, 413, 422])
 def test_a_text_that_the_server_will_not_have_is_skipped(status):
-    found, server = ask(lambda payload, number: (status, "too long", {}) if number == 1 else chat("50"), "abc")
-    assert sorted(found.total, key=str) == [0.5, 0.5, None] and found.failures == {f"j: HTTP {status}": 1}
+    found, server = ask(
+        lambda payload, number: (status, "too long", {}) if number == 1 else chat("50"), "abc"
+    )
+    assert sorted(found.total, key=str) == [0.5, 0.5, None] and found.failures == {
+        f"j: HTTP {status}": 1
+    }
     assert len(server.requests) == 3, "asking again would not make it shorter"
 
 
@@ -505,7 +621,9 @@ def test_429_then_fine(monkeypatch):
     monkeypatch.setattr(source.client, "post", post)
     assert source._outcome(source._post(b"{}", threading.Event())) == 0.5
     assert waits[0] == 7 and 18 <= waits[1] <= 20 and waits[2] == reward_http.MAX_WAIT
-    assert 0.004 <= waits[3] <= 0.012 and 0.008 <= waits[4] <= 0.024  # BACKOFF * 2**n, half to half as much again
+    assert (
+        0.004 <= waits[3] <= 0.012 and 0.008 <= waits[4] <= 0.024
+    )  # BACKOFF * 2**n, half to half as much again
 
 
 def test_errors_that_pass_are_retried():
@@ -553,7 +671,12 @@ def test_order_and_bounded_concurrency():
         return chat(payload["messages"][0]["content"])
 
     with JudgeServer(answer) as server:
-        entry = {"judge": server.url, "judge_model": "m", "instruction": "{completion}", "concurrency": 4}
+        entry = {
+            "judge": server.url,
+            "judge_model": "m",
+            "instruction": "{completion}",
+            "concurrency": 4,
+        }
         found = reward([entry], completions=[str(i) for i in range(40)])
     assert found.total == [i / 100 for i in range(40)]
     assert server.most_in_flight == 4
@@ -565,19 +688,25 @@ def test_global_random_state_is_left_alone():
 
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     ask(lambda payload, number: (500, {}, {}))
-    assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    assert before == (
+        random.getstate(),
+        np.random.get_state()[1].tolist(),
+        torch.get_rng_state().tolist(),
+    )
 
 
 def test_an_interrupted_run_does_not_wait_for_the_judge():
     """Ctrl-C while a judge stays silent ends the process now, not after its timeout and retries."""
     code = (
-        "from una_fast.rewards import Rewards, parse_rewards\nimport sys\n"
+        "from una_fast.rewards.settings import parse_rewards\nfrom una_fast.rewards.total import Rewards\nimport sys\n"
         "r = Rewards(parse_rewards([{'judge': sys.argv[1], 'judge_model': 'm', 'timeout': 60}]))\n"
         "r(['p'] * 3, ['a'] * 3, [True] * 3, {})\n"
     )
     with JudgeServer(lambda payload, number: chat("1"), delay=60) as server:
         environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
-        process = subprocess.Popen([sys.executable, "-c", code, server.url], stderr=subprocess.PIPE, env=environment)
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, server.url], stderr=subprocess.PIPE, env=environment
+        )
         assert wait_for(lambda: len(server.requests) == 3, 30)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=5)
@@ -596,12 +725,26 @@ def send(answer, completions, **settings):
 
 def test_an_endpoint_gets_chunks_with_their_columns():
     def answer(payload, number):
-        return 200, {"rewards": [int(c) - a for c, a in zip(payload["completions"], payload["a"], strict=True)]}, {}
+        return (
+            200,
+            {
+                "rewards": [
+                    int(c) - a for c, a in zip(payload["completions"], payload["a"], strict=True)
+                ]
+            },
+            {},
+        )
 
-    found, server = send(answer, list("34567"), columns={"a": [1, 1, 2, 2, 9], "prompts": [0] * 5}, concurrency=1)
+    found, server = send(
+        answer, list("34567"), columns={"a": [1, 1, 2, 2, 9], "prompts": [0] * 5}, concurrency=1
+    )
     assert found.total == [2, 3, 3, 4, -2] and all(type(value) is float for value in found.total)
     assert server.requests[1][0] == "/score"
-    assert server.requests[1][2] == {"prompts": ["prompt 2", "prompt 3"], "completions": ["5", "6"], "a": [2, 2]}
+    assert server.requests[1][2] == {
+        "prompts": ["prompt 2", "prompt 3"],
+        "completions": ["5", "6"],
+        "a": [2, 2],
+    }
 
 
 @pytest.mark.parametrize(
@@ -642,7 +785,9 @@ def test_a_failure_is_logged_once_with_what_came_back(caplog):
         for _ in range(2):
             assert rewards(["p"] * 3, ["a"] * 3, [True] * 3, {}).failures.total() == 3
         rewards.close()
-    assert [record.message.count("Very good!") for record in caplog.records if "una_fast" in record.name] == [1]
+    assert [
+        record.message.count("Very good!") for record in caplog.records if "una_fast" in record.name
+    ] == [1]
 
 
 # --- scores ----------------------------------------------------------------------------------------------------------
@@ -652,9 +797,14 @@ def test_scale_none_range_and_sigmoid():
     assert RewardScale()([-3.0, 7.5]) == [-3.0, 7.5]
     scale = RewardScale("range", [-1.0, 3.0])
     assert scale([-1.0, 0.0, 3.0]) == [0.0, 0.25, 1.0]
-    assert RewardScale("range", [0.0, 1.0])([1.0 + 2e-16, -1e-12]) == [1.0, 0.0]  # rounding of weighted sums
+    assert RewardScale("range", [0.0, 1.0])([1.0 + 2e-16, -1e-12]) == [
+        1.0,
+        0.0,
+    ]  # rounding of weighted sums
     for outside in (-1.01, 3.01):
-        with pytest.raises(RewardError, match=f"reward {outside} .*reward_range=.*reward_map.*missing_eos_penalty"):
+        with pytest.raises(
+            RewardError, match=f"reward {outside} .*reward_range=.*reward_map.*missing_eos_penalty"
+        ):
             scale([0.0, outside])
     sigmoid = RewardScale("sigmoid")([-1e4, -1.0, 0.0, 1e4])
     assert sigmoid == [0.0, pytest.approx(1 / (1 + math.e)), 0.5, 1.0]
@@ -683,7 +833,14 @@ def test_scale_goes_on_after_a_checkpoint():
 
 
 @pytest.mark.parametrize(
-    ("kind", "limits"), [("rank", None), ("range", None), ("none", [0, 1]), ("range", [1, 1]), ("range", [0, math.inf])]
+    ("kind", "limits"),
+    [
+        ("rank", None),
+        ("range", None),
+        ("none", [0, 1]),
+        ("range", [1, 1]),
+        ("range", [0, math.inf]),
+    ],
 )
 def test_wrong_scales_are_refused(kind, limits):
     with pytest.raises(ValueError, match="reward_map|reward_range"):

@@ -12,25 +12,23 @@ from tiny import make_config, make_tokenizer
 from tokenizers import Tokenizer, decoders, models
 from transformers import Lfm2Config, Lfm2ForCausalLM, PreTrainedTokenizerFast
 
-import una_fast.rollout as rollout
-from una_fast.config import LoraOptions
-from una_fast.data import Example, collate
+import una_fast.online.generate as rollout
+from una_fast.data.batch import collate
+from una_fast.data.examples import Example
+from una_fast.distributed import World
 from una_fast.feedback import Feedback
-from una_fast.memory import MemoryOptions
-from una_fast.policy import load_policy, load_tokenizer
-from una_fast.rollout import (
-    ContinuousSampler,
-    SamplerError,
-    Sampling,
-    TransformersSampler,
-    completion_text,
-    make_sampler,
-    stop_ids,
-)
-from una_fast.scoring import Scoring, autocast_dtype
-from una_fast.sharding import World
+from una_fast.model.loading import load_tokenizer
+from una_fast.model.policy import load_policy
+from una_fast.model.scoring import Scoring, autocast_dtype
+from una_fast.model.settings import LoraOptions, MemoryOptions
+from una_fast.online.generate import ContinuousSampler, TransformersSampler
+from una_fast.online.samplers import make_sampler
+from una_fast.online.sampling import SamplerError, Sampling, completion_text, stop_ids
 
-PROMPTS = [np.array(ids, dtype=np.int32) for ids in ([0, 5, 6, 7], [0, 9, 9, 9, 8, 7, 6, 5, 4, 40], [0], [0, 250])]
+PROMPTS = [
+    np.array(ids, dtype=np.int32)
+    for ids in ([0, 5, 6, 7], [0, 9, 9, 9, 8, 7, 6, 5, 4, 40], [0], [0, 250])
+]
 SAMPLERS = {"padded": TransformersSampler, "continuous": ContinuousSampler}
 
 
@@ -47,7 +45,10 @@ def tokenizer(llamas):
 def scored(policy, prompts, drawn, scoring):
     """Log-probs of the samples as the trainer computes them."""
     nothing = Feedback.merge([])
-    examples = [Example(p, tuple(c.ids for c in cs), nothing, None, "") for p, cs in zip(prompts, drawn, strict=True)]
+    examples = [
+        Example(p, tuple(c.ids for c in cs), nothing, None, "")
+        for p, cs in zip(prompts, drawn, strict=True)
+    ]
     return scoring.logps(policy, collate(examples, packed=policy.packed)).numpy()
 
 
@@ -65,12 +66,18 @@ def test_log_probs_are_those_of_the_trainer(policy, tokenizer, kind, temperature
     assert [len(group) for group in drawn] == [3] * 4
     flat = [completion for group in drawn for completion in group]
     assert all(c.ids.dtype == np.int32 and c.version == 7 for c in flat)
-    np.testing.assert_allclose([c.logp for c in flat], scored(policy, PROMPTS, drawn, scoring), atol=2e-5)
+    np.testing.assert_allclose(
+        [c.logp for c in flat], scored(policy, PROMPTS, drawn, scoring), atol=2e-5
+    )
     lengths = {len(c.ids) for c in flat}
     assert len(lengths) > 2, "ragged, or the test tests nothing"
     for c in flat:
         stops = np.isin(c.ids, sampling.stop_ids)
-        assert not stops[:-1].any() and c.finished == bool(stops[-1]) and (c.finished or len(c.ids) == 11)
+        assert (
+            not stops[:-1].any()
+            and c.finished == bool(stops[-1])
+            and (c.finished or len(c.ids) == 11)
+        )
 
 
 @pytest.mark.parametrize("kind", SAMPLERS)
@@ -81,7 +88,9 @@ def test_a_seed_fixes_the_samples_and_leaves_the_random_state_alone(policy, toke
     first = ids_of(sampler.sample(PROMPTS, seed=1))
     assert torch.equal(before, torch.get_rng_state())
     torch.manual_seed(4)
-    assert ids_of(sampler.sample(PROMPTS, seed=1)) == first != ids_of(sampler.sample(PROMPTS, seed=2))
+    assert (
+        ids_of(sampler.sample(PROMPTS, seed=1)) == first != ids_of(sampler.sample(PROMPTS, seed=2))
+    )
     assert len({tuple(ids) for ids in first}) == len(first), "samples of one prompt differ"
     assert policy.model.training, "training goes on in train mode"
 
@@ -94,13 +103,17 @@ def test_the_whole_distribution_whatever_the_model_would_like(policy, tokenizer,
     try:
         sampler = SAMPLERS[kind](policy, tokenizer, Sampling(1500, 1))
         (drawn,) = sampler.sample(PROMPTS[1:2], seed=0)
-        assert policy.causal_lm.generation_config is own, "what is saved with the model stays as it was"
+        assert policy.causal_lm.generation_config is own, (
+            "what is saved with the model stays as it was"
+        )
     finally:
         own.top_k = own.repetition_penalty = own.suppress_tokens = own.min_new_tokens = None
     with torch.no_grad():
         logits = policy.causal_lm(torch.from_numpy(PROMPTS[1]).long()[None]).logits[0, -1]
     expected = torch.softmax(logits.double(), 0)
-    found = torch.bincount(torch.tensor([c.ids[0] for c in drawn]), minlength=len(expected)) / len(drawn)
+    found = torch.bincount(torch.tensor([c.ids[0] for c in drawn]), minlength=len(expected)) / len(
+        drawn
+    )
     noise = (expected / len(drawn)).sqrt().sum() / 2
     assert (found - expected).abs().sum() / 2 < 1.2 * noise
 
@@ -109,7 +122,9 @@ def test_top_p_cuts_what_is_drawn_and_not_the_log_probs(policy, tokenizer):
     sampling = Sampling(40, 1, top_p=0.05)
     drawn = TransformersSampler(policy, tokenizer, sampling).sample(PROMPTS[:1], seed=0)
     assert len({int(c.ids[0]) for c in drawn[0]}) < 8
-    np.testing.assert_allclose([c.logp for c in drawn[0]], scored(policy, PROMPTS[:1], drawn, Scoring()), atol=1e-5)
+    np.testing.assert_allclose(
+        [c.logp for c in drawn[0]], scored(policy, PROMPTS[:1], drawn, Scoring()), atol=1e-5
+    )
 
 
 def test_batches_of_sequences_keep_the_order_of_prompts(policy, tokenizer):
@@ -120,8 +135,12 @@ def test_batches_of_sequences_keep_the_order_of_prompts(policy, tokenizer):
     assert [len(group) for group in sampler.sample(PROMPTS, seed=0, samples=1)] == [1] * 4
 
 
-@pytest.mark.parametrize("name", ["LlamaConfig", "MistralConfig", "Gemma3TextConfig", "GPT2Config", "MiniCPM3Config"])
-def test_a_prompt_computed_once_gives_the_samples_of_one_computed_for_each(name, tokenizer, monkeypatch):
+@pytest.mark.parametrize(
+    "name", ["LlamaConfig", "MistralConfig", "Gemma3TextConfig", "GPT2Config", "MiniCPM3Config"]
+)
+def test_a_prompt_computed_once_gives_the_samples_of_one_computed_for_each(
+    name, tokenizer, monkeypatch
+):
     model = build(name, FAMILIES[name])
     policy = SimpleNamespace(causal_lm=model, model=model)
     prompts = [np.random.default_rng(0).integers(3, 97, n) for n in (21, 5)]
@@ -153,13 +172,19 @@ def test_stop_strings_end_a_response_even_where_the_policy_draws_padding(policy)
         assert c.finished == (stopped or c.ids[-1] == 1)
         assert c.finished or len(c.ids) == 14
         before = tokenizer.decode(c.ids[:-1])
-        assert not any(string in before for string in sampling.stop_strings), "it ends with the first one"
-    np.testing.assert_allclose([c.logp for c in drawn], scored(policy, PROMPTS[:1], [drawn], Scoring()), atol=2e-5)
+        assert not any(string in before for string in sampling.stop_strings), (
+            "it ends with the first one"
+        )
+    np.testing.assert_allclose(
+        [c.logp for c in drawn], scored(policy, PROMPTS[:1], [drawn], Scoring()), atol=2e-5
+    )
 
 
 def test_adapters_checkpointing_and_autocast(llamas, tokenizer):
     memory = MemoryOptions(gradient_checkpointing=True)
-    policy = load_policy(llamas["tied"], dtype=torch.bfloat16, lora=LoraOptions(r=2), memory=memory, packing=True)
+    policy = load_policy(
+        llamas["tied"], dtype=torch.bfloat16, lora=LoraOptions(r=2), memory=memory, packing=True
+    )
     for name, p in policy.model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.3)
@@ -178,7 +203,9 @@ def test_what_ends_a_response(policy, tokenizer):
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[7, 1]))
     assert stop_ids(tokenizer, model) == (1, 7)
     other = make_tokenizer()
-    other.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|user|>{% endfor %}"
+    other.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|user|>{% endfor %}"
+    )
     assert stop_ids(other, model) == (1, 3, 7), "the template's end of turn"
     other.chat_template = "{{ raise_exception('no users') }}"
     assert stop_ids(other, model) == (1, 7)
@@ -194,7 +221,9 @@ def test_what_ends_a_response(policy, tokenizer):
 
 def test_the_space_between_prompt_and_completion_is_part_of_its_text():
     """Decoders like Llama 2's take a space from the start of a text."""
-    raw = Tokenizer(models.BPE(vocab={"<s>": 0, "▁the": 1, "▁cat": 2, "▁sat": 3, "</s>": 4}, merges=[]))
+    raw = Tokenizer(
+        models.BPE(vocab={"<s>": 0, "▁the": 1, "▁cat": 2, "▁sat": 3, "</s>": 4}, merges=[])
+    )
     strip = [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     raw.decoder = decoders.Sequence(strip)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
@@ -206,8 +235,18 @@ def test_the_space_between_prompt_and_completion_is_part_of_its_text():
 
 def test_models_whose_caches_cannot_be_repeated_compute_the_prompt_for_each(tokenizer):
     config = Lfm2Config(
-        **{"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": 2},
-        **{"num_attention_heads": 4, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]},
+        **{
+            "vocab_size": 300,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "pad_token_id": 2,
+        },
+        **{
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "layer_types": ["conv", "full_attention"],
+        },
     )
     torch.manual_seed(0)
     model = Lfm2ForCausalLM(config)
@@ -222,9 +261,9 @@ def test_a_stop_string_does_not_begin_in_the_prompt(policy):
     prompt = np.array(tokenizer("ca")["input_ids"], dtype=np.int32)
     likely = TransformersSampler(policy, tokenizer, Sampling(200, 1)).sample([prompt], seed=0)
     first = tokenizer.decode([np.bincount([c.ids[0] for c in likely[0]]).argmax()])
-    (drawn,) = TransformersSampler(policy, tokenizer, Sampling(60, 6, stop_strings=("a" + first,))).sample(
-        [prompt], seed=0
-    )
+    (drawn,) = TransformersSampler(
+        policy, tokenizer, Sampling(60, 6, stop_strings=("a" + first,))
+    ).sample([prompt], seed=0)
     assert any(tokenizer.decode(c.ids).startswith(first) and len(c.ids) == 6 for c in drawn)
 
 
@@ -238,12 +277,17 @@ def test_a_policy_without_numbers_is_named(llamas, tokenizer):
 
 def test_samplers_that_cannot_serve_are_refused(policy, tokenizer, llamas, tmp_path):
     online = {"mode": "online", "rewards": ["json:dumps"]}
-    for generation, match in (("continuous", "runs in one process, and this run has 2"), ("vllm", "one process")):
+    for generation, match in (
+        ("continuous", "runs in one process, and this run has 2"),
+        ("vllm", "one process"),
+    ):
         config = make_config(llamas["untied"], "x.jsonl", tmp_path, generation=generation, **online)
         with pytest.raises(ValueError, match=match):
             make_sampler(config, policy, tokenizer, Scoring(), World(0, 2, torch.device("cpu")))
     alone = World(0, 1, torch.device("cpu"))
-    with pytest.raises(ValueError, match="vllm is not installed; pip install vllm, or set generation: padded"):
+    with pytest.raises(
+        ValueError, match="vllm is not installed; pip install vllm, or set generation: padded"
+    ):
         make_sampler(config, policy, tokenizer, Scoring(), alone)
 
 
@@ -265,29 +309,39 @@ def test_vllm_gets_the_policy_and_gives_ids_as_they_are(llamas, tokenizer, monke
         def generate(self, prompts, settings, use_tqdm):
             calls["asked"] = prompts, settings
             ids, logprob = [5, 6, 1], SimpleNamespace(logprob=-0.5)
-            sample = SimpleNamespace(token_ids=ids, logprobs=[{i: logprob} for i in ids], finish_reason="stop")
-            cut = SimpleNamespace(token_ids=ids[:2], logprobs=[{i: logprob} for i in ids[:2]], finish_reason="length")
+            sample = SimpleNamespace(
+                token_ids=ids, logprobs=[{i: logprob} for i in ids], finish_reason="stop"
+            )
+            cut = SimpleNamespace(
+                token_ids=ids[:2], logprobs=[{i: logprob} for i in ids[:2]], finish_reason="length"
+            )
             return [SimpleNamespace(outputs=[sample, cut]) for _ in prompts]
 
     fake = types.ModuleType("vllm")
     fake.LLM, fake.SamplingParams = LLM, SimpleNamespace
     monkeypatch.setitem(sys.modules, "vllm", fake)
-    monkeypatch.delitem(sys.modules, "una_fast.vllm_sampler", raising=False)
-    from una_fast.vllm_sampler import VllmSampler
+    monkeypatch.delitem(sys.modules, "una_fast.online.vllm_sampler", raising=False)
+    from una_fast.online.vllm_sampler import VllmSampler
 
     policy = load_policy(llamas["untied"], dtype=torch.float32, lora=LoraOptions(r=2))
     for name, p in policy.model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.3)
-    sampler = VllmSampler(policy, tokenizer, Sampling(2, 9, stop_ids=(1,), stop_strings=("x",)), model="m")
+    sampler = VllmSampler(
+        policy, tokenizer, Sampling(2, 9, stop_ids=(1,), stop_strings=("x",)), model="m"
+    )
     drawn = sampler.sample(PROMPTS[:2], seed=5, version=3)
-    monkeypatch.delitem(sys.modules, "una_fast.vllm_sampler")
-    assert [[(c.ids.tolist(), c.finished, c.logp, c.version) for c in group] for group in drawn] == [
-        [([5, 6, 1], True, -1.5, 3), ([5, 6], False, -1.0, 3)]
-    ] * 2
+    monkeypatch.delitem(sys.modules, "una_fast.online.vllm_sampler")
+    assert [
+        [(c.ids.tolist(), c.finished, c.logp, c.version) for c in group] for group in drawn
+    ] == [[([5, 6, 1], True, -1.5, 3), ([5, 6], False, -1.0, 3)]] * 2
     prompts, settings = calls["asked"]
     assert [p["prompt_token_ids"] for p in prompts] == [p.tolist() for p in PROMPTS[:2]]
-    assert [s.seed for s in settings] == [5, 7] and settings[0].stop_token_ids == [1] and settings[0].n == 2
+    assert (
+        [s.seed for s in settings] == [5, 7]
+        and settings[0].stop_token_ids == [1]
+        and settings[0].n == 2
+    )
     assert calls["settings"]["logprobs_mode"] == "processed_logprobs" and calls["reset"]
     plain = load_policy(llamas["untied"], dtype=torch.float32).causal_lm.state_dict()
     assert set(calls["weights"]) == set(plain), "the model's own names"

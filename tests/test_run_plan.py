@@ -12,28 +12,23 @@ import torch
 import transformers
 from tiny import make_config, make_records, make_tokenizer, write_jsonl
 
-import una_fast.memory as memory_module
-from una_fast.attention import Segment, attended_pairs
+import una_fast.model.activations as memory_module
+from una_fast.attention.rows import Segment, attended_pairs
+from una_fast.capacity.fit import GIB, cheapest_way, largest_batch, longest_row, savings, usable
+from una_fast.capacity.settings import RunPlanConfig
+from una_fast.capacity.trace import PARTS, Planner, Row
 from una_fast.cli import main
-from una_fast.config import LoraOptions, RunConfig
+from una_fast.config import RunConfig
 from una_fast.counters import FlopCounter, part
-from una_fast.data import collate
-from una_fast.loader import Step
+from una_fast.data.batch import collate
+from una_fast.data.loader import Step
+from una_fast.distributed import start_world
+from una_fast.model.lora import add_lora
+from una_fast.model.settings import LoraOptions
 from una_fast.optim import make_optimizer
-from una_fast.policy import add_lora
-from una_fast.run_plan import PARTS, Planner, Row
-from una_fast.run_report import (
-    GIB,
-    RunPlanConfig,
-    cheapest_way,
-    largest_batch,
-    longest_row,
-    measured_peak,
-    savings,
-    usable,
-)
-from una_fast.sharding import start_world
-from una_fast.train import RunData, Trainer, train
+from una_fast.train.loop import Trainer, train
+from una_fast.train.measure import measured_peak
+from una_fast.train.run_data import RunData
 
 SMALL = {
     "vocab_size": 1500,
@@ -59,7 +54,13 @@ MODELS = {
         layer_types=["sliding_attention", "full_attention"],
     ),
     "gpt2": transformers.GPT2Config(
-        vocab_size=1500, n_embd=64, n_layer=2, n_head=4, n_positions=4096, bos_token_id=0, eos_token_id=1
+        vocab_size=1500,
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        n_positions=4096,
+        bos_token_id=0,
+        eos_token_id=1,
     ),
 }
 
@@ -76,7 +77,9 @@ def models(tmp_path_factory):
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
     for name, layers in (("config", 2), ("deep", 9)):
-        config = transformers.LlamaConfig(**SMALL | {"num_hidden_layers": layers}, architectures=["LlamaForCausalLM"])
+        config = transformers.LlamaConfig(
+            **SMALL | {"num_hidden_layers": layers}, architectures=["LlamaForCausalLM"]
+        )
         config.save_pretrained(root / name)
     return {path.name: str(path) for path in root.iterdir()}
 
@@ -114,7 +117,9 @@ def drawn(seed: int) -> tuple[str, Row, dict]:
         "optimizer": "adamw",
     }
     changes["offload_activations"] = changes["gradient_checkpointing"] and rng.random() < 0.5
-    row = Row(rng.randint(100, 700), tuple(rng.randint(50, 200) for _ in range(rng.choice([1, 2, 2, 3]))))
+    row = Row(
+        rng.randint(100, 700), tuple(rng.randint(50, 200) for _ in range(rng.choice([1, 2, 2, 3])))
+    )
     return sorted(MODELS)[seed % len(MODELS)], row, changes
 
 
@@ -134,14 +139,18 @@ def test_the_drawn_configurations_cover_the_switches():
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_plan_is_within_a_tenth_of_the_measured_peak(seed, models, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory_module, "SMALL", 1 << 10)  # the hidden states of tests are worth moving
+    monkeypatch.setattr(
+        memory_module, "SMALL", 1 << 10
+    )  # the hidden states of tests are worth moving
     model, row, changes = drawn(seed)
     config = settings(models[model], tmp_path / "run", **changes)
     batch = [row.example()]
     step = Planner(config).step(batch)
     measured = measure(config, batch)
     assert step.peak == pytest.approx(measured, rel=0.1), (model, row, changes, step.parts)
-    assert step.tokens == (row.tokens if step.packed else sum(row.prompt + n for n in row.responses))
+    assert step.tokens == (
+        row.tokens if step.packed else sum(row.prompt + n for n in row.responses)
+    )
     assert set(step.parts) == set(PARTS) and min(step.parts.values()) >= 0
 
 
@@ -151,7 +160,8 @@ def test_a_scored_response_needs_its_own_row_alone(models, tmp_path):
     assert collate(one, packed=True).input_ids.numel() == 402
     assert collate(one, packed=False).input_ids.shape == (1, 402)
     peaks = [
-        measure(settings(models["llama"], tmp_path / str(len(b[0].responses)), workspace_mb=1), b) for b in (one, two)
+        measure(settings(models["llama"], tmp_path / str(len(b[0].responses)), workspace_mb=1), b)
+        for b in (one, two)
     ]
     fixed = 20 * Planner(settings(models["llama"], tmp_path)).parameters
     assert peaks[0] - fixed <= 0.6 * (peaks[1] - fixed)
@@ -179,28 +189,39 @@ def test_flop_of_a_step_are_those_that_run(models, tmp_path):
         trainer.take_step(Step(0.0, [batch], 1))
     segments = (Segment((0, 300), ((300, 400), (400, 460))),)
     # Attention runs in the reference, in forward, again for backward, and there at 2.5 times the cost.
-    attention = 5.5 * 4 * attended_pairs(segments) * SMALL["hidden_size"] * SMALL["num_hidden_layers"]
+    attention = (
+        5.5 * 4 * attended_pairs(segments) * SMALL["hidden_size"] * SMALL["num_hidden_layers"]
+    )
     assert planned == pytest.approx(counter.flop + attention, rel=0.01)
 
 
 def test_an_estimate_from_few_layers_is_the_whole_plan(models, tmp_path, monkeypatch):
     """Also where the peak of few layers is in another phase than that of many."""
     monkeypatch.setattr(memory_module, "SMALL", 1 << 10)
-    planner = Planner(settings(models["deep"], tmp_path / "run", gradient_checkpointing=True), device="cuda")
-    for row, switches in ((Row(500, (100, 100)), {"offload_activations": True}), (Row(60, (10, 10)), {})):
+    planner = Planner(
+        settings(models["deep"], tmp_path / "run", gradient_checkpointing=True), device="cuda"
+    )
+    for row, switches in (
+        (Row(500, (100, 100)), {"offload_activations": True}),
+        (Row(60, (10, 10)), {}),
+    ):
         whole, estimate = (f([row.example()], **switches) for f in (planner.step, planner.estimate))
         assert estimate.peak == pytest.approx(whole.peak, rel=0.03)
         assert estimate.flop == pytest.approx(whole.flop, rel=0.02)
 
 
 def test_a_plan_needs_no_weights_and_leaves_nothing_behind(models, tmp_path):
-    planner = Planner(settings(models["config"], tmp_path / "run"), device="cuda")  # there is none here
+    planner = Planner(
+        settings(models["config"], tmp_path / "run"), device="cuda"
+    )  # there is none here
     batch = [Row(64, (16, 16)).example()]
     state = torch.get_rng_state()
     planner.step(batch)
     assert torch.equal(state, torch.get_rng_state())
     config = settings(models["llama"], tmp_path / "after")
-    assert measure(config, batch) > 0  # packed attention runs on real tensors, with tables of its own
+    assert (
+        measure(config, batch) > 0
+    )  # packed attention runs on real tensors, with tables of its own
 
 
 def test_offloaded_states_are_counted_on_the_host(models, tmp_path, monkeypatch):
@@ -228,10 +249,20 @@ def test_ranks_gather_weights_in_the_dtype_of_the_computation(models, tmp_path):
     batch = [Row(640, (160, 160)).example()]
 
     def parts(**changes):
-        config = settings(models["config"], tmp_path / "run", precision="bf16", gradient_checkpointing=True, **changes)
+        config = settings(
+            models["config"],
+            tmp_path / "run",
+            precision="bf16",
+            gradient_checkpointing=True,
+            **changes,
+        )
         return Planner(config, device="cuda", world_size=4).step(batch).parts
 
-    narrow, masters, lora = parts(), parts(master_weights=True), parts(lora=LoraOptions(r=4, alpha=8))
+    narrow, masters, lora = (
+        parts(),
+        parts(master_weights=True),
+        parts(lora=LoraOptions(r=4, alpha=8)),
+    )
     for name in ("activations", "layer", "attention"):
         assert masters[name] == narrow[name] and lora[name] <= 1.3 * narrow[name], name
     assert masters["weights"] == pytest.approx(2 * narrow["weights"], rel=0.01)
@@ -254,7 +285,9 @@ def test_a_run_that_cannot_be_planned_is_trained(models, records, tmp_path, monk
         raise RuntimeError("an operator without a shape function")
 
     monkeypatch.setattr(Planner, "step", broken)
-    config = settings(models["llama"], tmp_path / "run", data=[records], memory_gib=1e-6, batch_size=6)
+    config = settings(
+        models["llama"], tmp_path / "run", data=[records], memory_gib=1e-6, batch_size=6
+    )
     assert train(config).steps == 1
     assert "the memory of the run is not planned: RuntimeError: an operator without" in caplog.text
 
@@ -282,7 +315,9 @@ def test_the_cheapest_way_fits_and_its_switches_train(models, tmp_path):
 
 
 def test_the_longest_row_fits_and_a_longer_one_does_not(models, tmp_path):
-    planner = Planner(settings(models["config"], tmp_path / "run", gradient_checkpointing=True), device="cuda")
+    planner = Planner(
+        settings(models["config"], tmp_path / "run", gradient_checkpointing=True), device="cuda"
+    )
     row = Row(160, (10, 10))
     room = 40 << 20
     longest = longest_row(planner, row, room)
@@ -304,33 +339,63 @@ def test_the_largest_batch_is_what_the_limits_allow():
     assert lengths(max_tokens_per_batch=82) == [40, 20] and lengths(max_tokens_per_batch=8) == [40]
     assert lengths(max_tokens_per_batch=1000, micro_batch_size=3) == [40, 30, 20]
     assert len(lengths(max_tokens_per_batch=1000)) == 4
-    assert lengths(max_tokens_per_batch=1000, batch_size=2) == [40, 30], "no batch holds more records than a step"
+    assert lengths(max_tokens_per_batch=1000, batch_size=2) == [40, 30], (
+        "no batch holds more records than a step"
+    )
 
 
 def test_memory_is_left_for_what_no_plan_sees():
-    assert usable(100 * GIB, "cuda") == int(99 * GIB / 1.03) and usable(GIB, "cpu") == int(GIB / 1.03)
+    assert usable(100 * GIB, "cuda") == int(99 * GIB / 1.03) and usable(GIB, "cpu") == int(
+        GIB / 1.03
+    )
 
 
 # --- the command and the trainer ---
 
 
-def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(models, records, tmp_path, capsys):
-    command = ["train", "--model", models["config"], "--data", records, "--tokenizer", models["llama"]]
+def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(
+    models, records, tmp_path, capsys
+):
+    command = [
+        "train",
+        "--model",
+        models["config"],
+        "--data",
+        records,
+        "--tokenizer",
+        models["llama"],
+    ]
     common = ["--output_dir", str(tmp_path / "run"), "--device", "cpu", "--workspace_mb", "1"]
     smallest = (
-        Planner(settings(models["config"], tmp_path / "x", workspace_mb=1.0)).step([Row(2, (2, 2)).example()]).peak
+        Planner(settings(models["config"], tmp_path / "x", workspace_mb=1.0))
+        .step([Row(2, (2, 2)).example()])
+        .peak
     )
     limit = str(smallest / GIB)
-    assert main([*command, *common, "--memory_gib", limit]) == 1  # there are no weights: loading would fail
+    assert (
+        main([*command, *common, "--memory_gib", limit]) == 1
+    )  # there are no weights: loading would fail
     error = capsys.readouterr().err
-    assert "the largest batch of the run" in error and "pairs.jsonl:" in error and "weights" in error
+    assert (
+        "the largest batch of the run" in error and "pairs.jsonl:" in error and "weights" in error
+    )
     assert "It fits with" in error and "=" in error.split("It fits with")[1]
     assert main([*command, *common, "--memory_gib", "0.001"]) == 1
     assert "it still needs" in capsys.readouterr().err
 
 
 def test_a_run_that_fits_with_the_named_switches_runs_with_them(models, records, tmp_path, capsys):
-    command = ["train", "--model", models["llama"], "--data", records, "--device", "cpu", "--progress", "false"]
+    command = [
+        "train",
+        "--model",
+        models["llama"],
+        "--data",
+        records,
+        "--device",
+        "cpu",
+        "--progress",
+        "false",
+    ]
     command += ["--workspace_mb", "1", "--loggers", "[]", "--memory_gib"]
     config = settings(models["llama"], tmp_path / "x", workspace_mb=1.0)
     planner = Planner(config)
@@ -338,7 +403,9 @@ def test_a_run_that_fits_with_the_named_switches_runs_with_them(models, records,
     limit = str(whole / GIB)  # three percent are left for fragmentation
     assert main([*command, limit, "--output_dir", str(tmp_path / "refused")]) == 1
     advice = capsys.readouterr().err.split("It fits with ")[1].split(":")[0].split()
-    flags = [word for switch in advice for word in ("--" + switch.split("=")[0], switch.split("=")[1])]
+    flags = [
+        word for switch in advice for word in ("--" + switch.split("=")[0], switch.split("=")[1])
+    ]
     flags = [flag for flag in flags if flag not in ("--reference", "cached")]
     assert main([*command, limit, "--output_dir", str(tmp_path / "run"), *flags]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 1
@@ -348,13 +415,36 @@ def test_plan_of_a_row_prints_parts_limits_and_switches(models, capsys):
     row = ["--prompt", "4000", "--responses", "[250, 250]"]
     assert main(["plan", "--model", models["config"], *row, "--memory_gib", "2"]) == 0
     text = capsys.readouterr().out
-    for word in ("packed rows, cuda", "4,500 tokens", "weights", "activations", "peak", "Tflop", "longest"):
+    for word in (
+        "packed rows, cuda",
+        "4,500 tokens",
+        "weights",
+        "activations",
+        "peak",
+        "Tflop",
+        "longest",
+    ):
         assert word in text
     assert "less with gradient_checkpointing=true" in text
 
 
 def test_plan_measures_beside_its_prediction(models, records, capsys):
-    assert main(["plan", "--model", models["tied"], "--data", records, "--device", "cpu", "--measure", "true"]) == 0
+    assert (
+        main(
+            [
+                "plan",
+                "--model",
+                models["tied"],
+                "--data",
+                records,
+                "--device",
+                "cpu",
+                "--measure",
+                "true",
+            ]
+        )
+        == 0
+    )
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
     off = float(lines["measured"].split("the plan is ")[1].split("%")[0])
     assert abs(off) <= 10
@@ -367,9 +457,18 @@ def test_plan_measures_beside_its_prediction(models, records, capsys):
         (["--prompt", "5"], "both --prompt and --responses"),
         (["--prompt", "5", "--responses", "[0]"], "at least 1 token"),
         (["--prompt", "5", "--responses", "[5]", "--gpu", "H900"], "gpu='H900' is not one of H200"),
-        (["--prompt", "5", "--responses", "[5]", "--world_size", "0"], "world_size=0 must be at least 1"),
-        (["--prompt", "5", "--responses", "[5]", "--gpu", "H200", "--device", "cpu"], "plan for one of them"),
-        (["--prompt", "5", "--responses", "[5]", "--measure", "true", "--world_size", "2"], "in one process"),
+        (
+            ["--prompt", "5", "--responses", "[5]", "--world_size", "0"],
+            "world_size=0 must be at least 1",
+        ),
+        (
+            ["--prompt", "5", "--responses", "[5]", "--gpu", "H200", "--device", "cpu"],
+            "plan for one of them",
+        ),
+        (
+            ["--prompt", "5", "--responses", "[5]", "--measure", "true", "--world_size", "2"],
+            "in one process",
+        ),
         (["--prompt", "5", "--responses", "[5]", "--pairs", "2"], "give it with --op N D V"),
         (["--op", "64", "32", "1000", "--prompt", "5"], "which model, prompt do not enter"),
     ],
@@ -391,11 +490,17 @@ def test_an_optimizer_has_the_bytes_that_are_planned(models, tmp_path):
     step = Planner(config).step([Row(30, (10, 10)).example()])
     model = transformers.AutoModelForCausalLM.from_pretrained(models["tied"])
     optimizer = make_optimizer(
-        type("Policy", (), {"trainable_parameters": lambda self: list(model.parameters())})(), config
+        type("Policy", (), {"trainable_parameters": lambda self: list(model.parameters())})(),
+        config,
     )
     with part("optimizer"):
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
         optimizer.step()
-    held = sum(x.numel() * x.itemsize for state in optimizer.state.values() for x in state.values() if x.dim())
+    held = sum(
+        x.numel() * x.itemsize
+        for state in optimizer.state.values()
+        for x in state.values()
+        if x.dim()
+    )
     assert step.parts["optimizer"] == held

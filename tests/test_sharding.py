@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 from tiny import make_records, read_metrics, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from una_fast.checkpoint import complete_checkpoints
 from una_fast.config import RunConfig
-from una_fast.data import Example, mixture_order
+from una_fast.data.examples import Example
+from una_fast.data.loader import Loader, hold_out, mixture_order, num_steps
 from una_fast.feedback import Feedback
-from una_fast.loader import Loader, hold_out, num_steps
-from una_fast.train import train
+from una_fast.train.checkpoint import complete_checkpoints
+from una_fast.train.loop import train
 
 TESTS = Path(__file__).parent
 TIMEOUT = 240  # seconds; a missing collective hangs for ever
@@ -33,7 +33,9 @@ TIMEOUT = 240  # seconds; a missing collective hangs for ever
 def example(number: int) -> Example:
     ids = np.full(1 + number % 3, number, dtype=np.int32)
     units = number % 4 + 1
-    return Example(ids, (ids,) * units, Feedback.scores(range(units), [0.5] * units), None, f"x.jsonl:{number}")
+    return Example(
+        ids, (ids,) * units, Feedback.scores(range(units), [0.5] * units), None, f"x.jsonl:{number}"
+    )
 
 
 def loaders(count: int, weights=(1.0,), world_size: int = 1, **options) -> list[Loader]:
@@ -59,7 +61,9 @@ def test_ranks_share_the_global_batch(count, batch_size, micro_batch_size, world
     total = num_steps(whole.steps_per_epoch, 2, None)
     assert total == 2 * -(-count // batch_size)
     for alone, *steps in zip(*(loader.steps(0, total) for loader in [whole, *ranks]), strict=True):
-        assert len({len(step.micro_batches) for step in steps}) == 1, "ranks would wait for each other"
+        assert len({len(step.micro_batches) for step in steps}) == 1, (
+            "ranks would wait for each other"
+        )
         assert all(len(part) <= micro_batch_size for step in steps for part in step.micro_batches)
         batch = sorted(sum(origins(alone), []))
         assert sorted(sum((part for step in steps for part in origins(step)), [])) == batch
@@ -74,15 +78,28 @@ def test_resumed_steps_are_the_steps(rank):
     options = {"weights": (1.0, 1.5), "world_size": 2}
     steps = [origins(step) for step in loaders(20, **options)[rank].steps(0, 13)]
     for first in range(13):
-        assert [origins(step) for step in loaders(20, **options)[rank].steps(first, 13)] == steps[first:]
-    assert steps[:5] != steps[5:10]  # another epoch, another order: 10 + 15 records make 5 steps of 6
+        assert [origins(step) for step in loaders(20, **options)[rank].steps(first, 13)] == steps[
+            first:
+        ]
+    assert (
+        steps[:5] != steps[5:10]
+    )  # another epoch, another order: 10 + 15 records make 5 steps of 6
 
 
 def test_an_epoch_sees_every_source_by_its_weight():
     (loader,) = loaders(20, weights=(2.0, 0.3), batch_size=7)
     assert loader.steps_per_epoch == 4  # 20 + 3 records
-    seen = [int(origin.split(":")[1]) for step in loader.steps(0, 4) for part in origins(step) for origin in part]
-    assert sorted(seen)[:20] == sorted([*range(10)] * 2) and len(set(seen[20:])) <= 3 and len(seen) == 23
+    seen = [
+        int(origin.split(":")[1])
+        for step in loader.steps(0, 4)
+        for part in origins(step)
+        for origin in part
+    ]
+    assert (
+        sorted(seen)[:20] == sorted([*range(10)] * 2)
+        and len(set(seen[20:])) <= 3
+        and len(seen) == 23
+    )
     assert sorted(seen) == sorted(mixture_order([10, 10], [2.0, 0.3], seed=3, epoch=0).tolist())
 
 
@@ -90,7 +107,9 @@ def test_fractional_epochs_and_max_steps():
     (loader,) = loaders(60)
     assert loader.steps_per_epoch == 10
     assert num_steps(10, 1.1, None) == 11  # 1.1 * 10 is 11.000000000000002
-    assert num_steps(10, 0.05, None) == 1 and num_steps(10, 2, 7) == 7 and num_steps(10, 0.5, 7) == 5
+    assert (
+        num_steps(10, 0.05, None) == 1 and num_steps(10, 2, 7) == 7 and num_steps(10, 0.5, 7) == 5
+    )
 
 
 def test_evaluation_sees_every_example_once():
@@ -106,7 +125,9 @@ def test_evaluation_sees_every_example_once():
 def test_held_out_examples_are_a_split():
     examples = [example(number) for number in range(30)]
     kept, held = hold_out(examples, 0.1, seed=1)
-    assert len(held) == 3 and sorted(e.origin for e in kept + held) == sorted(e.origin for e in examples)
+    assert len(held) == 3 and sorted(e.origin for e in kept + held) == sorted(
+        e.origin for e in examples
+    )
     assert hold_out(examples, 0.1, seed=1) == (kept, held)
     assert [e.origin for e in held] != [e.origin for e in hold_out(examples, 0.1, seed=2)[1]]
 
@@ -114,7 +135,10 @@ def test_held_out_examples_are_a_split():
 def test_identity_of_the_data():
     (one,), (two,) = loaders(20), loaders(20)
     assert one.identity() == two.identity() != loaders(19)[0].identity()
-    assert loaders(20, weights=(1.0, 1.0))[0].identity() != loaders(20, weights=(1.0, 2.0))[0].identity()
+    assert (
+        loaders(20, weights=(1.0, 1.0))[0].identity()
+        != loaders(20, weights=(1.0, 2.0))[0].identity()
+    )
     assert loaders(20, world_size=2)[1].identity() == one.identity()
     two.examples[4] = example(8)
     assert one.identity() != two.identity()
@@ -124,14 +148,30 @@ def test_identity_of_the_data():
 
 STEPS = 20
 SGD = {
-    **{"optimizer": "sgd", "learning_rate": 0.02, "max_grad_norm": None, "beta": 0.2, "batch_size": 5},
+    **{
+        "optimizer": "sgd",
+        "learning_rate": 0.02,
+        "max_grad_norm": None,
+        "beta": 0.2,
+        "batch_size": 5,
+    },
     **{"micro_batch_size": 2, "lr_schedule": "constant", "warmup_ratio": 0.0},
 }
-ADAM = {"learning_rate": 3e-3, "batch_size": 6, "micro_batch_size": 2, "max_steps": 6, "log_every": 2, "save_every": 3}
+ADAM = {
+    "learning_rate": 3e-3,
+    "batch_size": 6,
+    "micro_batch_size": 2,
+    "max_steps": 6,
+    "log_every": 2,
+    "save_every": 3,
+}
 QUIET = {"progress": False, "loggers": [], "device": "cpu"}
 LORA = {"lora": {"r": 4, "alpha": 8}}
 SWITCHES = {"mlp_tile": 7, "gradient_checkpointing": True, "offload_activations": True}
-TOKENS = {"micro_batch_size": None, "max_tokens_per_batch": 60}  # one or two of the records; some are longer
+TOKENS = {
+    "micro_batch_size": None,
+    "max_tokens_per_batch": 60,
+}  # one or two of the records; some are longer
 
 
 @pytest.fixture(scope="module")
@@ -150,13 +190,19 @@ def cases(llamas, root):
     lora = {**adam, "model": llamas["untied"], **LORA}
     return {
         "untied": ({"model": llamas["untied"], **sgd}, None),
-        "tied": ({"model": llamas["tied"], **sgd, "packing": False, "gradient_checkpointing": True}, None),
+        "tied": (
+            {"model": llamas["tied"], **sgd, "packing": False, "gradient_checkpointing": True},
+            None,
+        ),
         "lora": ({"model": llamas["untied"], **sgd, **LORA}, None),
         "switches": ({"model": llamas["untied"], **sgd, **SWITCHES}, None),
         "lora switches": ({"model": llamas["untied"], **sgd, **LORA, **SWITCHES}, None),
         "tokens": ({"model": llamas["untied"], **sgd, **TOKENS}, None),
         "tokens, padded": ({"model": llamas["untied"], **sgd, **TOKENS, "packing": False}, None),
-        "one record a step": ({"model": llamas["untied"], **sgd, "batch_size": 1, "max_steps": 3}, None),
+        "one record a step": (
+            {"model": llamas["untied"], **sgd, "batch_size": 1, "max_steps": 3},
+            None,
+        ),
         "adam": (adam, None),
         "adam again": (adam, 5),
         "adam lora": (lora, None),
@@ -166,7 +212,10 @@ def cases(llamas, root):
         "adam bf16": ({**adam, "precision": "bf16"}, None),
         "adam bf16 again": ({**adam, "precision": "bf16"}, 5),
         "bf16": ({**adam, "precision": "bf16", "max_steps": 2}, None),
-        "bf16 master": ({**adam, "precision": "bf16", "master_weights": True, "max_steps": 2}, None),
+        "bf16 master": (
+            {**adam, "precision": "bf16", "master_weights": True, "max_steps": 2},
+            None,
+        ),
         "bf16 lora": ({**lora, "precision": "bf16", "max_steps": 2}, None),
     }
 
@@ -180,7 +229,9 @@ def two_ranks(cases, root):
         todo[name] = {"config": settings, "die_at": die_at}
         if die_at:
             todo[f"{name}, resumed"] = {"config": settings | {"resume": True}, "die_at": None}
-    config = RunConfig(**cases["adam"][0] | {"output_dir": str(root / "two" / "cli"), "max_steps": 2})
+    config = RunConfig(
+        **cases["adam"][0] | {"output_dir": str(root / "two" / "cli"), "max_steps": 2}
+    )
     config.save(root / "cli.yaml")
     todo["cli"] = {"argv": ["train", "--config", str(root / "cli.yaml")]}
     run_two_ranks(todo, root)
@@ -191,7 +242,13 @@ def run_two_ranks(todo: dict[str, dict], root: Path) -> None:
     """Cases of fsdp_worker.py under one torchrun."""
     (root / "cases.json").write_text(json.dumps(todo))
     torchrun = Path(sys.executable).with_name("torchrun")
-    command = [str(torchrun), "--standalone", "--nproc-per-node", "2", str(TESTS / "fsdp_worker.py")]
+    command = [
+        str(torchrun),
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(TESTS / "fsdp_worker.py"),
+    ]
     log = (root / "log").open("w+")
     process = subprocess.Popen(
         [*command, str(root / "cases.json")],
@@ -239,7 +296,16 @@ def worst_error(values: dict[str, torch.Tensor], truth: dict[str, torch.Tensor])
     return max(float((values[name] - truth[name]).abs().max() / scales[name]) for name in truth)
 
 
-SAME = ["untied", "tied", "lora", "switches", "lora switches", "tokens", "tokens, padded", "one record a step"]
+SAME = [
+    "untied",
+    "tied",
+    "lora",
+    "switches",
+    "lora switches",
+    "tokens",
+    "tokens, padded",
+    "one record a step",
+]
 
 
 @pytest.mark.parametrize("name", SAME)
@@ -249,7 +315,9 @@ def test_every_gradient_is_that_of_one_process(two_ranks, one_process, name):
     steps = 3 if name == "one record a step" else STEPS
     assert len(seen["gradients"]) == len(expected["gradients"]) == steps
     assert len(seen["gradients"][0]) == {"tied": 20, "lora": 28, "lora switches": 28}.get(name, 21)
-    errors = [worst_error(*pair) for pair in zip(seen["gradients"], expected["gradients"], strict=True)]
+    errors = [
+        worst_error(*pair) for pair in zip(seen["gradients"], expected["gradients"], strict=True)
+    ]
     assert max(errors) <= 1e-5, errors
     assert seen["dtypes"] == ["torch.float32"]
 
@@ -265,7 +333,9 @@ def test_every_metric_is_that_of_one_process(two_ranks, one_process, name):
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5, abs=1e-6)
     assert sharded[0] == pytest.approx(alone[0], rel=1e-6, abs=1e-9) and "eval_loss" in sharded[0]
     if name != "one record a step":
-        assert len({line["units"] for line in alone if "units" in line}) > 1, "steps are to differ in their units"
+        assert len({line["units"] for line in alone if "units" in line}) > 1, (
+            "steps are to differ in their units"
+        )
 
 
 @pytest.mark.parametrize("name", SAME)
@@ -339,7 +409,14 @@ def test_sharded_moments_in_8_bits(llamas, tmp_path):
     model.save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(llamas["untied"]).save_pretrained(tmp_path / "model")
     data = write_jsonl(tmp_path / "data.jsonl", make_records("mixed", 24))
-    settings = {"model": str(tmp_path / "model"), "data": data, **ADAM, **QUIET, "precision": "bf16", "save_every": 2}
+    settings = {
+        "model": str(tmp_path / "model"),
+        "data": data,
+        **ADAM,
+        **QUIET,
+        "precision": "bf16",
+        "save_every": 2,
+    }
     settings |= {"optimizer": "adamw_8bit", "max_steps": 4}
     whole, again = (settings | {"output_dir": str(tmp_path / name)} for name in ("whole", "again"))
     todo = {"whole": {"config": whole}, "again": {"config": again, "die_at": 4}}

@@ -16,7 +16,15 @@ BINS = ((0.0, 1.0), (1.0, 3.0))
 
 def run(method, what, seed, points, lr=1.0, beta=1.0):
     points = [{"step": k + 1, "gold": gold, "kl": kl} for k, (gold, kl) in enumerate(points)]
-    return {"part": "E3", "method": method, "what": what, "seed": seed, "lr": lr, "beta": beta, "points": points}
+    return {
+        "part": "E3",
+        "method": method,
+        "what": what,
+        "seed": seed,
+        "lr": lr,
+        "beta": beta,
+        "points": points,
+    }
 
 
 # --- statistics ------------------------------------------------------------------------------------------------------
@@ -28,7 +36,10 @@ def run(method, what, seed, points, lr=1.0, beta=1.0):
         ([0.001, -0.002, 0.003, 0.0, -0.001], "equivalent"),
         ([0.05, 0.06, 0.05, 0.07, 0.06], "better"),
         ([-0.05, -0.06, -0.05, -0.07, -0.06], "worse"),
-        ([0.2, -0.2, 0.1, -0.1, 0.0], "inconclusive"),  # no difference on average, and no evidence of that
+        (
+            [0.2, -0.2, 0.1, -0.1, 0.0],
+            "inconclusive",
+        ),  # no difference on average, and no evidence of that
         ([0.015, 0.025, 0.02, 0.02, 0.02], "inconclusive"),  # across the margin
         ([0.0], "inconclusive"),
     ],
@@ -39,7 +50,9 @@ def test_verdicts(differences, expected):
 
 def test_interval_is_students():
     found = stats.interval([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert found.mean == 3.0 and found.high - found.mean == pytest.approx(2.1318 * (2.5**0.5) / 5**0.5)
+    assert found.mean == 3.0 and found.high - found.mean == pytest.approx(
+        2.1318 * (2.5**0.5) / 5**0.5
+    )
 
 
 def test_a_kl_is_in_one_bin():
@@ -62,7 +75,9 @@ def test_selection_never_sees_the_reporting_seeds():
     reported = [run("m", "report", seed, [(0.1, 0.6), (0.1, 2.0)], lr=1.0) for seed in (1, 2)]
     assert stats.select([*runs, *lucky, *reported], BINS) == chosen
     line = stats.frontier([*runs, *lucky, *reported], BINS)
-    assert line[BINS[0]] == {1: (0.1, 0.6), 2: (0.1, 0.6)}, "what was chosen is reported, not what was best"
+    assert line[BINS[0]] == {1: (0.1, 0.6), 2: (0.1, 0.6)}, (
+        "what was chosen is reported, not what was best"
+    )
     assert not set(FULL.select_seeds) & set(FULL.report_seeds) and len(FULL.report_seeds) >= 5
 
 
@@ -92,7 +107,10 @@ def test_a_finished_run_is_not_repeated_and_one_of_other_code_is(tmp_path):
     store = Store(tmp_path / "runs.jsonl", "v1")
     store.add("a", {"seed": 1})
     store.add("b", {"seed": 1, "failed": "diverged"})
-    assert set(Store(tmp_path / "runs.jsonl", "v1").runs) == {"a"} and not Store(tmp_path / "runs.jsonl", "v2").runs
+    assert (
+        set(Store(tmp_path / "runs.jsonl", "v1").runs) == {"a"}
+        and not Store(tmp_path / "runs.jsonl", "v2").runs
+    )
 
 
 # --- PPO -------------------------------------------------------------------------------------------------------------
@@ -101,7 +119,9 @@ def test_a_finished_run_is_not_repeated_and_one_of_other_code_is(tmp_path):
 def test_gae_is_its_definition():
     """A_t = sum_k lam^k (r_{t+k} + V_{t+k+1} - V_{t+k}), V behind the end being 0; ragged answers."""
     generator = torch.Generator().manual_seed(0)
-    rewards, values = (torch.randn(3, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    rewards, values = (
+        torch.randn(3, 5, generator=generator, dtype=torch.float64) for _ in range(2)
+    )
     lengths, lam = [5, 2, 1], 0.9
     real = (torch.arange(5) < torch.tensor(lengths)[:, None]).double()
     found = gae(rewards * real, values * real, real, lam)
@@ -124,7 +144,9 @@ def test_the_clipped_objective_starts_as_the_policy_gradient():
     mean = torch.zeros(5, dtype=torch.float64)
     for answer in range(5):
         logp = torch.log_softmax(logits, 0)[answer][None]
-        (one,) = torch.autograd.grad(policy_loss(logp, logp.detach(), reward[answer][None], 0.2), logits)
+        (one,) = torch.autograd.grad(
+            policy_loss(logp, logp.detach(), reward[answer][None], 0.2), logits
+        )
         mean += probability[answer].detach() * one
     assert torch.allclose(mean, expected, atol=1e-12)
 
@@ -146,7 +168,9 @@ def test_the_page_says_what_the_results_say():
     )
     without = report.page(None)
     assert "{{" not in without and without.count(report.NOT_RUN) == len(report.SECTIONS)
-    assert report.NOT_RUN not in report.page(report.read(report.RESULTS)), "a part of the study is missing"
+    assert report.NOT_RUN not in report.page(report.read(report.RESULTS)), (
+        "a part of the study is missing"
+    )
 
 
 def test_the_results_are_those_of_the_plan():

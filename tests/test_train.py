@@ -27,16 +27,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import una_fast.checkpoint as checkpoint_module
-import una_fast.train as train_module
-from una_fast.checkpoint import complete_checkpoints
-from una_fast.config import LoraOptions, RunConfig
-from una_fast.data import Example, Source, layout_tokens, load_examples
+import una_fast.train.checkpoint as checkpoint_module
+import una_fast.train.loop as train_module
+from una_fast.config import RunConfig
+from una_fast.data.batch import layout_tokens
+from una_fast.data.examples import Example, load_examples
+from una_fast.data.loader import plan_batches
+from una_fast.data.sources import Source
+from una_fast.distributed import start_world
 from una_fast.feedback import Feedback
-from una_fast.loader import plan_batches
-from una_fast.precompute import precompute_reference
-from una_fast.sharding import start_world
-from una_fast.train import Trainer, check_token_ids, load_data, train
+from una_fast.model.settings import LoraOptions
+from una_fast.train.checkpoint import complete_checkpoints
+from una_fast.train.loop import Trainer, check_token_ids, train
+from una_fast.train.precompute import precompute_reference
+from una_fast.train.run_data import load_data
 
 LORA = LoraOptions(r=4, alpha=8)
 
@@ -54,7 +58,10 @@ def open_trainer(config: RunConfig) -> Trainer:
 
 
 def weights_of(output_dir: str | Path) -> dict[str, torch.Tensor]:
-    (file,) = [*Path(output_dir).glob("model.safetensors"), *Path(output_dir).glob("adapter_model.safetensors")]
+    (file,) = [
+        *Path(output_dir).glob("model.safetensors"),
+        *Path(output_dir).glob("adapter_model.safetensors"),
+    ]
     return load_file(file)
 
 
@@ -105,9 +112,19 @@ def finished(llamas, tmp_path_factory):
 def test_a_run_leaves_every_output(finished):
     config, result = finished
     files = {path.name for path in result.output_dir.iterdir()}
-    assert {"config.yaml", "data.json", "metrics.jsonl", "README.md", "tensorboard", "model.safetensors"} <= files
+    assert {
+        "config.yaml",
+        "data.json",
+        "metrics.jsonl",
+        "README.md",
+        "tensorboard",
+        "model.safetensors",
+    } <= files
     card = (result.output_dir / "README.md").read_text()
-    assert "una/calibration_error" in card and "labels.jsonl: 8 records -> 8 examples (8 binary units)" in card
+    assert (
+        "una/calibration_error" in card
+        and "labels.jsonl: 8 records -> 8 examples (8 binary units)" in card
+    )
     reports = json.loads((result.output_dir / "data.json").read_text())
     assert [report["examples"] for report in reports] == [8, 8, 8, 8, 4, 8, 8, 9]
     assert reports[5]["units"] == {"pair": 8, "score": 16} and reports[4]["unlabelled"] == 4
@@ -132,7 +149,10 @@ def test_metrics_have_the_names_of_trl(finished):
     assert set(names.split()) <= set(everything)
     assert all(math.isfinite(value) for line in lines for value in line.values())
     assert [line["step"] for line in lines if "eval_loss" in line] == [0, 16]
-    assert result.metrics["eval_loss"] == lines[-1]["eval_loss"] and result.metrics["loss"] == steps[-1]["loss"]
+    assert (
+        result.metrics["eval_loss"] == lines[-1]["eval_loss"]
+        and result.metrics["loss"] == steps[-1]["loss"]
+    )
 
 
 def test_the_loss_falls(finished):
@@ -141,21 +161,38 @@ def test_the_loss_falls(finished):
     losses = [line["loss"] for line in lines if "loss" in line]
     assert np.mean(losses[-4:]) < 0.5 * np.mean(losses[:4])
     assert lines[-2]["rewards/accuracies"] > 0.9
-    assert lines[0]["eval_kl"] == 0 and lines[0]["eval_una/implicit_mean"] == 0.5  # the policy starts as the reference
+    assert (
+        lines[0]["eval_kl"] == 0 and lines[0]["eval_una/implicit_mean"] == 0.5
+    )  # the policy starts as the reference
 
 
 def test_learning_rate_is_reported_for_the_step_that_used_it(finished):
     _, result = finished
     rates = [line["learning_rate"] for line in read_metrics(result.output_dir) if "loss" in line]
-    assert rates[:4] == pytest.approx([0.0, 1e-3, 2e-3, 3e-3])  # 0.2 of 16 steps are 3 steps of warmup
+    assert rates[:4] == pytest.approx(
+        [0.0, 1e-3, 2e-3, 3e-3]
+    )  # 0.2 of 16 steps are 3 steps of warmup
     cosine = [3e-3 * 0.5 * (1 + math.cos(math.pi * k / 13)) for k in range(13)]
     assert rates[3:] == pytest.approx(cosine)
 
 
 def test_a_constant_learning_rate_has_its_warmup(llamas, mixed, tmp_path):
-    settings = {"learning_rate": 1e-3, "warmup_ratio": 0.5, "max_steps": 4, "batch_size": 4, "micro_batch_size": 4}
-    train(make_config(llamas["untied"], mixed, tmp_path / "run", lr_schedule="constant", **settings))
-    assert [line["learning_rate"] for line in read_metrics(tmp_path / "run")] == [0.0, 5e-4, 1e-3, 1e-3]
+    settings = {
+        "learning_rate": 1e-3,
+        "warmup_ratio": 0.5,
+        "max_steps": 4,
+        "batch_size": 4,
+        "micro_batch_size": 4,
+    }
+    train(
+        make_config(llamas["untied"], mixed, tmp_path / "run", lr_schedule="constant", **settings)
+    )
+    assert [line["learning_rate"] for line in read_metrics(tmp_path / "run")] == [
+        0.0,
+        5e-4,
+        1e-3,
+        1e-3,
+    ]
 
 
 def test_tensorboard_has_the_metrics(finished):
@@ -171,8 +208,13 @@ def test_tensorboard_has_the_metrics(finished):
 @pytest.mark.parametrize("what", ["final", "checkpoint"])
 def test_the_saved_model_generates(finished, what):
     config, result = finished
-    directory = result.output_dir if what == "final" else complete_checkpoints(result.output_dir)[-1]
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
+    directory = (
+        result.output_dir if what == "final" else complete_checkpoints(result.output_dir)[-1]
+    )
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(directory),
+        AutoTokenizer.from_pretrained(directory),
+    )
     assert model.dtype == torch.float32
     prompt = tokenizer("the cat sat", return_tensors="pt")
     out = model.generate(**prompt, max_new_tokens=5, do_sample=False)
@@ -184,16 +226,30 @@ def test_the_saved_model_generates(finished, what):
 
 
 def test_a_lora_run_saves_an_adapter_that_loads(llamas, mixed, tmp_path):
-    train(make_config(llamas["untied"], mixed, tmp_path / "run", lora=LORA, max_steps=2, learning_rate=1e-2))
+    train(
+        make_config(
+            llamas["untied"], mixed, tmp_path / "run", lora=LORA, max_steps=2, learning_rate=1e-2
+        )
+    )
     model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run")
-    changed = [name for name, p in model.named_parameters() if "lora_B" in name and p.abs().max() > 0]
+    changed = [
+        name for name, p in model.named_parameters() if "lora_B" in name and p.abs().max() > 0
+    ]
     assert len(changed) == 14  # seven linear layers in each of two blocks
-    AutoModelForCausalLM.from_pretrained(tmp_path / "run").generate(torch.tensor([[0, 5]]), max_new_tokens=2)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run").generate(
+        torch.tensor([[0, 5]]), max_new_tokens=2
+    )
 
 
 def test_an_adapter_is_trained_on_against_its_own_start(llamas, mixed, tmp_path):
-    train(make_config(llamas["untied"], mixed, tmp_path / "one", lora=LORA, max_steps=2, learning_rate=1e-2))
-    train(make_config(str(tmp_path / "one"), mixed, tmp_path / "two", max_steps=2, learning_rate=1e-2))
+    train(
+        make_config(
+            llamas["untied"], mixed, tmp_path / "one", lora=LORA, max_steps=2, learning_rate=1e-2
+        )
+    )
+    train(
+        make_config(str(tmp_path / "one"), mixed, tmp_path / "two", max_steps=2, learning_rate=1e-2)
+    )
     assert read_metrics(tmp_path / "two")[0]["kl"] == 0
     assert weights_of(tmp_path / "two").keys() == weights_of(tmp_path / "one").keys()
 
@@ -230,12 +286,16 @@ def biased(llamas, mixed, tmp_path_factory):
 
 def test_metrics_by_hand(llamas, mixed, biased, tmp_path):
     beta = 0.3
-    config = make_config(llamas["untied"], biased, tmp_path / "run", batch_size=36, micro_batch_size=5, beta=beta)
+    config = make_config(
+        llamas["untied"], biased, tmp_path / "run", batch_size=36, micro_batch_size=5, beta=beta
+    )
     train(config)
     (line,) = read_metrics(tmp_path / "run")
 
     chosen, rejected, correct, points, losses, ratios, lps = [], [], [], [], [], [], []
-    for text, logps in zip(Path(biased).read_text().splitlines(), own_logps(llamas["untied"], mixed), strict=True):
+    for text, logps in zip(
+        Path(biased).read_text().splitlines(), own_logps(llamas["untied"], mixed), strict=True
+    ):
         record = json.loads(text)
         delta = np.subtract(logps, record["ref_logps"])
         ratios += delta.tolist()
@@ -273,7 +333,9 @@ def test_metrics_by_hand(llamas, mixed, biased, tmp_path):
         "epoch": 1.0,
         "step": 1,
     }
-    assert len(chosen) == 12 and len(points) > 20 and 0 < np.mean(correct) < 1 and len(set(bins)) > 5
+    assert (
+        len(chosen) == 12 and len(points) > 20 and 0 < np.mean(correct) < 1 and len(set(bins)) > 5
+    )
     assert {name: line[name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-6)
     tokenizer = AutoTokenizer.from_pretrained(llamas["untied"])
     examples, _ = load_examples(Source(biased), tokenizer, require_unit_scores=True)
@@ -284,7 +346,9 @@ def test_metrics_by_hand(llamas, mixed, biased, tmp_path):
 
 def test_gradient_norm_by_hand(llamas, mixed, tmp_path):
     """At the start r = 0: pairs pull with weight * beta / 2, scores with beta * (1/2 - s) / 2, labels with beta / 2."""
-    config = make_config(llamas["tied"], mixed, tmp_path / "run", batch_size=36, beta=0.2, max_grad_norm=None)
+    config = make_config(
+        llamas["tied"], mixed, tmp_path / "run", batch_size=36, beta=0.2, max_grad_norm=None
+    )
     train(config)
     (line,) = read_metrics(tmp_path / "run")
     model = AutoModelForCausalLM.from_pretrained(llamas["tied"])
@@ -320,33 +384,60 @@ def test_clipping_and_reported_norm(llamas, mixed, tmp_path):
     (line,) = read_metrics(tmp_path / "run")
     assert line["grad_norm"] > 0.1
     before, after = weights_of(llamas["untied"]), weights_of(tmp_path / "run")
-    moved = math.sqrt(sum(float((after[name] - before[name]).double().pow(2).sum()) for name in before))
+    moved = math.sqrt(
+        sum(float((after[name] - before[name]).double().pow(2).sum()) for name in before)
+    )
     assert moved == pytest.approx(0.01, rel=1e-3)
 
 
 def test_metrics_are_averaged_over_the_steps_between_reports(llamas, mixed, tmp_path):
-    frozen = {"learning_rate": 0.0, "batch_size": 10, "micro_batch_size": 3}  # steps of 10, 10, 10 and 6 records
+    frozen = {
+        "learning_rate": 0.0,
+        "batch_size": 10,
+        "micro_batch_size": 3,
+    }  # steps of 10, 10, 10 and 6 records
     train(make_config(llamas["untied"], mixed, tmp_path / "one", **frozen))
     train(make_config(llamas["untied"], mixed, tmp_path / "two", log_every=3, **frozen))
     one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
     assert [line["step"] for line in two] == [3, 4]
     units = [line["units"] for line in one[:3]]
-    assert two[0]["units"] == sum(units) and two[0]["tokens"] == sum(line["tokens"] for line in one[:3])
-    assert two[0]["loss"] == pytest.approx(np.average([line["loss"] for line in one[:3]], weights=units))
+    assert two[0]["units"] == sum(units) and two[0]["tokens"] == sum(
+        line["tokens"] for line in one[:3]
+    )
+    assert two[0]["loss"] == pytest.approx(
+        np.average([line["loss"] for line in one[:3]], weights=units)
+    )
     assert {**two[1], "epoch": 1} == one[3]
 
 
 def test_score_center_reaches_the_loss_and_is_saved(llamas, tmp_path):
     """An unchanged policy stands at the mean score of each source, and the loss is the variance of the scores."""
-    low = [{**record, "score": round(0.3 * record["score"], 3)} for record in make_records("scores", 12)]
-    sources = [write_jsonl(tmp_path / "a.jsonl", low), write_jsonl(tmp_path / "b.jsonl", make_records("several", 6))]
-    config = make_config(llamas["untied"], sources, tmp_path / "run", score_center="dataset", batch_size=18)
+    low = [
+        {**record, "score": round(0.3 * record["score"], 3)}
+        for record in make_records("scores", 12)
+    ]
+    sources = [
+        write_jsonl(tmp_path / "a.jsonl", low),
+        write_jsonl(tmp_path / "b.jsonl", make_records("several", 6)),
+    ]
+    config = make_config(
+        llamas["untied"], sources, tmp_path / "run", score_center="dataset", batch_size=18
+    )
     train(config)
     (line,) = read_metrics(tmp_path / "run")
-    scores = [[r["score"] for r in low], [s for r in make_records("several", 6) for s in r["scores"]]]
+    scores = [
+        [r["score"] for r in low],
+        [s for r in make_records("several", 6) for s in r["scores"]],
+    ]
     reports = json.loads((tmp_path / "run" / "data.json").read_text())
-    assert [report["score_center"] for report in reports] == pytest.approx([np.mean(part) for part in scores])
-    assert line["una/implicit_mean"] == pytest.approx(line["una/target_mean"]) == np.mean(sum(scores, []))
+    assert [report["score_center"] for report in reports] == pytest.approx(
+        [np.mean(part) for part in scores]
+    )
+    assert (
+        line["una/implicit_mean"]
+        == pytest.approx(line["una/target_mean"])
+        == np.mean(sum(scores, []))
+    )
     residuals = np.concatenate([np.array(part) - np.mean(part) for part in scores])
     assert line["loss"] == pytest.approx(np.mean(residuals**2))
     assert "score centre" in (tmp_path / "run" / "README.md").read_text()
@@ -362,9 +453,17 @@ def two_steps(llamas, biased, tmp_path_factory):
 
     def run(**settings) -> np.ndarray:
         out = root / str(len(list(root.iterdir())))
-        sgd = {"optimizer": "sgd", "learning_rate": 0.02, "max_grad_norm": None, "batch_size": 36, "epochs": 2}
+        sgd = {
+            "optimizer": "sgd",
+            "learning_rate": 0.02,
+            "max_grad_norm": None,
+            "batch_size": 36,
+            "epochs": 2,
+        }
         data = settings.pop("data", biased)
-        train(make_config(llamas["untied"], data, out, **{**sgd, "micro_batch_size": 6, **settings}))
+        train(
+            make_config(llamas["untied"], data, out, **{**sgd, "micro_batch_size": 6, **settings})
+        )
         return np.array([[line["loss"], line["grad_norm"]] for line in read_metrics(out)])
 
     torch.set_num_threads(1)
@@ -380,8 +479,14 @@ def two_steps(llamas, biased, tmp_path_factory):
         {"micro_batch_size": 36},
         {"micro_batch_size": 36, "packing": False},
         {"micro_batch_size": None},
-        *({"micro_batch_size": None, "max_tokens_per_batch": tokens} for tokens in (1, 60, 150, 10**6)),
-        *({"micro_batch_size": None, "max_tokens_per_batch": tokens, "packing": False} for tokens in (60, 10**6)),
+        *(
+            {"micro_batch_size": None, "max_tokens_per_batch": tokens}
+            for tokens in (1, 60, 150, 10**6)
+        ),
+        *(
+            {"micro_batch_size": None, "max_tokens_per_batch": tokens, "packing": False}
+            for tokens in (60, 10**6)
+        ),
         {"micro_batch_size": 3, "max_tokens_per_batch": 100},
         {"seed": 5},  # another order within the batch
         {"gradient_checkpointing": True},
@@ -408,15 +513,26 @@ def test_loss_and_gradient_do_not_depend_on_the_order_of_the_file(two_steps, bia
 def test_packing_packs(llamas, mixed, tmp_path):
     """The prompt of several responses goes through the model once."""
     for packing in (True, False):
-        train(make_config(llamas["untied"], mixed, tmp_path / str(packing), packing=packing, batch_size=36))
+        train(
+            make_config(
+                llamas["untied"], mixed, tmp_path / str(packing), packing=packing, batch_size=36
+            )
+        )
     (packed,), (padded,) = read_metrics(tmp_path / "True"), read_metrics(tmp_path / "False")
-    assert packed["tokens"] < padded["tokens"] and packed["response_tokens"] == padded["response_tokens"]
+    assert (
+        packed["tokens"] < padded["tokens"]
+        and packed["response_tokens"] == padded["response_tokens"]
+    )
 
 
 def test_padding_is_the_share_of_what_collate_adds(llamas, mixed, tmp_path):
     settings = {"batch_size": 36, "micro_batch_size": 36}
     for packing in (True, False):
-        train(make_config(llamas["untied"], mixed, tmp_path / str(packing), packing=packing, **settings))
+        train(
+            make_config(
+                llamas["untied"], mixed, tmp_path / str(packing), packing=packing, **settings
+            )
+        )
     (packed,), (padded,) = (read_metrics(tmp_path / name, without=()) for name in ("True", "False"))
     tokenizer = AutoTokenizer.from_pretrained(llamas["untied"])
     examples, _ = load_examples(Source(mixed), tokenizer, require_unit_scores=True)
@@ -424,7 +540,9 @@ def test_padding_is_the_share_of_what_collate_adds(llamas, mixed, tmp_path):
     assert packed["padding"] == 0 and padded["tokens"] == sum(lengths)
     batches = plan_batches(examples, packed=False, max_tokens=None, max_records=36)
     laid_out = sum(layout_tokens(batch, packed=False) for batch in batches)
-    assert padded["padding"] == pytest.approx(1 - sum(lengths) / laid_out) and padded["padding"] > 0.1
+    assert (
+        padded["padding"] == pytest.approx(1 - sum(lengths) / laid_out) and padded["padding"] > 0.1
+    )
 
 
 # ---------------------------------------------------------------------- references
@@ -449,7 +567,9 @@ def assert_same_metrics(one: list[dict], two: list[dict], tolerance: float) -> N
 
 def test_cached_reference_is_the_frozen_one(llamas, mixed, tmp_path, frozen_run):
     entry = {"path": mixed, "weight": 1}
-    config = make_config(llamas["untied"], [entry], tmp_path / "cache", eval_data=mixed, micro_batch_size=4)
+    config = make_config(
+        llamas["untied"], [entry], tmp_path / "cache", eval_data=mixed, micro_batch_size=4
+    )
     entries = precompute_reference(config)
     assert entries.keys() == {"data", "eval_data"} and entries["data"][0]["weight"] == 1
     lines = Path(entries["data"][0]["path"]).read_text().splitlines()
@@ -461,10 +581,16 @@ def test_cached_reference_is_the_frozen_one(llamas, mixed, tmp_path, frozen_run)
 
 def test_precomputed_logps_do_not_depend_on_the_batches(llamas, mixed, tmp_path):
     """Batches of other records, in another order, padded and packed: each line keeps its own numbers."""
-    ways = [{}, {"max_tokens_per_batch": 100}, {"max_tokens_per_batch": 150, "packing": False, "batch_size": 7}]
+    ways = [
+        {},
+        {"max_tokens_per_batch": 100},
+        {"max_tokens_per_batch": 150, "packing": False, "batch_size": 7},
+    ]
     found = []
     for number, way in enumerate(ways):
-        entries = precompute_reference(make_config(llamas["untied"], mixed, tmp_path / str(number), **way))
+        entries = precompute_reference(
+            make_config(llamas["untied"], mixed, tmp_path / str(number), **way)
+        )
         lines = Path(entries["data"][0]["path"]).read_text().splitlines()
         found.append([value for line in lines for value in json.loads(line)["ref_logps"]])
     assert len(found[0]) > 40
@@ -482,20 +608,30 @@ def test_precomputed_columns_keep_their_names(llamas, tmp_path):
 
 def test_adapter_reference_is_the_frozen_one(llamas, mixed, tmp_path):
     for reference in ("adapter", "frozen", "auto"):
-        train(make_config(llamas["untied"], mixed, tmp_path / reference, lora=LORA, reference=reference, **FEW))
+        train(
+            make_config(
+                llamas["untied"], mixed, tmp_path / reference, lora=LORA, reference=reference, **FEW
+            )
+        )
     expected = read_metrics(tmp_path / "frozen")
     assert expected[-1]["kl"] != 0
     for reference in ("adapter", "auto"):
         assert_same_metrics(read_metrics(tmp_path / reference), expected, 1e-6)
 
 
-def test_no_reference_model_is_kept_where_none_is_needed(llamas, mixed, biased, tmp_path, monkeypatch):
+def test_no_reference_model_is_kept_where_none_is_needed(
+    llamas, mixed, biased, tmp_path, monkeypatch
+):
     loaded = []
     load = train_module.load_policy
-    monkeypatch.setattr(train_module, "load_policy", lambda *a, **k: loaded.append(a) or load(*a, **k))
+    monkeypatch.setattr(
+        train_module, "load_policy", lambda *a, **k: loaded.append(a) or load(*a, **k)
+    )
     for data, lora, models in ((mixed, None, 2), (mixed, LORA, 1), (biased, None, 1)):
         loaded.clear()
-        open_trainer(make_config(llamas["untied"], data, tmp_path / f"{models}{lora is None}", lora=lora))
+        open_trainer(
+            make_config(llamas["untied"], data, tmp_path / f"{models}{lora is None}", lora=lora)
+        )
         assert len(loaded) == models
 
 
@@ -518,19 +654,34 @@ def test_bf16_master_weights(bf16_llama, mixed, tmp_path, frozen_run):
     lines = read_metrics(tmp_path / "run")
     assert lines[0]["eval_kl"] == 0  # the reference is computed exactly as the policy
     assert all(math.isfinite(value) for line in lines for value in line.values())
-    losses, expected = ([line[k] for line in run for k in line if "loss" in k] for run in (lines, frozen_run))
+    losses, expected = (
+        [line[k] for line in run for k in line if "loss" in k] for run in (lines, frozen_run)
+    )
     assert losses == pytest.approx(expected, abs=0.02) and losses != expected
     assert {w.dtype for w in weights_of(tmp_path / "run").values()} == {torch.float32}
 
     parts = open_trainer(make_config(bf16_llama, mixed, tmp_path / "parts", **master))
     assert {p.dtype for p in parts.policy.model.parameters()} == {torch.float32}
     reference = parts.reference.policy.model.parameters()
-    assert {p.dtype for p in reference if p.dim() > 1} == {torch.bfloat16}, "no fp32 copy but of the norms"
+    assert {p.dtype for p in reference if p.dim() > 1} == {torch.bfloat16}, (
+        "no fp32 copy but of the norms"
+    )
 
-    tiny_step = {**master, "optimizer": "sgd", "max_steps": 1, "learning_rate": 1e-4, "batch_size": 36}
+    tiny_step = {
+        **master,
+        "optimizer": "sgd",
+        "max_steps": 1,
+        "learning_rate": 1e-4,
+        "batch_size": 36,
+    }
     train(make_config(bf16_llama, mixed, tmp_path / "tiny", **tiny_step))
-    before, after = weights_of(bf16_llama)["lm_head.weight"], weights_of(tmp_path / "tiny")["lm_head.weight"]
-    assert (before.float() != after).float().mean() > 0.5 and (before == after.bfloat16()).float().mean() > 0.9
+    before, after = (
+        weights_of(bf16_llama)["lm_head.weight"],
+        weights_of(tmp_path / "tiny")["lm_head.weight"],
+    )
+    assert (before.float() != after).float().mean() > 0.5 and (
+        before == after.bfloat16()
+    ).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("offload", [False, True])
@@ -540,7 +691,9 @@ def test_bf16_weights(bf16_llama, mixed, tmp_path, frozen_run, offload):
     train(make_config(bf16_llama, mixed, tmp_path / "run", eval_data=mixed, **settings, **FEW))
     lines = read_metrics(tmp_path / "run")
     assert lines[0]["eval_kl"] == 0  # the reference is computed exactly as the policy
-    losses, expected = ([line[k] for line in run for k in line if "loss" in k] for run in (lines, frozen_run))
+    losses, expected = (
+        [line[k] for line in run for k in line if "loss" in k] for run in (lines, frozen_run)
+    )
     assert losses == pytest.approx(expected, abs=0.02) and losses != expected
     assert {w.dtype for w in weights_of(tmp_path / "run").values()} == {torch.bfloat16}
 
@@ -551,9 +704,13 @@ def test_bf16_weights_move_by_less_than_they_can(bf16_llama, mixed, tmp_path):
     small = {"precision": "bf16", "learning_rate": 1e-6, "batch_size": 9, "max_steps": 4}
     moved = {}
     for master in (True, False):
-        train(make_config(bf16_llama, mixed, tmp_path / str(master), master_weights=master, **small))
+        train(
+            make_config(bf16_llama, mixed, tmp_path / str(master), master_weights=master, **small)
+        )
         before, after = weights_of(bf16_llama), weights_of(tmp_path / str(master))
-        moved[master] = torch.cat([(after[n].double() - before[n].double()).flatten() for n in before])
+        moved[master] = torch.cat(
+            [(after[n].double() - before[n].double()).flatten() for n in before]
+        )
         if master:
             kept = torch.cat([(after[n].bfloat16() == before[n]).flatten() for n in before])
             direction = moved[True].sign()
@@ -563,7 +720,9 @@ def test_bf16_weights_move_by_less_than_they_can(bf16_llama, mixed, tmp_path):
     assert 0.002 < share < 0.2
     error = along - (moved[True] * direction)[kept]
     standard_error = float(error.std()) / len(error) ** 0.5
-    assert float((moved[True] * direction)[kept].mean()) > 8 * standard_error, "the test can see the update"
+    assert float((moved[True] * direction)[kept].mean()) > 8 * standard_error, (
+        "the test can see the update"
+    )
     assert abs(float(error.mean())) < 4 * standard_error
 
 
@@ -576,15 +735,25 @@ def test_adamw_8bit_runs_and_resumes(llamas, mixed, tmp_path):
     model.resize_token_embeddings(320)  # of 32 numbers: whole blocks of 256
     model.save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(llamas["untied"]).save_pretrained(tmp_path / "model")
-    settings = {"optimizer": "adamw_8bit", "precision": "bf16", "weight_decay": 0.1, "lr_schedule": "cosine"}
-    config = make_config(str(tmp_path / "model"), mixed, tmp_path / "whole", save_every=2, **settings, **FEW)
+    settings = {
+        "optimizer": "adamw_8bit",
+        "precision": "bf16",
+        "weight_decay": 0.1,
+        "lr_schedule": "cosine",
+    }
+    config = make_config(
+        str(tmp_path / "model"), mixed, tmp_path / "whole", save_every=2, **settings, **FEW
+    )
     train(config)
     lines = read_metrics(tmp_path / "whole")
     rates = [line["learning_rate"] for line in lines]
     assert rates == pytest.approx([3e-3 * 0.5 * (1 + math.cos(math.pi * k / 5)) for k in range(5)])
     parts = open_trainer(RunConfig(**again(config, tmp_path / "parts")))
     parts.take_step(next(parts.source.steps(0, 1)))
-    assert parts.optimizer.state[parts.policy.causal_lm.lm_head.weight]["exp_avg"].codes.dtype == torch.uint8
+    assert (
+        parts.optimizer.state[parts.policy.causal_lm.lm_head.weight]["exp_avg"].codes.dtype
+        == torch.uint8
+    )
     run_case(again(config, tmp_path / "run"), 4)
     train(RunConfig(**again(config, tmp_path / "run", resume=True)))
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
@@ -595,10 +764,18 @@ def test_bf16_lora(llamas, mixed, tmp_path):
     losses = {}
     for precision in ("bf16", "fp32"):
         config = make_config(
-            llamas["untied"], mixed, tmp_path / precision, eval_data=mixed, lora=LORA, precision=precision, **FEW
+            llamas["untied"],
+            mixed,
+            tmp_path / precision,
+            eval_data=mixed,
+            lora=LORA,
+            precision=precision,
+            **FEW,
         )
         train(config)
-        losses[precision] = [line[k] for line in read_metrics(tmp_path / precision) for k in line if "loss" in k]
+        losses[precision] = [
+            line[k] for line in read_metrics(tmp_path / precision) for k in line if "loss" in k
+        ]
     assert losses["bf16"] == pytest.approx(losses["fp32"], abs=0.02)
     assert losses["bf16"][0] == losses["fp32"][0]  # kl 0
     assert {w.dtype for w in weights_of(tmp_path / "bf16").values()} == {torch.float32}
@@ -609,11 +786,17 @@ def test_bf16_lora(llamas, mixed, tmp_path):
 
 def test_bf16_cached_reference_starts_at_zero(bf16_llama, mixed, tmp_path):
     """precompute-ref computes as the trainer does: in bf16, or under autocast beside fp32 weights."""
-    for name, way in {"lora": {"lora": LORA}, "full": {}, "master": {"master_weights": True}}.items():
+    for name, way in {
+        "lora": {"lora": LORA},
+        "full": {},
+        "master": {"master_weights": True},
+    }.items():
         out = tmp_path / name
         settings = {"precision": "bf16", "micro_batch_size": 4, **way}
         entries = precompute_reference(make_config(bf16_llama, mixed, out, **settings))
-        config = make_config(bf16_llama, output_dir=out / "run", **entries, **settings, batch_size=36)
+        config = make_config(
+            bf16_llama, output_dir=out / "run", **entries, **settings, batch_size=36
+        )
         train(config)
         assert abs(read_metrics(out / "run")[0]["kl"]) < 1e-3
 
@@ -635,7 +818,11 @@ class HeadWork(TorchDispatchMode):
             a, b = args[-2:]
             if {self.vocab, self.dim} <= {*a.shape, *b.shape}:
                 self.products += a.numel() * b.shape[-1]
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        given = {
+            x.untyped_storage()._cdata
+            for x in tree_leaves((args, kwargs))
+            if isinstance(x, torch.Tensor)
+        }
         for x in tree_leaves(out):
             if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in given:
                 self.buffers += x.numel() == self.vocab * self.dim
@@ -646,17 +833,28 @@ class HeadWork(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("settings", "passes"), [({}, 4), ({"lora": LORA}, 3), ({"cached": True}, 3), ({"cached": True, "lora": LORA}, 2)]
+    ("settings", "passes"),
+    [({}, 4), ({"lora": LORA}, 3), ({"cached": True}, 3), ({"cached": True, "lora": LORA}, 2)],
 )
-def test_head_passes_of_a_step_and_of_an_evaluation(llamas, mixed, biased, tmp_path, settings, passes):
+def test_head_passes_of_a_step_and_of_an_evaluation(
+    llamas, mixed, biased, tmp_path, settings, passes
+):
     data = biased if settings.pop("cached", False) else mixed
     config = make_config(
-        llamas["untied"], data, tmp_path / "run", eval_data=data, batch_size=36, micro_batch_size=9, **settings
+        llamas["untied"],
+        data,
+        tmp_path / "run",
+        eval_data=data,
+        batch_size=36,
+        micro_batch_size=9,
+        **settings,
     )
     trainer = open_trainer(config)
     vocab, dim = trainer.policy.head.weight.shape
     (step,) = trainer.source.steps(0, 1)
-    rows = sum(len(response) for part in step.micro_batches for e in part for response in e.responses)
+    rows = sum(
+        len(response) for part in step.micro_batches for e in part for response in e.responses
+    )
     with HeadWork(vocab, dim) as work:
         for examples in step.micro_batches:
             trainer.score(examples, step.num_units, trainer.reference).loss.backward()
@@ -673,7 +871,17 @@ def test_head_passes_of_a_step_and_of_an_evaluation(llamas, mixed, biased, tmp_p
 def test_evaluation_leaves_training_as_it_was(llamas, mixed, tmp_path):
     """Neither the steps nor their metrics depend on how often the policy is evaluated."""
     train(make_config(llamas["untied"], mixed, tmp_path / "without", log_every=2, **FEW))
-    train(make_config(llamas["untied"], mixed, tmp_path / "with", eval_data=mixed, eval_every=1, log_every=2, **FEW))
+    train(
+        make_config(
+            llamas["untied"],
+            mixed,
+            tmp_path / "with",
+            eval_data=mixed,
+            eval_every=1,
+            log_every=2,
+            **FEW,
+        )
+    )
     assert_same_weights(tmp_path / "with", tmp_path / "without")
     lines = [line for line in read_metrics(tmp_path / "with") if "loss" in line]
     assert lines == read_metrics(tmp_path / "without")
@@ -700,7 +908,13 @@ def settings_of(config: RunConfig) -> dict:
 
 # 36 records in steps of 8 make an epoch of 5 steps: the tenth step ends the second one.
 LONG = {
-    **{"learning_rate": 3e-3, "batch_size": 8, "micro_batch_size": 5, "epochs": 2.5, "lr_schedule": "cosine"},
+    **{
+        "learning_rate": 3e-3,
+        "batch_size": 8,
+        "micro_batch_size": 5,
+        "epochs": 2.5,
+        "lr_schedule": "cosine",
+    },
     **{"warmup_ratio": 0.2, "save_every": 2, "eval_every": 4, "log_every": 3},
 }
 VARIANTS = {
@@ -725,7 +939,9 @@ def uninterrupted(llamas, mixed, tmp_path_factory):
     def get(variant: str) -> tuple[RunConfig, Path]:
         if variant not in made:
             model, extra = VARIANTS[variant]
-            config = make_config(llamas[model], mixed, root / variant, eval_data=held_out, **LONG, **extra)
+            config = make_config(
+                llamas[model], mixed, root / variant, eval_data=held_out, **LONG, **extra
+            )
             train(config)
             made[variant] = config
         return made[variant], Path(made[variant].output_dir)
@@ -774,11 +990,13 @@ def test_a_run_that_was_killed_is_the_same_run(uninterrupted, tmp_path):
     config, whole = uninterrupted("full")
     settings = again(config, tmp_path / "run", epochs=2.5, save_every=1, keep_checkpoints=1)
     RunConfig(**settings).save(tmp_path / "run.yaml")
-    slow = "import una_fast.train as t, time; e = t.Trainer.take_step\n"
+    slow = "import una_fast.train.loop as t, time; e = t.Trainer.take_step\n"
     slow += "t.Trainer.take_step = lambda *a: (time.sleep(0.05), e(*a))[1]\n"
     slow += "import torch; torch.set_num_threads(1)\nfrom una_fast.cli import main\nmain()"
     command = [sys.executable, "-P", "-c", slow, "train", "--config", str(tmp_path / "run.yaml")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ
+    )
     try:
         deadline = time.monotonic() + 60
         while not (tmp_path / "run" / "checkpoint-5" / "COMPLETE").exists():
@@ -796,9 +1014,12 @@ def test_a_run_that_was_killed_is_the_same_run(uninterrupted, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("target", "name"), [(checkpoint_module, "save_model"), (checkpoint_module.dcp, "save"), (Path, "write_text")]
+    ("target", "name"),
+    [(checkpoint_module, "save_model"), (checkpoint_module.dcp, "save"), (Path, "write_text")],
 )
-def test_a_checkpoint_that_was_not_finished_is_ignored(uninterrupted, tmp_path, monkeypatch, target, name):
+def test_a_checkpoint_that_was_not_finished_is_ignored(
+    uninterrupted, tmp_path, monkeypatch, target, name
+):
     """Killed when the weights of checkpoint-4 are written, or its optimizer state, or all but the marker."""
     config, whole = uninterrupted("short")
     settings = again(config, tmp_path / "run")
@@ -854,8 +1075,13 @@ def test_resuming_a_finished_run_keeps_its_metrics(uninterrupted, tmp_path):
 def test_a_tokenizer_of_another_model_is_refused():
     embedding = SimpleNamespace(weight=torch.zeros(5, 2))
     policy = SimpleNamespace(causal_lm=SimpleNamespace(get_input_embeddings=lambda: embedding))
-    example = Example(np.array([1, 2]), (np.array([4, 5]),), Feedback.binary([0], [True]), None, "file.jsonl:3")
-    with pytest.raises(ValueError, match=r"file.jsonl:3: the tokenizer gives token 5, but the model has 5 embeddings"):
+    example = Example(
+        np.array([1, 2]), (np.array([4, 5]),), Feedback.binary([0], [True]), None, "file.jsonl:3"
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"file.jsonl:3: the tokenizer gives token 5, but the model has 5 embeddings",
+    ):
         check_token_ids([example], policy)
 
 
@@ -872,11 +1098,23 @@ def test_resume_without_a_checkpoint_starts_afresh(uninterrupted, tmp_path):
 def test_a_run_may_be_made_longer_and_run_in_other_ways(uninterrupted, tmp_path):
     """What does not change the steps may change: their number, micro-batches, workspace, reports."""
     config, _ = uninterrupted("short")
-    steady = {"lr_schedule": "constant", "warmup_ratio": 0.0, "eval_data": [], "eval_every": None, "log_every": 1}
+    steady = {
+        "lr_schedule": "constant",
+        "warmup_ratio": 0.0,
+        "eval_data": [],
+        "eval_every": None,
+        "log_every": 1,
+    }
     train(RunConfig(**again(config, tmp_path / "whole", **steady)))
     settings = again(config, tmp_path / "run", **steady, max_steps=4)
     train(RunConfig(**settings))
-    changes = {"resume": True, "max_steps": 6, "micro_batch_size": 2, "workspace_mb": 1.0, "keep_checkpoints": 5}
+    changes = {
+        "resume": True,
+        "max_steps": 6,
+        "micro_batch_size": 2,
+        "workspace_mb": 1.0,
+        "keep_checkpoints": 5,
+    }
     train(RunConfig(**settings | changes))
     assert len(complete_checkpoints(tmp_path / "run")) == 3
     last, expected = (read_metrics(tmp_path / name)[-1] for name in ("run", "whole"))
@@ -900,7 +1138,11 @@ def interrupted(uninterrupted, tmp_path_factory):
     [
         ("full", {"model": "other"}, "reference was frozen:.* and is frozen:"),
         ("lora", {"model": "other"}, "model was .*untied and is .*other"),
-        ("full", {"reference": "cached", "data": "biased"}, "reference was frozen:.* and is cached:"),
+        (
+            "full",
+            {"reference": "cached", "data": "biased"},
+            "reference was frozen:.* and is cached:",
+        ),
         ("full", {"data": "shorter"}, "data was [0-9a-f]{16} and is"),
         ("full", {"data": "reworded"}, "data was"),
         ("full", {"data": "rescored"}, "data was"),
@@ -913,7 +1155,9 @@ def interrupted(uninterrupted, tmp_path_factory):
         ("lora", {"lora": None}, "lora was .* and is None"),
     ],
 )
-def test_another_run_is_not_resumed(interrupted, mixed, biased, tmp_path, variant, changes, message):
+def test_another_run_is_not_resumed(
+    interrupted, mixed, biased, tmp_path, variant, changes, message
+):
     settings = interrupted[variant] | {"resume": True}
     lines = Path(mixed).read_text().splitlines(keepends=True)
     if changes.get("model"):
@@ -932,13 +1176,20 @@ def test_another_run_is_not_resumed(interrupted, mixed, biased, tmp_path, varian
         changes = changes | {"data": [str(tmp_path / "x.jsonl")]}
     out = Path(settings["output_dir"])
     before = {name: (out / name).read_bytes() for name in ("config.yaml", "metrics.jsonl")}
-    with pytest.raises(ValueError, match=f"checkpoint-2 belongs to another run: .*{message}.*output_dir"):
+    with pytest.raises(
+        ValueError, match=f"checkpoint-2 belongs to another run: .*{message}.*output_dir"
+    ):
         train(RunConfig(**settings | changes))
-    assert {name: (out / name).read_bytes() for name in before} == before  # a refused run leaves no trace
+    assert {
+        name: (out / name).read_bytes() for name in before
+    } == before  # a refused run leaves no trace
 
 
 def test_an_output_directory_in_use_is_refused(interrupted):
-    with pytest.raises(ValueError, match="holds an earlier run; set resume=true to continue it, or another output_dir"):
+    with pytest.raises(
+        ValueError,
+        match="holds an earlier run; set resume=true to continue it, or another output_dir",
+    ):
         train(RunConfig(**interrupted["full"]))
 
 
@@ -956,7 +1207,8 @@ def test_settings_that_fail_may_be_mended_in_place(llamas, mixed, tmp_path):
 def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_records(llamas, mixed, tmp_path):
     settings = {"optimizer": "sgd", "learning_rate": 1e30, "max_grad_norm": None, "batch_size": 3}
     with pytest.raises(
-        RuntimeError, match=r"gradient norm is nan in the step of the records .*mixed.jsonl:\d+, .*:\d+"
+        RuntimeError,
+        match=r"gradient norm is nan in the step of the records .*mixed.jsonl:\d+, .*:\d+",
     ):
         train(make_config(llamas["untied"], mixed, tmp_path / "run", save_every=1, **settings))
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1]
@@ -964,14 +1216,23 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_records(llama
 
 
 def test_partly_cached_records_are_refused(llamas, mixed, biased, tmp_path):
-    partial = "".join(Path(biased).read_text().splitlines(keepends=True)[:5]) + Path(mixed).read_text()
+    partial = (
+        "".join(Path(biased).read_text().splitlines(keepends=True)[:5]) + Path(mixed).read_text()
+    )
     (tmp_path / "partial.jsonl").write_text(partial)
     data = str(tmp_path / "partial.jsonl")
-    with pytest.raises(ValueError, match=r"partial.jsonl:6 has no ref_logps while 5 of 41 .*una-fast precompute-ref"):
+    with pytest.raises(
+        ValueError,
+        match=r"partial.jsonl:6 has no ref_logps while 5 of 41 .*una-fast precompute-ref",
+    ):
         train(make_config(llamas["untied"], data, tmp_path / "auto"))
-    with pytest.raises(ValueError, match=r"reference=cached, but .*partial.jsonl:6 has no ref_logps \(36 of 41"):
+    with pytest.raises(
+        ValueError, match=r"reference=cached, but .*partial.jsonl:6 has no ref_logps \(36 of 41"
+    ):
         train(make_config(llamas["untied"], data, tmp_path / "cached", reference="cached"))
-    with pytest.raises(ValueError, match="mixed.jsonl:1 has no ref_logps while 36 of 72"):  # the evaluation set's
+    with pytest.raises(
+        ValueError, match="mixed.jsonl:1 has no ref_logps while 36 of 72"
+    ):  # the evaluation set's
         train(make_config(llamas["untied"], biased, tmp_path / "eval", eval_data=mixed))
     train(make_config(llamas["untied"], data, tmp_path / "frozen", reference="frozen", max_steps=1))
     assert read_metrics(tmp_path / "frozen")[0]["kl"] == 0
@@ -979,13 +1240,17 @@ def test_partly_cached_records_are_refused(llamas, mixed, biased, tmp_path):
 
 def test_precompute_runs_as_one_process(llamas, mixed, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="precompute-ref runs as one process; start it without torchrun"):
+    with pytest.raises(
+        ValueError, match="precompute-ref runs as one process; start it without torchrun"
+    ):
         precompute_reference(make_config(llamas["untied"], mixed, tmp_path / "cache"))
 
 
 def test_an_evaluation_fraction_must_leave_training_records(llamas, tmp_path):
     one = write_jsonl(tmp_path / "one.jsonl", make_records("pairs", 1))
-    with pytest.raises(ValueError, match="eval_fraction=0.5 leaves a source without training records"):
+    with pytest.raises(
+        ValueError, match="eval_fraction=0.5 leaves a source without training records"
+    ):
         train(make_config(llamas["untied"], one, tmp_path / "run", eval_fraction=0.5))
 
 

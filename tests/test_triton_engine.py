@@ -34,11 +34,18 @@ from una_fast.counters import LiveBytes
 pytest.importorskip("triton")
 from una_fast.kernels import logp_partials, una_loss
 
-from una_fast import Feedback, Objective, call_loss, eager, gather_logps, head, linear_una_loss, passes, token_logps
-from una_fast.engine import choose_engine
+from una_fast import (
+    Feedback,
+    Objective,
+    gather_logps,
+    linear_una_loss,
+    token_logps,
+)
+from una_fast.head import constants, eager, ops, passes, segment_loss, torch_engine
+from una_fast.head.engines import choose_engine
+from una_fast.head.plan import Tile, head_size, make_plan
+from una_fast.head.triton_engine import TritonCallLoss, TritonEngine
 from una_fast.losses import PAIR_FORMS
-from una_fast.plan import Tile, head_size, make_plan
-from una_fast.triton_engine import TritonCallLoss, TritonEngine
 
 CUDA = torch.cuda.is_available()
 pytestmark = [
@@ -54,50 +61,75 @@ class Interpreted(TritonEngine):
 
     def _mm(self, a, b, out, accumulate=False):
         Interpreted.products += 1
-        assert a.dtype == b.dtype and out.dtype in (a.dtype, torch.float32), "operands are never cast"
+        assert a.dtype == b.dtype and out.dtype in (a.dtype, torch.float32), (
+            "operands are never cast"
+        )
         product = a.float() @ b.float()
         out.copy_(out + product if accumulate else product)
 
 
 @pytest.fixture(autouse=True)
 def engine(monkeypatch):
-    for module in (passes, head):
+    for module in (passes, ops):
         monkeypatch.setattr(module, "choose_engine", lambda name, device, dtype: Interpreted)
-    monkeypatch.setattr(Interpreted, "machine", None)  # tiny shapes: the cost model would slice them all
+    monkeypatch.setattr(
+        Interpreted, "machine", None
+    )  # tiny shapes: the cost model would slice them all
     return Interpreted
 
 
 @pytest.fixture
 def plans(monkeypatch):
     made, make_plan = [], passes.make_plan
-    monkeypatch.setattr(passes, "make_plan", lambda *a, **k: made.append(make_plan(*a, **k)) or made[-1])
+    monkeypatch.setattr(
+        passes, "make_plan", lambda *a, **k: made.append(make_plan(*a, **k)) or made[-1]
+    )
     return made
 
 
-def budget_mb(rows: float, vocab: int, dim: int, dtype: torch.dtype = torch.float32, gathered: bool = True) -> float:
+def budget_mb(
+    rows: float, vocab: int, dim: int, dtype: torch.dtype = torch.float32, gathered: bool = True
+) -> float:
     """A budget that holds `rows` rows of logits."""
     p = problem(0, dim=dim, vocab=vocab, dtype=dtype, lengths=[1], feedback=Feedback.merge([]))
     size = Interpreted(p.weight, None, None, 1).size()
     return (rows * size.row_bytes(gathered) + 8) / 2**20
 
 
-CALL_NAMES = ["resident pairs", "streamed pair", "vocabulary in slices", "mixed feedback", "mixed in every way"]
+CALL_NAMES = [
+    "resident pairs",
+    "streamed pair",
+    "vocabulary in slices",
+    "mixed feedback",
+    "mixed in every way",
+]
 
 
 @pytest.mark.parametrize("way", CALL_NAMES)
 def test_every_way_in_float32(way, plans):
     call = CALLS[way]
-    p = problem(1, lengths=call.lengths, dim=call.dim, vocab=101, feedback=call.feedback, dtype=torch.float32)
+    p = problem(
+        1,
+        lengths=call.lengths,
+        dim=call.dim,
+        vocab=101,
+        feedback=call.feedback,
+        dtype=torch.float32,
+    )
     for k, train in enumerate([LEAVES, ("hidden",), ("weight",)]):
         arguments = {
             **reference(p, ("own", "cached", "policy")[k]),
-            **({}, {"softcap": 30.0, "logit_scale": 1.7, "temperature": 1.3}, {"temperature": 0.7})[k],
+            **({}, {"softcap": 30.0, "logit_scale": 1.7, "temperature": 1.3}, {"temperature": 0.7})[
+                k
+            ],
             "objective": Objective(score="bce", offset=0.1, length_normalize=k == 1),
             "upstream": 3.7,
             "train": train,
             "num_units": (None, 7, torch.tensor(5))[k],
         }
-        out = evaluate(linear_una_loss, p, workspace_mb=budget_mb(call.rows, 101, call.dim), **arguments)
+        out = evaluate(
+            linear_una_loss, p, workspace_mb=budget_mb(call.rows, 101, call.dim), **arguments
+        )
         assert_close(out, truth(p, **arguments), 2e-5)
         if k == 0:
             assert kinds(plans[-1], 101) == frozenset(call.kinds.split())
@@ -122,14 +154,19 @@ def test_float16_over_the_logits_is_no_worse_than_eager(way):
         arguments = {**reference(p, ("cached", "own")[seed % 2]), "train": train}
         exact = truth(p, **arguments)
         out = evaluate(linear_una_loss, p, workspace_mb=budget, **arguments)
-        for worst, result in ((ours, out), (theirs, evaluate(eager.linear_una_loss, p, **arguments))):
+        for worst, result in (
+            (ours, out),
+            (theirs, evaluate(eager.linear_una_loss, p, **arguments)),
+        ):
             for name, error in errors(result, exact).items():
                 worst[name] = max(worst.get(name, 0.0), error)
     worse = {name: (ours[name], theirs[name]) for name in ours if ours[name] > theirs[name] + 1e-9}
     assert not worse, f"(ours, eager): {worse}"
 
 
-@pytest.mark.parametrize(("rows", "normalize"), [(1000, False), (20, False), (20, True), (0.4, True)])
+@pytest.mark.parametrize(
+    ("rows", "normalize"), [(1000, False), (20, False), (20, True), (0.4, True)]
+)
 def test_float16_with_small_coefficients(rows, normalize):
     """A coefficient of a large batch times a small probability underflows in float16, and a loss scale comes too late
     for what the forward pass has built: resident, streamed and sliced."""
@@ -159,7 +196,9 @@ def test_cached_reference_of_any_stride(layout):
 
 def test_rows_are_padded_and_gradients_lie_over_the_logits():
     p = problem(0, vocab=101, dtype=torch.float16)
-    one = passes.Head(p.weight, None, head.LogitTransform(), passes.Workspace(1 << 20), "triton")
+    one = passes.Head(
+        p.weight, None, torch_engine.LogitTransform(), passes.Workspace(1 << 20), "triton"
+    )
     u = one.logits(p.hidden[:3], (0, 101), Tile(3, 101))
     assert u.shape == (3, 101) and u.stride() == (128, 1) and u.dtype == torch.float32
     du = one.engine.row_grad_(u, p.targets[:3], (0, 101), torch.ones(3), torch.logsumexp(u, 1))
@@ -170,7 +209,9 @@ def test_rows_are_padded_and_gradients_lie_over_the_logits():
 @pytest.mark.parametrize("rows", [1000, 5, 0.8])
 def test_token_logps(rows, dtype, monkeypatch):
     p = problem(2, lengths=[17], dim=24, vocab=101, dtype=dtype, peak=10.0)
-    monkeypatch.setitem(passes.DEFAULT_WORKSPACE_MB, "cpu", budget_mb(rows, 101, 24, dtype, gathered=False))
+    monkeypatch.setitem(
+        passes.DEFAULT_WORKSPACE_MB, "cpu", budget_mb(rows, 101, 24, dtype, gathered=False)
+    )
     p.targets[3] = -100
     leaves = [x.clone().requires_grad_() for x in (p.hidden, p.weight, p.bias)]
     exact = [x.double().detach().requires_grad_() for x in leaves]
@@ -180,14 +221,21 @@ def test_token_logps(rows, dtype, monkeypatch):
     expected = eager.token_logps(exact[0], exact[1], p.targets, exact[2], softcap=30.0)
     expected.backward(upstream)
     tolerance = 2e-5 if dtype == torch.float32 else 2e-3
-    for a, b in zip([out, *(x.grad for x in leaves)], [expected, *(x.grad for x in exact)], strict=True):
+    for a, b in zip(
+        [out, *(x.grad for x in leaves)], [expected, *(x.grad for x in exact)], strict=True
+    ):
         torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("layout", ["matrix", "shifted", "transposed"])
 @pytest.mark.parametrize("inplace", [False, True])
 def test_gather_logps(layout, inplace):
-    base = torch.randn(2, 6, 2300 if layout == "matrix" else 37, generator=torch.Generator().manual_seed(1)) * 8
+    base = (
+        torch.randn(
+            2, 6, 2300 if layout == "matrix" else 37, generator=torch.Generator().manual_seed(1)
+        )
+        * 8
+    )
     targets = torch.randint(0, base.shape[-1], (2, 6))
     targets[0, 1] = -100
     if layout == "transposed":
@@ -218,15 +266,20 @@ def test_a_form_without_a_kernel_runs_losses_py(monkeypatch):
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_the_loss_of_a_call_equals_that_of_pure_torch(reduction, units):
     g = torch.Generator().manual_seed(5)
-    lengths = call_loss.Lengths([0, 5, 8, 15, 19, 25, 33, 38, 47], torch.device("cpu"))
+    lengths = segment_loss.Lengths([0, 5, 8, 15, 19, 25, 33, 38, 47], torch.device("cpu"))
     tokens = -10 * torch.rand(47, generator=g)
     ref = -40 * torch.rand(8, generator=g, dtype=torch.float64)
     objective = Objective(offset=0.2, length_normalize=True)
-    both = [kind(lengths, ref, MIXED, objective, reduction, units) for kind in (call_loss.CallLoss, TritonCallLoss)]
+    both = [
+        kind(lengths, ref, MIXED, objective, reduction, units)
+        for kind in (segment_loss.CallLoss, TritonCallLoss)
+    ]
     for a, b in zip(both[0].output(tokens), both[1].output(tokens), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
         assert not b.requires_grad
-    torch.testing.assert_close(both[0].coefficients(tokens), both[1].coefficients(tokens), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        both[0].coefficients(tokens), both[1].coefficients(tokens), rtol=1e-12, atol=1e-14
+    )
     assert both[1].output(tokens).ref_logps.data_ptr() != ref.data_ptr()
 
 
@@ -240,16 +293,16 @@ def test_a_repeated_call_copies_nothing_to_the_device(monkeypatch):
         raise AssertionError("built again")
 
     monkeypatch.setattr(una_loss, "unit_table", no_table)
-    misses = call_loss.constant.cache_info().misses
+    misses = constants.constant.cache_info().misses
     second = evaluate(linear_una_loss, p, **arguments)
-    assert call_loss.constant.cache_info().misses == misses
+    assert constants.constant.cache_info().misses == misses
     assert all(torch.equal(first[name], second[name]) for name in first)
     with pytest.raises(AssertionError, match="built again"):
         evaluate(linear_una_loss, replace(p, feedback=Feedback.pairs([0], [1])), **arguments)
 
 
 def test_constants_made_in_inference_mode_serve_training():
-    call_loss.constant.cache_clear()
+    constants.constant.cache_clear()
     p = problem(0, dtype=torch.float32, lengths=[3, 4], feedback=PAIR)
     arguments = {**reference(p, "cached"), "objective": Objective(length_normalize=True)}
     with torch.inference_mode():
@@ -279,7 +332,9 @@ def test_where_the_fused_linear_kernel_is_faster_forward_passes_hold_no_logits(m
         monkeypatch.setitem(logp_partials.FASTER_BELOW, "cpu", below)
         Interpreted.products = 0
         with torch.no_grad():
-            out = linear_una_loss(p.hidden, p.weight, p.targets, p.cu_seqlens, p.feedback, ref_hidden=p.ref_hidden)
+            out = linear_una_loss(
+                p.hidden, p.weight, p.targets, p.cu_seqlens, p.feedback, ref_hidden=p.ref_hidden
+            )
         assert Interpreted.products == products
         torch.testing.assert_close(out.logps, exact["logps"], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(out.ref_logps, exact["ref_logps"], rtol=1e-5, atol=1e-5)
@@ -292,7 +347,9 @@ def test_the_budget_holds_with_padded_rows():
     p.hidden.requires_grad_(), p.weight.requires_grad_()
     with LiveBytes() as memory:
         ref = {"ref_logps": torch.zeros(2, dtype=torch.float64)}
-        out = linear_una_loss(p.hidden, p.weight, p.targets, p.cu_seqlens, p.feedback, workspace_mb=budget, **ref)
+        out = linear_una_loss(
+            p.hidden, p.weight, p.targets, p.cu_seqlens, p.feedback, workspace_mb=budget, **ref
+        )
     built = [x for x in out.loss.grad_fn.grads if x is not None]
     emulation = 2 * 64 * 101 * 4 + 101 * 4 * 4  # float32 products of the GEMMs above
     assert memory.peak(excluding=built) <= budget * 2**20 + 40 * 500 + emulation
@@ -301,7 +358,9 @@ def test_the_budget_holds_with_padded_rows():
 
 def test_bitwise_repeatable():
     p = WAYS["two pairs, scratch"].problem(dtype=torch.float32)
-    runs = [evaluate(linear_una_loss, p, **reference(p, "own"), workspace_mb=0.008) for _ in range(2)]
+    runs = [
+        evaluate(linear_una_loss, p, **reference(p, "own"), workspace_mb=0.008) for _ in range(2)
+    ]
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
 
 
@@ -322,7 +381,9 @@ def rerun(step):
 @pytest.mark.parametrize("name", CALLS)
 def test_checks_of_the_gpu_tests(name, plans):
     """Their bodies in the interpreter. That no step waits for the device is for a GPU to show."""
-    p, arguments = CALLS[name].drawn(1, CALLS[name].dim, 101, device=torch.device("cpu"), dtype=torch.float16)
+    p, arguments = CALLS[name].drawn(
+        1, CALLS[name].dim, 101, device=torch.device("cpu"), dtype=torch.float16
+    )
     check_repeats(p, arguments, times=2)
     assert kinds(plans[0], 101) >= frozenset(CALLS[name].kinds.split())
     check_under(nullcontext, p, arguments, times=1)
@@ -354,7 +415,9 @@ def test_where_torch_cannot_widen_the_engine_multiplies_itself(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.4")
     p = problem(1, lengths=(9, 8), dim=24, vocab=101, feedback=PAIR, dtype=torch.float16, peak=10.0)
     arguments = {**reference(p, "cached"), "train": ("weight",)}
-    out = evaluate(linear_una_loss, p, workspace_mb=budget_mb(4, 101, 24, torch.float16), **arguments)
+    out = evaluate(
+        linear_una_loss, p, workspace_mb=budget_mb(4, 101, 24, torch.float16), **arguments
+    )
     assert_close(out, truth(p, **arguments), 2e-3)
 
 
@@ -363,13 +426,19 @@ def test_where_torch_cannot_widen_the_engine_multiplies_itself(monkeypatch):
 
 def test_choice_of_the_engine(monkeypatch):
     cuda = torch.device("cuda", 0)
-    monkeypatch.setattr("una_fast.engine._no_triton", lambda device: None)
-    assert choose_engine("auto", cuda, torch.bfloat16) is choose_engine("triton", cuda, torch.float32) is TritonEngine
+    monkeypatch.setattr("una_fast.head.engines._no_triton", lambda device: None)
+    assert (
+        choose_engine("auto", cuda, torch.bfloat16)
+        is choose_engine("triton", cuda, torch.float32)
+        is TritonEngine
+    )
     assert choose_engine("torch", cuda, torch.bfloat16).name == "torch"
     assert choose_engine("auto", cuda, torch.float64).name == "torch"
     with pytest.raises(ValueError, match="float64"):
         choose_engine("triton", cuda, torch.float64)
-    monkeypatch.setattr("una_fast.engine._no_triton", lambda device: "Triton cannot be imported (no module)")
+    monkeypatch.setattr(
+        "una_fast.head.engines._no_triton", lambda device: "Triton cannot be imported (no module)"
+    )
     with pytest.raises(ValueError, match="cannot be imported"):
         choose_engine("triton", cuda, torch.bfloat16)
     assert choose_engine("auto", cuda, torch.bfloat16).name == "torch"

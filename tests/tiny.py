@@ -43,7 +43,9 @@ def make_tokenizer(*, chat: bool = True, eos: bool = True) -> PreTrainedTokenize
     return tokenizer
 
 
-def save_llama(directory: Path, *, tied: bool = False, chat: bool = True, eos: bool = True, seed: int = 0) -> str:
+def save_llama(
+    directory: Path, *, tied: bool = False, chat: bool = True, eos: bool = True, seed: int = 0
+) -> str:
     """A random two-layer Llama and its tokenizer in Hugging Face form; weights large enough for peaked logits."""
     tokenizer = make_tokenizer(chat=chat, eos=eos)
     config = LlamaConfig(
@@ -72,7 +74,9 @@ def make_records(kind: str, count: int, seed: int = 0) -> list[Record]:
     """Ragged random records: pairs | labels | several | scores | instructions | ratings | chats | mixed."""
     if kind == "mixed":
         kinds = ("pairs", "labels", "several", "scores", "instructions", "chats")
-        columns = [make_records(name, -(-count // len(kinds)), seed + k) for k, name in enumerate(kinds)]
+        columns = [
+            make_records(name, -(-count // len(kinds)), seed + k) for k, name in enumerate(kinds)
+        ]
         return [record for row in zip(*columns, strict=True) for record in row][:count]
     rng = np.random.default_rng([seed, *kind.encode()])
 
@@ -88,7 +92,12 @@ def make_records(kind: str, count: int, seed: int = 0) -> list[Record]:
     def record(number: int) -> Record:
         prompt = text(12)
         if kind == "pairs":
-            return {"prompt": prompt, "chosen": text(16), "rejected": text(6) + " stop", "weight": 1.0 + number % 2}
+            return {
+                "prompt": prompt,
+                "chosen": text(16),
+                "rejected": text(6) + " stop",
+                "weight": 1.0 + number % 2,
+            }
         if kind == "labels":
             return {"prompt": prompt, "completion": text(9), "label": bool(rng.integers(2))}
         if kind == "several":
@@ -99,7 +108,9 @@ def make_records(kind: str, count: int, seed: int = 0) -> list[Record]:
         if kind == "instructions":
             return {"prompt": prompt, "completion": text(14)}
         if kind == "ratings":
-            high, low = sorted(rng.choice(np.arange(1, 11), size=2, replace=False).tolist(), reverse=True)
+            high, low = sorted(
+                rng.choice(np.arange(1, 11), size=2, replace=False).tolist(), reverse=True
+            )
             answers = {"chosen": text(8), "rejected": text(8) + " begin"}
             return {"prompt": prompt, **answers, "chosen_rating": high, "rejected_rating": low}
         assert kind == "chats", kind
@@ -117,11 +128,19 @@ def write_jsonl(path: Path, records: Iterable[Record]) -> str:
 
 def make_config(model: str, data: Any, output_dir: Path, **settings: Any) -> RunConfig:
     """A quiet run without schedule, on the CPU."""
-    quiet = {"progress": False, "loggers": [], "device": "cpu", "lr_schedule": "constant", "warmup_ratio": 0.0}
+    quiet = {
+        "progress": False,
+        "loggers": [],
+        "device": "cpu",
+        "lr_schedule": "constant",
+        "warmup_ratio": 0.0,
+    }
     return RunConfig(model=model, data=data, output_dir=str(output_dir), **{**quiet, **settings})
 
 
-def read_metrics(output_dir: str | Path, *, without: Sequence[str] = TIMING) -> list[dict[str, float]]:
+def read_metrics(
+    output_dir: str | Path, *, without: Sequence[str] = TIMING
+) -> list[dict[str, float]]:
     """The lines of metrics.jsonl, less the fields that two equal runs do not share."""
     lines = (Path(output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in without} for line in lines]

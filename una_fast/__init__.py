@@ -15,9 +15,9 @@ _PUBLIC = {
     "Objective": "losses",
     "UnaOutput": "losses",
     "una_loss": "losses",
-    "linear_una_loss": "head",
-    "token_logps": "head",
-    "gather_logps": "head",
+    "linear_una_loss": "head.ops",
+    "token_logps": "head.ops",
+    "gather_logps": "head.ops",
     "group_offset": "offsets",
     "EmaOffset": "offsets",
 }

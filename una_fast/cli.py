@@ -18,9 +18,18 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsin
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from una_fast.run_report import RunPlanConfig
+    from una_fast.capacity.settings import RunPlanConfig
 
-PACKAGES = ("torch", "triton", "transformers", "peft", "datasets", "flash-attn", "liger-kernel", "trl")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "peft",
+    "datasets",
+    "flash-attn",
+    "liger-kernel",
+    "trl",
+)
 
 
 @dataclass
@@ -39,7 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # One process is no reason for a warning, and the progress shown is that of the run.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    commands = {"train": _train, "precompute-ref": _precompute, "plan": _plan, "check": _check, "demo": _demo}
+    commands = {
+        "train": _train,
+        "precompute-ref": _precompute,
+        "plan": _plan,
+        "check": _check,
+        "demo": _demo,
+    }
     parsed = _parser().parse_args(arguments)
     try:
         commands[parsed.subcommand](parsed)
@@ -48,35 +63,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     finally:
         if "WORLD_SIZE" in os.environ:
-            from una_fast.sharding import stop_world
+            from una_fast.distributed import stop_world
 
             stop_world()
     return 0
 
 
 def _parser() -> ArgumentParser:
+    from una_fast.capacity.settings import RunPlanConfig
     from una_fast.config import RunConfig
-    from una_fast.demo import DemoConfig
-    from una_fast.run_report import RunPlanConfig
+    from una_fast.demo.settings import DemoConfig
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     # Abbreviated flags would take --lr for --lr_schedule.
     parser = ArgumentParser(
-        prog="una-fast", allow_abbrev=False, description="UNA alignment of language models at long context."
+        prog="una-fast",
+        allow_abbrev=False,
+        description="UNA alignment of language models at long context.",
     )
     commands = parser.add_subcommands()
     for name, settings, what in (
         ("train", RunConfig, "Align a model with preference records."),
-        ("precompute-ref", RunConfig, "Write the records of a run again, with reference log-probs."),
-        ("plan", RunPlanConfig, "Show what a run, or a call of the fused head, will need before it is loaded."),
+        (
+            "precompute-ref",
+            RunConfig,
+            "Write the records of a run again, with reference log-probs.",
+        ),
+        (
+            "plan",
+            RunPlanConfig,
+            "Show what a run, or a call of the fused head, will need before it is loaded.",
+        ),
         ("check", CheckConfig, "Show the installation, and probe a model."),
         ("demo", DemoConfig, "Align a small model on real text, with nothing to download."),
     ):
         command = ArgumentParser(description=what, allow_abbrev=False)
-        command.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the settings below.")
+        command.add_argument(
+            "--config", action=ActionConfigFile, help="YAML file with any of the settings below."
+        )
         command.add_class_arguments(settings, as_group=False)
         if name == "plan":
-            what_op = "Plan one call of the fused head instead: its rows, hidden size and vocabulary."
+            what_op = (
+                "Plan one call of the fused head instead: its rows, hidden size and vocabulary."
+            )
             command.add_argument("--op", type=int, nargs=3, metavar=("N", "D", "V"), help=what_op)
         commands.add_subcommand(name, command, help=what)
     return parser
@@ -90,36 +119,46 @@ def _settings(kind: type, parsed: Namespace) -> Any:
 
 def _train(parsed: Namespace) -> None:
     from una_fast.config import RunConfig
-    from una_fast.rewards import RewardError
-    from una_fast.rollout import SamplerError
-    from una_fast.train import DivergedError, train
+    from una_fast.online.sampling import SamplerError
+    from una_fast.rewards.settings import RewardError
+    from una_fast.train.loop import DivergedError, train
 
     try:
         result = train(_settings(RunConfig, parsed))
     except (DivergedError, RewardError, SamplerError) as error:
         raise ValueError(str(error)) from error
     if os.environ.get("RANK", "0") == "0":
-        print(json.dumps({"output_dir": str(result.output_dir), "steps": result.steps, **result.metrics}))
+        print(
+            json.dumps(
+                {"output_dir": str(result.output_dir), "steps": result.steps, **result.metrics}
+            )
+        )
 
 
 def _precompute(parsed: Namespace) -> None:
     from una_fast.config import RunConfig
-    from una_fast.precompute import precompute_reference
+    from una_fast.train.precompute import precompute_reference
 
     entries = precompute_reference(_settings(RunConfig, parsed))
     print("train on the new files with:\n" + yaml.safe_dump(entries, sort_keys=False), end="")
 
 
 def _plan(parsed: Namespace) -> None:
-    from una_fast.plan_report import PlanConfig, describe_op
-    from una_fast.run_report import RunPlanConfig
+    from una_fast.capacity.settings import RunPlanConfig
+    from una_fast.head.describe import PlanConfig, describe_op
 
     given = parsed.plan.as_dict()
     of_op = {f.name for f in fields(PlanConfig)}
-    changed = {f.name for f in fields(RunPlanConfig) if f.default is not MISSING and given[f.name] != f.default}
+    changed = {
+        f.name
+        for f in fields(RunPlanConfig)
+        if f.default is not MISSING and given[f.name] != f.default
+    }
     if parsed.plan.op is None:
         if changed & {"pairs", "train_head"}:
-            raise ValueError("pairs and train_head describe a call of the fused head; give it with --op N D V")
+            raise ValueError(
+                "pairs and train_head describe a call of the fused head; give it with --op N D V"
+            )
         print(_plan_run(_settings(RunPlanConfig, parsed)))
         return
     if changed - of_op:
@@ -135,35 +174,50 @@ def _plan_run(settings: RunPlanConfig) -> str:
     """The plan of a run. With --measure it is loaded, and two steps are taken in a directory that is thrown away."""
     import tempfile
 
-    from una_fast.online import longest_rollouts
-    from una_fast.policy import load_tokenizer
-    from una_fast.run_plan import Planner, Row
-    from una_fast.run_report import describe_run, largest_batch, measured_peak, plan_options
-    from una_fast.sharding import start_world
-    from una_fast.train import RunData, Trainer, load_data
+    from una_fast.capacity.fit import describe_run, largest_batch, longest_rollouts, plan_options
+    from una_fast.capacity.trace import Planner, Row
+    from una_fast.distributed import start_world
+    from una_fast.model.loading import load_tokenizer
+    from una_fast.train.loop import Trainer
+    from una_fast.train.measure import measured_peak
+    from una_fast.train.run_data import RunData, load_data
 
     def tokenizer() -> PreTrainedTokenizerBase:
-        return load_tokenizer(settings.tokenizer or settings.model, trust_remote_code=settings.trust_remote_code)
+        return load_tokenizer(
+            settings.tokenizer or settings.model, trust_remote_code=settings.trust_remote_code
+        )
 
     if settings.measure and settings.mode != "offline":
-        raise ValueError(f"measure=true takes steps on records, and mode={settings.mode} samples; set mode: offline")
-    planner = Planner(settings, device="cuda" if settings.device == "auto" else None, world_size=settings.world_size)
+        raise ValueError(
+            f"measure=true takes steps on records, and mode={settings.mode} samples; set mode: offline"
+        )
+    planner = Planner(
+        settings,
+        device="cuda" if settings.device == "auto" else None,
+        world_size=settings.world_size,
+    )
     if settings.prompt:
         examples = batch = [Row(settings.prompt, tuple(settings.responses)).example()]
     elif settings.data:
         data = load_data(settings, tokenizer())
         prompts = [prompt for part in data.prompts for prompt in part]
-        examples = [example for part in data.records for example in part] + longest_rollouts(prompts, settings)
+        examples = [example for part in data.records for example in part] + longest_rollouts(
+            prompts, settings
+        )
         batch = largest_batch(examples, settings, packed=planner.packed)
     else:
-        raise ValueError("what is to be planned? Give a row (--prompt 8000 --responses '[1000, 1000]'), or --data")
+        raise ValueError(
+            "what is to be planned? Give a row (--prompt 8000 --responses '[1000, 1000]'), or --data"
+        )
     options = plan_options(settings, batch, examples, settings.world_size)
     options["cached_reference"] |= settings.cached_reference
 
     def measured() -> int:
         with tempfile.TemporaryDirectory() as scratch:
             run = replace(settings, output_dir=scratch, progress=False, loggers=[], resume=False)
-            trainer = Trainer(run, start_world(planner.device), tokenizer(), RunData([batch], [1.0]))
+            trainer = Trainer(
+                run, start_world(planner.device), tokenizer(), RunData([batch], [1.0])
+            )
             return measured_peak(trainer, batch, accumulate=options["accumulate"])
 
     return describe_run(planner, batch, options, measured if settings.measure else None)
@@ -172,7 +226,7 @@ def _plan_run(settings: RunPlanConfig) -> str:
 def _check(parsed: Namespace) -> None:
     import torch
 
-    from una_fast.engine import choose_engine
+    from una_fast.head.engines import choose_engine
 
     settings = _settings(CheckConfig, parsed)
     print(f"python {sys.version.split()[0]}")
@@ -184,7 +238,9 @@ def _check(parsed: Namespace) -> None:
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     print(f"GPUs: {', '.join(devices) or 'none'}")
     device = torch.device("cuda" if devices else "cpu")
-    print(f"engine of the fused head on {device.type}: {choose_engine('auto', device, torch.bfloat16).name}")
+    print(
+        f"engine of the fused head on {device.type}: {choose_engine('auto', device, torch.bfloat16).name}"
+    )
     if settings.model:
         _check_model(settings)
 
@@ -192,19 +248,29 @@ def _check(parsed: Namespace) -> None:
 def _check_model(settings: CheckConfig) -> None:
     import torch
 
-    from una_fast.packing import packing_refusal
-    from una_fast.policy import load_policy, load_tokenizer
+    from una_fast.attention.probe import packing_refusal
+    from una_fast.model.loading import load_tokenizer
+    from una_fast.model.policy import load_policy
 
     tokenizer = load_tokenizer(settings.model, trust_remote_code=settings.trust_remote_code)
-    policy = load_policy(settings.model, dtype=torch.float32, trust_remote_code=settings.trust_remote_code)
+    policy = load_policy(
+        settings.model, dtype=torch.float32, trust_remote_code=settings.trust_remote_code
+    )
     print(f"model: {type(policy.causal_lm).__name__}, tokenizer of {len(tokenizer)} tokens")
     vocab, hidden = policy.head.weight.shape
-    print(f"head: {vocab} x {hidden}, softcap {policy.head.softcap}, logit scale {policy.head.logit_scale:g}")
+    print(
+        f"head: {vocab} x {hidden}, softcap {policy.head.softcap}, logit scale {policy.head.logit_scale:g}"
+    )
     refusal = packing_refusal(policy.causal_lm)
-    print("rows: packed, the prompt once" if refusal is None else f"rows: padded, not packed: {refusal}")
+    print(
+        "rows: packed, the prompt once"
+        if refusal is None
+        else f"rows: padded, not packed: {refusal}"
+    )
 
 
 def _demo(parsed: Namespace) -> None:
-    from una_fast.demo import DemoConfig, run_demo
+    from una_fast.demo.run import run_demo
+    from una_fast.demo.settings import DemoConfig
 
     run_demo(_settings(DemoConfig, parsed))

@@ -10,27 +10,50 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from una_fast.checks import check_number
+from una_fast.data.records import RecordOptions
 from una_fast.losses import Objective
-from una_fast.memory import MemoryOptions
-from una_fast.records import RecordOptions, check_number
-from una_fast.reward_settings import parse_rewards
-from una_fast.rewards import RewardScale, ScaleKind
+from una_fast.model.settings import LoraOptions, MemoryOptions
+from una_fast.rewards.scale import RewardScale, ScaleKind
+from una_fast.rewards.settings import parse_rewards
 
 Precision = Literal["auto", "bf16", "fp32"]
+
 ReferenceKind = Literal["auto", "frozen", "adapter", "cached"]
+
 Optimizer = Literal["adamw", "adamw_8bit", "sgd"]
+
 Schedule = Literal["cosine", "linear", "constant"]
+
 Logger = Literal["tensorboard", "wandb", "trackio"]
+
 Engine = Literal["auto", "torch", "triton"]
+
 Device = Literal["auto", "cpu", "cuda"]
+
 Mode = Literal["offline", "online", "mixed"]
+
 Generation = Literal["padded", "continuous", "vllm"]
+
 Anchor = Literal["ref", "rollout"]
+
 OnMaxKl = Literal["stop", "warn"]
+
 
 # With the data and the reference, these decide what a run does; a resumed run must not change them.
 TRAJECTORY = (
-    *("model", "beta", "pair", "binary", "score", "offset", "length_normalize", "lora", "precision", "batch_size"),
+    *(
+        "model",
+        "beta",
+        "pair",
+        "binary",
+        "score",
+        "offset",
+        "length_normalize",
+        "lora",
+        "precision",
+        "batch_size",
+    ),
     *(
         "learning_rate",
         "lr_schedule",
@@ -44,29 +67,27 @@ TRAJECTORY = (
         "seed",
     ),
 )
+
 ONLINE_TRAJECTORY = (
-    *("mode", "online_fraction", "rewards", "samples_per_prompt", "max_new_tokens", "temperature", "top_p"),
-    *("stop_strings", "generation", "generation_batch_size", "missing_eos_penalty", "reward_map", "reward_range"),
+    *(
+        "mode",
+        "online_fraction",
+        "rewards",
+        "samples_per_prompt",
+        "max_new_tokens",
+        "temperature",
+        "top_p",
+    ),
+    *(
+        "stop_strings",
+        "generation",
+        "generation_batch_size",
+        "missing_eos_penalty",
+        "reward_map",
+        "reward_range",
+    ),
     *("inner_epochs", "anchor", "reference_refresh"),
 )
-
-
-@dataclass(frozen=True)
-class LoraOptions:
-    """Low-rank adapters on linear layers; without dropout."""
-
-    r: int = 32
-    """Rank, at least 1."""
-    alpha: int = 16
-    """The adapter's output is multiplied by alpha / r."""
-    target_modules: list[str] | str = "all-linear"
-    """Names of the layers that get an adapter, or "all-linear": every linear layer but the head."""
-
-    def __post_init__(self) -> None:
-        if self.r < 1 or self.alpha <= 0:
-            raise ValueError(f"lora r={self.r}, alpha={self.alpha}: r must be at least 1 and alpha positive")
-        if not self.target_modules:
-            raise ValueError('lora target_modules is empty; name layers, or use "all-linear"')
 
 
 @dataclass
@@ -121,9 +142,13 @@ class OnlineOptions:
             ("on_max_kl", OnMaxKl),
         ):
             if getattr(self, name) not in get_args(choices):
-                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(get_args(choices))}")
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is not one of {', '.join(get_args(choices))}"
+                )
         if self.mode == "offline":
-            for f, default in ((f, getattr(OnlineOptions(), f.name)) for f in fields(OnlineOptions)):
+            for f, default in (
+                (f, getattr(OnlineOptions(), f.name)) for f in fields(OnlineOptions)
+            ):
                 if getattr(self, f.name) != default:
                     raise ValueError(
                         f"{f.name}={getattr(self, f.name)!r} is for sampled responses, and mode is offline; set "
@@ -142,7 +167,10 @@ class OnlineOptions:
         for name in ("generation_batch_size", "reference_refresh"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1, or null")
-        if self.generation_batch_size is not None and self.generation_batch_size < self.samples_per_prompt:
+        if (
+            self.generation_batch_size is not None
+            and self.generation_batch_size < self.samples_per_prompt
+        ):
             raise ValueError(
                 f"generation_batch_size={self.generation_batch_size} must hold the samples_per_prompt="
                 f"{self.samples_per_prompt} of a prompt, which are sampled together"
@@ -152,7 +180,9 @@ class OnlineOptions:
                 "generation_batch_size is not read with generation=vllm, which batches by itself; remove it"
             )
         if self.mode == "online" and self.online_fraction != OnlineOptions.online_fraction:
-            raise ValueError(f"online_fraction={self.online_fraction} is read with mode: mixed; remove it")
+            raise ValueError(
+                f"online_fraction={self.online_fraction} is read with mode: mixed; remove it"
+            )
         if not check_number("temperature", self.temperature) > 0:
             raise ValueError(f"temperature={self.temperature} must be positive")
         if not 0 < check_number("top_p", self.top_p) <= 1:
@@ -163,9 +193,13 @@ class OnlineOptions:
                 "set top_p: 1, or generation: padded"
             )
         if self.stop_strings and self.generation == "continuous":
-            raise ValueError("generation=continuous knows no stop_strings; set generation: padded, or remove them")
+            raise ValueError(
+                "generation=continuous knows no stop_strings; set generation: padded, or remove them"
+            )
         if not all(self.stop_strings):
-            raise ValueError("stop_strings holds an empty text, which ends every response; remove it")
+            raise ValueError(
+                "stop_strings holds an empty text, which ends every response; remove it"
+            )
         if not check_number("missing_eos_penalty", self.missing_eos_penalty) >= 0:
             raise ValueError(f"missing_eos_penalty={self.missing_eos_penalty} must not be negative")
         RewardScale(self.reward_map, self.reward_range)  # refuses what does not go together
@@ -176,7 +210,9 @@ class OnlineOptions:
         if self.saved_completions < 0:
             raise ValueError(f"saved_completions={self.saved_completions} must not be negative")
         if self.mode == "mixed" and not 0 < self.online_fraction < 1:
-            raise ValueError(f"online_fraction={self.online_fraction} must lie between 0 and 1; or set mode: online")
+            raise ValueError(
+                f"online_fraction={self.online_fraction} must lie between 0 and 1; or set mode: online"
+            )
 
 
 @dataclass
@@ -286,7 +322,9 @@ class RunConfig(RecordOptions, OnlineOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.data, self.eval_data = ([x] if x and isinstance(x, str) else x for x in (self.data, self.eval_data))
+        self.data, self.eval_data = (
+            [x] if x and isinstance(x, str) else x for x in (self.data, self.eval_data)
+        )
         if isinstance(self.lora, dict):  # as it comes from YAML
             self.lora = LoraOptions(**self.lora)
         self.adam_betas = tuple(self.adam_betas)
@@ -294,18 +332,28 @@ class RunConfig(RecordOptions, OnlineOptions):
         self._choose_forms()
         for name in self.required_settings():
             if not getattr(self, name):
-                raise ValueError(f"{name} is missing; set --{name} or `{name}:` in the configuration file")
+                raise ValueError(
+                    f"{name} is missing; set --{name} or `{name}:` in the configuration file"
+                )
         self.objective()  # refuses wrong forms and a wrong beta
         for name, choices in (
             *(("reference", ReferenceKind), ("precision", Precision), ("optimizer", Optimizer)),
             *(("lr_schedule", Schedule), ("engine", Engine), ("device", Device)),
         ):
             if getattr(self, name) not in get_args(choices):
-                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(get_args(choices))}")
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is not one of {', '.join(get_args(choices))}"
+                )
         for name in ("batch_size", "log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("micro_batch_size", "max_tokens_per_batch", "max_steps", "eval_every", "save_every"):
+        for name in (
+            "micro_batch_size",
+            "max_tokens_per_batch",
+            "max_steps",
+            "eval_every",
+            "save_every",
+        ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1, or null")
         if not 0 < self.epochs < float("inf"):
@@ -316,13 +364,17 @@ class RunConfig(RecordOptions, OnlineOptions):
                 "lie in [0, 1]"
             )
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm={self.max_grad_norm} must be positive, or null for no clipping")
+            raise ValueError(
+                f"max_grad_norm={self.max_grad_norm} must be positive, or null for no clipping"
+            )
         if not 0 <= self.eval_fraction < 1:
             raise ValueError(f"eval_fraction={self.eval_fraction} must lie in [0, 1)")
         if self.eval_fraction and self.eval_data:
             raise ValueError("give eval_data or eval_fraction, not both")
         if self.eval_every and not (self.eval_data or self.eval_fraction):
-            raise ValueError(f"eval_every={self.eval_every} has nothing to evaluate on; set eval_data or eval_fraction")
+            raise ValueError(
+                f"eval_every={self.eval_every} has nothing to evaluate on; set eval_data or eval_fraction"
+            )
         if self.offload_activations and not self.gradient_checkpointing:
             raise ValueError(
                 "offload_activations=true moves what gradient_checkpointing keeps; set gradient_checkpointing=true too"
@@ -332,10 +384,14 @@ class RunConfig(RecordOptions, OnlineOptions):
         if self.mlp_tile is not None and self.mlp_tile < 1:
             raise ValueError(f"mlp_tile={self.mlp_tile} must be at least 1 token, or null")
         if self.memory_gib is not None and not 0 < self.memory_gib < float("inf"):
-            raise ValueError(f"memory_gib={self.memory_gib} must be positive and finite, or null for all of the device")
+            raise ValueError(
+                f"memory_gib={self.memory_gib} must be positive and finite, or null for all of the device"
+            )
         self._check_rollouts()
         if self.reference == "adapter" and self.lora is None:
-            raise ValueError("reference=adapter needs lora; use reference=frozen or cached for full fine-tuning")
+            raise ValueError(
+                "reference=adapter needs lora; use reference=frozen or cached for full fine-tuning"
+            )
         if self.optimizer == "sgd" and self.weight_decay:
             raise ValueError(
                 f"weight_decay={self.weight_decay} acts on adamw and adamw_8bit only; remove it, or set optimizer=adamw"
@@ -351,7 +407,9 @@ class RunConfig(RecordOptions, OnlineOptions):
             )
         unknown = set(self.loggers) - set(get_args(Logger))
         if unknown:
-            raise ValueError(f"loggers: unknown {sorted(unknown)}; known: {', '.join(get_args(Logger))}")
+            raise ValueError(
+                f"loggers: unknown {sorted(unknown)}; known: {', '.join(get_args(Logger))}"
+            )
 
     def _choose_forms(self) -> None:
         """score and offset, where they are "auto"."""
@@ -369,7 +427,9 @@ class RunConfig(RecordOptions, OnlineOptions):
                     "reward_mse, or give a number"
                 )
             if self.offset == "group" and self.samples_per_prompt < 2:
-                raise ValueError("offset=group needs samples_per_prompt of at least 2; use ema for one sample")
+                raise ValueError(
+                    "offset=group needs samples_per_prompt of at least 2; use ema for one sample"
+                )
 
     def _check_rollouts(self) -> None:
         """What the settings of online runs and others exclude."""
@@ -377,23 +437,38 @@ class RunConfig(RecordOptions, OnlineOptions):
             return
         if self.mode == "online":
             defaults = RecordOptions()
-            for name in ("feedback", "ties", "margin", "score_columns", "divide", "score_map", "score_center"):
+            for name in (
+                "feedback",
+                "ties",
+                "margin",
+                "score_columns",
+                "divide",
+                "score_map",
+                "score_center",
+            ):
                 if getattr(self, name) != getattr(defaults, name):
                     raise ValueError(
                         f"{name}={getattr(self, name)!r} makes feedback of records, and mode=online reads prompts "
                         f"alone; remove {name}, or set mode: mixed"
                     )
         if self.score == "reward_mse" and not self.off_policy_ok:
-            for name, value, right in (("top_p", self.top_p, 1.0), ("length_normalize", self.length_normalize, False)):
+            for name, value, right in (
+                ("top_p", self.top_p, 1.0),
+                ("length_normalize", self.length_normalize, False),
+            ):
                 if value != right:
                     raise ValueError(
                         f"{name}={value}: the samples or log-probs are then not those of the policy, and reward_mse "
                         f"does not follow the policy gradient; set {name}: {str(right).lower()}, or off_policy_ok: true"
                     )
         if self.reference == "cached":
-            raise ValueError("reference=cached has no log-probs of responses yet to be sampled; use frozen or adapter")
+            raise ValueError(
+                "reference=cached has no log-probs of responses yet to be sampled; use frozen or adapter"
+            )
         if self.reference_refresh and self.lora:
-            raise ValueError("reference_refresh copies all weights into the reference; it does not go with lora")
+            raise ValueError(
+                "reference_refresh copies all weights into the reference; it does not go with lora"
+            )
         if self.save_every and self.save_every % self.inner_epochs:
             raise ValueError(
                 f"save_every={self.save_every} would save between the {self.inner_epochs} inner_epochs of one rollout; "
@@ -423,7 +498,9 @@ class RunConfig(RecordOptions, OnlineOptions):
     def objective(self) -> Objective:
         """The loss of every kind of feedback."""
         constant = 0.0 if isinstance(self.offset, str) else self.offset
-        return Objective(self.beta, self.pair, self.binary, self.score, constant, self.length_normalize)
+        return Objective(
+            self.beta, self.pair, self.binary, self.score, constant, self.length_normalize
+        )
 
     def memory_options(self, *, trained: bool = True) -> MemoryOptions:
         """The switches of a model that is trained, or of one that only scores."""
@@ -433,13 +510,17 @@ class RunConfig(RecordOptions, OnlineOptions):
 
     def record_options(self) -> RecordOptions:
         """The defaults that sources start from."""
-        return RecordOptions(**{name: getattr(self, name) for name in RecordOptions.__dataclass_fields__})
+        return RecordOptions(
+            **{name: getattr(self, name) for name in RecordOptions.__dataclass_fields__}
+        )
 
     def trajectory(self) -> dict[str, Any]:
         """What a run that continues another one must share with it, beside data and reference; plain values."""
         names = TRAJECTORY if self.mode == "offline" else TRAJECTORY + ONLINE_TRAJECTORY
         values = {name: value for name, value in self._plain().items() if name in names}
-        if "rewards" in values:  # not how they are asked: a run goes on with another port, or more patience
+        if (
+            "rewards" in values
+        ):  # not how they are asked: a run goes on with another port, or more patience
             values["rewards"] = [spec.identity() for spec in parse_rewards(self.rewards)]
         return values
 

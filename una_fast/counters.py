@@ -18,8 +18,27 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1, "baddbmm_": 1}  # name -> place of the operands
-_UNCOUNTED = {"linear", "matmul", "mv", "addmv", "addmv_", "addr", "addr_", "dot", "vdot", "_int_mm", "_scaled_mm"} | {
+_PRODUCTS = {
+    "mm": 0,
+    "bmm": 0,
+    "addmm": 1,
+    "addmm_": 1,
+    "baddbmm": 1,
+    "baddbmm_": 1,
+}  # name -> place of the operands
+_UNCOUNTED = {
+    "linear",
+    "matmul",
+    "mv",
+    "addmv",
+    "addmv_",
+    "addr",
+    "addr_",
+    "dot",
+    "vdot",
+    "_int_mm",
+    "_scaled_mm",
+} | {
     "_grouped_mm",
     "_scaled_grouped_mm",
 }
@@ -58,7 +77,9 @@ class FlopCounter(TorchDispatchMode):
         self.flop = 0
         self.strict, self.uncounted = strict, False
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         name = func.overloadpacket.__name__
         if name in _UNCOUNTED:
             self.uncounted = True
@@ -88,7 +109,9 @@ class LiveBytes(TorchDispatchMode):
         self._alive: dict[int, int] = {}  # storage address -> k
         self.marks: list[int] = []  # numbers of events
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         if _allocates(func):
             for x in out if isinstance(out, tuple | list) else (out,):
@@ -128,7 +151,9 @@ class LiveBytes(TorchDispatchMode):
         """Largest number of bytes alive at once, without the storages of `excluding` (returned gradients, say)."""
         return self._peak(self._serials(excluding))[0]
 
-    def peak_parts(self, without: Iterable[str] = (), start: int = 0, stop: int | None = None) -> Counter[str]:
+    def peak_parts(
+        self, without: Iterable[str] = (), start: int = 0, stop: int | None = None
+    ) -> Counter[str]:
         """Bytes of each part at the moment of the peak, some parts left out; of events start to stop, or of all."""
         left_out = set(without)
         skip = {serial for serial, name in enumerate(self.parts) if name in left_out}

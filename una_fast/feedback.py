@@ -22,13 +22,19 @@ Numbers = Sequence[float] | Tensor | float | None
 def _column(name: str, values: Numbers, units: int, default: float | None = None) -> Tensor:
     """One float64 value per unit; a number is repeated, None is the default (an error where there is none)."""
     try:
-        column = torch.as_tensor(default if values is None else values, dtype=torch.float64).detach().cpu()
+        column = (
+            torch.as_tensor(default if values is None else values, dtype=torch.float64)
+            .detach()
+            .cpu()
+        )
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} must be numbers, one per unit ({units} units): {error}") from None
     if column.dim() == 0:
         column = column.expand(units)
     if column.shape != (units,):
-        raise ValueError(f"{name} has shape {tuple(column.shape)}; give one number, or one per unit ({units} units)")
+        raise ValueError(
+            f"{name} has shape {tuple(column.shape)}; give one number, or one per unit ({units} units)"
+        )
     if not torch.isfinite(column).all():
         bad = int((~torch.isfinite(column)).nonzero()[0])
         raise ValueError(f"{name}[{bad}] is {column[bad].item()}; every {name} must be finite")
@@ -80,10 +86,14 @@ class Feedback:
         first, second = _indices("chosen", chosen), _indices("rejected", rejected)
         units = first.numel()
         if second.numel() != units:
-            raise ValueError(f"chosen has {units} indices and rejected {second.numel()}; a pair needs one of each")
+            raise ValueError(
+                f"chosen has {units} indices and rejected {second.numel()}; a pair needs one of each"
+            )
         if (first == second).any():
             bad = int((first == second).nonzero()[0])
-            raise ValueError(f"pair {bad} has response {int(first[bad])} as both chosen and rejected")
+            raise ValueError(
+                f"pair {bad} has response {int(first[bad])} as both chosen and rejected"
+            )
         value = _column("target", target, units, 1.0)
         _check_unit_interval("target", value)
         return Feedback(
@@ -108,7 +118,9 @@ class Feedback:
         index = _indices("index", index)
         value = _column("label", label, index.numel())
         if ((value != 0) & (value != 1)).any():
-            raise ValueError("label must be True or False for every response; use Feedback.scores for graded feedback")
+            raise ValueError(
+                "label must be True or False for every response; use Feedback.scores for graded feedback"
+            )
         return Feedback._pointwise(BINARY, index, value, weight, offset)
 
     @staticmethod
@@ -122,10 +134,14 @@ class Feedback:
         """Response `index[u]` was given `score[u]`: in [0, 1] for the forms on sigmoid(r), any finite reward for
         "reward_mse". offset: f(x) + c, added to r before the comparison."""
         index = _indices("index", index)
-        return Feedback._pointwise(SCORE, index, _column("score", score, index.numel()), weight, offset)
+        return Feedback._pointwise(
+            SCORE, index, _column("score", score, index.numel()), weight, offset
+        )
 
     @staticmethod
-    def _pointwise(kind: int, first: Tensor, value: Tensor, weight: Numbers, offset: Numbers) -> Feedback:
+    def _pointwise(
+        kind: int, first: Tensor, value: Tensor, weight: Numbers, offset: Numbers
+    ) -> Feedback:
         units = first.numel()
         return Feedback(
             kind=torch.full((units,), kind),
@@ -141,7 +157,12 @@ class Feedback:
     def merge(parts: Sequence[Feedback]) -> Feedback:
         """The units of all parts, in order, as one table. An empty list gives a table of no units."""
         parts = list(parts) or [Feedback.pairs([], [])]
-        return Feedback(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Feedback)})
+        return Feedback(
+            **{
+                f.name: torch.cat([getattr(part, f.name) for part in parts])
+                for f in fields(Feedback)
+            }
+        )
 
     @property
     def num_units(self) -> int:
@@ -149,7 +170,11 @@ class Feedback:
 
     def shift(self, by: int) -> Feedback:
         """The same units with every response index moved up by `by`: how records join into a batch."""
-        return replace(self, first=self.first + by, second=torch.where(self.second < 0, self.second, self.second + by))
+        return replace(
+            self,
+            first=self.first + by,
+            second=torch.where(self.second < 0, self.second, self.second + by),
+        )
 
     def check(self, num_responses: int) -> None:
         """Raise ValueError if a unit names a response that the call does not have."""
@@ -172,5 +197,7 @@ def _check_unit_interval(name: str, value: Tensor) -> None:
 def _weight(weight: Numbers, units: int) -> Tensor:
     column = _column("weight", weight, units, 1.0)
     if (column < 0).any():
-        raise ValueError(f"weight[{int((column < 0).nonzero()[0])}] is negative; use 0 to leave a unit out")
+        raise ValueError(
+            f"weight[{int((column < 0).nonzero()[0])}] is negative; use 0 to leave a unit out"
+        )
     return column

@@ -68,7 +68,9 @@ class Objective:
     def __post_init__(self) -> None:
         for name, forms in (("pair", PAIR_FORMS), ("binary", BINARY_FORMS), ("score", SCORE_FORMS)):
             if getattr(self, name) not in forms:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not a loss form; choose one of {sorted(forms)}")
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is not a loss form; choose one of {sorted(forms)}"
+                )
         if not self.beta > 0 or self.beta == float("inf"):
             raise ValueError(f"beta={self.beta} must be positive and finite")
         if not abs(self.offset) < float("inf"):
@@ -91,12 +93,16 @@ class UnaOutput(NamedTuple):
     unit_losses: Tensor
 
 
-def implicit_rewards(logps: Tensor, ref_logps: Tensor, objective: Objective, lengths: Tensor | None = None) -> Tensor:
+def implicit_rewards(
+    logps: Tensor, ref_logps: Tensor, objective: Objective, lengths: Tensor | None = None
+) -> Tensor:
     """r = beta * Delta, [S] float64. lengths [S]: tokens per response, needed when `length_normalize`."""
     delta = logps.double() - ref_logps.detach().double()
     if objective.length_normalize:
         if lengths is None or lengths.shape != logps.shape:
-            raise ValueError(f"length_normalize=True needs lengths=, [{logps.numel()}] tokens per response")
+            raise ValueError(
+                f"length_normalize=True needs lengths=, [{logps.numel()}] tokens per response"
+            )
         delta = delta / lengths.to(delta.device)
     return objective.beta * delta
 
@@ -144,7 +150,9 @@ def denominator(reduction: str, num_units: int | Tensor | None, units: int) -> f
     else:
         valid = num_units is None or 0 < num_units < float("inf")
     if not valid:
-        raise ValueError(f"num_units={num_units} must be one positive number, the units of the global batch")
+        raise ValueError(
+            f"num_units={num_units} must be one positive number, the units of the global batch"
+        )
     if reduction == "sum":
         return 1.0
     return max(units, 1) if num_units is None else num_units
@@ -168,7 +176,9 @@ def _unit_losses(rewards: Tensor, feedback: Feedback, objective: Objective) -> T
             lead = rewards[first] - rewards[column(feedback.second, units)]
             term = value * form(lead, margin) + (1 - value) * form(-lead, margin)
         else:
-            form = BINARY_FORMS[objective.binary] if kind == BINARY else SCORE_FORMS[objective.score]
+            form = (
+                BINARY_FORMS[objective.binary] if kind == BINARY else SCORE_FORMS[objective.score]
+            )
             term = form(rewards[first] + column(feedback.offset, units) + objective.offset, value)
         losses = losses.index_copy(0, units.to(device, non_blocking=True), term)
     return losses

@@ -21,7 +21,9 @@ def group_offset(residuals: Tensor, group: Tensor) -> Tensor:
     detached.
     """
     if residuals.shape != group.shape or residuals.dim() != 1 or group.is_floating_point():
-        raise ValueError(f"residuals {tuple(residuals.shape)} and integer group {tuple(group.shape)} must both be [S]")
+        raise ValueError(
+            f"residuals {tuple(residuals.shape)} and integer group {tuple(group.shape)} must both be [S]"
+        )
     residuals = residuals.detach().double()
     same = (group[:, None] == group[None, :]).double().fill_diagonal_(0.0)
     others = same.sum(1)

@@ -27,7 +27,7 @@ from una_fast.counters import part
 
 if TYPE_CHECKING:
     from una_fast.config import RunConfig
-    from una_fast.policy import Policy
+    from una_fast.model.policy import Policy
 
 SLICE = 2**24
 """Numbers updated at a time: what bounds every temporary of a step."""
@@ -68,7 +68,9 @@ def _adamw_8bit(groups: list[dict[str, Any]], lr: float, betas: tuple[float, flo
     try:
         import torchao.optim
     except ImportError as error:
-        raise ValueError("optimizer=adamw_8bit needs torchao: pip install una-fast[optim]") from error
+        raise ValueError(
+            "optimizer=adamw_8bit needs torchao: pip install una-fast[optim]"
+        ) from error
 
     class AdamW8bit(_OwnState, torchao.optim.AdamW8bit):
         def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
@@ -130,7 +132,9 @@ class AdamW(_OwnState):
         *,
         on_host: bool = False,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
         self.on_host = on_host
         self._bus: _Bus | None = None
 
@@ -310,7 +314,11 @@ def _flat(tensor: Tensor) -> Tensor:
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     """The fp32 norm, [], of all gradients together; a DTensor where they are. torch's get_total_norm would round the
     norm of bf16 gradients to bf16."""
-    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters if p.grad is not None]
+    norms = [
+        torch.linalg.vector_norm(p.grad, dtype=torch.float32)
+        for p in parameters
+        if p.grad is not None
+    ]
     return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
 
 
@@ -328,7 +336,10 @@ def state_bytes(parameters: Iterable[Tensor], config: RunConfig) -> tuple[int, i
         return 2 * sum(n + n // 64 + 1024 for n in coded) + 8 * (total - sum(coded)), 0
     if config.offload_optimizer:
         # an fp32 gradient; two buffers for gradients and two for weights, per dtype
-        largest = {p.dtype: min(max(q.numel() for q in locals_ if q.dtype == p.dtype), SLICE) for p in locals_}
+        largest = {
+            p.dtype: min(max(q.numel() for q in locals_ if q.dtype == p.dtype), SLICE)
+            for p in locals_
+        }
         buffers = sum(4 * dtype.itemsize * n for dtype, n in largest.items())
         return 0, 12 * total + 4 * max(largest.values(), default=0) + buffers
     return 8 * total, 0

@@ -44,7 +44,10 @@ class Enumerated:
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-        self.states, self.weight = normal(1 + VOCAB, DIM).requires_grad_(), normal(VOCAB, DIM).requires_grad_()
+        self.states, self.weight = (
+            normal(1 + VOCAB, DIM).requires_grad_(),
+            normal(VOCAB, DIM).requires_grad_(),
+        )
         self.rewards, self.ref = normal(VOCAB**2), normal(VOCAB**2).log_softmax(0)
 
     @property
@@ -70,7 +73,9 @@ def pair_is_dpo(policy: Enumerated) -> float:
     better, worse = torch.tensor([0, 3, 7]), torch.tensor([5, 1, 2])
     delta = policy.logps() - policy.ref
     dpo = policy.gradient(-F.logsigmoid(BETA * (delta[better] - delta[worse])).mean())
-    loss = una_loss(policy.logps(), policy.ref, Feedback.pairs(better, worse), objective=Objective(beta=BETA)).loss
+    loss = una_loss(
+        policy.logps(), policy.ref, Feedback.pairs(better, worse), objective=Objective(beta=BETA)
+    ).loss
     return difference(policy.gradient(loss), dpo)
 
 
@@ -95,9 +100,13 @@ def scores_are_labels(policy: Enumerated) -> float:
 
 def on_policy_gradient(policy: Enumerated, offset: float) -> Tensor:
     logps = policy.logps()
-    feedback = Feedback.scores(range(len(logps)), policy.rewards, weight=logps.detach().exp(), offset=offset)
+    feedback = Feedback.scores(
+        range(len(logps)), policy.rewards, weight=logps.detach().exp(), offset=offset
+    )
     objective = Objective(beta=BETA, score="reward_mse")
-    return policy.gradient(una_loss(logps, policy.ref, feedback, objective=objective, reduction="sum").loss)
+    return policy.gradient(
+        una_loss(logps, policy.ref, feedback, objective=objective, reduction="sum").loss
+    )
 
 
 def rlhf_gradient(policy: Enumerated) -> Tensor:
@@ -123,16 +132,22 @@ def gradient_variance(policy: Enumerated, offset: str) -> tuple[float, float]:
     """(trace of the covariance of the gradient on one draw of DRAWN answers, relative error of its mean against
     -2 beta grad J), over all draws."""
     logps, count = policy.logps().detach(), len(policy.rewards)
-    rows = torch.stack([policy.gradient(policy.logps()[k]) for k in range(count)])  # [9, P] grad log pi of each answer
+    rows = torch.stack(
+        [policy.gradient(policy.logps()[k]) for k in range(count)]
+    )  # [9, P] grad log pi of each answer
     residuals = BETA * (logps - policy.ref) - policy.rewards
     chances, gradients = [], []
     for draws in torch.cartesian_prod(*[torch.arange(count)] * DRAWN).split(count**2):
         drawn, draw = draws.flatten(), torch.arange(len(draws)).repeat_interleave(DRAWN)
-        added = group_offset(residuals[drawn], draw) if offset == "group" else torch.zeros(len(drawn))
+        added = (
+            group_offset(residuals[drawn], draw) if offset == "group" else torch.zeros(len(drawn))
+        )
         leaf = logps[drawn].requires_grad_()
         feedback = Feedback.scores(range(len(drawn)), policy.rewards[drawn], offset=added)
         objective = Objective(beta=BETA, score="reward_mse")
-        loss = una_loss(leaf, policy.ref[drawn], feedback, objective=objective, num_units=DRAWN).loss  # mean per draw
+        loss = una_loss(
+            leaf, policy.ref[drawn], feedback, objective=objective, num_units=DRAWN
+        ).loss  # mean per draw
         (coefficients,) = torch.autograd.grad(loss, leaf)
         gradients.append((coefficients[:, None] * rows[drawn]).view(len(draws), DRAWN, -1).sum(1))
         chances.append(logps[draws].sum(1).exp())
@@ -161,10 +176,15 @@ def run(seeds: int = 5) -> dict[str, Any]:
         return max(check(Enumerated(seed)) for seed in range(seeds))
 
     def identity(offset: float) -> float:
-        return worst(lambda p: difference(on_policy_gradient(p, offset), -2 * BETA * rlhf_gradient(p)))
+        return worst(
+            lambda p: difference(on_policy_gradient(p, offset), -2 * BETA * rlhf_gradient(p))
+        )
 
     spread = {
-        place: {name: [gradient_variance(on_the_way(seed, **way), name) for seed in range(seeds)] for name in OFFSETS}
+        place: {
+            name: [gradient_variance(on_the_way(seed, **way), name) for seed in range(seeds)]
+            for name in OFFSETS
+        }
         for place, way in PLACES.items()
     }
     return {
@@ -174,6 +194,11 @@ def run(seeds: int = 5) -> dict[str, Any]:
         "bce_is_bco": worst(bce_is_bco),
         "scores_are_labels": worst(scores_are_labels),
         "fixed_point_tv": [fixed_point(Enumerated(seed)) for seed in range(min(seeds, 3))],
-        "variance": {k: {n: [value for value, _ in found] for n, found in own.items()} for k, own in spread.items()},
-        "mean_gradient": max(e for place in list(PLACES)[:2] for own in spread[place].values() for _, e in own),
+        "variance": {
+            k: {n: [value for value, _ in found] for n, found in own.items()}
+            for k, own in spread.items()
+        },
+        "mean_gradient": max(
+            e for place in list(PLACES)[:2] for own in spread[place].values() for _, e in own
+        ),
     }

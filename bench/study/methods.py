@@ -1,6 +1,6 @@
 """The methods of the study, each as a function from a run's settings to what the run found.
 
-UNA runs through `una_fast.train.train`, TRL through its own trainers, PPO through ppo.py. All are full fine-tuning in
+UNA runs through `una_fast.train.loop.train`, TRL through its own trainers, PPO through ppo.py. All are full fine-tuning in
 float32 by AdamW (no weight decay) at a constant learning rate, with gradients clipped to norm 1. Whoever trains, the
 same `Watch` evaluates the policy after the same numbers of steps, and stops the clock while it does.
 """
@@ -27,12 +27,32 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 UNA_SETTINGS = {
-    **{"progress": False, "loggers": [], "device": "cpu", "lr_schedule": "constant", "warmup_ratio": 0.0},
-    **{"max_tokens_per_batch": 1 << 20, "packing": False},  # one forward a step; on a CPU rows this short are padded
+    **{
+        "progress": False,
+        "loggers": [],
+        "device": "cpu",
+        "lr_schedule": "constant",
+        "warmup_ratio": 0.0,
+    },
+    **{
+        "max_tokens_per_batch": 1 << 20,
+        "packing": False,
+    },  # one forward a step; on a CPU rows this short are padded
 }
 TRL_QUIET = {
-    **{"lr_scheduler_type": "constant", "weight_decay": 0.0, "max_grad_norm": 1.0, "bf16": False, "use_cpu": True},
-    **{"gradient_checkpointing": False, "report_to": "none", "save_strategy": "no", "logging_strategy": "no"},
+    **{
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "bf16": False,
+        "use_cpu": True,
+    },
+    **{
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+    },
     **{"disable_tqdm": True, "dataloader_pin_memory": False},
 }
 NOISE = 0.1  # standard deviation of the noise on offline scores
@@ -75,7 +95,9 @@ class Spec:
 class Watch:
     """Evaluates a policy at some steps of its training, and measures the time of the training alone."""
 
-    def __init__(self, steps: int, points: int, evaluate: Callable[[Any], dict[str, float]]) -> None:
+    def __init__(
+        self, steps: int, points: int, evaluate: Callable[[Any], dict[str, float]]
+    ) -> None:
         self.at = {-(-steps * k // points) for k in range(1, points + 1)} if points else set()
         self.evaluate, self.found = evaluate, []
         self.started = self.seconds = 0.0
@@ -121,12 +143,16 @@ class Workshop:
         watch = Watch(
             steps,
             points,
-            lambda model: task.evaluate(model, self.reference, self.tokenizer, prompts, seed=spec.seed),
+            lambda model: task.evaluate(
+                model, self.reference, self.tokenizer, prompts, seed=spec.seed
+            ),
         )
         with tempfile.TemporaryDirectory() as directory, torch.random.fork_rng(devices=[]):
             torch.manual_seed(spec.seed)
             more = method.run(self, spec, watch, Path(directory), **method.settings)
-        per_step = 2 * self.size.offline_batch if offline else self.size.online_batch * self.size.samples
+        per_step = (
+            2 * self.size.offline_batch if offline else self.size.online_batch * self.size.samples
+        )
         points = [{**point, "samples": per_step * point["step"]} for point in watch.found]
         return {**asdict(spec), "points": points, "seconds": watch.seconds, **more}
 
@@ -140,12 +166,18 @@ class Workshop:
         scores there."""
         size, held = self.size, task.held_out(self.size.held_out)
         prompts = task.make_prompts(size.prompts + size.prompts // 4 + 8, [seed, 1], held)
-        found = task.sample(self.reference, self.reference, self.tokenizer, prompts, each=2, seed=seed)
+        found = task.sample(
+            self.reference, self.reference, self.tokenizer, prompts, each=2, seed=seed
+        )
         rng = np.random.default_rng([seed, 2])
-        scores = np.array(task.reward(found.prompts, found.texts)) + NOISE * rng.standard_normal(len(found.texts))
+        scores = np.array(task.reward(found.prompts, found.texts)) + NOISE * rng.standard_normal(
+            len(found.texts)
+        )
         ended = [0 < len(text.split()) < task.MAX_NEW_TOKENS for text in found.texts]
         keep = [
-            k for k in range(0, len(ended), 2) if ended[k] and ended[k + 1] and found.texts[k] != found.texts[k + 1]
+            k
+            for k in range(0, len(ended), 2)
+            if ended[k] and ended[k + 1] and found.texts[k] != found.texts[k + 1]
         ]
         keep = keep[: size.prompts]
         assert len(keep) == size.prompts, f"only {len(keep)} prompts have two ended answers"
@@ -153,7 +185,11 @@ class Workshop:
         shift = 0.0 if mean is None else mean - float(np.mean(kept))
         scores = np.clip(scores + shift, 0.0, 1.0)
         return [
-            {"prompt": prompts[k // 2], "completions": found.texts[k : k + 2], "scores": scores[k : k + 2].tolist()}
+            {
+                "prompt": prompts[k // 2],
+                "completions": found.texts[k : k + 2],
+                "scores": scores[k : k + 2].tolist(),
+            }
             for k in keep
         ]
 
@@ -164,7 +200,11 @@ class Workshop:
             return data
         if kind == "pairs":
             return [
-                {"prompt": r["prompt"], "chosen": r["completions"][b], "rejected": r["completions"][1 - b]}
+                {
+                    "prompt": r["prompt"],
+                    "chosen": r["completions"][b],
+                    "rejected": r["completions"][1 - b],
+                }
                 for r in data
                 for b in [int(r["scores"][1] > r["scores"][0])]
             ]
@@ -196,7 +236,9 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def state_bytes(trained: list[Tensor], optimizers: list[Any], frozen: Iterable[Tensor]) -> dict[str, int]:
+def state_bytes(
+    trained: list[Tensor], optimizers: list[Any], frozen: Iterable[Tensor]
+) -> dict[str, int]:
     """Train state: trained weights, their gradients, the optimizer's tensors, and the weights that only score."""
     moments = [
         value
@@ -219,7 +261,7 @@ def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> str:
 
 def train_una(shop: Workshop, watch: Watch, directory: Path, **settings: Any) -> dict[str, Any]:
     """The trainer as its users run it, watched."""
-    import una_fast.train as una
+    import una_fast.train.loop as una
     from una_fast.config import RunConfig
 
     trainers = []
@@ -240,12 +282,16 @@ def train_una(shop: Workshop, watch: Watch, directory: Path, **settings: Any) ->
             watch.after_step(self.taken, self.policy.causal_lm)
             return metrics
 
-    config = RunConfig(model=str(shop.directory), output_dir=str(directory / "out"), **UNA_SETTINGS, **settings)
+    config = RunConfig(
+        model=str(shop.directory), output_dir=str(directory / "out"), **UNA_SETTINGS, **settings
+    )
     with mock.patch.object(una, "Trainer", Watched):
         una.train(config)
     trainer = trainers[0]
     frozen = trainer.reference.policy.model.parameters()
-    return {"bytes": state_bytes(trainer.policy.trainable_parameters(), [trainer.optimizer], frozen)}
+    return {
+        "bytes": state_bytes(trainer.policy.trainable_parameters(), [trainer.optimizer], frozen)
+    }
 
 
 def una_offline(
@@ -266,9 +312,13 @@ def una_offline(
     )
 
 
-def una_online(shop: Workshop, spec: Spec, watch: Watch, directory: Path, **settings: Any) -> dict[str, Any]:
+def una_online(
+    shop: Workshop, spec: Spec, watch: Watch, directory: Path, **settings: Any
+) -> dict[str, Any]:
     size = shop.size
-    prompts = write_jsonl(directory / "prompts.jsonl", ({"prompt": p} for p in shop.online_prompts(spec.seed)))
+    prompts = write_jsonl(
+        directory / "prompts.jsonl", ({"prompt": p} for p in shop.online_prompts(spec.seed))
+    )
     more = train_una(
         shop,
         watch,
@@ -285,8 +335,13 @@ def una_online(shop: Workshop, spec: Spec, watch: Watch, directory: Path, **sett
         seed=spec.seed,
         **settings,
     )
-    lines = [json.loads(line) for line in (directory / "out" / "metrics.jsonl").read_text().splitlines()]
-    parts = {name: sum(line.get(f"time/{name}", 0.0) for line in lines) for name in ("generate", "reward", "train")}
+    lines = [
+        json.loads(line) for line in (directory / "out" / "metrics.jsonl").read_text().splitlines()
+    ]
+    parts = {
+        name: sum(line.get(f"time/{name}", 0.0) for line in lines)
+        for name in ("generate", "reward", "train")
+    }
     return {**more, "parts": parts}
 
 
@@ -316,7 +371,9 @@ def train_trl(trainer: Any, watch: Watch) -> dict[str, Any]:
     return {"bytes": state_bytes(trained, [trainer.optimizer], trainer.ref_model.parameters())}
 
 
-def trl_offline(shop: Workshop, spec: Spec, watch: Watch, directory: Path, *, kind: str) -> dict[str, Any]:
+def trl_offline(
+    shop: Workshop, spec: Spec, watch: Watch, directory: Path, *, kind: str
+) -> dict[str, Any]:
     import trl
     from datasets import Dataset
 
@@ -340,7 +397,9 @@ def trl_offline(shop: Workshop, spec: Spec, watch: Watch, directory: Path, *, ki
     return train_trl(trainer, watch)
 
 
-def trl_online(shop: Workshop, spec: Spec, watch: Watch, directory: Path, *, name: str) -> dict[str, Any]:
+def trl_online(
+    shop: Workshop, spec: Spec, watch: Watch, directory: Path, *, name: str
+) -> dict[str, Any]:
     import trl
     from datasets import Dataset
 
@@ -369,9 +428,12 @@ def trl_online(shop: Workshop, spec: Spec, watch: Watch, directory: Path, *, nam
 # -------------------------------------------------------------------------------------------------------------- PPO
 
 
-def ppo(shop: Workshop, spec: Spec, watch: Watch, directory: Path, *, epochs: int) -> dict[str, Any]:
-    from una_fast.policy import load_policy
-    from una_fast.rollout import Sampling, TransformersSampler
+def ppo(
+    shop: Workshop, spec: Spec, watch: Watch, directory: Path, *, epochs: int
+) -> dict[str, Any]:
+    from una_fast.model.policy import load_policy
+    from una_fast.online.generate import TransformersSampler
+    from una_fast.online.sampling import Sampling
 
     size, tokenizer = shop.size, shop.tokenizer
     policy, reference, critic = (load_policy(shop.directory, dtype=torch.float32) for _ in range(3))
@@ -385,10 +447,15 @@ def ppo(shop: Workshop, spec: Spec, watch: Watch, directory: Path, *, epochs: in
         prompts = [np.asarray(ids, dtype=np.int32) for ids in tokenizer(batch)["input_ids"]]
 
         def sample(prompts: Any = prompts, step: int = step) -> Any:
-            return [[one.ids for one in own] for own in sampler.sample(prompts, seed=1000 * spec.seed + step)]
+            return [
+                [one.ids for one in own]
+                for own in sampler.sample(prompts, seed=1000 * spec.seed + step)
+            ]
 
         def reward(answers: Any, batch: Any = batch) -> list[float]:
-            said = tokenizer.batch_decode([ids for own in answers for ids in own], skip_special_tokens=True)
+            said = tokenizer.batch_decode(
+                [ids for own in answers for ids in own], skip_special_tokens=True
+            )
             return task.reward([prompt for prompt in batch for _ in range(size.samples)], said)
 
         learner.step(prompts, sample, reward)
@@ -396,7 +463,10 @@ def ppo(shop: Workshop, spec: Spec, watch: Watch, directory: Path, *, epochs: in
     watch.stop()
     trained = [p for part in learner.trained for p in part]
     frozen = reference.model.parameters()
-    return {"bytes": state_bytes(trained, learner.optimizers, frozen), "parts": dict(learner.seconds)}
+    return {
+        "bytes": state_bytes(trained, learner.optimizers, frozen),
+        "parts": dict(learner.seconds),
+    }
 
 
 # ------------------------------------------------------------------------------------------------------- the table
@@ -414,13 +484,21 @@ METHODS = {
     "una_bce": Method("UNA binary, bce", una_offline, {"kind": "labels", "binary": "bce"}),
     "una_mse": Method("UNA binary, mse", una_offline, {"kind": "labels", "binary": "mse"}),
     "una_score": Method("UNA score, mse", una_offline, {"kind": "scores"}),
-    "una_centred": Method("UNA score, mse, centred", una_offline, {"kind": "scores", "score_center": "dataset"}),
+    "una_centred": Method(
+        "UNA score, mse, centred", una_offline, {"kind": "scores", "score_center": "dataset"}
+    ),
     "trl_dpo": Method("TRL DPOTrainer", trl_offline, {"kind": "pairs"}),
     "trl_kto": Method("TRL KTOTrainer", trl_offline, {"kind": "labels"}),
-    "una_group": Method("UNA reward_mse, group", una_online, {"score": "reward_mse", "offset": "group"}),
+    "una_group": Method(
+        "UNA reward_mse, group", una_online, {"score": "reward_mse", "offset": "group"}
+    ),
     "una_ema": Method("UNA reward_mse, ema", una_online, {"score": "reward_mse", "offset": "ema"}),
-    "una_none": Method("UNA reward_mse, no offset", una_online, {"score": "reward_mse", "offset": 0.0}),
-    "una_sigmoid": Method("UNA score, mse on sigmoid(r)", una_online, {"score": "mse", "offset": 0.0}),
+    "una_none": Method(
+        "UNA reward_mse, no offset", una_online, {"score": "reward_mse", "offset": 0.0}
+    ),
+    "una_sigmoid": Method(
+        "UNA score, mse on sigmoid(r)", una_online, {"score": "mse", "offset": 0.0}
+    ),
     "ppo_1": Method("PPO, 1 epoch", ppo, {"epochs": 1}),
     "ppo_4": Method("PPO, 4 epochs", ppo, {"epochs": 4}),
     "trl_rloo": Method("TRL RLOOTrainer", trl_online, {"name": "RLOO"}),

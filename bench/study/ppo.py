@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from una_fast import Feedback, token_logps
-from una_fast.data import Batch, Example, collate
-from una_fast.policy import Policy
+from una_fast.data.batch import Batch, collate
+from una_fast.data.examples import Example
+from una_fast.model.policy import Policy
 
 Answers = Sequence[Sequence[np.ndarray]]
 """Token ids of the answers to every prompt."""
@@ -65,8 +66,15 @@ def whiten(x: Tensor) -> Tensor:
 class PPO:
     """policy and critic are trained; critic: a copy of the reference whose head is not used but for a value head."""
 
-    def __init__(self, policy: Policy, reference: Policy, critic: Policy, settings: PPOSettings) -> None:
-        self.policy, self.reference, self.critic, self.settings = policy, reference, critic, settings
+    def __init__(
+        self, policy: Policy, reference: Policy, critic: Policy, settings: PPOSettings
+    ) -> None:
+        self.policy, self.reference, self.critic, self.settings = (
+            policy,
+            reference,
+            critic,
+            settings,
+        )
         reference.model.requires_grad_(False)
         size = critic.causal_lm.config.hidden_size
         self.value_head = nn.Linear(size, 1)
@@ -77,7 +85,8 @@ class PPO:
             [*critic.trainable_parameters(), *self.value_head.parameters()],
         )
         self.optimizers = [
-            torch.optim.AdamW(part, lr=settings.learning_rate, weight_decay=0.0) for part in self.trained
+            torch.optim.AdamW(part, lr=settings.learning_rate, weight_decay=0.0)
+            for part in self.trained
         ]
         self.seconds: Counter[str] = Counter()
 
@@ -90,14 +99,21 @@ class PPO:
     def token_logps(self, model: Policy, batch: Batch) -> Tensor:
         """[N] log-probs of the tokens of all answers."""
         head = {"softcap": model.head.softcap, "logit_scale": model.head.logit_scale}
-        return model.score(batch, lambda h, weight, bias: token_logps(h, weight, batch.targets, bias, **head))
+        return model.score(
+            batch, lambda h, weight, bias: token_logps(h, weight, batch.targets, bias, **head)
+        )
 
     def values(self, batch: Batch) -> Tensor:
         """[N] values of the states before each token of the answers."""
-        return self.critic.score(batch, lambda hidden, weight, bias: self.value_head(hidden).squeeze(1))
+        return self.critic.score(
+            batch, lambda hidden, weight, bias: self.value_head(hidden).squeeze(1)
+        )
 
     def step(
-        self, prompts: Sequence[np.ndarray], sample: Callable[[], Answers], reward: Callable[[Answers], Sequence[float]]
+        self,
+        prompts: Sequence[np.ndarray],
+        sample: Callable[[], Answers],
+        reward: Callable[[Answers], Sequence[float]],
     ) -> None:
         """One round: answers to the prompts, their rewards, and `epochs` updates of policy and critic."""
         with self.clock("generate"):
@@ -117,14 +133,18 @@ class PPO:
             returns, advantages = advantages + values, whiten(advantages)
         with self.clock("train"):
             for _ in range(self.settings.epochs):
-                policy_loss(self.token_logps(self.policy, batch), old, advantages, self.settings.clip).backward()
+                policy_loss(
+                    self.token_logps(self.policy, batch), old, advantages, self.settings.clip
+                ).backward()
                 (0.5 * (self.values(batch) - returns).square().mean()).backward()
                 for optimizer, part in zip(self.optimizers, self.trained, strict=True):
                     torch.nn.utils.clip_grad_norm_(part, self.settings.max_grad_norm)
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
 
-    def advantages(self, cu_seqlens: Tensor, rewards: Tensor, log_ratio: Tensor, values: Tensor) -> Tensor:
+    def advantages(
+        self, cu_seqlens: Tensor, rewards: Tensor, log_ratio: Tensor, values: Tensor
+    ) -> Tensor:
         """[N] advantages. rewards: [S]; log_ratio, values: [N]."""
         lengths = cu_seqlens.diff()
         real = torch.arange(int(lengths.max())) < lengths[:, None]

@@ -56,19 +56,45 @@ class Comparison(NamedTuple):
 COMPARISONS = {
     "E1": (
         Comparison("una_pair", "trl_dpo", "with pairs UNA is DPO (paper, eq. 10)", "equivalent"),
-        Comparison("una_score", "una_bce", "scores are worth more than labels (paper, as it stands: f = c = 0)"),
-        Comparison("una_centred", "una_bce", "scores are worth more than labels, with scores centred"),
+        Comparison(
+            "una_score",
+            "una_bce",
+            "scores are worth more than labels (paper, as it stands: f = c = 0)",
+        ),
+        Comparison(
+            "una_centred", "una_bce", "scores are worth more than labels, with scores centred"
+        ),
         Comparison("una_mse", "trl_kto", "with labels UNA (mse) beats KTO (paper)"),
         Comparison("una_bce", "trl_kto", "with labels UNA (bce) beats KTO (paper)"),
-        Comparison("una_score", "trl_dpo", "UNA on scores beats DPO on pairs (paper, as it stands: f = c = 0)"),
-        Comparison("una_centred", "trl_dpo", "UNA on scores beats DPO on pairs, with scores centred"),
+        Comparison(
+            "una_score",
+            "trl_dpo",
+            "UNA on scores beats DPO on pairs (paper, as it stands: f = c = 0)",
+        ),
+        Comparison(
+            "una_centred", "trl_dpo", "UNA on scores beats DPO on pairs, with scores centred"
+        ),
         Comparison("una_centred", "una_score", "centring the scores helps (ours)"),
     ),
     "E3": (
-        Comparison("una_group", "ppo_1", "online UNA (reward form, group) reaches PPO of 1 epoch", "equivalent"),
-        Comparison("una_group", "ppo_4", "online UNA (reward form, group) reaches PPO of 4 epochs", "equivalent"),
-        Comparison("una_sigmoid", "ppo_1", "the paper's score form reaches PPO of 1 epoch", "equivalent"),
-        Comparison("una_group", "una_sigmoid", "the reward form is worth more than the score form (ours)"),
+        Comparison(
+            "una_group",
+            "ppo_1",
+            "online UNA (reward form, group) reaches PPO of 1 epoch",
+            "equivalent",
+        ),
+        Comparison(
+            "una_group",
+            "ppo_4",
+            "online UNA (reward form, group) reaches PPO of 4 epochs",
+            "equivalent",
+        ),
+        Comparison(
+            "una_sigmoid", "ppo_1", "the paper's score form reaches PPO of 1 epoch", "equivalent"
+        ),
+        Comparison(
+            "una_group", "una_sigmoid", "the reward form is worth more than the score form (ours)"
+        ),
         Comparison("una_group", "una_none", "the group offset is worth more than none (ours)"),
         Comparison("una_group", "una_ema"),
         Comparison("una_group", "trl_rloo"),
@@ -104,7 +130,9 @@ def frontiers(report: Report, part: str) -> dict[str, Line]:
     """method -> frontier, in the order of LABELS."""
     runs = [run for run in runs_of(report, part) if run["what"] != "time"]
     by_method = {name: [run for run in runs if run["method"] == name] for name in LABELS}
-    return {name: stats.frontier(own, bins_of(report, part)) for name, own in by_method.items() if own}
+    return {
+        name: stats.frontier(own, bins_of(report, part)) for name, own in by_method.items() if own
+    }
 
 
 class Cell(NamedTuple):
@@ -124,13 +152,18 @@ def compare(lines: dict[str, Line], comparison: Comparison) -> dict[stats.Bin, C
         if raw:
             corrected = stats.at_equal_kl(ours[b], theirs[b], stats.slope(theirs, b))
             found[b] = Cell(
-                stats.interval(raw), stats.verdict(raw), stats.interval(corrected), stats.verdict(corrected)
+                stats.interval(raw),
+                stats.verdict(raw),
+                stats.interval(corrected),
+                stats.verdict(corrected),
             )
     return found
 
 
 def outcome(comparison: Comparison, word: str) -> str:
-    return OUTCOMES.get((comparison.expected, word), {"mixed": "mixed", "inconclusive": "open"}.get(word, word))
+    return OUTCOMES.get(
+        (comparison.expected, word), {"mixed": "mixed", "inconclusive": "open"}.get(word, word)
+    )
 
 
 def timed(report: Report) -> dict[str, list[dict[str, Any]]]:
@@ -168,12 +201,24 @@ def settings(report: Report) -> str:
     size, plan, base, made = report["size"], report["plan"], report["base"], report["environment"]
     changed = "with uncommitted changes" if made["uncommitted_changes"] else "clean"
     rows = [
-        ("model", f"Llama, 2 layers, d 64, {base['parameters']:,} weights, tied head; {size['base_steps']} steps"),
+        (
+            "model",
+            f"Llama, 2 layers, d 64, {base['parameters']:,} weights, tied head; {size['base_steps']} steps",
+        ),
         ("base model", f"gold {base['gold']:.3f}, {base['tokens']:.1f} tokens an answer"),
         ("evaluation", f"one answer to each of {size['held_out']} held-out prompts, temperature 1"),
-        ("offline", f"{size['prompts']} prompts x 2 answers, seen {size['epochs']}x, {size['offline_batch']} per step"),
-        ("online", f"{size['online_steps']} steps of {size['online_batch']} prompts x {size['samples']} samples"),
-        ("seeds", f"selection {listed(plan['select_seeds'])}; reporting {listed(plan['report_seeds'])}"),
+        (
+            "offline",
+            f"{size['prompts']} prompts x 2 answers, seen {size['epochs']}x, {size['offline_batch']} per step",
+        ),
+        (
+            "online",
+            f"{size['online_steps']} steps of {size['online_batch']} prompts x {size['samples']} samples",
+        ),
+        (
+            "seeds",
+            f"selection {listed(plan['select_seeds'])}; reporting {listed(plan['report_seeds'])}",
+        ),
     ]
     for part in ("E1", "E3"):
         grid = f"lr {listed(plan['lrs'][part])}; beta {listed(plan['betas'][part])}"
@@ -182,7 +227,10 @@ def settings(report: Report) -> str:
     rows += [
         ("versions", f"{versions}, Python {made['python']}"),
         ("machine", f"CPU ({made['cpu']}), {made['cores']} cores, one thread per process"),
-        ("made by", f"`{made['command']}` on {made['date'][:10]}, commit {str(made['commit'])[:12]}, {changed}"),
+        (
+            "made by",
+            f"`{made['command']}` on {made['date'][:10]}, commit {str(made['commit'])[:12]}, {changed}",
+        ),
     ]
     if len(report["sources"]) > 1:
         rows.append(("note", f"the runs are of {len(report['sources'])} versions of una_fast"))
@@ -199,7 +247,12 @@ def exact_table(report: Report) -> str:
         return NOT_RUN
 
     def row(what: str, value: float, limit: float) -> tuple[str, str, str, str]:
-        return what, f"{value:.1e}", f"{limit:.0e}", "holds" if value <= limit else "**does not hold**"
+        return (
+            what,
+            f"{value:.1e}",
+            f"{limit:.0e}",
+            "holds" if value <= limit else "**does not hold**",
+        )
 
     rows = [row("pair loss: gradient of DPO", found["pair_is_dpo"], 1e-10)]
     for offset, value in found["policy_gradient"].items():
@@ -207,17 +260,27 @@ def exact_table(report: Report) -> str:
         rows.append(row(what, value, 1e-10))
     rows += [
         row(
-            "reward_mse on samples: mean gradient over all draws, offset none and group", found["mean_gradient"], 1e-10
+            "reward_mse on samples: mean gradient over all draws, offset none and group",
+            found["mean_gradient"],
+            1e-10,
         ),
         row("binary bce: gradient of BCO with shift 0", found["bce_is_bco"], 1e-10),
-        row("score mse on scores 0 and 1: gradient of binary mse", found["scores_are_labels"], 1e-10),
-        row("reward_mse: total variation of its end from the RLHF optimum", max(found["fixed_point_tv"]), 1e-2),
+        row(
+            "score mse on scores 0 and 1: gradient of binary mse", found["scores_are_labels"], 1e-10
+        ),
+        row(
+            "reward_mse: total variation of its end from the RLHF optimum",
+            max(found["fixed_point_tv"]),
+            1e-2,
+        ),
     ]
     text = table(("claim", "largest difference", "allowed", "verdict"), rows)
     rows = []
     for place, own in found["variance"].items():
         ratios = [g / n for g, n in zip(own["group"], own["none"], strict=True)]
-        rows.append((place, f"{statistics.fmean(ratios):.2f}", f"{min(ratios):.2f} to {max(ratios):.2f}"))
+        rows.append(
+            (place, f"{statistics.fmean(ratios):.2f}", f"{min(ratios):.2f} to {max(ratios):.2f}")
+        )
     head = ("the policy is", "variance with group / with none, mean", "over policies")
     return f"{text}\n\nVariance of the gradient on one draw of four answers:\n\n{table(head, rows)}"
 
@@ -265,7 +328,9 @@ def chosen_table(report: Report, part: str) -> str:
         runs = [run for run in runs_of(report, part) if run["method"] == name]
         chosen = stats.select(runs, bins) if runs else {}
         if chosen:
-            cells = (f"{c.lr:g}, {c.beta:g}, {c.step}" if (c := chosen.get(b)) else "-" for b in bins)
+            cells = (
+                f"{c.lr:g}, {c.beta:g}, {c.step}" if (c := chosen.get(b)) else "-" for b in bins
+            )
             rows.append((LABELS[name], *cells))
     return table(("lr, beta, step", *map(bin_name, bins)), rows) if rows else NOT_RUN
 
@@ -291,7 +356,9 @@ def means_table(report: Report) -> str:
         if len(own) == 2:
             difference = stats.paired(own["una_centred"], own["una_score"])
             word = f"{stats.verdict(difference)} {band(stats.interval(difference), '+')}"
-            rows.append((f"{mean:g}", f"{beta:g}", state(own["una_score"]), state(own["una_centred"]), word))
+            rows.append(
+                (f"{mean:g}", f"{beta:g}", state(own["una_score"]), state(own["una_centred"]), word)
+            )
     head = (
         "mean score",
         "beta",
@@ -309,12 +376,31 @@ def cost_table(report: Report) -> str:
     rows = []
     for name, own in runs.items():
         parts = [run["parts"] for run in own if run.get("parts")]
-        split = ", ".join(f"{key} {statistics.median(p[key] for p in parts):.2f}" for key in parts[0]) if parts else "-"
+        split = (
+            ", ".join(f"{key} {statistics.median(p[key] for p in parts):.2f}" for key in parts[0])
+            if parts
+            else "-"
+        )
         spread = f"{min(r['seconds'] for r in own):.2f} to {max(r['seconds'] for r in own):.2f}"
-        ratios = (f"{seconds(own) / seconds(runs[ppo]):.2f}" if ppo in runs else "-" for ppo in TIME_LIMITS)
+        ratios = (
+            f"{seconds(own) / seconds(runs[ppo]):.2f}" if ppo in runs else "-"
+            for ppo in TIME_LIMITS
+        )
         state = sum(own[0]["bytes"].values())
-        against = f"{state / sum(runs['ppo_1'][0]['bytes'].values()):.2f}" if "ppo_1" in runs else "-"
-        rows.append((LABELS[name], f"{seconds(own):.2f}", spread, split, *ratios, f"{state / 1e6:.2f}", against))
+        against = (
+            f"{state / sum(runs['ppo_1'][0]['bytes'].values()):.2f}" if "ppo_1" in runs else "-"
+        )
+        rows.append(
+            (
+                LABELS[name],
+                f"{seconds(own):.2f}",
+                spread,
+                split,
+                *ratios,
+                f"{state / 1e6:.2f}",
+                against,
+            )
+        )
     head = ("method", "s", "range", "of it", "/ PPO 1", "/ PPO 4", "train state, MB", "/ PPO")
     return table(head, rows)
 
@@ -329,9 +415,13 @@ def cost_verdicts(report: Report) -> list[tuple[str, str, str]]:
         if name not in runs:
             continue
         theirs = seconds(runs[name])
-        rows.append(judged(f"wall time of online UNA (group) / {LABELS[name]}", ours / theirs, limit))
+        rows.append(
+            judged(f"wall time of online UNA (group) / {LABELS[name]}", ours / theirs, limit)
+        )
         before = statistics.median(run["parts"]["before"] for run in runs[name])
-        what = f"the same, PPO without the pass before its epochs ({before / theirs:.0%} of its time)"
+        what = (
+            f"the same, PPO without the pass before its epochs ({before / theirs:.0%} of its time)"
+        )
         rows.append(judged(what, ours / (theirs - before), limit))
     if "ppo_1" in runs:
         state = [sum(runs[name][0]["bytes"].values()) for name in ("una_group", "ppo_1")]
@@ -358,12 +448,18 @@ def claims_table(report: Report) -> str:
                 continue
             cells = compare(lines, comparison)
             if not cells:
-                why = "no bin in common" if lines.keys() >= {comparison.ours, comparison.theirs} else "not run"
+                why = (
+                    "no bin in common"
+                    if lines.keys() >= {comparison.ours, comparison.theirs}
+                    else "not run"
+                )
                 rows.append((comparison.claim, why, why, "-"))
                 continue
             words = [c.word for c in cells.values()], [c.corrected_word for c in cells.values()]
             counts = ", ".join(f"{words[0].count(w)} {w}" for w in dict.fromkeys(words[0]))
-            raw, corrected = (f"{outcome(comparison, stats.overall(w))}{decided_in(w)}" for w in words)
+            raw, corrected = (
+                f"{outcome(comparison, stats.overall(w))}{decided_in(w)}" for w in words
+            )
             rows.append((comparison.claim, f"**{raw}**", corrected, counts))
     text = table(("claim", "found", "at equal KL", "KL bins"), rows)
     costs = cost_verdicts(report)
@@ -436,20 +532,29 @@ def draw(report: Report, folder: Path) -> None:
             golds = [stats.interval([p.gold for p in points.values()]) for points in line.values()]
             kls = [statistics.fmean(p.kl for p in points.values()) for points in line.values()]
             style = {"color": f"C{k}", "linestyle": "-" if name.startswith("una") else "--"}
-            axes.plot(kls, [g.mean for g in golds], marker="o", markersize=4, label=LABELS[name], **style)
+            axes.plot(
+                kls, [g.mean for g in golds], marker="o", markersize=4, label=LABELS[name], **style
+            )
             if golds[0].count > 1:
-                axes.fill_between(kls, [g.low for g in golds], [g.high for g in golds], color=f"C{k}", alpha=0.13)
+                axes.fill_between(
+                    kls, [g.low for g in golds], [g.high for g in golds], color=f"C{k}", alpha=0.13
+                )
         axes.plot(0, report["base"]["gold"], "k*", label="base model")
         axes.set_xlabel("KL to the base model, nats per answer")
         axes.set_ylabel("gold reward, held-out prompts")
         seeds = len(report["plan"]["report_seeds"])
-        axes.set_title(f"{part}: best settings per KL bin, {seeds} reporting seeds, 90 % intervals", fontsize=10)
+        axes.set_title(
+            f"{part}: best settings per KL bin, {seeds} reporting seeds, 90 % intervals",
+            fontsize=10,
+        )
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
         save(figure, part)
     if wanted["cost"]:
         runs = timed(report)
-        figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.6), layout="constrained", sharey=True)
+        figure, (left, right) = plt.subplots(
+            1, 2, figsize=(9.6, 3.6), layout="constrained", sharey=True
+        )
         names = list(runs)[::-1]
         labels = [LABELS[name] for name in names]
         for key, color in (("generate", "C0"), ("reward", "C2"), ("before", "C1"), ("train", "C3")):
@@ -459,18 +564,31 @@ def draw(report: Report, folder: Path) -> None:
                 order = list(parts[0])
                 mean = {p: statistics.median(part[p] for part in parts) for p in order}
                 start[k] = sum(mean[p] for p in order[: order.index(key)]) if key in order else 0.0
-                left.barh(labels[k], mean.get(key, 0.0), left=start[k], color=color, label=key if not k else None)
+                left.barh(
+                    labels[k],
+                    mean.get(key, 0.0),
+                    left=start[k],
+                    color=color,
+                    label=key if not k else None,
+                )
         for name, label in zip(names, labels, strict=True):
             if not runs[name][0].get("parts"):
                 left.barh(label, seconds(runs[name]), color="0.6")
         left.set_xlabel("seconds of a run (grey: not told apart)")
         handles, keys = left.get_legend_handles_labels()
         left.legend(handles, keys, fontsize=8)
-        for key, color in (("weights", "C0"), ("gradients", "C1"), ("optimizer", "C2"), ("frozen", "0.6")):
+        for key, color in (
+            ("weights", "C0"),
+            ("gradients", "C1"),
+            ("optimizer", "C2"),
+            ("frozen", "0.6"),
+        ):
             parts = [runs[name][0]["bytes"] for name in names]
             order = list(parts[0])
             start = [sum(part[p] for p in order[: order.index(key)]) / 1e6 for part in parts]
-            right.barh(labels, [part[key] / 1e6 for part in parts], left=start, color=color, label=key)
+            right.barh(
+                labels, [part[key] / 1e6 for part in parts], left=start, color=color, label=key
+            )
         right.set_xlabel("train state, MB")
         right.legend(fontsize=8)
         save(figure, "cost")
@@ -489,7 +607,9 @@ def write(results: Path, to: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--check", action="store_true")
     if parser.parse_args().check:
         return int(not PAGE.exists() or PAGE.read_text(encoding="utf-8") != page(read(RESULTS)))

@@ -100,7 +100,9 @@ def select(runs: Iterable[Run], bins: Sequence[Bin]) -> dict[Bin, Candidate]:
 def frontier(runs: Sequence[Run], bins: Sequence[Bin]) -> dict[Bin, dict[int, Point]]:
     """bin -> {reporting seed: gold and KL of the chosen candidate}."""
     reported = candidates(runs, "report")
-    return {b: dict(sorted(reported[c].items())) for b, c in select(runs, bins).items() if c in reported}
+    return {
+        b: dict(sorted(reported[c].items())) for b, c in select(runs, bins).items() if c in reported
+    }
 
 
 def paired(ours: dict[int, Point], theirs: dict[int, Point]) -> list[float]:
@@ -116,7 +118,10 @@ def slope(line: dict[Bin, dict[int, Point]], at: Bin) -> float:
     if first == last:
         return 0.0
     (gold_0, kl_0), (gold_1, kl_1) = (
-        (statistics.fmean(p.gold for p in line[b].values()), statistics.fmean(p.kl for p in line[b].values()))
+        (
+            statistics.fmean(p.gold for p in line[b].values()),
+            statistics.fmean(p.kl for p in line[b].values()),
+        )
         for b in (first, last)
     )
     return (gold_1 - gold_0) / (kl_1 - kl_0) if kl_1 > kl_0 else 0.0

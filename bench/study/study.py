@@ -84,7 +84,9 @@ QUICK = Plan(
     timing=(1e-3, 0.03),
     rounds=1,
 )
-QUICK_SIZE = Size(base_steps=60, held_out=64, prompts=64, offline_batch=16, online_steps=4, online_batch=8)
+QUICK_SIZE = Size(
+    base_steps=60, held_out=64, prompts=64, offline_batch=16, online_steps=4, online_batch=8
+)
 
 
 # ------------------------------------------------------------------------------------------------- runs and their store
@@ -149,9 +151,13 @@ class Study:
                 made = task.make_base(self.directory, self.size.base_steps)
                 shop = methods.Workshop(self.directory, self.size)
                 model = shop.reference
-                found = task.evaluate(model, model, shop.tokenizer, task.held_out(self.size.held_out), seed=0)
+                found = task.evaluate(
+                    model, model, shop.tokenizer, task.held_out(self.size.held_out), seed=0
+                )
                 parameters = sum(p.numel() for p in model.parameters())
-                described.write_text(json.dumps({**made, **found, "parameters": parameters}), encoding="utf-8")
+                described.write_text(
+                    json.dumps({**made, **found, "parameters": parameters}), encoding="utf-8"
+                )
         return json.loads(described.read_text(encoding="utf-8"))
 
     def run_all(self, specs: Iterable[Spec], name: str, *, jobs: int | None = None) -> None:
@@ -174,7 +180,9 @@ class Study:
                 run = future.result()
                 self.store.add(waiting[future].key, {**run, "sources": sources})
                 if "failed" in run:
-                    say(f"  {run['method']} lr {run['lr']} beta {run['beta']} seed {run['seed']}: {run['failed']}")
+                    say(
+                        f"  {run['method']} lr {run['lr']} beta {run['beta']} seed {run['seed']}: {run['failed']}"
+                    )
                 if done % 20 == 0:
                     say(f"  {done} of {len(wanted)}")
 
@@ -187,7 +195,11 @@ class Study:
                 return (run["lr"], run["beta"]) == plan.timing and run["seed"] <= plan.rounds
             seeds = plan.select_seeds if run["what"] == "select" else plan.report_seeds
             in_grid = run["lr"] in plan.lrs[run["part"]] and run["beta"] in plan.betas[run["part"]]
-            return in_grid and run["seed"] in seeds and (run["part"] != "E2" or run["mean"] in plan.means)
+            return (
+                in_grid
+                and run["seed"] in seeds
+                and (run["part"] != "E2" or run["mean"] in plan.means)
+            )
 
         return [run for run in self.store.runs.values() if wanted(run)]
 
@@ -198,11 +210,18 @@ class Study:
         plan, names = self.plan, list(names)
         grid = [(lr, beta) for lr in plan.lrs[part] for beta in plan.betas[part]]
         self.run_all(
-            (Spec(part, "select", n, *cell, seed) for seed in plan.select_seeds for cell in grid for n in names),
+            (
+                Spec(part, "select", n, *cell, seed)
+                for seed in plan.select_seeds
+                for cell in grid
+                for n in names
+            ),
             f"{part} selection",
         )
         runs = [run for run in self.planned() if run["part"] == part]
-        chosen = {n: stats.select([r for r in runs if r["method"] == n], plan.bins[part]) for n in names}
+        chosen = {
+            n: stats.select([r for r in runs if r["method"] == n], plan.bins[part]) for n in names
+        }
         self.run_all(
             (
                 Spec(part, "report", n, c.lr, c.beta, seed)
@@ -232,7 +251,11 @@ class Study:
         """One process, one thread, methods in turn; the first round warms up and is not counted."""
         plan = self.plan
         names = methods.E3
-        specs = [Spec("E3", "time", n, *plan.timing, seed) for seed in range(plan.rounds + 1) for n in names]
+        specs = [
+            Spec("E3", "time", n, *plan.timing, seed)
+            for seed in range(plan.rounds + 1)
+            for n in names
+        ]
         if any(spec.key not in self.store.runs for spec in specs):  # all of them in one go
             for spec in specs:
                 self.store.runs.pop(spec.key, None)
@@ -292,13 +315,17 @@ def stage(name: str) -> Iterator[None]:
 
 def digest() -> str:
     """Of the library as it is: runs of different versions are told apart."""
-    files = sorted(path for folder in ("una_fast", "kernels") for path in (ROOT / folder).rglob("*.py"))
+    files = sorted(
+        path for folder in ("una_fast", "kernels") for path in (ROOT / folder).rglob("*.py")
+    )
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
 def environment() -> dict[str, Any]:
     def git(*arguments: str) -> str | None:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        )
         return done.stdout.strip() if done.returncode == 0 else None
 
     changes = git("status", "--porcelain", "--", "una_fast", "kernels", "bench/study")
@@ -315,15 +342,23 @@ def environment() -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run")
     parser.add_argument("--quick", action="store_true", help="toy sizes: does everything work?")
     parser.add_argument("--jobs", type=int, default=1, help="processes for runs that are not timed")
-    parser.add_argument("--seeds", type=int, help="reporting seeds, at least 5 for a verdict that counts")
+    parser.add_argument(
+        "--seeds", type=int, help="reporting seeds, at least 5 for a verdict that counts"
+    )
     parser.add_argument("--work", type=Path, help="where runs are stored; default build/study")
     parser.add_argument("--no-report", action="store_true")
     arguments = parser.parse_args()
-    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}  # of the workers
+    os.environ |= {
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+    }  # of the workers
     torch.set_num_threads(1)
     plan, size = (QUICK, QUICK_SIZE) if arguments.quick else (FULL, Size())
     if arguments.seeds:

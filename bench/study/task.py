@@ -30,7 +30,10 @@ TOPICS = {
 WORDS_OF = {topic: words.split() for topic, words in TOPICS.items()}
 WORDS = [word for words in WORDS_OF.values() for word in words]
 MAX_NEW_TOKENS = 12
-ON_TOPIC, MENTION = 0.25, 0.25  # how often a word of the base model's training text is so, beside by chance
+ON_TOPIC, MENTION = (
+    0.25,
+    0.25,
+)  # how often a word of the base model's training text is so, beside by chance
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
 
@@ -43,12 +46,16 @@ def gold(prompt: str, completion: str) -> float:
     fresh = [word for before, word in zip(["", *answer], answer, strict=False) if word != before]
     on_topic = sum(word in WORDS_OF[topic] for word in fresh) / len(answer)
     mentioned = np.mean([word in answer for word in wanted.split()])
-    return float(0.75 * on_topic + 0.25 * mentioned) * (0.5 if len(answer) >= MAX_NEW_TOKENS else 1.0)
+    return float(0.75 * on_topic + 0.25 * mentioned) * (
+        0.5 if len(answer) >= MAX_NEW_TOKENS else 1.0
+    )
 
 
 def reward(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
     """Gold of a batch, as una_fast and TRL call a reward function."""
-    return [gold(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+    return [
+        gold(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)
+    ]
 
 
 def make_prompts(count: int, seed: Sequence[int], without: Collection[str] = ()) -> list[str]:
@@ -57,7 +64,9 @@ def make_prompts(count: int, seed: Sequence[int], without: Collection[str] = ())
     found: dict[str, None] = {}
     while len(found) < count:
         words = rng.choice(WORDS, size=3, replace=False)
-        prompt = f"{rng.choice(list(TOPICS))} : {' '.join(words)} "  # TRL puts an answer right behind it
+        prompt = (
+            f"{rng.choice(list(TOPICS))} : {' '.join(words)} "  # TRL puts an answer right behind it
+        )
         if prompt not in without:
             found[prompt] = None
     return list(found)
@@ -90,7 +99,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = [BOS, EOS, PAD, ":", *TOPICS, *WORDS]
     raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=PAD))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    raw.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
+    raw.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, 0)]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=raw, bos_token=BOS, eos_token=EOS, pad_token=PAD, padding_side="left"
     )
@@ -127,10 +138,16 @@ def make_base(directory: Path, steps: int, seed: int = 0) -> dict[str, float]:
         prompts = make_prompts(64, [seed, 2, step])
         asked = tokenizer(prompts, return_tensors="pt")["input_ids"]
         answers = [f"{plain_answer(prompt, rng)} {EOS}" for prompt in prompts]
-        said = tokenizer(answers, padding=True, padding_side="right", add_special_tokens=False, return_tensors="pt")[
-            "input_ids"
-        ]
-        labels = torch.cat([torch.full_like(asked, -100), said.where(said != tokenizer.pad_token_id, -100)], 1)
+        said = tokenizer(
+            answers,
+            padding=True,
+            padding_side="right",
+            add_special_tokens=False,
+            return_tensors="pt",
+        )["input_ids"]
+        labels = torch.cat(
+            [torch.full_like(asked, -100), said.where(said != tokenizer.pad_token_id, -100)], 1
+        )
         loss = model(input_ids=torch.cat([asked, said], 1), labels=labels).loss
         loss.backward()
         optimizer.step()
@@ -186,16 +203,27 @@ def sample(
     ended = (said == tokenizer.eos_token_id).cumsum(1)
     real = (ended - (said == tokenizer.eos_token_id).long()) == 0  # up to and with the first EOS
     logps = [
-        one(input_ids=ids[:, :-1]).logits[:, asked.shape[1] - 1 :].float().log_softmax(-1).gather(-1, said[..., None])
+        one(input_ids=ids[:, :-1])
+        .logits[:, asked.shape[1] - 1 :]
+        .float()
+        .log_softmax(-1)
+        .gather(-1, said[..., None])
         for one in (model, reference)
     ]
     log_ratio = ((logps[0] - logps[1]).squeeze(-1).double() * real).sum(1)
-    texts = tokenizer.batch_decode(said.where(real, tokenizer.pad_token_id), skip_special_tokens=True)
+    texts = tokenizer.batch_decode(
+        said.where(real, tokenizer.pad_token_id), skip_special_tokens=True
+    )
     return Samples(prompts, texts, real.sum(1).numpy(), log_ratio.numpy())
 
 
 def evaluate(
-    model: LlamaForCausalLM, reference: LlamaForCausalLM, tokenizer: Any, prompts: Sequence[str], *, seed: int
+    model: LlamaForCausalLM,
+    reference: LlamaForCausalLM,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    seed: int,
 ) -> dict[str, float]:
     """Mean gold and mean KL of one answer per prompt, and the standard error of that gold."""
     found = sample(model, reference, tokenizer, prompts, each=1, seed=seed)

@@ -1,0 +1,80 @@
+"""The truth: the same functions as head.py with all logits in memory and autograd for every gradient.
+
+Short enough to check by eye; used by tests and benchmarks only, in float64 for the former.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from una_fast.feedback import Feedback
+from una_fast.losses import Objective, UnaOutput, una_loss
+
+
+def gather_logps(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """log softmax(logits / temperature) at the targets; 0 where a target is -100. [..., V], [...] -> [...]"""
+    logps = torch.log_softmax(logits / temperature, dim=-1)
+    picked = logps.gather(-1, targets.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    return torch.where(targets == -100, torch.zeros_like(picked), picked)
+
+
+def token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+) -> Tensor:
+    """[N] log-probs of the targets, from [N, V] logits."""
+    logits = torch.nn.functional.linear(hidden, weight, bias) * logit_scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return gather_logps(logits, targets, temperature)
+
+
+def linear_una_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    cu_seqlens: Tensor,
+    feedback: Feedback,
+    *,
+    objective: Objective | None = None,
+    ref_logps: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    reduction: str = "mean",
+    num_units: int | Tensor | None = None,
+) -> UnaOutput:
+    """See head.linear_una_loss."""
+    lengths = cu_seqlens.diff()
+
+    def sums(h: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        logps = token_logps(h, w, targets, b, softcap, logit_scale, temperature).double()
+        return (
+            torch.stack([part.sum() for part in logps.split(lengths.tolist())])
+            if len(lengths)
+            else logps
+        )
+
+    if ref_logps is None:
+        with torch.no_grad():
+            ref_bias = bias if ref_weight is None and ref_bias is None else ref_bias
+            ref_logps = sums(ref_hidden, weight if ref_weight is None else ref_weight, ref_bias)
+    return una_loss(
+        sums(hidden, weight, bias),
+        ref_logps,
+        feedback,
+        objective=objective,
+        reduction=reduction,
+        num_units=num_units,
+        lengths=lengths,
+    )

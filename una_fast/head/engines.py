@@ -1,0 +1,54 @@
+"""The choice of the engine that runs a call: PyTorch, or the Triton kernels where they can run."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import torch
+
+from una_fast.head.torch_engine import TorchEngine
+from una_fast.logs import say_once
+
+ENGINES = ("auto", "torch", "triton")
+
+
+def choose_engine(name: str, device: torch.device, dtype: torch.dtype) -> type[TorchEngine]:
+    """The engine class for operands of `dtype` on a device; asking for one that cannot run there is an error."""
+    if name not in ENGINES:
+        raise ValueError(f"engine={name!r} is not one of {ENGINES}")
+    if name == "torch":
+        return TorchEngine
+    reason = triton_refusal(device, dtype)
+    if reason is None:
+        from una_fast.head.triton_engine import TritonEngine
+
+        return TritonEngine
+    if name == "triton":
+        raise ValueError(f'engine="triton" cannot run: {reason}; use engine="auto" or "torch"')
+    if device.type != "cpu":
+        say_once(
+            logging.WARNING,
+            f"the Triton kernels of the fused head cannot run: {reason}; falling back to PyTorch",
+        )
+    return TorchEngine
+
+
+def triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot run there; None if they can."""
+    if device.type != "cuda":
+        return f"tensors are on the {device.type.upper()}"
+    if dtype == torch.float64:
+        return "it computes in float32, and the operands are float64"
+    return _no_triton(device)
+
+
+@functools.cache
+def _no_triton(device: torch.device) -> str | None:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    return None

@@ -1,0 +1,173 @@
+"""The fused head on the Triton kernels: cuBLAS for the GEMMs, one launch per chunk for the row operations.
+
+Per chunk of C rows: a GEMM writes float32 logits u into the one buffer; a row kernel reads them for the logsumexp and
+again for the gradient du, which it writes over their storage in the dtype of the weight; two GEMMs read du. Nothing
+else has V columns. The loss and the coefficients of all responses are two launches. No step waits for the device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from una_fast.head.constants import kept_on_device
+from una_fast.head.plan import HOPPER
+from una_fast.head.segment_loss import CallLoss, Lengths
+from una_fast.head.torch_engine import LogitTransform, TorchEngine, Vocab
+from una_fast.kernels import gather, gemm, logp_partials, rowgrad, una_loss
+from una_fast.losses import UnaOutput, denominator
+
+
+class TritonCallLoss(CallLoss):
+    """The loss kernel where it has every form of the objective; else losses.py on the [S] sums."""
+
+    @staticmethod
+    def sums(lengths: Lengths, tokens: Tensor) -> Tensor:
+        return una_loss.segment_sums(tokens, lengths.cu_tensor)[0]
+
+    def output(self, tokens: Tensor) -> UnaOutput:
+        if not self._has_kernel:
+            return super().output(tokens)
+        logps = self.sums(self.lengths, tokens)
+        out = self._losses(logps)
+        return UnaOutput(out.loss, logps, self.ref_logps.clone(), out.rewards, out.unit_losses)
+
+    def coefficients(self, tokens: Tensor) -> Tensor:
+        if not self._has_kernel:
+            return super().coefficients(tokens)
+        return self._losses(self.sums(self.lengths, tokens)).coef
+
+    @property
+    def _forms(self) -> dict[str, str]:
+        return {kind: getattr(self.objective, kind) for kind in una_loss.FORMS}
+
+    @property
+    def _has_kernel(self) -> bool:
+        return all(form in una_loss.FORMS[kind] for kind, form in self._forms.items())
+
+    def _losses(self, logps: Tensor) -> una_loss.UnaLosses:
+        units = denominator(self.reduction, self.num_units, self.feedback.num_units)
+        on_device = units.to(logps.device, non_blocking=True) if isinstance(units, Tensor) else None
+        feedback = tuple(
+            tuple(getattr(self.feedback, name).tolist())
+            for name in ("kind", "first", "second", "value", "margin", "weight", "offset")
+        )
+        table = _unit_table(
+            feedback,
+            self.lengths.ints,
+            self.objective.beta,
+            self.objective.offset,
+            self.objective.length_normalize,
+            1.0 if on_device is not None else float(units),
+            logps.device,
+        )
+        return una_loss.una_losses(
+            logps, self.ref_logps, table, **self._forms, denominator=on_device
+        )
+
+
+@kept_on_device
+def _unit_table(
+    feedback: tuple[tuple[float, ...], ...],
+    lengths: tuple[int, ...],
+    beta: float,
+    constant: float,
+    length_normalize: bool,
+    units: float,
+    device: torch.device,
+) -> una_loss.UnitTable:
+    columns = [torch.tensor(values, dtype=torch.int64) for values in feedback[:3]]
+    columns += [torch.tensor(values, dtype=torch.float64) for values in feedback[3:]]
+    return una_loss.unit_table(
+        *columns,
+        torch.tensor(lengths, dtype=torch.int64),
+        beta=beta,
+        constant=constant,
+        length_normalize=length_normalize,
+        denominator=units,
+        device=device,
+    )
+
+
+class TritonEngine(TorchEngine):
+    """CUDA, and ROCm by construction; float32, bfloat16 and float16 operands."""
+
+    name = "triton"
+    loss = TritonCallLoss
+    align = 64  # 16-byte loads of any row, and of the narrower gradient over it, whatever V is
+    quantum = 128  # rows of a GEMM tile
+    machine = HOPPER
+
+    def _native(self) -> bool:
+        return True
+
+    def _mm(self, a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
+        if torch.version.hip and out.dtype != a.dtype:  # its torch.mm has no out_dtype
+            gemm.mm(a, b, out, accumulate=accumulate)
+        else:
+            super()._mm(a, b, out, accumulate)
+
+    def row_logps(self, u: Tensor, targets: Tensor, vocab: Vocab) -> tuple[Tensor, Tensor]:
+        return rowgrad.row_logps(u, targets, **self._options(vocab))
+
+    def row_grad_(
+        self, u: Tensor, targets: Tensor, vocab: Vocab, coef: Tensor, lse: Tensor
+    ) -> Tensor:
+        return rowgrad.row_grad(u, targets, coef, lse, dtype=self.operand, **self._options(vocab))
+
+    def row_logps_grad_(
+        self, u: Tensor, targets: Tensor, coef: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return rowgrad.row_logps_grad(
+            u, targets, coef, dtype=self.operand, **self._options((0, u.shape[1]))
+        )
+
+    def linear_logps(
+        self, hidden: Tensor, targets: Tensor, budget: int, *, only_if_faster: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        """The fused linear kernel, as many rows at a time as its partial sums allow."""
+        if self.weight.stride(1) != 1:
+            return None
+        if only_if_faster and not logp_partials.is_faster(hidden.device, hidden.shape[1]):
+            return None
+        step = max(budget // logp_partials.row_bytes(hidden.device, self.weight), 1)
+        parts = [
+            logp_partials.linear_logps(
+                rows.contiguous(), self.weight, labels, **self._options((0, len(self.weight)))
+            )
+            for rows, labels in zip(hidden.split(step), targets.split(step), strict=True)
+        ]
+        return tuple(map(torch.cat, zip(*parts, strict=True)))
+
+    @staticmethod
+    def gather(logits: Tensor, targets: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor]:
+        return gather.gather_logps(_rows(logits), targets, transform.temperature)
+
+    @staticmethod
+    def gather_grad(
+        logits: Tensor,
+        targets: Tensor,
+        lse: Tensor,
+        upstream: Tensor,
+        transform: LogitTransform,
+        out: Tensor,
+    ) -> None:
+        grad = gather.gather_logps_backward(
+            _rows(logits),
+            targets,
+            lse,
+            upstream,
+            transform.temperature,
+            out=out if _rows(out) is out else None,
+        )
+        if grad is not out:
+            out.copy_(grad)
+
+    def _options(self, vocab: Vocab) -> dict[str, Tensor | float | None]:
+        bias = None if self.bias is None else self.bias[slice(*vocab)].contiguous()
+        return {"bias": bias, "start": vocab[0], **vars(self.transform)}
+
+
+def _rows(logits: Tensor) -> Tensor:
+    """Logits as the row kernels read them: one after another along the vocabulary."""
+    return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()

@@ -1,0 +1,194 @@
+"""The policy: a Hugging Face causal language model whose head is evaluated on response rows only.
+
+    z = softcap * tanh(logit_scale * (W h + bias) / softcap)        h: last hidden state, W: [V, D]
+
+`probe.probe_head` finds softcap and logit_scale, or refuses the model. `install_scorer` then lets
+`causal_lm(..., scorer=fn, rows=rows)` hand the chosen rows of h to `fn` inside the model's own forward, where FSDP has
+the head's weight gathered.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedModel,
+)
+
+from una_fast.attention.probe import packing_refusal
+from una_fast.model.head_probe import HeadSpec, hidden_states, probe_head
+from una_fast.model.loading import load_causal_lm
+from una_fast.model.lora import add_lora, cast_outside_autocast
+from una_fast.model.settings import KEEP_ALL, MemoryOptions
+
+if TYPE_CHECKING:
+    from una_fast.data.batch import Batch
+    from una_fast.model.settings import LoraOptions
+
+logger = logging.getLogger(__name__)
+
+
+Scorer = Callable[[Tensor, Tensor, Tensor | None], Any]
+"""(hidden rows [N, D], head weight [V, D], head bias [V] or None) -> anything, which the forward returns."""
+
+
+# --- scoring inside the model's forward ------------------------------------------------------------------------------
+
+
+def install_scorer(causal_lm: PreTrainedModel) -> None:
+    """Let `causal_lm(input_ids=, position_ids=, attention_mask=, scorer=fn, rows=rows, ...)` return
+    fn(hidden rows [N, D], head weight, head bias), `rows` being [N] indices into the flattened [B * T] positions.
+
+    Without `scorer` the model's own forward runs. Idempotent; survives copy.deepcopy and fully_shard.
+    """
+    if hasattr(causal_lm, "_una_model_forward"):
+        return
+
+    @functools.wraps(type(causal_lm).forward)  # transformers reads the signature
+    def forward(
+        self: PreTrainedModel,
+        *args: Any,
+        scorer: Scorer | None = None,
+        rows: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if scorer is None:
+            return self._una_model_forward(*args, **kwargs)
+        hidden = hidden_states(self, **kwargs).flatten(0, 1).index_select(0, rows)
+        head = self.get_output_embeddings()
+        return scorer(hidden, head.weight, getattr(head, "bias", None))
+
+    causal_lm._una_model_forward = causal_lm.forward
+    # A bound method, not a closure: a deep copy (the frozen reference) must run its own weights.
+    causal_lm.forward = types.MethodType(forward, causal_lm)
+
+
+# --- the policy ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Policy:
+    """A model that scores batches, with what is known about its head."""
+
+    model: PreTrainedModel | PeftModel
+    """What is saved."""
+    causal_lm: PreTrainedModel
+    """What is called and sharded; the model itself, or the one inside the PeftModel."""
+    head: HeadSpec
+    """The constants and tensors of the head."""
+    packed: bool
+    """Whether batches are packed rows with a shared prompt."""
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether an adapter is trained, and saved, instead of the whole model."""
+        return self.model is not self.causal_lm
+
+    def score(self, batch: Batch, scorer: Scorer) -> Any:
+        """scorer(hidden rows, head weight, head bias) at the batch's rows, run inside the model's forward."""
+        score = functools.partial(
+            self.causal_lm,
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            rows=batch.rows,
+            scorer=scorer,
+        )
+        if batch.segments is None:
+            return score(attention_mask=batch.attention_mask)
+        assert self.packed, "a packed batch for a policy that is not packed"
+        from una_fast.attention.packed import packed_attention
+
+        with packed_attention(self.causal_lm):
+            return score(attention_mask=None, una_segments=batch.segments)
+
+    @contextmanager
+    def reference_mode(self) -> Iterator[None]:
+        """The model without its adapters, which is the reference of a LoRA run."""
+        if not isinstance(self.model, PeftModel):
+            raise ValueError(
+                "a fully trained policy has no adapter to switch off; use a frozen copy or cached ref_logps"
+            )
+        layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        # peft's own disable_adapter also freezes the adapters, which FSDP2 may see in its first forward.
+        before = [layer._disable_adapters for layer in layers]
+        try:
+            for layer in layers:
+                layer._disable_adapters = True
+            yield
+        finally:
+            for layer, disabled in zip(layers, before, strict=True):
+                layer._disable_adapters = disabled
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Parameters that require a gradient, tied ones once."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+
+def load_policy(
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype,
+    lora: LoraOptions | None = None,
+    memory: MemoryOptions = KEEP_ALL,
+    packing: bool = False,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+) -> Policy:
+    """Load a model for training: dropout removed, adapters added, head probed, scoring installed, in train mode
+    (which activation checkpointing needs). packing: pack batches if a probe finds that this model can be packed; a
+    refusal is logged. Raises ValueError for whatever cannot be trained truly."""
+    model = load_causal_lm(
+        path,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        attn_implementation=attn_implementation,
+    )
+    if lora is not None:
+        if isinstance(model, PeftModel):
+            raise ValueError(
+                f"{path} is an adapter already, and is trained on as it is; leave the lora options out"
+            )
+        model = add_lora(model, lora)
+    return make_policy(model, probe_head(_inside(model)), memory, packing=packing)
+
+
+def make_policy(
+    model: PreTrainedModel | PeftModel,
+    head: HeadSpec,
+    memory: MemoryOptions = KEEP_ALL,
+    *,
+    packing: bool = False,
+) -> Policy:
+    """A policy from a model whose head is known: scoring installed, packing probed, then the switches of `memory` (in
+    this order: what they patch is not for a CPU)."""
+    causal_lm = _inside(model)
+    for layer in causal_lm.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer._cast_input_dtype = types.MethodType(cast_outside_autocast, layer)
+    install_scorer(causal_lm)
+    packed = packing and _can_pack(causal_lm)
+    memory.apply(causal_lm)
+    model.train()
+    return Policy(model, causal_lm, head, packed)
+
+
+def _inside(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _can_pack(causal_lm: PreTrainedModel) -> bool:
+    refusal = packing_refusal(causal_lm)
+    if refusal is not None:
+        logger.warning("batches are padded, not packed: %s", refusal)
+    return refusal is None

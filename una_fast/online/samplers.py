@@ -1,0 +1,52 @@
+"""The choice of the sampler of a run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from transformers import (
+    PreTrainedTokenizerBase,
+)
+
+from una_fast.distributed import World
+from una_fast.model.loading import model_and_adapter
+from una_fast.model.policy import Policy
+from una_fast.model.scoring import Scoring
+from una_fast.online.generate import ContinuousSampler, TransformersSampler
+from una_fast.online.sampling import Sampler, Sampling, stop_ids
+
+if TYPE_CHECKING:
+    from una_fast.config import RunConfig
+
+
+def make_sampler(
+    config: RunConfig,
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    scoring: Scoring,
+    world: World,
+) -> Sampler:
+    """The sampler that the settings choose. Raises ValueError where it cannot serve this run."""
+    sampling = Sampling(
+        samples=config.samples_per_prompt,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        stop_ids=stop_ids(tokenizer, policy.causal_lm),
+        stop_strings=tuple(config.stop_strings),
+    )
+    if config.generation != "padded" and world.sharded:
+        raise ValueError(
+            f"generation={config.generation} runs in one process, and this run has {world.size}; set generation: padded"
+        )
+    if config.generation == "vllm":
+        from una_fast.online.vllm_sampler import VllmSampler
+
+        model = model_and_adapter(config.model)[0]
+        return VllmSampler(
+            policy, tokenizer, sampling, model=model, trust_remote_code=config.trust_remote_code
+        )
+    kind = ContinuousSampler if config.generation == "continuous" else TransformersSampler
+    return kind(
+        policy, tokenizer, sampling, scoring=scoring, batch_size=config.generation_batch_size
+    )

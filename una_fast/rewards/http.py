@@ -1,0 +1,272 @@
+"""Rewards that a server gives: a language model as a judge, or an endpoint that is sent JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import queue
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Sequence
+from email.utils import parsedate_to_datetime
+from types import ModuleType
+from typing import Any
+
+from una_fast.rewards.outcome import EXCERPT, Failure, Outcome, Prompt, Source, as_number
+from una_fast.rewards.settings import RewardError, RewardSpec, shown_url
+
+BACKOFF = 0.5  # seconds before the first retry, doubled before every further one
+MAX_WAIT = 60.0  # seconds that a retry waits at most, whatever Retry-After asks for
+
+
+def _httpx() -> ModuleType:
+    """The HTTP library that huggingface-hub brings: httpx2 since its 2.0, httpx before."""
+    try:
+        return importlib.import_module("httpx2")
+    except ModuleNotFoundError:
+        return importlib.import_module("httpx")
+
+
+def _parallel(
+    function: Callable[[Any, threading.Event], Any], items: Sequence[Any], threads: int
+) -> list[Any]:
+    """function(item, stop) of every item in their order, `threads` at a time; the first error is raised and stops the
+    others. Daemon threads: those of an executor are joined at exit, and an interrupted run would wait for a server."""
+    todo, done, stop = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
+    for pair in enumerate(items):
+        todo.put(pair)
+
+    def work() -> None:
+        with contextlib.suppress(queue.Empty):
+            while not stop.is_set():
+                number, item = todo.get_nowait()
+                try:
+                    done.put((number, function(item, stop), None))
+                except BaseException as error:
+                    stop.set()  # here, or this thread takes another item before the error is seen
+                    done.put((number, None, error))
+
+    for _ in range(min(threads, len(items))):
+        threading.Thread(target=work, name="una-fast-reward", daemon=True).start()
+    results: list[Any] = [None] * len(items)
+    try:
+        for _ in items:
+            number, result, error = done.get()
+            if error is not None:
+                raise error
+            results[number] = result
+    finally:
+        stop.set()
+    return results
+
+
+class HttpReward(Source):
+    """A server that is sent JSON: bounded concurrency, retries with back-off, answers in order."""
+
+    def __init__(self, spec: RewardSpec, url: str) -> None:
+        self.spec, self.url = spec, url
+        self.where = f"reward {spec.name}: {spec.kind} {shown_url(url)}"
+        self.httpx = _httpx()
+        self.random = (
+            random.Random()
+        )  # the global one belongs to the run, whose seed must decide it
+        headers = {"Content-Type": "application/json"}
+        self.key = self._key(spec.api_key_env)
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        # The threads bound the requests; a bound of connections as well could only make them time out.
+        limits = self.httpx.Limits(max_connections=None, max_keepalive_connections=spec.concurrency)
+        self.client = self.httpx.Client(timeout=spec.timeout, limits=limits, headers=headers)
+
+    def close(self) -> None:
+        self.client.close()
+
+    def _key(self, variable: str | None) -> str:
+        if variable is None:
+            return ""
+        key = os.environ.get(variable, "").strip()
+        if not key:
+            raise ValueError(
+                f"{self.where} needs its key in the environment variable {variable}, which is not set"
+            )
+        if (
+            not key.isascii() or not key.isprintable()
+        ):  # not shown: it is secret even if it is wrong
+            raise ValueError(
+                f"{self.where}: the environment variable {variable} holds characters that no key has"
+            )
+        return key
+
+    def post_all(self, payloads: list[dict[str, Any]]) -> list[Any]:
+        """The parsed answer to every payload, or the `Failure` of it."""
+        try:
+            bodies = [json.dumps(payload, allow_nan=False).encode() for payload in payloads]
+        except (TypeError, ValueError) as error:
+            raise RewardError(
+                f"{self.where} cannot be sent the records as JSON: {error}; leave out or convert such columns"
+            ) from error
+        return _parallel(self._post, bodies, self.spec.concurrency)
+
+    def _post(self, body: bytes, stop: threading.Event) -> Any:
+        failure = Failure("stopped")
+        for attempt in range(self.spec.retries + 1):
+            wait = 0.0
+            try:
+                response = self.client.post(self.url, content=body)
+            except self.httpx.TimeoutException as error:
+                failure = Failure("timeout", f"{type(error).__name__} after {self.spec.timeout} s")
+            except self.httpx.RequestError as error:
+                failure = Failure("no connection", f"{type(error).__name__}: {error}")
+            else:
+                status = response.status_code
+                if response.is_success:
+                    return self._parse(response)
+                failure = Failure(f"HTTP {status}", self._excerpt(response))
+                if status in _THIS_SAMPLE:
+                    return failure
+                if status < 500 and status not in (408, 429):
+                    raise RewardError(
+                        f"{self.where} answered HTTP {status}: {self._excerpt(response)!r}; "
+                        f"{_ADVICE.get(status, 'check its URL and settings')}"
+                    )
+                wait = _retry_after(response.headers.get("Retry-After"))
+            if attempt < self.spec.retries:
+                wait = max(wait, BACKOFF * 2**attempt * self.random.uniform(0.5, 1.5))
+                if stop.wait(min(wait, MAX_WAIT)):
+                    break
+        return failure
+
+    def _parse(self, response: Any) -> Any:
+        try:
+            return json.loads(response.content)
+        except (ValueError, RecursionError):
+            return Failure("wrong JSON", self._excerpt(response))
+
+    def _excerpt(self, response: Any) -> str:
+        """The beginning of a body, without the key, which servers like to repeat."""
+        text = response.text.replace(self.key, "***") if self.key else response.text
+        return text[:EXCERPT]
+
+
+_THIS_SAMPLE = (
+    400,
+    413,
+    422,
+)  # what servers answer to a text that is too long for them, or otherwise not to be had
+_ADVICE = {
+    401: "check api_key_env",
+    403: "check api_key_env",
+    404: "check the URL (a judge's is the base, such as http://localhost:8000/v1) and judge_model",
+}
+
+
+def _retry_after(value: str | None) -> float:
+    """Seconds that a Retry-After header asks for; 0 without one that can be read."""
+    if value is None:
+        return 0.0
+    if re.fullmatch(r"\s*\d{1,9}\s*", value, re.ASCII):
+        return float(value)
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return 0.0
+
+
+_THINKING = re.compile(
+    r"\A\s*(?:<think>)?.*?</think>", re.DOTALL
+)  # templates may have opened it in the prompt
+_SCORE = re.compile(
+    r"\s*(?:score\s*:)?\s*(\d{1,3}(?:\.\d+)?)\s*(?:/\s*100)?\s*", re.ASCII | re.IGNORECASE
+)
+
+
+class Judge(HttpReward):
+    """A language model behind an OpenAI-compatible server, asked for a score from 0 to 100; reward = score / 100."""
+
+    def __init__(self, spec: RewardSpec) -> None:
+        super().__init__(spec, spec.target.rstrip("/") + "/chat/completions")
+
+    def __call__(
+        self, prompts: list[Prompt], completions: list[str], columns: dict[str, list[Any]]
+    ) -> list[Outcome]:
+        pairs = zip(prompts, completions, strict=True)
+        return [
+            self._outcome(answer)
+            for answer in self.post_all([self._payload(*pair) for pair in pairs])
+        ]
+
+    def _payload(self, prompt: Prompt, completion: str) -> dict[str, Any]:
+        if not isinstance(prompt, str):
+            prompt = "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+        texts = {"{prompt}": prompt, "{completion}": completion}
+        # In one go, and not by str.format: texts hold braces, and may hold the other marker.
+        content = re.sub(
+            r"\{prompt\}|\{completion\}", lambda marker: texts[marker[0]], self.spec.instruction
+        )
+        return {
+            "model": self.spec.judge_model,
+            "messages": [{"role": "user", "content": content}],
+            "temperature": 0,
+            "max_tokens": self.spec.max_tokens or 16,
+        }
+
+    @staticmethod
+    def _outcome(answer: Any) -> Outcome:
+        if isinstance(answer, Failure):
+            return answer
+        try:
+            reply = answer["choices"][0]["message"]["content"]
+        except (KeyError, IndexError, TypeError):
+            return Failure("wrong JSON", f"no choices[0].message.content in {answer!r:.{EXCERPT}}")
+        if not isinstance(reply, str):
+            return Failure("no text in the reply", f"{reply!r:.{EXCERPT}}")
+        score = _SCORE.fullmatch(_THINKING.sub("", reply, count=1))
+        if score is None or float(score[1]) > 100:
+            return Failure("the reply is no number from 0 to 100", f"{reply!r:.{EXCERPT}}")
+        return float(score[1]) / 100
+
+
+class Endpoint(HttpReward):
+    """A URL that is sent {"prompts": [...], "completions": [...], columns} and answers {"rewards": [...]}."""
+
+    def __init__(self, spec: RewardSpec) -> None:
+        super().__init__(spec, spec.target)
+
+    def __call__(
+        self, prompts: list[Prompt], completions: list[str], columns: dict[str, list[Any]]
+    ) -> list[Outcome]:
+        given = {**columns, "prompts": prompts, "completions": completions}
+        size = self.spec.batch_size
+        chunks = [
+            {name: values[start : start + size] for name, values in given.items()}
+            for start in range(0, len(completions), size)
+        ]
+        answers = self.post_all(chunks)
+        return [
+            outcome
+            for chunk, answer in zip(chunks, answers, strict=True)
+            for outcome in self._outcomes(answer, len(chunk["completions"]))
+        ]
+
+    @staticmethod
+    def _outcomes(answer: Any, count: int) -> list[Outcome]:
+        if isinstance(answer, Failure):
+            return [answer] * count
+        rewards = answer.get("rewards") if isinstance(answer, dict) else None
+        if not isinstance(rewards, list):
+            return [Failure("wrong JSON", f"no list of rewards in {answer!r:.{EXCERPT}}")] * count
+        if len(rewards) != count:
+            return [
+                Failure("wrong number of rewards", f"{len(rewards)} for {count} completions")
+            ] * count
+        numbers = [as_number(reward) for reward in rewards]
+        return [
+            number
+            if number is not None
+            else Failure("null" if reward is None else "not a number", f"{reward!r:.50}")
+            for reward, number in zip(rewards, numbers, strict=True)
+        ]
