@@ -111,7 +111,7 @@ def installed(package: str) -> str | None:
 def environment(device: torch.device) -> dict[str, Any]:
     measured = ["una_fast", "kernels", "bench"]
     changes = command_output("git", "status", "--porcelain", "--", *measured)  # None: no git there
-    sources = sorted(path for folder in measured for path in (ROOT / folder).glob("*.py"))
+    sources = sorted(path for folder in measured for path in (ROOT / folder).rglob("*.py"))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
     found = {
         "torch": torch.__version__,
