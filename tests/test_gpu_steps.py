@@ -10,7 +10,7 @@ import torch
 from tiny import make_config, make_records, make_tokenizer, write_jsonl
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from una_fast.capacity.trace import Planner, Row
+from una_fast.capacity.trace import StepTracer, Row
 from una_fast.data.loader import Step
 from una_fast.distributed import start_world
 from una_fast.train.loop import Trainer, train
@@ -75,7 +75,7 @@ def test_the_plan_of_a_step_is_within_a_tenth_of_what_is_allocated(name, llama_2
     before = torch.cuda.memory_allocated()
     config, trainer = open_run(*llama_200m, tmp_path / "run", batch, **MEMORY_SETTINGS[name])
     measured = measured_peak(trainer, batch) - before
-    planned = Planner(config).step(batch)
+    planned = StepTracer(config).step(batch)
     assert planned.peak == pytest.approx(measured, rel=0.1), planned.parts
 
 

@@ -13,7 +13,7 @@ from test_attention import FAMILIES, SMALL, build
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import una_fast.model.activations as memory_module
-from una_fast.counters import LiveBytes, part
+from una_fast.counters import LiveBytes, memory_category
 from una_fast.model.activations import apply_liger, decoder_layers, find_mlps, tile_mlps
 from una_fast.model.head_probe import HeadSpec
 from una_fast.model.lora import add_lora
@@ -262,9 +262,9 @@ def test_offload_copies_in_blocks(monkeypatch):
 def test_parts_nest_and_end_with_their_block():
     with LiveBytes() as live:
         a = torch.ones(10)
-        with part("outer"):
+        with memory_category("outer"):
             b = torch.ones(20)
-            with part("inner"):
+            with memory_category("inner"):
                 c = torch.ones(40)
             d = torch.ones(80)
     assert live.peak_parts() == {"": 40, "outer": 400, "inner": 160}

@@ -16,10 +16,10 @@ import una_fast.model.activations as memory_module
 from una_fast.attention.rows import Segment, attended_pairs
 from una_fast.capacity.fit import GIB, cheapest_way, largest_batch, longest_row, savings, usable
 from una_fast.capacity.settings import RunPlanConfig
-from una_fast.capacity.trace import PARTS, Planner, Row
+from una_fast.capacity.trace import PARTS, StepTracer, Row
 from una_fast.cli import main
 from una_fast.config import RunConfig
-from una_fast.counters import FlopCounter, part
+from una_fast.counters import FlopCounter, memory_category
 from una_fast.data.batch import collate
 from una_fast.data.loader import Step
 from una_fast.distributed import start_world
@@ -145,7 +145,7 @@ def test_the_plan_is_within_a_tenth_of_the_measured_peak(seed, models, tmp_path,
     model, row, changes = drawn(seed)
     config = settings(models[model], tmp_path / "run", **changes)
     batch = [row.example()]
-    step = Planner(config).step(batch)
+    step = StepTracer(config).step(batch)
     measured = measure(config, batch)
     assert step.peak == pytest.approx(measured, rel=0.1), (model, row, changes, step.parts)
     assert step.tokens == (
@@ -163,7 +163,7 @@ def test_a_scored_response_needs_its_own_row_alone(models, tmp_path):
         measure(settings(models["llama"], tmp_path / str(len(b[0].responses)), workspace_mb=1), b)
         for b in (one, two)
     ]
-    fixed = 20 * Planner(settings(models["llama"], tmp_path)).parameters
+    fixed = 20 * StepTracer(settings(models["llama"], tmp_path)).parameters
     assert peaks[0] - fixed <= 0.6 * (peaks[1] - fixed)
 
 
@@ -171,7 +171,7 @@ def test_micro_batches_that_follow_the_first_hold_all_gradients(models, tmp_path
     """A step of two batches: the second forward has every gradient beside it."""
     config = settings(models["llama"], tmp_path / "run", gradient_checkpointing=True, batch_size=2)
     batch = [Row(60, (20, 30)).example()]
-    one, two = (Planner(config).step(batch, accumulate=more) for more in (False, True))
+    one, two = (StepTracer(config).step(batch, accumulate=more) for more in (False, True))
     Path(config.output_dir).mkdir()
     trainer = Trainer(config, start_world("cpu"), make_tokenizer(), RunData([batch * 2], [1.0]))
     assert two.peak == pytest.approx(measured_peak(trainer, batch, accumulate=True), rel=0.1)
@@ -182,7 +182,7 @@ def test_flop_of_a_step_are_those_that_run(models, tmp_path):
     config = settings(models["llama"], tmp_path / "run", gradient_checkpointing=True, mlp_tile=128)
     row = Row(300, (100, 60))
     batch = [row.example()]
-    planned = Planner(config).step(batch).flop
+    planned = StepTracer(config).step(batch).flop
     Path(config.output_dir).mkdir()
     trainer = Trainer(config, start_world("cpu"), make_tokenizer(), RunData([batch], [1.0]))
     with FlopCounter() as counter:
@@ -198,7 +198,7 @@ def test_flop_of_a_step_are_those_that_run(models, tmp_path):
 def test_an_estimate_from_few_layers_is_the_whole_plan(models, tmp_path, monkeypatch):
     """Also where the peak of few layers is in another phase than that of many."""
     monkeypatch.setattr(memory_module, "SMALL", 1 << 10)
-    planner = Planner(
+    planner = StepTracer(
         settings(models["deep"], tmp_path / "run", gradient_checkpointing=True), device="cuda"
     )
     for row, switches in (
@@ -211,7 +211,7 @@ def test_an_estimate_from_few_layers_is_the_whole_plan(models, tmp_path, monkeyp
 
 
 def test_a_plan_needs_no_weights_and_leaves_nothing_behind(models, tmp_path):
-    planner = Planner(
+    planner = StepTracer(
         settings(models["config"], tmp_path / "run"), device="cuda"
     )  # there is none here
     batch = [Row(64, (16, 16)).example()]
@@ -228,7 +228,7 @@ def test_offloaded_states_are_counted_on_the_host(models, tmp_path, monkeypatch)
     monkeypatch.setattr(memory_module, "SMALL", 1 << 10)
     row = Row(400, (100,))
     on = {"gradient_checkpointing": True, "offload_activations": True, "offload_optimizer": True}
-    planner = Planner(settings(models["config"], tmp_path / "run", **on), device="cuda")
+    planner = StepTracer(settings(models["config"], tmp_path / "run", **on), device="cuda")
     step = planner.step([row.example()])
     states = 2 * row.tokens * SMALL["hidden_size"] * 2
     assert step.host >= states + 12 * planner.parameters
@@ -238,7 +238,7 @@ def test_offloaded_states_are_counted_on_the_host(models, tmp_path, monkeypatch)
 def test_ranks_share_weights_gradients_and_state(models, tmp_path):
     config = settings(models["config"], tmp_path / "run")
     batch = [Row(640, (160, 160)).example()]
-    one, four = (Planner(config, device="cuda", world_size=n).step(batch) for n in (1, 4))
+    one, four = (StepTracer(config, device="cuda", world_size=n).step(batch) for n in (1, 4))
     for name in ("weights", "optimizer"):
         assert four.parts[name] == pytest.approx(one.parts[name] / 4, rel=0.01)
     assert four.parts["gathered"] > 0 and one.parts["gathered"] == 0
@@ -256,7 +256,7 @@ def test_ranks_gather_weights_in_the_dtype_of_the_computation(models, tmp_path):
             gradient_checkpointing=True,
             **changes,
         )
-        return Planner(config, device="cuda", world_size=4).step(batch).parts
+        return StepTracer(config, device="cuda", world_size=4).step(batch).parts
 
     narrow, masters, lora = (
         parts(),
@@ -277,14 +277,14 @@ def test_an_adapter_is_planned_on_its_base(models, tmp_path):
     adapter_config.write_text(json.dumps(fields))
     config = settings(str(tmp_path / "adapter"), tmp_path / "run")
     batch = [Row(300, (80, 60)).example()]
-    assert Planner(config).step(batch).peak == pytest.approx(measure(config, batch), rel=0.1)
+    assert StepTracer(config).step(batch).peak == pytest.approx(measure(config, batch), rel=0.1)
 
 
 def test_a_run_that_cannot_be_planned_is_trained(models, records, tmp_path, monkeypatch, caplog):
     def broken(*_, **__):
         raise RuntimeError("an operator without a shape function")
 
-    monkeypatch.setattr(Planner, "step", broken)
+    monkeypatch.setattr(StepTracer, "step", broken)
     config = settings(
         models["llama"], tmp_path / "run", data=[records], memory_gib=1e-6, batch_size=6
     )
@@ -293,7 +293,7 @@ def test_a_run_that_cannot_be_planned_is_trained(models, records, tmp_path, monk
 
 
 def test_every_switch_saves_what_the_plan_with_it_says(models, tmp_path):
-    planner = Planner(settings(models["config"], tmp_path / "run"), device="cuda")
+    planner = StepTracer(settings(models["config"], tmp_path / "run"), device="cuda")
     batch = [Row(2000, (200, 200)).example()]
     found = savings(planner, batch)
     names = [next(iter(switch)) for switch, _ in found]
@@ -306,7 +306,7 @@ def test_every_switch_saves_what_the_plan_with_it_says(models, tmp_path):
 
 def test_the_cheapest_way_fits_and_its_switches_train(models, tmp_path):
     config = settings(models["llama"], tmp_path / "run")
-    planner, batch = Planner(config), [Row(600, (200, 200)).example()]
+    planner, batch = StepTracer(config), [Row(600, (200, 200)).example()]
     whole = planner.step(batch).peak
     room = whole // 2
     chosen, step = cheapest_way(planner, batch, room)
@@ -315,7 +315,7 @@ def test_the_cheapest_way_fits_and_its_switches_train(models, tmp_path):
 
 
 def test_the_longest_row_fits_and_a_longer_one_does_not(models, tmp_path):
-    planner = Planner(
+    planner = StepTracer(
         settings(models["config"], tmp_path / "run", gradient_checkpointing=True), device="cuda"
     )
     row = Row(160, (10, 10))
@@ -367,7 +367,7 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(
     ]
     common = ["--output_dir", str(tmp_path / "run"), "--device", "cpu", "--workspace_mb", "1"]
     smallest = (
-        Planner(settings(models["config"], tmp_path / "x", workspace_mb=1.0))
+        StepTracer(settings(models["config"], tmp_path / "x", workspace_mb=1.0))
         .step([Row(2, (2, 2)).example()])
         .peak
     )
@@ -398,7 +398,7 @@ def test_a_run_that_fits_with_the_named_switches_runs_with_them(models, records,
     ]
     command += ["--workspace_mb", "1", "--loggers", "[]", "--memory_gib"]
     config = settings(models["llama"], tmp_path / "x", workspace_mb=1.0)
-    planner = Planner(config)
+    planner = StepTracer(config)
     whole = planner.step([Row(20, (16, 8)).example()]).peak
     limit = str(whole / GIB)  # three percent are left for fragmentation
     assert main([*command, limit, "--output_dir", str(tmp_path / "refused")]) == 1
@@ -487,13 +487,13 @@ def test_an_optimizer_has_the_bytes_that_are_planned(models, tmp_path):
     """state_bytes is a formula: hold it against a step."""
     config = settings(models["tied"], tmp_path / "run", optimizer="adamw")
     assert isinstance(RunPlanConfig(model="m"), RunConfig)
-    step = Planner(config).step([Row(30, (10, 10)).example()])
+    step = StepTracer(config).step([Row(30, (10, 10)).example()])
     model = transformers.AutoModelForCausalLM.from_pretrained(models["tied"])
     optimizer = make_optimizer(
         type("Policy", (), {"trainable_parameters": lambda self: list(model.parameters())})(),
         config,
     )
-    with part("optimizer"):
+    with memory_category("optimizer"):
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
         optimizer.step()

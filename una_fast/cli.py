@@ -175,7 +175,7 @@ def _plan_run(settings: RunPlanConfig) -> str:
     import tempfile
 
     from una_fast.capacity.fit import describe_run, largest_batch, longest_rollouts, plan_options
-    from una_fast.capacity.trace import Planner, Row
+    from una_fast.capacity.trace import StepTracer, Row
     from una_fast.distributed import start_world
     from una_fast.model.loading import load_tokenizer
     from una_fast.train.loop import Trainer
@@ -191,7 +191,7 @@ def _plan_run(settings: RunPlanConfig) -> str:
         raise ValueError(
             f"measure=true takes steps on records, and mode={settings.mode} samples; set mode: offline"
         )
-    planner = Planner(
+    planner = StepTracer(
         settings,
         device="cuda" if settings.device == "auto" else None,
         world_size=settings.world_size,

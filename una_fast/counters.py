@@ -59,7 +59,7 @@ _part: list[str] = [""]
 
 
 @contextmanager
-def part(name: str) -> Iterator[None]:
+def memory_category(name: str) -> Iterator[None]:
     """What runs inside belongs to this part of a step: LiveBytes says at its peak how much each part holds."""
     _part.append(name)
     try:

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Optimizer
 from torch.optim.adamw import adamw
 
-from una_fast.counters import part
+from una_fast.counters import memory_category
 
 if TYPE_CHECKING:
     from una_fast.config import RunConfig
@@ -170,7 +170,7 @@ class AdamW(_OwnState):
         state = self.state[p]
         if not state:
             place = torch.device("cpu") if self.on_host else p.device
-            with part("host" if self.on_host else "optimizer"):
+            with memory_category("host" if self.on_host else "optimizer"):
                 state["step"] = torch.zeros((), dtype=torch.float32, device=place)
                 for name in ("exp_avg", "exp_avg_sq"):
                     state[name] = torch.zeros_like(p, dtype=torch.float32, device=place)

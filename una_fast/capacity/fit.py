@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from una_fast.capacity.settings import GPU_GIB
-from una_fast.capacity.trace import Planner, Row, StepPlan
+from una_fast.capacity.trace import StepTracer, Row, StepMemory
 from una_fast.config import RunConfig
 from una_fast.data.batch import footprint
 from una_fast.data.examples import Example
@@ -111,7 +111,7 @@ def _refusal(
     memory = capacity(config, device)
     if memory is None:
         return None
-    planner = Planner(config, device=device, world_size=ranks)
+    planner = StepTracer(config, device=device, world_size=ranks)
     if planner.rough_bytes(largest_batch(examples, config, packed=False)) < ROUGH * memory:
         return None
     room = usable(memory, device)
@@ -172,7 +172,7 @@ def _has_torchao() -> bool:
 
 
 def savings(
-    planner: Planner, batch: Sequence[Example], **options: Any
+    planner: StepTracer, batch: Sequence[Example], **options: Any
 ) -> list[tuple[dict[str, Any], int]]:
     """(switch, bytes less at the peak) of every switch that is off, most first; estimates."""
     before = planner.estimate(batch, **options)
@@ -188,8 +188,8 @@ def savings(
 
 
 def cheapest_way(
-    planner: Planner, batch: Sequence[Example], room: int, **options: Any
-) -> tuple[dict[str, Any], StepPlan]:
+    planner: StepTracer, batch: Sequence[Example], room: int, **options: Any
+) -> tuple[dict[str, Any], StepMemory]:
     """Switches that make a batch fit into `room` bytes, added in the order of what each saves alone, and the step with
     them. LoRA, which trains something else, is not among them."""
     chosen: dict[str, Any] = {}
@@ -213,7 +213,7 @@ def cheapest_way(
     return chosen, planner.step(batch, **chosen, **options)
 
 
-def longest_row(planner: Planner, row: Row, room: int, **options: Any) -> Row | None:
+def longest_row(planner: StepTracer, row: Row, room: int, **options: Any) -> Row | None:
     """The longest row of the same proportions that fits, to two percent; None if not even one token does."""
 
     def point(factor: float) -> tuple[float, int]:
@@ -239,7 +239,7 @@ def longest_row(planner: Planner, row: Row, room: int, **options: Any) -> Row | 
 
 
 def describe_run(
-    planner: Planner,
+    planner: StepTracer,
     batch: Sequence[Example],
     options: dict[str, bool],
     measured: Callable[[], int] | None,
@@ -283,7 +283,7 @@ def describe_run(
     return "\n".join(lines)
 
 
-def _verdict(step: StepPlan, room: int) -> str:
+def _verdict(step: StepMemory, room: int) -> str:
     return f" of {_gib(room)} that may be filled: {'fits' if step.peak <= room else 'does not fit'}"
 
 
@@ -297,7 +297,7 @@ def _row_in_words(row: Row) -> str:
     return f"prompt {row.prompt:,}, responses {', '.join(f'{n:,}' for n in row.responses)}"
 
 
-def _largest_parts(step: StepPlan) -> str:
+def _largest_parts(step: StepMemory) -> str:
     largest = sorted(step.parts.items(), key=lambda item: -item[1])[:3]
     return ", ".join(f"{name} {_gib(size)}" for name, size in largest if size)
 

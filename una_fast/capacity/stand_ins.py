@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from una_fast.attention import packed, rows
 from una_fast.config import RunConfig
-from una_fast.counters import part
+from una_fast.counters import memory_category
 from una_fast.data.batch import Batch
 from una_fast.head.plan import (
     DEFAULT_WORKSPACE_MB,
@@ -66,7 +66,7 @@ class PlannedHead:
         size, budget = self._size(weight)
         tile = forward_tile(size, len(hidden), budget)
         self.flop += forward_pass(size, len(hidden), tile).flop
-        with part("head"):
+        with memory_category("head"):
             self._tensors(size, tile, gathered=False)
         return hidden.new_zeros(())
 
@@ -81,7 +81,7 @@ class _PlannedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: PlannedHead
     ) -> Tensor:
-        with part("head"):
+        with memory_category("head"):
             operand = _autocast_copy(weight)
             size, budget = head._size(operand)
             trained = ctx.needs_input_grad[1]
@@ -105,7 +105,7 @@ class _PlannedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        with part("head"):
+        with memory_category("head"):
             weight = None if ctx.weight is None else ctx.weight.to(ctx.dtype)
         hidden, ctx.hidden, ctx.weight = ctx.hidden, None, None
         return hidden, weight, ctx.bias, None
@@ -142,7 +142,7 @@ class PlannedKernel:
         pairs = rows.attended_pairs(options["una_segments"], options.get("sliding_window"))
         flop = 2.0 * pairs * query.shape[1] * (query.shape[-1] + value.shape[-1])
         self.count(flop)
-        with part("attention"):
+        with memory_category("attention"):
             out, _ = packed.packed_attention_forward(module, query, key, value, *args, **options)
         if (
             out.requires_grad
@@ -187,7 +187,7 @@ class _PlannedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         q, k, v, *_ = ctx.saved_tensors
-        with part("attention"):
+        with memory_category("attention"):
             float_dq = torch.empty(q.shape, dtype=torch.float32)  # noqa: F841  the kernel's accumulator
             # Keys and values shared by a group of heads are expanded for their gradients, then summed over the group.
             group = q.shape[1] // k.shape[1]

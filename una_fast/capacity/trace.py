@@ -34,7 +34,7 @@ from transformers import (
 from una_fast.attention.probe import packing_refusal
 from una_fast.capacity.stand_ins import PlannedHead, planned_attention
 from una_fast.config import RunConfig
-from una_fast.counters import FlopCounter, LiveBytes, part
+from una_fast.counters import FlopCounter, LiveBytes, memory_category
 from una_fast.data.batch import Batch, collate, layout_tokens
 from una_fast.data.examples import Example
 from una_fast.feedback import Feedback
@@ -100,7 +100,7 @@ Parts = dict[str, int]
 
 
 @dataclass(frozen=True)
-class StepPlan:
+class StepMemory:
     """One forward and backward of a batch, with the optimizer behind it, on one device."""
 
     moments: dict[str, Parts]
@@ -126,7 +126,7 @@ class StepPlan:
         return sum(self.parts.values())
 
 
-class Planner:
+class StepTracer:
     """Plans steps of one run, from the config of its model."""
 
     def __init__(
@@ -167,7 +167,7 @@ class Planner:
             24 * self.parameters + 4 * tokens * config.num_hidden_layers * width + workspace * 2**20
         )
 
-    def estimate(self, examples: Sequence[Example], **options: Any) -> StepPlan:
+    def estimate(self, examples: Sequence[Example], **options: Any) -> StepMemory:
         """`step` from two shallower models of the same layers, each moment continued in a straight line: faster."""
         total, period = (
             self.model_config.get_text_config().num_hidden_layers,
@@ -188,7 +188,7 @@ class Planner:
             for name, parts in b.moments.items()
             if name != MIDDLE
         }
-        return StepPlan(moments, round(at(a.host, b.host)), at(a.flop, b.flop), a.tokens, a.packed)
+        return StepMemory(moments, round(at(a.host, b.host)), at(a.flop, b.flop), a.tokens, a.packed)
 
     def step(
         self,
@@ -198,7 +198,7 @@ class Planner:
         accumulate: bool = False,
         layers: int | None = None,
         **switches: Any,
-    ) -> StepPlan:
+    ) -> StepMemory:
         """The step of one batch. cached_reference: the records bring ref_logps. accumulate: the batch is not the first
         of its step, so that all gradients are there already. layers: of a shallower model of the same kind. switches:
         fields of the run to plan with instead."""
@@ -236,7 +236,7 @@ class Planner:
             )
         counted = self.packed and not products.uncounted
         flop = (products.flop + head.flop + kernel.flop) / (1 + accumulate) if counted else math.nan
-        return StepPlan(moments, host, flop, batch.num_tokens, self.packed)
+        return StepMemory(moments, host, flop, batch.num_tokens, self.packed)
 
     def _moments(
         self,
@@ -398,7 +398,7 @@ def _run(
     casts = {"dtype": autocast, "enabled": autocast is not None}
     live.mark()
     if not cached:
-        with part("reference"), torch.no_grad(), torch.autocast("cpu", **casts):
+        with memory_category("reference"), torch.no_grad(), torch.autocast("cpu", **casts):
             if reference is not None:
                 reference.score(batch, head.logps)
             else:
@@ -409,12 +409,12 @@ def _run(
         layer.register_forward_hook(lambda _, __, out: _when_backward_reaches(out, live.mark))
         for layer in decoder_layers(policy.causal_lm)
     ]
-    with part("forward"), torch.autocast("cpu", **casts):
+    with memory_category("forward"), torch.autocast("cpu", **casts):
         loss = policy.score(batch, head.loss)
     for hook in hooks:  # a layer that checkpointing runs again is not met again
         hook.remove()
     live.mark()
-    with part("backward"):
+    with memory_category("backward"):
         loss.backward()
     live.mark()
 

@@ -23,11 +23,11 @@ operations read and write, comes on top. Rates are those of a `Machine`.
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from math import isqrt
 
 from una_fast.feedback import PAIR, Feedback
 
@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 DEFAULT_WORKSPACE_MB = {"cpu": 256, "cuda": 2048}
+CAST_SHARE = 8  # one in so many bytes of the workspace is for slices of a weight that GEMMs need cast
 
 FEW_ROWS = (
     1024  # below this many rows per chunk, rereading the weight and its gradient shows in the time
@@ -42,6 +43,28 @@ FEW_ROWS = (
 
 
 Span = tuple[int, int]
+
+
+def workspace_bytes(device: str, workspace_mb: float | None) -> int:
+    """Return the bytes of the workspace: of a setting in MiB, or the default of a kind of device.
+
+    ValueError for a setting that is not positive and finite.
+    """
+    if workspace_mb is None:
+        workspace_mb = DEFAULT_WORKSPACE_MB.get(device, DEFAULT_WORKSPACE_MB["cuda"])
+    if not 0 < workspace_mb < math.inf:
+        raise ValueError(f"workspace_mb={workspace_mb} must be positive and finite")
+    return int(workspace_mb * 2**20)
+
+
+def cast_bytes(workspace: int) -> int:
+    """Return the bytes that are set aside for slices of a weight in the dtype of the accumulator."""
+    return workspace // CAST_SHARE
+
+
+def tile_budget(workspace: int, *, cast: bool) -> int:
+    """Return the bytes left for tiles of logits, less the slices where operands are cast."""
+    return workspace - (cast_bytes(workspace) if cast else 0)
 
 
 @dataclass(frozen=True)
@@ -203,7 +226,7 @@ def sliced_tile(size: HeadSize, rows: int, budget: int, gathered: bool) -> Tile:
     """A tile about as wide as high: sums over rows and sums over slices are then read and written equally often."""
     # Where the copies of one row alone would take more than a quarter, so small a budget is exceeded.
     copied, logit = min(size.copied_bytes(gathered, sliced=True), budget // 4), size.acc_bytes
-    side = (isqrt(copied * copied + 4 * logit * budget) - copied) // (2 * logit)
+    side = (math.isqrt(copied * copied + 4 * logit * budget) - copied) // (2 * logit)
     if side > size.quantum:
         side -= side % size.quantum
     height = min(max(side, 1), max(rows, 1))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from una_fast.counters import is_fake, part
+from una_fast.counters import is_fake, memory_category
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -107,7 +107,7 @@ class HostOffload:
             return tensor
         flat = tensor.detach().reshape(-1)
         stream = self._stream(tensor.device)
-        with torch.cuda.stream(stream), part("host"):
+        with torch.cuda.stream(stream), memory_category("host"):
             blocks = []
             for piece in flat.split(BLOCK // tensor.itemsize):
                 block = torch.empty(piece.shape, dtype=piece.dtype, pin_memory=tensor.is_cuda)

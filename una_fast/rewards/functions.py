@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from una_fast.rewards.outcome import EXCERPT, Failure, Outcome, Prompt, Source, as_number
+from una_fast.rewards.outcome import EXCERPT, Failure, Outcome, PromptText, Reward, as_number
 from una_fast.rewards.settings import RewardError, RewardSpec, split_function
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def _import(place: str) -> ModuleType:
     return sys.modules[name]
 
 
-class FunctionReward(Source):
+class FunctionReward(Reward):
     """f(prompts, completions, **columns) -> [S] numbers or None. Arguments are given by name, and a function without
     **kwargs gets those that it names."""
 
@@ -76,7 +76,7 @@ class FunctionReward(Source):
             )
 
     def __call__(
-        self, prompts: list[Prompt], completions: list[str], columns: dict[str, list[Any]]
+        self, prompts: list[PromptText], completions: list[str], columns: dict[str, list[Any]]
     ) -> list[Outcome]:
         count = len(completions)
         given = {**columns, "prompts": prompts, "completions": completions}

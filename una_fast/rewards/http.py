@@ -16,7 +16,7 @@ from email.utils import parsedate_to_datetime
 from types import ModuleType
 from typing import Any
 
-from una_fast.rewards.outcome import EXCERPT, Failure, Outcome, Prompt, Source, as_number
+from una_fast.rewards.outcome import EXCERPT, Failure, Outcome, PromptText, Reward, as_number
 from una_fast.rewards.settings import RewardError, RewardSpec, shown_url
 
 BACKOFF = 0.5  # seconds before the first retry, doubled before every further one
@@ -64,7 +64,7 @@ def _parallel(
     return results
 
 
-class HttpReward(Source):
+class HttpReward(Reward):
     """A server that is sent JSON: bounded concurrency, retries with back-off, answers in order."""
 
     def __init__(self, spec: RewardSpec, url: str) -> None:
@@ -191,7 +191,7 @@ class Judge(HttpReward):
         super().__init__(spec, spec.target.rstrip("/") + "/chat/completions")
 
     def __call__(
-        self, prompts: list[Prompt], completions: list[str], columns: dict[str, list[Any]]
+        self, prompts: list[PromptText], completions: list[str], columns: dict[str, list[Any]]
     ) -> list[Outcome]:
         pairs = zip(prompts, completions, strict=True)
         return [
@@ -199,7 +199,7 @@ class Judge(HttpReward):
             for answer in self.post_all([self._payload(*pair) for pair in pairs])
         ]
 
-    def _payload(self, prompt: Prompt, completion: str) -> dict[str, Any]:
+    def _payload(self, prompt: PromptText, completion: str) -> dict[str, Any]:
         if not isinstance(prompt, str):
             prompt = "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
         texts = {"{prompt}": prompt, "{completion}": completion}
@@ -237,7 +237,7 @@ class Endpoint(HttpReward):
         super().__init__(spec, spec.target)
 
     def __call__(
-        self, prompts: list[Prompt], completions: list[str], columns: dict[str, list[Any]]
+        self, prompts: list[PromptText], completions: list[str], columns: dict[str, list[Any]]
     ) -> list[Outcome]:
         given = {**columns, "prompts": prompts, "completions": completions}
         size = self.spec.batch_size

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from una_fast.rewards.outcome import EXCERPT, Failure, Outcome, Prompt, Source
+from una_fast.rewards.outcome import EXCERPT, Failure, Outcome, PromptText, Reward
 from una_fast.rewards.settings import RewardError, RewardSpec
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # --- reward models ----------------------------------------------------------------------------------------------------
 
 
-class RewardModel(Source):
+class RewardModel(Reward):
     """A sequence classification model with one label. It gets text, which its own tokenizer and template turn into its
     own tokens: those of the policy mean nothing to it."""
 
@@ -68,7 +68,7 @@ class RewardModel(Source):
         self.limit = spec.max_tokens or min(positions, self.tokenizer.model_max_length)
 
     def __call__(
-        self, prompts: list[Prompt], completions: list[str], columns: dict[str, list[Any]]
+        self, prompts: list[PromptText], completions: list[str], columns: dict[str, list[Any]]
     ) -> list[Outcome]:
         outcomes: list[Outcome] = [Failure("not scored")] * len(completions)
         ids: dict[int, list[int]] = {}
@@ -97,7 +97,7 @@ class RewardModel(Source):
                 outcomes[i] = reward
         return outcomes
 
-    def ids(self, prompt: Prompt, completion: str) -> list[int] | Failure:
+    def ids(self, prompt: PromptText, completion: str) -> list[int] | Failure:
         """Tokens of one sample, with one BOS at most."""
         if not self.chat:
             if not isinstance(prompt, str):

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     pass
 
 
-Prompt = str | list[dict[str, Any]]
+PromptText = str | list[dict[str, Any]]
 
 EXCERPT = 200  # characters of an answer in a message
 
@@ -26,11 +26,11 @@ class Failure:
 Outcome = float | Failure
 
 
-class Source:
+class Reward:
     """One reward: outcomes of samples, in their order."""
 
     def __call__(
-        self, prompts: list[Prompt], completions: list[str], columns: dict[str, list[Any]]
+        self, prompts: list[PromptText], completions: list[str], columns: dict[str, list[Any]]
     ) -> list[Outcome]:
         raise NotImplementedError
 

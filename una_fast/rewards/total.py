@@ -23,7 +23,7 @@ from una_fast.checks import check_number
 from una_fast.rewards.functions import FunctionReward
 from una_fast.rewards.http import Endpoint, Judge
 from una_fast.rewards.models import RewardModel
-from una_fast.rewards.outcome import Failure, Outcome, Prompt
+from una_fast.rewards.outcome import Failure, Outcome, PromptText
 from una_fast.rewards.settings import RewardSpec
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class Rewards:
 
     def __call__(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[PromptText],
         completions: Sequence[str],
         finished: Sequence[bool],
         columns: dict[str, list[Any]],
