@@ -473,7 +473,7 @@ def with_reference(case: Case, setup: Setup, config: Any, examples: list[Any]) -
 
     compute, dtype = run_dtypes(config, setup.device)
     policy = load_policy(
-        "random weights", dtype=dtype, memory=config.memory_options(trained=False), packing=True
+        "random weights", dtype=dtype, memory=config.memory_options(trained=False), packed=True
     )
     policy.model.eval()
     scoring = Scoring(autocast=None if compute == dtype else compute)

@@ -36,7 +36,7 @@ def generate(model, batched=True):
 
 def policy_of(name, reentrant=None):
     model = build(name, FAMILIES[name])
-    policy = make_policy(model, probe_head(model), packing=True)
+    policy = make_policy(model, probe_head(model), packed=True)
     assert policy.packed
     if reentrant is not None:
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import una_fast.model.activations as memory_module
 from una_fast.counters import LiveBytes, memory_category
-from una_fast.model.activations import apply_liger, decoder_layers, find_mlps, tile_mlps
+from una_fast.model.activations import apply_liger, decoder_layers, find_mlps, switch_on, tile_mlps
 from una_fast.model.head_probe import HeadSpec
 from una_fast.model.lora import add_lora
 from una_fast.model.policy import make_policy
@@ -144,7 +144,7 @@ def test_tiles_never_hold_all_tokens_at_the_inner_width():
 def test_checkpointing_runs_a_tiled_mlp_twice_not_three_times():
     """Once in forward, once in backward: recomputing the layer stops before the MLP."""
     model = llama()
-    MemoryOptions(gradient_checkpointing=True, mlp_tile=TILE).apply(model)
+    switch_on(MemoryOptions(gradient_checkpointing=True, mlp_tile=TILE), model)
     seen = []
     for layer in decoder_layers(model):
         layer.mlp.gate_proj.register_forward_pre_hook(

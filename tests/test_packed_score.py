@@ -40,7 +40,7 @@ def examples(shapes=SHAPES):
 
 def policy_of(name, fields):
     model = build(name, fields)
-    return make_policy(model, probe_head(model), packing=True)
+    return make_policy(model, probe_head(model), packed=True)
 
 
 def score(policy, batch):

@@ -412,7 +412,7 @@ def test_packed_rows_score_as_separate_sequences(lora, checkpointing, saved):
             dtype=torch.float32,
             lora=lora,
             memory=MemoryOptions(gradient_checkpointing=checkpointing),
-            packing=True,
+            packed=True,
         )
         perturb(policy)
         logps.append(score(policy, batch))

@@ -34,7 +34,7 @@ SAMPLERS = {"padded": TransformersSampler, "continuous": ContinuousSampler}
 
 @pytest.fixture(scope="module")
 def policy(llamas):
-    return load_policy(llamas["untied"], dtype=torch.float32, packing=True)
+    return load_policy(llamas["untied"], dtype=torch.float32, packed=True)
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,7 @@ def test_stop_strings_end_a_response_even_where_the_policy_draws_padding(policy)
 def test_adapters_checkpointing_and_autocast(llamas, tokenizer):
     memory = MemoryOptions(gradient_checkpointing=True)
     policy = load_policy(
-        llamas["tied"], dtype=torch.bfloat16, lora=LoraOptions(r=2), memory=memory, packing=True
+        llamas["tied"], dtype=torch.bfloat16, lora=LoraOptions(r=2), memory=memory, packed=True
     )
     for name, p in policy.model.named_parameters():
         if "lora_B" in name:

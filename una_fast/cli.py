@@ -175,9 +175,10 @@ def _plan_run(settings: RunPlanConfig) -> str:
     import tempfile
 
     from una_fast.capacity.fit import describe_run, largest_batch, longest_rollouts, plan_options
-    from una_fast.capacity.trace import StepTracer, Row
+    from una_fast.capacity.trace import Row, StepTracer
     from una_fast.distributed import start_world
     from una_fast.model.loading import load_tokenizer
+    from una_fast.resolved import find_facts
     from una_fast.train.loop import Trainer
     from una_fast.train.measure import measured_peak
     from una_fast.train.run_data import RunData, load_data
@@ -191,33 +192,32 @@ def _plan_run(settings: RunPlanConfig) -> str:
         raise ValueError(
             f"measure=true takes steps on records, and mode={settings.mode} samples; set mode: offline"
         )
-    planner = StepTracer(
-        settings,
-        device="cuda" if settings.device == "auto" else None,
-        world_size=settings.world_size,
-    )
+    records: list[Any] = []
     if settings.prompt:
-        examples = batch = [Row(settings.prompt, tuple(settings.responses)).example()]
+        examples = [Row(settings.prompt, tuple(settings.responses)).example()]
     elif settings.data:
         data = load_data(settings, tokenizer())
+        records = data.examples()
         prompts = [prompt for part in data.prompts for prompt in part]
-        examples = [example for part in data.records for example in part] + longest_rollouts(
-            prompts, settings
-        )
-        batch = largest_batch(examples, settings, packed=planner.packed)
+        examples = [example for part in data.records for example in part]
+        examples += longest_rollouts(prompts, settings)
     else:
         raise ValueError(
             "what is to be planned? Give a row (--prompt 8000 --responses '[1000, 1000]'), or --data"
         )
-    options = plan_options(settings, batch, examples, settings.world_size)
-    options["cached_reference"] |= settings.cached_reference
+    device = "cuda" if settings.device == "auto" else settings.device
+    facts = find_facts(settings, records, device=device, ranks=settings.world_size)
+    if settings.cached_reference:
+        facts = replace(facts, has_ref_logps=True)
+    planner = StepTracer(settings, facts)
+    batch = largest_batch(examples, settings, packed=planner.packed)
+    options = plan_options(settings, facts, batch)
 
     def measured() -> int:
         with tempfile.TemporaryDirectory() as scratch:
             run = replace(settings, output_dir=scratch, progress=False, loggers=[], resume=False)
-            trainer = Trainer(
-                run, start_world(planner.device), tokenizer(), RunData([batch], [1.0])
-            )
+            world = start_world(planner.device)
+            trainer = Trainer(run, world, tokenizer(), RunData([batch], [1.0]))
             return measured_peak(trainer, batch, accumulate=options["accumulate"])
 
     return describe_run(planner, batch, options, measured if settings.measure else None)

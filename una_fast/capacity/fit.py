@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from una_fast.capacity.settings import GPU_GIB
-from una_fast.capacity.trace import StepTracer, Row, StepMemory
+from una_fast.capacity.trace import Row, StepMemory, StepTracer
 from una_fast.config import RunConfig
 from una_fast.data.batch import footprint
 from una_fast.data.examples import Example
-from una_fast.model.reference import has_cached_logps
 from una_fast.model.settings import LoraOptions
+from una_fast.resolved import Facts, resolve
 
 if TYPE_CHECKING:
     pass
@@ -82,22 +82,16 @@ def largest_batch(examples: Iterable[Example], config: RunConfig, *, packed: boo
     return batch
 
 
-def plan_options(
-    config: RunConfig, batch: Sequence[Example], examples: Sequence[Example], ranks: int
-) -> dict[str, bool]:
+def plan_options(config: RunConfig, facts: Facts, batch: Sequence[Example]) -> dict[str, bool]:
     """How the trainer runs a batch: whether records bring ref_logps, and whether gradients of others are there."""
-    cached = config.reference == "cached" or (
-        config.reference == "auto" and has_cached_logps(examples)
-    )
-    return {"cached_reference": cached, "accumulate": config.batch_size > ranks * len(batch)}
+    cached = resolve(config, facts).reference == "cached"
+    return {"cached_reference": cached, "accumulate": config.batch_size > facts.ranks * len(batch)}
 
 
-def refuse_too_large(
-    config: RunConfig, examples: Sequence[Example], *, device: str, ranks: int
-) -> None:
+def refuse_too_large(config: RunConfig, facts: Facts, examples: Sequence[Example]) -> None:
     """ValueError for a run whose largest micro-batch cannot fit, naming the switches that would make it fit."""
     try:
-        refusal = _refusal(config, examples, device=device, ranks=ranks)
+        refusal = _refusal(config, facts, examples)
     except Exception as error:  # a model may do anything with tensors that have no numbers
         logger.warning("the memory of the run is not planned: %s: %s", type(error).__name__, error)
         return
@@ -105,18 +99,17 @@ def refuse_too_large(
         raise ValueError(refusal)
 
 
-def _refusal(
-    config: RunConfig, examples: Sequence[Example], *, device: str, ranks: int
-) -> str | None:
+def _refusal(config: RunConfig, facts: Facts, examples: Sequence[Example]) -> str | None:
+    device = facts.device
     memory = capacity(config, device)
     if memory is None:
         return None
-    planner = StepTracer(config, device=device, world_size=ranks)
+    planner = StepTracer(config, facts)
     if planner.rough_bytes(largest_batch(examples, config, packed=False)) < ROUGH * memory:
         return None
     room = usable(memory, device)
     batch = largest_batch(examples, config, packed=planner.packed)
-    options = plan_options(config, batch, examples, ranks)
+    options = plan_options(config, facts, batch)
     if (
         planner.estimate(batch, **options).peak <= 0.95 * room
     ):  # seconds sooner, for a model of many layers

@@ -13,7 +13,6 @@ GPU, and the optimizer (sizes of its state).
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -26,27 +25,24 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
 
-from una_fast.attention.probe import packing_refusal
 from una_fast.capacity.stand_ins import PlannedHead, planned_attention
 from una_fast.config import RunConfig
 from una_fast.counters import FlopCounter, LiveBytes, memory_category
 from una_fast.data.batch import Batch, collate, layout_tokens
 from una_fast.data.examples import Example
 from una_fast.feedback import Feedback
-from una_fast.head.plan import DEFAULT_WORKSPACE_MB
 from una_fast.model.activations import decoder_layers
 from una_fast.model.head_probe import HeadSpec
-from una_fast.model.loading import model_and_adapter, remove_dropout
+from una_fast.model.loading import model_and_adapter, outline, remove_dropout
 from una_fast.model.lora import add_lora
 from una_fast.model.policy import Policy, make_policy
-from una_fast.model.scoring import autocast_dtype, match_autocast
+from una_fast.model.scoring import match_autocast
 from una_fast.optim import state_bytes, step_bytes
-from una_fast.resolved import run_dtypes
+from una_fast.resolved import Facts, outline_of, resolve
 
 PARTS = (
     "weights",
@@ -129,25 +125,20 @@ class StepMemory:
 class StepTracer:
     """Plans steps of one run, from the config of its model."""
 
-    def __init__(
-        self, config: RunConfig, *, device: str | None = None, world_size: int = 1
-    ) -> None:
-        """device: "cpu" or "cuda" (which need not be there); default: the run's. world_size: ranks of FSDP2."""
-        self.config, self.world_size = config, world_size
-        kind = device or config.device
-        self.device = kind if kind != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    def __init__(self, config: RunConfig, facts: Facts) -> None:
+        """config: settings of the run. facts: device (which need not be there), ranks, model and records."""
+        self.config, self.facts = config, facts
+        self.device, self.world_size = facts.device, facts.ranks
         path, self.adapter = model_and_adapter(config.model)
         self.model_config = AutoConfig.from_pretrained(
             path, trust_remote_code=config.trust_remote_code
         )
-        with torch.device("meta"):
-            self._whole = self._model(torch.float32)
-        self.parameters = sum(p.numel() for p in self._whole.parameters())
+        self.parameters = sum(p.numel() for p in outline_of(config).parameters())
 
-    @functools.cached_property
+    @property
     def packed(self) -> bool:
-        """Whether batches are packed rows: the probe of the trainer, on the same config."""
-        return self.config.packing and packing_refusal(self._whole) is None
+        """Whether batches are packed rows."""
+        return resolve(self.config, self.facts).packed
 
     def rough_bytes(self, examples: Sequence[Example]) -> float:
         """Surely enough for a batch of a usual model, without looking: to spare small runs the plan."""
@@ -158,14 +149,8 @@ class StepTracer:
             getattr(config, "intermediate_size", 0) or 0, 4 * config.hidden_size
         )
         tokens = layout_tokens(examples, packed=False)
-        workspace = (
-            DEFAULT_WORKSPACE_MB[self.device]
-            if self.config.workspace_mb is None
-            else self.config.workspace_mb
-        )
-        return (
-            24 * self.parameters + 4 * tokens * config.num_hidden_layers * width + workspace * 2**20
-        )
+        workspace = resolve(self.config, self.facts).workspace
+        return 24 * self.parameters + 4 * tokens * config.num_hidden_layers * width + workspace
 
     def estimate(self, examples: Sequence[Example], **options: Any) -> StepMemory:
         """`step` from two shallower models of the same layers, each moment continued in a straight line: faster."""
@@ -188,7 +173,9 @@ class StepTracer:
             for name, parts in b.moments.items()
             if name != MIDDLE
         }
-        return StepMemory(moments, round(at(a.host, b.host)), at(a.flop, b.flop), a.tokens, a.packed)
+        return StepMemory(
+            moments, round(at(a.host, b.host)), at(a.flop, b.flop), a.tokens, a.packed
+        )
 
     def step(
         self,
@@ -203,16 +190,17 @@ class StepTracer:
         of its step, so that all gradients are there already. layers: of a shallower model of the same kind. switches:
         fields of the run to plan with instead."""
         config = replace(self.config, **switches) if switches else self.config
-        compute, dtype = run_dtypes(config, torch.device(self.device))
-        sharded = self.world_size > 1
+        facts = replace(self.facts, has_ref_logps=cached_reference)
+        run = resolve(config, facts)
+        compute, sharded = run.compute, run.ranks > 1
         batch = collate(examples, packed=self.packed, device=torch.device("cpu"), pad_id=0)
         unpadded = batch.attention_mask is None or bool(batch.attention_mask.all())
-        cached = cached_reference or config.reference == "cached"
-        frozen_copy = not cached and (config.lora is None or config.reference == "frozen")
+        cached = cached_reference or run.reference == "cached"
+        frozen_copy = not cached and run.reference == "frozen"
         head = PlannedHead(config, self.device, batch)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         policy = self._policy(
-            config, dtype, mode, layers, cast=compute if sharded else None, trained=True
+            config, run.weights, mode, layers, cast=compute if sharded else None, trained=True
         )
         reference = (
             self._policy(config, compute, mode, layers, trained=False) if frozen_copy else None
@@ -220,8 +208,8 @@ class StepTracer:
         with mode, planned_attention(self.device, unpadded) as kernel:
             on_device = {name: getattr(batch, name) for name in _ON_DEVICE}
             fakes = {k: None if x is None else mode.from_tensor(x) for k, x in on_device.items()}
-            autocast = None if sharded else autocast_dtype(policy, compute)
-            if reference is not None and autocast is not None and dtype != compute:
+            autocast = run.autocast
+            if reference is not None and run.imitates_autocast:
                 match_autocast(reference)
             with FlopCounter(strict=False) as products, LiveBytes() as live:
                 for _ in range(1 + accumulate):
@@ -298,13 +286,11 @@ class StepTracer:
         return moments
 
     def _model(self, dtype: torch.dtype, layers: int | None = None) -> PreTrainedModel:
-        attention_kind = self.config.attn_implementation
-        if attention_kind is not None and "flash" in attention_kind:
-            attention_kind = "sdpa"  # saves as much, and need not be installed here
-        return AutoModelForCausalLM.from_config(
-            self.model_config if layers is None else _shallow(self.model_config, layers),
+        model_config = self.model_config
+        return outline(
+            model_config if layers is None else _shallow(model_config, layers),
             dtype=dtype,
-            attn_implementation=attention_kind,
+            attn_implementation=self.config.attn_implementation,
             trust_remote_code=self.config.trust_remote_code,
         )
 

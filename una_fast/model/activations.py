@@ -23,9 +23,25 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from una_fast.counters import is_fake, memory_category
+from una_fast.model.settings import MemoryOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+def switch_on(options: MemoryOptions, model: PreTrainedModel) -> None:
+    """Switch on the memory options of a model, in place.
+
+    ValueError where the model or the machine does not allow an option.
+    """
+    mlps = [] if options.mlp_tile is None else find_mlps(model)
+    # After the MLPs were tried, on any device, and before their forward is taken.
+    if options.liger:
+        apply_liger(model)
+    if options.mlp_tile is not None:
+        tile_mlps(model, mlps, options.mlp_tile)
+    if options.gradient_checkpointing:
+        enable_checkpointing(model, offload=options.offload_activations)
 
 
 # --- activation checkpointing, with offload --------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -94,6 +95,31 @@ def model_and_adapter(path: str | os.PathLike[str]) -> tuple[str, str | None]:
         config.base_model_name_or_path,
         f"{path}/adapter_config.json: base_model_name_or_path, model",
     ), path
+
+
+def outline(
+    config: PreTrainedConfig,
+    *,
+    dtype: torch.dtype,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Build a causal language model on the meta device: all shapes, and no numbers.
+
+    config: config of the model
+    dtype: dtype of the weights
+    attn_implementation: attention of transformers; flash kernels need not be installed
+    trust_remote_code: run model code that comes with the config
+    """
+    if attn_implementation is not None and "flash" in attn_implementation:
+        attn_implementation = "sdpa"  # keeps as much for backward
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+        )
 
 
 def load_causal_lm(

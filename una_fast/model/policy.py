@@ -10,7 +10,6 @@ the head's weight gathered.
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import types
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from una_fast.attention.probe import packing_refusal
+from una_fast.model.activations import switch_on
 from una_fast.model.head_probe import HeadSpec, hidden_states, probe_head
 from una_fast.model.loading import load_causal_lm
 from una_fast.model.lora import add_lora, cast_outside_autocast
@@ -35,9 +34,6 @@ from una_fast.model.settings import KEEP_ALL, MemoryOptions
 if TYPE_CHECKING:
     from una_fast.data.batch import Batch
     from una_fast.model.settings import LoraOptions
-
-logger = logging.getLogger(__name__)
-
 
 Scorer = Callable[[Tensor, Tensor, Tensor | None], Any]
 """(hidden rows [N, D], head weight [V, D], head bias [V] or None) -> anything, which the forward returns."""
@@ -141,13 +137,12 @@ def load_policy(
     dtype: torch.dtype,
     lora: LoraOptions | None = None,
     memory: MemoryOptions = KEEP_ALL,
-    packing: bool = False,
+    packed: bool = False,
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
 ) -> Policy:
     """Load a model for training: dropout removed, adapters added, head probed, scoring installed, in train mode
-    (which activation checkpointing needs). packing: pack batches if a probe finds that this model can be packed; a
-    refusal is logged. Raises ValueError for whatever cannot be trained truly."""
+    (which activation checkpointing needs). packed: batches are packed rows, as a probe allowed (attention/probe.py). Raises ValueError for whatever cannot be trained truly."""
     model = load_causal_lm(
         path,
         dtype=dtype,
@@ -160,7 +155,7 @@ def load_policy(
                 f"{path} is an adapter already, and is trained on as it is; leave the lora options out"
             )
         model = add_lora(model, lora)
-    return make_policy(model, probe_head(_inside(model)), memory, packing=packing)
+    return make_policy(model, probe_head(_inside(model)), memory, packed=packed)
 
 
 def make_policy(
@@ -168,7 +163,7 @@ def make_policy(
     head: HeadSpec,
     memory: MemoryOptions = KEEP_ALL,
     *,
-    packing: bool = False,
+    packed: bool = False,
 ) -> Policy:
     """A policy from a model whose head is known: scoring installed, packing probed, then the switches of `memory` (in
     this order: what they patch is not for a CPU)."""
@@ -177,18 +172,10 @@ def make_policy(
         if isinstance(layer, BaseTunerLayer):
             layer._cast_input_dtype = types.MethodType(cast_outside_autocast, layer)
     install_scorer(causal_lm)
-    packed = packing and _can_pack(causal_lm)
-    memory.apply(causal_lm)
+    switch_on(memory, causal_lm)
     model.train()
     return Policy(model, causal_lm, head, packed)
 
 
 def _inside(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def _can_pack(causal_lm: PreTrainedModel) -> bool:
-    refusal = packing_refusal(causal_lm)
-    if refusal is not None:
-        logger.warning("batches are padded, not packed: %s", refusal)
-    return refusal is None

@@ -3,12 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from una_fast.model.activations import apply_liger, enable_checkpointing, find_mlps, tile_mlps
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -39,18 +33,6 @@ class MemoryOptions:
     offload_activations: bool = False
     mlp_tile: int | None = None
     liger: bool = False
-
-    def apply(self, model: PreTrainedModel) -> None:
-        """Switch them on, in place; ValueError for what the model or the machine does not allow."""
-        mlps = [] if self.mlp_tile is None else find_mlps(model)
-        if self.liger:
-            apply_liger(
-                model
-            )  # after the MLPs were tried, on whatever device, and before their forward is taken
-        if self.mlp_tile is not None:
-            tile_mlps(model, mlps, self.mlp_tile)
-        if self.gradient_checkpointing:
-            enable_checkpointing(model, offload=self.offload_activations)
 
 
 KEEP_ALL = MemoryOptions()

@@ -34,7 +34,7 @@ from una_fast.model.scoring import Scoring
 from una_fast.offsets import EmaOffset, group_offset
 from una_fast.online.samplers import make_sampler
 from una_fast.online.sampling import Completion, completion_text
-from una_fast.resolved import run_dtypes
+from una_fast.resolved import ResolvedRun
 from una_fast.rewards.scale import RewardScale
 from una_fast.rewards.settings import RewardError, parse_rewards
 from una_fast.rewards.total import Rewards
@@ -101,6 +101,7 @@ class Online:
     def __init__(
         self,
         config: RunConfig,
+        run: ResolvedRun,
         world: World,
         tokenizer: PreTrainedTokenizerBase,
         policy: Policy,
@@ -118,13 +119,11 @@ class Online:
             parse_rewards(config.rewards),
             missing_eos_penalty=config.missing_eos_penalty,
             device=world.device,
-            dtype=run_dtypes(config, world.device)[0],
+            dtype=run.compute,
             trust_remote_code=config.trust_remote_code,
         )
         # In bf16 a sampler's log-probs, step by step from a cache, are not those of the packed row.
-        self.rescored = (
-            config.anchor == "rollout" or run_dtypes(config, world.device)[0] == torch.bfloat16
-        )
+        self.rescored = config.anchor == "rollout" or run.compute == torch.bfloat16
         self.columns = sorted({name for prompt in every_prompt for name in prompt.columns})
         self.scale = RewardScale(config.reward_map, config.reward_range)
         self.ema = EmaOffset()

@@ -22,20 +22,18 @@ from una_fast.data.loader import Loader, Step, num_steps
 from una_fast.distributed import World, local_scalar, shard, start_world
 from una_fast.losses import UnaOutput
 from una_fast.model.loading import load_tokenizer
-from una_fast.model.policy import Policy, load_policy
+from una_fast.model.policy import Policy
 from una_fast.model.reference import (
     AdapterReference,
     CachedReference,
     FrozenReference,
     GivenReference,
     Reference,
-    has_cached_logps,
     without_cached_logps,
 )
-from una_fast.model.scoring import Scoring, autocast_dtype, match_autocast
 from una_fast.online.steps import Online
 from una_fast.optim import gradient_norm, make_optimizer
-from una_fast.resolved import run_dtypes
+from una_fast.resolved import Facts, find_facts, load_frozen, load_trained, resolve, scoring_of
 from una_fast.train.checkpoint import (
     complete_checkpoints,
     load_training_state,
@@ -117,13 +115,12 @@ class Trainer:
         self.config, self.world, self.tokenizer = config, world, tokenizer
         self.objective = config.objective()
         every = data.examples()
-        cached = config.reference == "cached" or (
-            config.reference == "auto" and config.mode == "offline" and has_cached_logps(every)
-        )
-        if not cached:
+        facts = find_facts(config, every, device=world.device.type, ranks=world.size)
+        self.resolved = resolve(config, facts)
+        if self.resolved.reference != "cached":
             data.records = [without_cached_logps(part) for part in data.records]
             data.eval_records = without_cached_logps(data.eval_records)
-        self._load_models(cached, every, data.all_prompts(), checkpoint)
+        self._load_models(facts, every, data.all_prompts(), checkpoint)
         records = self._loader(
             data.records, data.weights, config.batch_size - config.online_batch_size()
         )
@@ -134,7 +131,14 @@ class Trainer:
             prompts = self._loader(data.prompts, data.prompt_weights, config.online_batch_size())
             scorers = self.policy, self.reference, self.scoring
             self.online = Online(
-                config, world, tokenizer, *scorers, prompts, records, data.all_prompts()
+                config,
+                self.resolved,
+                world,
+                tokenizer,
+                *scorers,
+                prompts,
+                records,
+                data.all_prompts(),
             )
         # Steps of an online run bring the log-probs that they were sampled with.
         self.step_reference: Reference = GivenReference() if self.online else self.reference
@@ -194,50 +198,33 @@ class Trainer:
         )
 
     def _load_models(
-        self, cached: bool, examples: list[Example], prompts: list[Prompt], checkpoint: Path | None
+        self,
+        facts: Facts,
+        examples: list[Example],
+        prompts: list[Prompt],
+        checkpoint: Path | None,
     ) -> None:
         """Policy (from the checkpoint, if any) and reference (always from the start of the run)."""
-        config, world = self.config, self.world
+        config, world, run = self.config, self.world, self.resolved
         planned = examples + longest_rollouts(prompts, config)
-        refuse_too_large(config, planned, device=world.device.type, ranks=world.size)
-        compute, dtype = run_dtypes(config, world.device)
-        self.bf16 = compute == torch.bfloat16
-
-        def load(path: Any, *, trained: bool) -> Policy:
-            lora = config.lora if trained and checkpoint is None else None
-            return load_policy(
-                path,
-                dtype=dtype if trained else compute,
-                lora=lora,
-                memory=config.memory_options(trained=trained),
-                trust_remote_code=config.trust_remote_code,
-                attn_implementation=config.attn_implementation,
-                packing=config.packing and trained,
-            )
-
-        self.policy = load(checkpoint or config.model, trained=True)
+        refuse_too_large(config, facts, planned)
+        self.policy = load_trained(config, run, checkpoint)
         check_token_ids(examples + prompts, self.policy)
         check_room(prompts, self.policy, config.max_new_tokens)
-        autocast = (
-            None if world.sharded else autocast_dtype(self.policy, compute)
-        )  # FSDP2 casts by itself
-        self.scoring = Scoring(config.workspace_mb, config.engine, autocast, config.temperature)
+        self.scoring = scoring_of(config, run)
         models = [self.policy]
         self.reference: Reference
-        if cached:
+        if run.reference == "cached":
             self.reference = CachedReference(examples)
-        elif config.lora and config.reference != "frozen":
+        elif run.reference == "adapter":
             self.reference = AdapterReference(self.policy, self.scoring)
         else:
-            models.append(load(config.model, trained=False))
-            models[1].packed = self.policy.packed
-            if autocast is not None and dtype != compute:
-                match_autocast(models[1])
+            models.append(load_frozen(config, run))
             self.reference = FrozenReference(models[1], self.scoring)
         self.models = models
         for policy in models:
             if world.sharded:
-                shard(policy.causal_lm, world, compute)  # which moves it, layer by layer
+                shard(policy.causal_lm, world, run.compute)  # which moves it, layer by layer
             else:
                 policy.model.to(world.device)
 
@@ -351,7 +338,7 @@ class Trainer:
                 rollouts.get(f"time/{part}", 0.0) for part in ("generate", "reward")
             )
         peak = peak_tflops(self.world.device)
-        if peak is not None and self.bf16:  # the peak is that of bf16
+        if peak is not None and self.resolved.compute == torch.bfloat16:  # the peak is that of bf16
             spent = metrics.get("time/train", seconds)
             metrics["mfu"] = (
                 self._flops(metrics["tokens"]) / spent / (peak * 1e12 * self.world.size)

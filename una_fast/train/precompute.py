@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from una_fast.config import RunConfig
 from una_fast.data.batch import collate
 from una_fast.data.examples import Example, load_examples
@@ -18,9 +16,7 @@ from una_fast.data.records import as_object
 from una_fast.data.sources import Source, read_rows
 from una_fast.distributed import start_world
 from una_fast.model.loading import load_tokenizer
-from una_fast.model.policy import load_policy
-from una_fast.model.scoring import Scoring, match_autocast
-from una_fast.resolved import run_dtypes
+from una_fast.resolved import find_facts, load_frozen, resolve, scoring_of
 
 
 def precompute_reference(config: RunConfig) -> dict[str, list[dict[str, Any]]]:
@@ -36,24 +32,13 @@ def precompute_reference(config: RunConfig) -> dict[str, list[dict[str, Any]]]:
             f"mode={config.mode}: only records have reference log-probs to compute; set mode: offline"
         )
     world = start_world(config.device)
-    compute, dtype = run_dtypes(config, world.device)
+    run = resolve(config, find_facts(config, [], device=world.device.type))
     tokenizer = load_tokenizer(
         config.tokenizer or config.model, trust_remote_code=config.trust_remote_code
     )
-    policy = load_policy(
-        config.model,
-        dtype=compute,
-        trust_remote_code=config.trust_remote_code,
-        attn_implementation=config.attn_implementation,
-        memory=config.memory_options(trained=False),
-        packing=config.packing,
-    )
-    policy.model.to(world.device).eval()
-    # As the trainer's reference, adapter or frozen.
-    autocast = compute if compute != torch.float32 and (config.lora or dtype != compute) else None
-    if dtype != compute:
-        match_autocast(policy)
-    scoring = Scoring(config.workspace_mb, config.engine, autocast)
+    policy = load_frozen(config, run)
+    policy.model.to(world.device)
+    scoring = scoring_of(config, run)
     output_dir = Path(config.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
 
