@@ -1,8 +1,9 @@
-"""The work that bench_head.py times, its float64 truth, and who does it.
+"""The work that bench_head.py times, the float64 truth of the work, and the contenders.
 
-The work: forward and backward of a loss over S responses of N rows in all, policy and reference, head trained or
-frozen. Pairs carry the DPO loss, single responses (s - sigmoid(r))^2. Every contender gets the same tensors and
-leaves its gradients in x.hidden.grad and, with a trained head, in x.weight.grad.
+The work: forward and backward of a loss over S responses of N rows in all, policy and reference,
+head trained or frozen. Pairs carry the DPO loss, single responses (s - sigmoid(r))^2. Every
+contender gets the same tensors and leaves gradients in x.hidden.grad and, with a trained head, in
+x.weight.grad.
 """
 
 from __future__ import annotations
@@ -22,26 +23,24 @@ from torch import Tensor
 from una_fast import Feedback, Objective, linear_una_loss, token_logps
 from una_fast.head.ops import sequence_logps
 
-if (
-    not torch.cuda.is_available()
-):  # before anything imports triton: the forward suite then runs in its interpreter
+if not torch.cuda.is_available():
+    # Before anything imports triton: the suite "forward" then runs in Triton's interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
-if (
-    "BENCH_PEERS" in os.environ
-):  # a folder of installed peers, searched after the packages of this machine
+if "BENCH_PEERS" in os.environ:
+    # A folder of installed peers, searched after the packages of this machine.
     site.addsitedir(os.environ["BENCH_PEERS"])
 
 BETA = 0.1
-PEAK, SPREAD = (
-    24.0,
-    4.0,
-)  # of the target's logit, of all others: half of the probability lies on the target
+# Of the target's logit, and of all other logits: half of the probability lies on the target.
+PEAK, SPREAD = 24.0, 4.0
 TRL_CHUNK = 32768  # as trl/trainer/utils.py calls it
 HEADS = ("trained", "frozen")
 
 
 class Inputs:
-    """S responses of `lengths` rows: (chosen, rejected), (chosen, rejected), … or, with scores, one by one."""
+    """S responses of `lengths` rows: (chosen, rejected), (chosen, rejected), … or, with scores,
+    singles.
+    """
 
     def __init__(
         self,
@@ -58,28 +57,27 @@ class Inputs:
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=g, device=device, dtype=dtype)
 
-        self.lengths, self.rows, self.dim, self.vocab = list(lengths), sum(lengths), dim, vocab
+        self.lengths, self.rows = list(lengths), sum(lengths)
+        self.dim, self.vocab = dim, vocab
         drift = max(lengths) ** -0.5  # of the reference: rewards of order 1 at every length
         self.weight = normal(vocab, dim).mul_(dim**-0.5)
         self.targets = torch.randint(vocab, (self.rows,), generator=g, device=device)
-        self.hidden = (
-            normal(self.rows, dim).mul_(SPREAD).add_(self.weight[self.targets], alpha=PEAK)
-        )
+        target_weights = self.weight[self.targets]  # [N, D]
+        self.hidden = normal(self.rows, dim).mul_(SPREAD).add_(target_weights, alpha=PEAK)
         self.ref_hidden = normal(self.rows, dim).mul_(drift).add_(self.hidden)
         self.ref_weight = normal(vocab, dim).mul_(drift * dim**-0.5).add_(self.weight)
         self.cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
         count = len(self.lengths)
-        self.scores = (
-            torch.linspace(0, 1, count, device=device, dtype=torch.float64) if scores else None
-        )
+        self.scores: Tensor | None = None
         if scores:
+            self.scores = torch.linspace(0, 1, count, device=device, dtype=torch.float64)
             self.feedback = Feedback.scores(range(count), self.scores.tolist())
         else:
             self.feedback = Feedback.pairs(range(0, count, 2), range(1, count, 2))
         self.head("trained")
 
     def head(self, head: str) -> None:
-        """ "trained" or "frozen"."""
+        """Make the head "trained" or "frozen", and drop all gradients."""
         self.clear()
         self.hidden.requires_grad_()
         self.weight.requires_grad_(head == "trained")
@@ -94,18 +92,21 @@ class Inputs:
 
     @property
     def leaves(self) -> dict[str, Tensor]:
-        """What gets a gradient."""
-        return {"hidden": self.hidden} | ({"weight": self.weight} if self.trained else {})
+        """Return the tensors that get a gradient, by name."""
+        found = {"hidden": self.hidden}
+        if self.trained:
+            found["weight"] = self.weight
+        return found
 
     def clear(self) -> None:
         self.hidden.grad = self.weight.grad = None
 
     def sums(self, per_token: Tensor) -> Tensor:
-        """[N] -> [S], in the precision given."""
+        """Sum [N] numbers per response, in the precision given; returns [S]."""
         return torch.stack([part.sum() for part in per_token.split(self.lengths)])
 
     def loss_of(self, logps: Tensor, ref_logps: Tensor) -> Tensor:
-        """The loss from sums of log-probs [S]."""
+        """Compute the loss from sums of log-probs [S]."""
         rewards = BETA * (logps - ref_logps)
         if self.scores is None:
             return -F.logsigmoid(rewards[0::2] - rewards[1::2]).mean()
@@ -113,7 +114,7 @@ class Inputs:
 
 
 class Truth(NamedTuple):
-    """In float64 from full rows of logits; the gradients are kept on the CPU in float32."""
+    """Results in float64 from full rows of logits; the gradients lie on the CPU, in float32."""
 
     loss: float
     logps: Tensor  # [N]
@@ -125,10 +126,14 @@ class Truth(NamedTuple):
 
 @torch.no_grad()
 def truth(x: Inputs, block_bytes: int | None = None) -> Truth:
-    """block_bytes: of one block of float64 logits (default 1 GiB on a GPU, 128 MiB on a CPU)."""
-    step = max(
-        (block_bytes or (1 << 30 if x.device.type == "cuda" else 1 << 27)) // (8 * x.vocab), 1
-    )
+    """Compute the truth in blocks of rows.
+
+    x: the inputs
+    block_bytes: size of one block of float64 logits (default: 1 GiB on a GPU, 128 MiB on a CPU)
+    """
+    if block_bytes is None:
+        block_bytes = 1 << 30 if x.device.type == "cuda" else 1 << 27
+    step = max(block_bytes // (8 * x.vocab), 1)
     targets = x.targets.unsqueeze(1)
 
     def blocks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -151,9 +156,8 @@ def truth(x: Inputs, block_bytes: int | None = None) -> Truth:
     sums = x.sums(logps).requires_grad_()
     with torch.enable_grad():
         loss = x.loss_of(sums, ref_sums)
-    coef = torch.autograd.grad(loss, sums)[0].repeat_interleave(
-        torch.tensor(x.lengths, device=x.device)
-    )
+    (response_coef,) = torch.autograd.grad(loss, sums)
+    coef = response_coef.repeat_interleave(torch.tensor(x.lengths, device=x.device))
     grad_hidden, grad_weight = torch.empty(x.rows, x.dim), torch.zeros_like(weight)
     for rows, hidden, z in blocks(x.hidden, weight):
         c = coef[rows].unsqueeze(1)
@@ -164,9 +168,15 @@ def truth(x: Inputs, block_bytes: int | None = None) -> Truth:
 
 
 class Mismatch(NamedTuple):
-    """A gradient g beside the true one g*: |g - g*| / |g*|, the best factor a in g = a g*, and |g - a g*| / |a g*|.
+    """A gradient g beside the true gradient g*.
 
-    One pair has one coefficient: an error of the sums of log-probs shows in the factor, any other in the rest."""
+    error: |g - g*| / |g*|
+    factor: a, the best factor in g = a g*
+    rest: |g - a g*| / |a g*|
+
+    One pair has one coefficient: an error of the sums of log-probs shows in the factor, any error
+    besides in the rest.
+    """
 
     error: float
     factor: float
@@ -174,7 +184,12 @@ class Mismatch(NamedTuple):
 
 
 def mismatch(found: Tensor, expected: Tensor, row_factor: Tensor | None = None) -> Mismatch:
-    """found [R, D] on any device; expected [R, D] on the CPU, times row_factor [R] if given. Block by block."""
+    """Compare a gradient with the true gradient, block by block.
+
+    found: [R, D] on any device
+    expected: [R, D] on the CPU
+    row_factor: [R], multiplies the rows of `expected`, if given
+    """
     step = max((1 << 24) // found.shape[1], 1)
     ff = fe = ee = 0.0
     for start in range(0, len(found), step):
@@ -182,19 +197,25 @@ def mismatch(found: Tensor, expected: Tensor, row_factor: Tensor | None = None) 
         f, e = found[rows].double(), expected[rows].to(found.device).double()
         if row_factor is not None:
             e *= row_factor[rows].unsqueeze(1)
-        ff, fe, ee = ff + (f * f).sum().item(), fe + (f * e).sum().item(), ee + (e * e).sum().item()
+        ff += (f * f).sum().item()
+        fe += (f * e).sum().item()
+        ee += (e * e).sum().item()
     rest = math.sqrt(max(ff * ee / fe**2 - 1, 0.0)) if fe else math.inf
     return Mismatch(math.sqrt(max(ff - 2 * fe + ee, 0.0) / ee), fe / ee, rest)
 
 
-# ------------------------------------------------------------------------------------------------------- contenders
+# --------------------------------------------------------------------------------------- contenders
 
 
 class Contender:
-    """Who does the work, under `name`. `passes`: its GEMM passes of 2 N D V flop with a trained and a frozen head.
+    """A participant in the bench, under `name`.
 
-    rounds_logits: its logits, or the target's alone, are rounded to the dtype of the operands, so that sums of
-    log-probs, and with them the coefficient of a pair, carry noise. same_work: False where it does something else.
+    module: the package to be imported
+    passes: GEMM passes of 2 N D V flop, with a trained and with a frozen head
+    rounds_logits: the logits, or the target's logit alone, are rounded to the dtype of the
+        operands, so that sums of log-probs, and with the sums the coefficient of a pair, carry
+        noise
+    same_work: False for a contender with other work
     """
 
     name: str
@@ -207,7 +228,7 @@ class Contender:
     pairs_only = False
 
     def unavailable(self, x: Inputs) -> str | None:
-        """Why it cannot do this work here, or None."""
+        """Return the reason why the contender cannot do the work here, or None."""
         if self.needs_cuda and x.device.type != "cuda":
             return "needs a GPU"
         if self.pairs_only and (x.scores is not None or len(set(x.lengths)) > 1):
@@ -219,14 +240,15 @@ class Contender:
         return None
 
     def loss(self, x: Inputs) -> Tensor:
+        """Compute the loss of x, with a graph."""
         raise NotImplementedError
 
     def logps(self, x: Inputs) -> Tensor | None:
-        """[N] log-probs of the policy, where it exposes them."""
+        """Return [N] log-probs of the policy, None from a contender that exposes no log-probs."""
         return None
 
     def sums(self, x: Inputs) -> Tensor | None:
-        """[S] sums of them as its users form them."""
+        """Return [S] sums of log-probs as the contender's users form sums."""
         logps = self.logps(x)
         return None if logps is None else x.sums(logps)
 
@@ -261,7 +283,7 @@ class Una(Contender):
 
 
 class PerToken(Contender):
-    """A function of (hidden, weight, targets) that gives log-probs [N]; the loss is taken from their sums."""
+    """A function of (hidden, weight, targets) to log-probs [N]; the loss follows from the sums."""
 
     def per_token(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         raise NotImplementedError
@@ -276,6 +298,7 @@ class PerToken(Contender):
 
 
 def full_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Return [N] log-probs from full rows of logits."""
     logps = F.linear(hidden, weight).float().log_softmax(-1)
     return logps.gather(1, targets.unsqueeze(1)).squeeze(1)
 
@@ -297,6 +320,8 @@ class Compiled(PerToken):
 
 
 class Trl(PerToken):
+    """TRL's chunked log-probs, in tiles of 32768 vocabulary entries."""
+
     name = "trl"
     module = "trl.kernels"
     passes = {"trained": 5, "frozen": 4}
@@ -305,12 +330,13 @@ class Trl(PerToken):
     def per_token(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         from trl.kernels import ChunkedLogProbFunction
 
-        return ChunkedLogProbFunction.apply(
-            hidden, weight, None, targets, 1.0, TRL_CHUNK, None, 1.0, ()
-        )[0]
+        arguments = (hidden, weight, None, targets, 1.0, TRL_CHUNK, None, 1.0, ())
+        return ChunkedLogProbFunction.apply(*arguments)[0]
 
 
 class Cce(PerToken):
+    """Cut cross-entropy."""
+
     name = "cce"
     module = "cut_cross_entropy"
     needs_cuda = True
@@ -324,13 +350,18 @@ class Cce(PerToken):
 
 
 class Liger(Contender):
+    """Liger's fused linear DPO loss."""
+
     name = "liger"
     module = "liger_kernel.chunked_loss"
     rounds_logits = True
     pairs_only = True
 
     def _apply(self, x: Inputs) -> tuple[Tensor, Tensor]:
-        """(loss, [S] sums of log-probs). Liger wants [2 B, T, D], all chosen responses before all rejected ones."""
+        """Return (loss, [S] sums of log-probs).
+
+        Liger wants [2 B, T, D], all chosen responses before all rejected responses.
+        """
         from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
         def stacked(rows: Tensor) -> Tensor:
@@ -352,7 +383,9 @@ class Liger(Contender):
 
 
 class Quack(Contender):
-    """Cross entropy alone, one number for all rows: no reference, no preference. A yardstick for its GEMM rate."""
+    """Cross entropy alone, one number for all rows: no reference, no preference. A yardstick for
+    QuACK's GEMM rate.
+    """
 
     name = "quack ce"
     module = "quack.linear_cross_entropy"
@@ -368,19 +401,20 @@ class Quack(Contender):
 
 
 def everybody(workspaces: Sequence[int | None], engine: str = "auto") -> list[Contender]:
-    """una_fast once per workspace in MiB (None: its default), then the others."""
+    """Return una_fast once per workspace in MiB (None: the default), then the peers."""
     ours = [Una(workspace_mb, engine) for workspace_mb in workspaces]
     return [*ours, Trl(), Liger(), Cce(), Eager(), Compiled(), Quack()]
 
 
-# ----------------------------------------------------------------------------------------------------------- parity
+# ------------------------------------------------------------------------------------------- parity
 
 
 class WrongResult(Exception):
-    """A contender that does not compute what it would be timed for."""
+    """A contender that does not compute the work to be timed."""
 
 
 def step(contender: Contender, x: Inputs) -> Tensor:
+    """Run forward and backward, and return the loss."""
     x.clear()
     loss = contender.loss(x)
     loss.backward()
@@ -388,7 +422,10 @@ def step(contender: Contender, x: Inputs) -> Tensor:
 
 
 def sum_noise(x: Inputs) -> float:
-    """Standard deviation, in nat, of the sum over the longest response when target logits are rounded to bfloat16."""
+    """Return the noise, in nat, of a sum over the longest response with target logits in bfloat16.
+
+    A standard deviation, of independent roundings.
+    """
     if x.hidden.dtype == torch.float32:
         return 0.0
     spacing = 2.0 ** (math.floor(math.log2(PEAK)) - 7)
@@ -396,16 +433,23 @@ def sum_noise(x: Inputs) -> float:
 
 
 def check(contender: Contender, x: Inputs, true: Truth) -> dict[str, float]:
-    """Errors of one step against the truth; WrongResult where they are no rounding. Also the warm-up."""
+    """Return the errors of one step against the truth; also the contender's warm-up.
+
+    Raises WrongResult for errors beyond rounding.
+    """
     exact = x.hidden.dtype == torch.float32
     rounds = contender.rounds_logits and not exact
-    limit = 1e-4 if exact else 0.2 if rounds else 0.02
+    limit = 1e-4
+    if not exact:
+        limit = 0.2 if rounds else 0.02
     if contender.same_work:
         # Six standard deviations of the margin of a pair, which its coefficient follows.
         noise = 6 * BETA * math.sqrt(2) * sum_noise(x) if rounds else 0.0
-        expected, row_factor, loss_limit = true.loss, None, noise + max(limit / 4, 1e-4)
+        expected, row_factor = true.loss, None
+        loss_limit = noise + max(limit / 4, 1e-4)
     else:  # cross entropy: dL/dlogp = -1, no coefficient
-        expected, row_factor, noise = -true.logps.sum().item(), -1 / true.coef, 0.0
+        expected, row_factor = -true.logps.sum().item(), -1 / true.coef
+        noise = 0.0
         loss_limit = 0.01 * abs(expected)
     loss = step(contender, x).item()
     found = {"loss_error": abs(loss - expected)}
@@ -417,37 +461,33 @@ def check(contender: Contender, x: Inputs, true: Truth) -> dict[str, float]:
         g = mismatch(leaf.grad, getattr(true, name), row_factor)
         found[f"{name}_grad_error"] = g.error
         in_step = abs(math.log(g.factor)) <= noise + limit if g.factor > 0 else False
-        several = (
-            noise / 6 if len(x.lengths) > 2 else 0.0
-        )  # coefficients no longer share one factor
-        ensure(
-            g.rest <= limit + several and in_step,
-            f"gradient of {name} is off by {g.rest:.1e}, factor {g.factor:.3f}",
-        )
+        # The coefficients of several pairs share no factor.
+        several = noise / 6 if len(x.lengths) > 2 else 0.0
+        wrong = f"gradient of {name} is off by {g.rest:.1e}, factor {g.factor:.3f}"
+        ensure(g.rest <= limit + several and in_step, wrong)
     return found
 
 
-def ensure(right: bool, what: str) -> None:
+def ensure(right: bool, message: str) -> None:
+    """Raise WrongResult with a message, unless all is right."""
     if not right:
-        raise WrongResult(what)
+        raise WrongResult(message)
 
 
 @torch.no_grad()
 def logp_errors(contender: Contender, x: Inputs, true: Truth) -> dict[str, float]:
-    """Largest and root-mean-square error of log-probs, largest error of a response's sum, in nat."""
+    """Return, in nat, the largest and the root-mean-square error of log-probs, and the largest
+    error of a response's sum.
+    """
     found = {}
     logps = contender.logps(x)
     if logps is not None:
         error = logps.double() - true.logps
-        found |= {
-            "logp_error": error.abs().max().item(),
-            "logp_rms": error.square().mean().sqrt().item(),
-        }
+        found["logp_error"] = error.abs().max().item()
+        found["logp_rms"] = error.square().mean().sqrt().item()
         del logps, error
     sums = contender.sums(x)
     if sums is not None:
-        found |= {
-            "sum_error": (sums.double() - true.sums).abs().max().item(),
-            "sum_tokens": max(x.lengths),
-        }
+        found["sum_error"] = (sums.double() - true.sums).abs().max().item()
+        found["sum_tokens"] = max(x.lengths)
     return found

@@ -1,8 +1,9 @@
-"""The online demo on several seeds: does the held-out reward rise, how far beyond its noise, at which KL.
+"""The online demo on several seeds: the rise of the held-out reward, in standard errors, and the
+KL.
 
-    python bench/demo_seeds.py --seeds 0,1,2 --runs runs/demo-online --out bench/results/demo_online.json
+    python bench/demo_seeds.py --seeds 0,1,2 --out bench/results/demo_online.json
 
-Runs that are finished in --runs are not repeated.
+Finished runs in --runs are not repeated.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from una_fast.demo.settings import DemoConfig
 BAR = 5.0  # standard errors
 
 
-def main():
+def main() -> int:
+    """Run the demo on the seeds, store the results, and return 1 if a seed misses the bar."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -40,10 +42,9 @@ def main():
     write_report({"environment": environment(torch.device("cpu")), "results": rows}, options.out)
     for row in rows:
         before, after = row["reward"]
-        print(
-            f"seed {row['seed']}: reward {before:.3f} -> {after:.3f} ({row['rise_in_standard_errors']} errors) "
-            f"at KL {row['kl']} of {MAX_KL}: {'holds' if row['holds'] else 'misses'}"
-        )
+        rise = f"{before:.3f} -> {after:.3f} ({row['rise_in_standard_errors']} errors)"
+        verdict = "holds" if row["holds"] else "misses"
+        print(f"seed {row['seed']}: reward {rise} at KL {row['kl']} of {MAX_KL}: {verdict}")
     return 0 if all(row["holds"] for row in rows) else 1
 
 

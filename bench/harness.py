@@ -1,4 +1,8 @@
-"""What the benchmarks share: a contender's failure as a reason, the environment of a result, the file it goes to."""
+"""Shared code of all benchmarks: failures as reasons, the environment, result files, tables.
+
+A contender that fails is a row of the table with the reason (`attempt`). A result carries the
+versions, the machine and a digest of the sources (`environment`).
+"""
 
 from __future__ import annotations
 
@@ -14,19 +18,24 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from contenders import WrongResult
 
 ROOT = Path(__file__).resolve().parents[1]
+MEASURED = ("una_fast", "kernels", "bench")
 GPU_LOST = 75  # exit status after a contender broke the GPU's context: run again with --resume
 
 
+# ----------------------------------------------------------------------------------------- attempts
+
+
 def release() -> None:
+    """Give the GPU's cached memory back."""
     if torch.cuda.is_available():
         gc.collect()
         torch.cuda.synchronize()
@@ -34,12 +43,12 @@ def release() -> None:
 
 
 class DeviceLost(Exception):
-    """(who, why): an error after which the GPU answers nothing more in this process."""
+    """(name, reason) of a contender; the GPU answers nothing more in this process."""
 
 
 @contextlib.contextmanager
 def deadline(seconds: float | None) -> Iterator[None]:
-    """TimeoutError after so many seconds of Python; a running kernel is waited for."""
+    """Raise TimeoutError after `seconds` of Python; a running kernel is waited for."""
     if not seconds:
         yield
         return
@@ -62,7 +71,13 @@ def attempt(
     clean: Callable[[], None] = release,
     seconds: float | None = None,
 ) -> tuple[Any, str | None]:
-    """(result, None) or (None, the reason), after clean(). name: of whom, should the GPU be lost."""
+    """Return (result of run, None), or (None, the reason of the failure) after a call of `clean`.
+
+    name: the contender named by DeviceLost
+    run: the work
+    clean: frees the memory of a failed run; DeviceLost is raised if `clean` fails too
+    seconds: the deadline of `run`, None for no deadline
+    """
     try:
         with deadline(seconds):
             return run(), None
@@ -76,11 +91,8 @@ def attempt(
         reason = f"not done in {seconds:g} s"
     except Exception as error:  # a peer may fail in any way
         text = " ".join(str(error).split())
-        reason = (
-            "out of memory"
-            if "out of memory" in text.lower()
-            else f"{type(error).__name__}: {text}"[:200]
-        )
+        full = "out of memory" in text.lower()
+        reason = "out of memory" if full else f"{type(error).__name__}: {text}"[:200]
     try:
         clean()
     except Exception as error:
@@ -89,11 +101,23 @@ def attempt(
 
 
 def typical(values: list[float], device: torch.device) -> float:
-    """The median; on a shared CPU the minimum."""
+    """Return the median of `values`; on a CPU, shared with other work, the minimum."""
     return min(values) if device.type == "cpu" else statistics.median(values)
 
 
+def spread_of(values: list[float], middle: float) -> dict[str, Any]:
+    """Return the quartiles of `values`, and the distance of the outer two relative to `middle`."""
+    quartiles = values * 3
+    if len(values) > 1:
+        quartiles = statistics.quantiles(values, n=4, method="inclusive")
+    return {"quartiles": quartiles, "spread": (quartiles[2] - quartiles[0]) / middle}
+
+
+# -------------------------------------------------------------------------------------- environment
+
+
 def command_output(*command: str) -> str | None:
+    """Return the output of a command run at the root, None where the command fails."""
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     except OSError:
@@ -102,17 +126,38 @@ def command_output(*command: str) -> str | None:
 
 
 def installed(package: str) -> str | None:
+    """Return the version of a package, None where the package is missing."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 
 
+def digest_of(*folders: str) -> str:
+    """Return 16 hexadecimal digits of the Python sources below `folders` of the root."""
+    found: list[Path] = []
+    for folder in folders:
+        found += (ROOT / folder).rglob("*.py")
+    contents = b"".join(path.read_bytes() for path in sorted(found))
+    return hashlib.sha256(contents).hexdigest()[:16]
+
+
+def commit_of(*folders: str) -> dict[str, Any]:
+    """Return the commit, and whether `folders` have uncommitted changes; None without git."""
+    changes = command_output("git", "status", "--porcelain", "--", *folders)
+    return {
+        "commit": command_output("git", "rev-parse", "HEAD"),
+        "uncommitted_changes": None if changes is None else bool(changes),
+    }
+
+
+def utc_time() -> str:
+    """Return the time of now, in UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
 def environment(device: torch.device) -> dict[str, Any]:
-    measured = ["una_fast", "kernels", "bench"]
-    changes = command_output("git", "status", "--porcelain", "--", *measured)  # None: no git there
-    sources = sorted(path for folder in measured for path in (ROOT / folder).rglob("*.py"))
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    """Return the versions, the machine, the command and the sources of a result."""
     found = {
         "torch": torch.__version__,
         "trl": installed("trl"),
@@ -120,10 +165,9 @@ def environment(device: torch.device) -> dict[str, Any]:
         "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         "command": shlex.join(["python", *sys.argv]),
-        "commit": command_output("git", "rev-parse", "HEAD"),
-        "uncommitted_changes": None if changes is None else bool(changes),
-        "sources": digest[:16],
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **commit_of(*MEASURED),
+        "sources": digest_of(*MEASURED),
+        "time": utc_time(),
     }
     if device.type == "cuda":
         query = command_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
@@ -135,19 +179,67 @@ def environment(device: torch.device) -> dict[str, Any]:
     return found
 
 
+# ------------------------------------------------------------------------------------------ results
+
+
 def open_report(out: Path | None, resume: bool, device: torch.device) -> dict[str, Any]:
-    """A new report, or the one in `out` to go on behind."""
+    """Return a new report, or with `resume` the report stored in `out`, to be continued."""
     if resume and out and out.exists():
         return json.loads(out.read_text(encoding="utf-8"))
     return {"environment": environment(device), "results": []}
 
 
 def write_report(report: dict[str, Any], out: Path | None) -> None:
+    """Write a report as JSON, if `out` is given."""
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
+def store_loss(report: dict[str, Any], error: DeviceLost, out: Path | None) -> int:
+    """Store which contender broke the GPU's context, and return the exit status of a lost GPU."""
+    name, reason = error.args
+    report["lost"][name] = f"broke the GPU's context: {reason}"
+    write_report(report, out)
+    print(f"\n{name} broke the GPU's context ({reason}): run again with --resume")
+    return GPU_LOST
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """A file of one JSON object per line."""
+    """Read a file of one JSON object per line."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# ------------------------------------------------------------------------------------------- tables
+
+
+class Column(NamedTuple):
+    """A column of a printed table: row[key] / divisor in the format `form`."""
+
+    key: str
+    form: str
+    divisor: float = 1
+
+    def cell(self, row: dict[str, Any]) -> str:
+        """Return the text of a row's cell, empty where the row has no such number."""
+        return f"{row[self.key] / self.divisor:{self.form}}" if self.key in row else ""
+
+
+def print_table(columns: dict[str, Column], table: Iterable[dict[str, Any]]) -> None:
+    """Print a heading and a line per row: the name, then the row's cells or the row's reason."""
+    print(f"{'':20}" + "".join(f"{head:>11}" for head in columns))
+    for row in table:
+        if "reason" in row:
+            print(f"{row['name']:20}  {row['reason']}")
+            continue
+        cells = [f"{column.cell(row):>11}" for column in columns.values()]
+        print(f"{row['name']:20}" + "".join(cells))
+        if row.get("unfinished"):
+            print(f"  the search ended early: {row['unfinished']}")
+
+
+def print_verdict(bar: dict[str, Any], question: str, digits: int) -> None:
+    """Print whether a bar was held: `question`, then the number that was found."""
+    found = bar["found"]
+    number = "not measured" if found is None else f"{found:.{digits}f}"
+    print(f"  {'held  ' if bar['held'] else 'MISSED'} {question}: {number}")

@@ -1,15 +1,16 @@
-"""Compile every kernel for GPUs that need not be there; write registers, spills and shared memory as a table.
+"""Compile every kernel for GPUs that need not be there; write registers, spills and shared memory.
 
     python bench/kernels_compile.py            rewrites bench/results/kernels_compile.json (minutes)
-    python bench/kernels_compile.py --subset   prints the rows that the tests compare with it, as JSON
+    python bench/kernels_compile.py --subset   prints the rows that the tests compare, as JSON
 
-A row is "kernel | dtypes | flags | target". `spills`: bytes of stack on NVIDIA (no stack, no spill), spilled registers
-on AMD. `barrier`: for kernels that may write over what they read, whether every store of the gradient has a barrier
-between it and the load before it.
+A row is "kernel | dtypes | flags | target". `spills`: bytes of stack on NVIDIA (no stack, no
+spill), spilled registers on AMD. `barrier`, for kernels that may write over their input: whether
+every store of the gradient has a barrier between itself and the load before.
 
-A launch compiles anew for what it sees of its arguments. A row without such a flag is the launch of an odd vocabulary;
-"aligned" is one whose pointers and numbers are all multiples of 16, "unaligned" one where none is, "one" one whose
-numbers are all 1, which makes constants of them, and "small" (AMD) one whose tensors lie within 2 GiB.
+Triton compiles a launch anew for properties of the arguments. A row without a flag of this kind is
+the launch of an odd vocabulary. "aligned": all pointers and numbers are multiples of 16.
+"unaligned": no pointer or number is. "one": all numbers are 1, and become constants. "small" (AMD):
+all tensors lie within 2 GiB.
 """
 
 from __future__ import annotations
@@ -45,22 +46,42 @@ TARGETS = {
 DTYPES = ("fp32", "bf16", "fp16")
 FLAGS = [(), ("bias",), ("softcap",), ("bias", "softcap")]
 SPECIALISED = re.compile(
-    r"(row_logps \| fp32|row_\w*grad \| fp32->bf16) \| (bf16 bias softcap|-)$|gather.* \| -$"
-    r"|(linear_logps|mm) \| (bf16|fp32) \| (-|tma|bias softcap|\w+ x \w+ \+=)$|merge|segment|unit \| \w+ \| linear"
+    r"(row_logps \| fp32|row_\w*grad \| fp32->bf16) \| (bf16 bias softcap|-)$"
+    r"|gather.* \| -$"
+    r"|(linear_logps|mm) \| (bf16|fp32) \| (-|tma|bias softcap|\w+ x \w+ \+=)$"
+    r"|merge"
+    r"|segment"
+    r"|unit \| \w+ \| linear"
 )
 SUBSET = re.compile(
-    r"row_grad \| fp32->bf16 \| fp16 bias softcap \||row_logps_grad \| fp32->bf16 \| (4096x8|one|small) "
-    r"|row_logps \| fp32 \| softcap |gather_backward \| bf16 \| unaligned |linear_logps \| fp16 \| bias \| (?!sm_9)"
-    r"|linear_logps \| bf16 \| tma \| sm_90|linear_logps \| fp32 \| - |mm \| bf16 \| col x row \+= \|"
-    r"|merge \| fp32 \| (-|one) |segment \| fp32 \| - |unit \| \w+ \| squared"
+    r"row_grad \| fp32->bf16 \| fp16 bias softcap \|"
+    r"|row_logps_grad \| fp32->bf16 \| (one|small) "
+    r"|row_logps \| fp32 \| softcap "
+    r"|gather_backward \| bf16 \| unaligned "
+    r"|linear_logps \| fp16 \| bias \| (sm_80|gfx)"
+    r"|linear_logps \| bf16 \| tma \| sm_90"
+    r"|linear_logps \| bf16 \| bias softcap aligned \| sm_100"
+    r"|linear_logps \| fp32 \| - \| sm_80"
+    r"|mm \| bf16 \| col x row \+= \|"
+    r"|merge \| fp32 \| - "
+    r"|segment \| fp32 \| - "
+    r"|unit \| i64 \| squared"
 )
+COMPILER_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """types: of the arguments that are neither constexpr nor None. aligned: arguments that are multiples of 16.
-    unaligned: other launch arguments where the numbers are no multiples of 16. small: whether the tensors are known to
-    lie within 2 GiB."""
+    """A launch of a kernel, as far as the compiler tells launches apart.
+
+    types: Triton types of the arguments that are neither constexpr nor None
+    constants: values of the constexpr arguments
+    aligned: names of the arguments that are multiples of 16
+    options: compiler options
+    unaligned: launch arguments that differ where numbers are no multiples of 16
+    overwrites: whether the kernel stores over its input
+    small: whether the tensors are known to lie within 2 GiB
+    """
 
     name: str
     kernel: triton.JITFunction
@@ -74,207 +95,228 @@ class Variant:
 
 
 def pointers(types: dict[str, str]) -> tuple[str, ...]:
+    """Return the names of the pointer arguments."""
     return tuple(name for name, kind in types.items() if kind.startswith("*"))
 
 
 def split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Launch arguments into (constexprs, compiler options)."""
-    names = ("num_warps", "num_stages", "enable_fp_fusion")
-    return (
-        {k: v for k, v in options.items() if k not in names},
-        {k: v for k, v in options.items() if k in names},
-    )
+    """Return launch arguments as (constexprs, compiler options)."""
+    constants = {k: v for k, v in options.items() if k not in COMPILER_OPTIONS}
+    return constants, {k: v for k, v in options.items() if k in COMPILER_OPTIONS}
 
 
 def row_variants() -> list[Variant]:
+    """Return row_logps, row_grad and row_logps_grad by dtypes, bias and softcap."""
+    usual, *wider = rowgrad.BLOCKS
+    biases = (None, *DTYPES)
+    softcaps = (False, True)
+    same = list(zip(DTYPES, DTYPES, strict=True))
+    narrowing = [("fp32", "bf16"), ("fp32", "fp16")]
     found = []
-    same = [(x, x) for x in DTYPES]
-    usual, wider = rowgrad.BLOCKS[0], rowgrad.BLOCKS[1:]
-    for name, logps, grad in (
-        ("row_logps", True, False),
-        ("row_grad", False, True),
-        ("row_logps_grad", True, True),
-    ):
-        pairs = [*same, ("fp32", "bf16"), ("fp32", "fp16")] if grad else same
-        flags = [(bias, softcap, usual) for bias in (None, *DTYPES) for softcap in (False, True)]
-        for (u, du), (bias, softcap, blocks) in [
-            *itertools.product(pairs, flags),
-            *itertools.product([("fp32", "bf16")], [(None, False, blocks) for blocks in wider]),
-        ]:
-            types = {"u_ptr": f"*{u}", "targets_ptr": "*i64", "lse_ptr": "*fp32"}
-            types |= {"du_ptr": f"*{du}", "coef_ptr": "*fp32"} if grad else {}
-            types |= {"target_logit_ptr": "*fp32"} if logps else {}
-            types |= {"bias_ptr": f"*{bias}"} if bias else {}
-            aligned = (*pointers(types), "u_stride", "du_stride")
-            types |= dict.fromkeys(("u_stride", "du_stride", "start", "width"), "i32")
-            types |= dict.fromkeys(("inner", "outer"), "fp32")
-            block, options = split({**rowgrad.LAUNCH, "BLOCK": blocks[0], "num_warps": blocks[1]})
-            constants = {
-                "HAS_BIAS": bool(bias),
-                "HAS_SOFTCAP": softcap,
-                "LOGPS": logps,
-                "GRAD": grad,
-                **block,
-            }
-            words = [f"{bias} bias"] * bool(bias) + ["softcap"] * softcap
-            words += ["{}x{}".format(*blocks)] * (blocks != usual)
-            label = f"{name} | {f'{u}->{du}' if grad else u} | {' '.join(words) or '-'}"
-            found.append(
-                Variant(
-                    label, rowgrad.rows_kernel, types, constants, aligned, options, overwrites=grad
-                )
-            )
+    for logps, grad in ((True, False), (False, True), (True, True)):
+        outputs = {"logps": logps, "grad": grad}
+        pairs = same + narrowing if grad else same
+        for (u, du), bias, softcap in itertools.product(pairs, biases, softcaps):
+            found.append(row_variant(u, du, bias, softcap, usual, **outputs))
+        for blocks in wider:
+            found.append(row_variant("fp32", "bf16", None, False, blocks, **outputs))
     return found
 
 
+def row_variant(
+    u: str,
+    du: str,
+    bias: str | None,
+    softcap: bool,
+    blocks: tuple[int, int],
+    *,
+    logps: bool,
+    grad: bool,
+) -> Variant:
+    """Return a launch of rows_kernel.
+
+    u, du, bias: dtypes; bias is None without a bias
+    blocks: (BLOCK, num_warps)
+    logps, grad: outputs of the launch
+    """
+    types = {
+        "u_ptr": f"*{u}",
+        "targets_ptr": "*i64",
+        "lse_ptr": "*fp32",
+    }
+    if grad:
+        types["du_ptr"] = f"*{du}"
+        types["coef_ptr"] = "*fp32"
+    if logps:
+        types["target_logit_ptr"] = "*fp32"
+    if bias:
+        types["bias_ptr"] = f"*{bias}"
+    aligned = (*pointers(types), "u_stride", "du_stride")
+    types |= dict.fromkeys(("u_stride", "du_stride", "start", "width"), "i32")
+    types |= dict.fromkeys(("inner", "outer"), "fp32")
+    block, options = split({**rowgrad.LAUNCH, "BLOCK": blocks[0], "num_warps": blocks[1]})
+    flags = {
+        "HAS_BIAS": bool(bias),
+        "HAS_SOFTCAP": softcap,
+        "LOGPS": logps,
+        "GRAD": grad,
+    }
+    words = []
+    if bias:
+        words.append(f"{bias} bias")
+    if softcap:
+        words.append("softcap")
+    if blocks != rowgrad.BLOCKS[0]:
+        words.append("{}x{}".format(*blocks))
+    name = "_".join(["row"] + ["logps"] * logps + ["grad"] * grad)
+    dtypes = f"{u}->{du}" if grad else u
+    return Variant(
+        f"{name} | {dtypes} | {' '.join(words) or '-'}",
+        rowgrad.rows_kernel,
+        types,
+        {**flags, **block},
+        aligned,
+        options,
+        overwrites=grad,
+    )
+
+
 def gather_variants() -> list[Variant]:
+    """Return the gather kernels in all dtypes."""
+    block, options = split(rowgrad.LAUNCH)
     found = []
     for dtype in DTYPES:
-        block, options = split(rowgrad.LAUNCH)
-        types = {
+        shared = {
             "logits_ptr": f"*{dtype}",
             "targets_ptr": "*i64",
-            "logps_ptr": "*fp32",
             "lse_ptr": "*fp32",
+            "logits_stride": "i32",
+            "width": "i32",
+            "inverse_temperature": "fp32",
+        }
+        types = {
+            **shared,
+            "logps_ptr": "*fp32",
         }
         aligned = (*pointers(types), "logits_stride")
-        types |= {"logits_stride": "i32", "width": "i32", "inverse_temperature": "fp32"}
-        found.append(
-            Variant(
-                f"gather | {dtype} | -", gather.gather_kernel, dict(types), block, aligned, options
-            )
-        )
-        del types["logps_ptr"]
-        types |= {"grad_ptr": f"*{dtype}", "upstream_ptr": "*fp32", "grad_stride": "i32"}
+        label = f"gather | {dtype} | -"
+        found.append(Variant(label, gather.gather_kernel, types, block, aligned, options))
+        types = {
+            **shared,
+            "grad_ptr": f"*{dtype}",
+            "upstream_ptr": "*fp32",
+            "grad_stride": "i32",
+        }
         aligned = (*pointers(types), "logits_stride", "grad_stride")
-        kernel = gather.gather_backward_kernel
         label = f"gather_backward | {dtype} | -"
+        kernel = gather.gather_backward_kernel
         found.append(Variant(label, kernel, types, block, aligned, options, overwrites=True))
     return found
 
 
 def linear_variants(arch: str) -> list[Variant]:
+    """Return the fused linear kernel with the tiles of an architecture, and the merge kernel."""
     found = []
     for dtype in DTYPES:
-        tiling, by_number = (
-            logp_partials.tiling(
-                arch, {"fp32": torch.float32}.get(dtype, torch.bfloat16), by_vectors=by_vectors
-            )
-            for by_vectors in (True, False)
-        )
-        tma = [False, True] if dtype != "fp32" and arch in ("sm_90", "sm_100") else [False]
+        has_descriptors = dtype != "fp32" and arch in ("sm_90", "sm_100")
         for flags in FLAGS:
-            for descriptors in tma:
-                kinds = (
-                    f"tensordesc<{dtype}[{rows},{tiling.BK}]>" for rows in (tiling.BM, tiling.BV)
-                )
-                types = dict(
-                    zip(
-                        ("hidden", "weight"),
-                        kinds if descriptors else [f"*{dtype}"] * 2,
-                        strict=True,
-                    )
-                )
-                types |= {"targets_ptr": "*i64", "part_ptr": "*fp32", "target_logit_ptr": "*fp32"}
-                types |= {"bias_ptr": f"*{dtype}"} if "bias" in flags else {}
-                aligned = (*pointers(types), "hidden_stride", "weight_stride", "D")
-                types |= dict.fromkeys(
-                    ("hidden_stride", "weight_stride", "N", "V", "D", "start"), "i32"
-                )
-                types |= dict.fromkeys(("inner", "outer"), "fp32")
-                tiles, options = split({**tiling._asdict(), **rowgrad.FUSED})
-                constants = {
-                    "HAS_BIAS": "bias" in flags,
-                    "HAS_SOFTCAP": "softcap" in flags,
-                    "TMA": descriptors,
-                    **tiles,
-                }
-                words = " ".join([*flags, "tma"] if descriptors else flags) or "-"
-                label = f"linear_logps | {dtype} | {words}"
-                other = {} if descriptors else by_number._asdict()
-                found.append(
-                    Variant(
-                        label,
-                        logp_partials.partials_kernel,
-                        types,
-                        constants,
-                        aligned,
-                        options,
-                        other,
-                    )
-                )
-    types = {"part_ptr": "*fp32", "lse_ptr": "*fp32", "N": "i32", "vocab_tiles": "i32"}
+            found.append(linear_variant(arch, dtype, flags, tma=False))
+            if has_descriptors:
+                found.append(linear_variant(arch, dtype, flags, tma=True))
+    types = {"partial_ptr": "*fp32", "lse_ptr": "*fp32", "N": "i32", "vocab_tiles": "i32"}
     tiles = {"ROWS": logp_partials.MERGE_ROWS, "TILES": logp_partials.MERGE_TILES}
-    found.append(
-        Variant(
-            "merge | fp32 | -",
-            logp_partials.merge_kernel,
-            types,
-            tiles,
-            pointers(types),
-            rowgrad.FUSED,
-        )
-    )
+    kernel, options = logp_partials.merge_kernel, rowgrad.FUSED
+    found.append(Variant("merge | fp32 | -", kernel, types, tiles, pointers(types), options))
     return found
 
 
+def linear_variant(arch: str, dtype: str, flags: tuple[str, ...], *, tma: bool) -> Variant:
+    """Return a launch of partials_kernel. flags: "bias", "softcap"; tma: tensor descriptors."""
+    operand = torch.float32 if dtype == "fp32" else torch.bfloat16
+    tiling = logp_partials.tiling(arch, operand)
+    by_number = logp_partials.tiling(arch, operand, by_vectors=False)
+    if tma:
+        types = {
+            "hidden": f"tensordesc<{dtype}[{tiling.BM},{tiling.BK}]>",
+            "weight": f"tensordesc<{dtype}[{tiling.BV},{tiling.BK}]>",
+        }
+    else:
+        types = {"hidden": f"*{dtype}", "weight": f"*{dtype}"}
+    types["targets_ptr"] = "*i64"
+    types["partial_ptr"] = "*fp32"
+    types["target_logit_ptr"] = "*fp32"
+    if "bias" in flags:
+        types["bias_ptr"] = f"*{dtype}"
+    aligned = (*pointers(types), "hidden_stride", "weight_stride", "D")
+    types |= dict.fromkeys(("hidden_stride", "weight_stride", "N", "V", "D"), "i32")
+    types |= dict.fromkeys(("inner", "outer"), "fp32")
+    tiles, options = split({**tiling._asdict(), **rowgrad.FUSED})
+    constants = {
+        "HAS_BIAS": "bias" in flags,
+        "HAS_SOFTCAP": "softcap" in flags,
+        "TMA": tma,
+        **tiles,
+    }
+    words = [*flags, "tma"] if tma else flags
+    return Variant(
+        f"linear_logps | {dtype} | {' '.join(words) or '-'}",
+        logp_partials.partials_kernel,
+        types,
+        constants,
+        aligned,
+        options,
+        {} if tma else by_number._asdict(),
+    )
+
+
 def gemm_variants() -> list[Variant]:
-    found = []
+    """Return the GEMM of the logits, of dH and of dW, written and accumulated."""
+    # the strides that are 1
     layouts = {
         "row x col": ("a_col", "b_row"),
         "row x row": ("a_col", "b_col"),
         "col x row": ("a_row", "b_col"),
     }
+    strides = ("a_row", "a_col", "b_row", "b_col", "out_row")
     tiles, options = split({**gemm.TILES, **rowgrad.FUSED})
-    for dtype in ("bf16", "fp16"):
-        for layout, ones in layouts.items():  # of the logits, of dH, of dW: the strides that are 1
-            for accumulate in (False, True):
-                types = {
-                    "a_ptr": f"*{dtype}",
-                    "b_ptr": f"*{dtype}",
-                    "out_ptr": "*fp32",
-                    "M": "i32",
-                    "N": "i32",
-                    "K": "i32",
-                }
-                strides = ["a_row", "a_col", "b_row", "b_col", "out_row"]
-                types |= {name: "i32" for name in strides if name not in ones}
-                aligned = (*pointers(types), *(name for name in strides if name not in ones))
-                constants = {**dict.fromkeys(ones, 1), "ACCUMULATE": accumulate, **tiles}
-                label = f"mm | {dtype} | {layout}{' +=' if accumulate else ''}"
-                found.append(
-                    Variant(label, gemm.mm_kernel, types, constants, aligned, options, gemm.SINGLES)
-                )
+    found = []
+    for dtype, layout, accumulate in itertools.product(("bf16", "fp16"), layouts, (False, True)):
+        ones = layouts[layout]
+        others = [name for name in strides if name not in ones]
+        types = {
+            "a_ptr": f"*{dtype}",
+            "b_ptr": f"*{dtype}",
+            "out_ptr": "*fp32",
+        }
+        types |= dict.fromkeys(("M", "N", "K", *others), "i32")
+        aligned = (*pointers(types), *others)
+        constants = {**dict.fromkeys(ones, 1), "ACCUMULATE": accumulate, **tiles}
+        label = f"mm | {dtype} | {layout}{' +=' if accumulate else ''}"
+        found.append(
+            Variant(label, gemm.mm_kernel, types, constants, aligned, options, gemm.SINGLES)
+        )
     return found
 
 
 def loss_variants() -> list[Variant]:
-    found = []
-    for ref in (False, True):
-        types = {"tokens_ptr": "*fp32", "cu_ptr": "*i64", "logps_ptr": "*fp64", "ref_ptr": "*fp64"}
-        types |= {"ref_tokens_ptr": "*fp32"} if ref else {}
-        constants = {"HAS_REF": ref, "BLOCK": una_loss.TOKENS}
-        options = {"num_warps": una_loss.TOKEN_WARPS, **rowgrad.FUSED}
-        label = f"segment | fp32 | {'ref' if ref else '-'}"
-        found.append(
-            Variant(label, una_loss.segment_kernel, types, constants, pointers(types), options)
-        )
-    doubles = ("logps", "ref", "scale", "floats", "rewards", "losses", "loss", "coef")
-    types = {f"{name}_ptr": "*fp64" for name in doubles} | {
-        f"{n}_ptr": "*i64" for n in ("ints", "start", "entry")
-    }
+    """Return the sums over responses, and the loss kernel with every form in some variant."""
+    types = {"tokens_ptr": "*fp32", "cu_ptr": "*i64", "sums_ptr": "*fp64"}
+    options = {"num_warps": una_loss.TOKEN_WARPS, **rowgrad.FUSED}
+    constants = {"BLOCK": una_loss.TOKENS}
+    kernel = una_loss.segment_kernel
+    found = [Variant("segment | fp32 | -", kernel, types, constants, pointers(types), options)]
+
+    doubles = ("logps", "ref", "beta", "floats", "rewards", "losses", "loss", "coef")
+    types = {f"{name}_ptr": "*fp64" for name in doubles}
+    types |= {f"{name}_ptr": "*i64" for name in ("ints", "start", "entry")}
     types |= dict.fromkeys(("S", "U", "most_units"), "i32")
-    names = {"pair": "PAIR_FORM", "binary": "BINARY_FORM", "score": "SCORE_FORM"}
-    for k in range(max(map(len, una_loss.FORMS.values()))):  # every form in some variant
-        forms = {
-            names[kind]: all_forms[k % len(all_forms)] for kind, all_forms in una_loss.FORMS.items()
-        }
-        constants = {**forms, "BLOCK": una_loss.BLOCK}
-        for dtype in (
-            "fp64",
-            "i64",
-            "fp32",
-        ):  # of the denominator: the table's, or num_units as a tensor
+    most_forms = max(map(len, una_loss.FORMS.values()))
+    for k in range(most_forms):
+        forms = {kind: names[k % len(names)] for kind, names in una_loss.FORMS.items()}
+        constants = {f"{kind.upper()}_FORM": form for kind, form in forms.items()}
+        constants["BLOCK"] = una_loss.BLOCK
+        # dtype of the denominator: of the table, or of num_units as a tensor
+        for dtype in ("fp64", "i64", "fp32"):
             label = f"unit | {dtype} | {' '.join(forms.values())}"
             both = {**types, "denominator_ptr": f"*{dtype}"}
             found.append(Variant(label, una_loss.unit_kernel, both, constants, (), rowgrad.FUSED))
@@ -282,7 +324,7 @@ def loss_variants() -> list[Variant]:
 
 
 def specialised(base: Variant, arch: str) -> list[Variant]:
-    """The variant as other launches compile it (see above), where that is another program."""
+    """Return the variant as other launches compile it (see above), where the program differs."""
     numbers = [
         p.name
         for p in base.kernel.params
@@ -301,72 +343,70 @@ def specialised(base: Variant, arch: str) -> list[Variant]:
         "one": {**unaligned, **ones} if numbers else {},
         "small": {"small": arch == "gfx942"},
     }
-    found = (
-        replace(base, name=f"{base.name} {word}".replace("| - ", "| "), **c)
-        for word, c in changes.items()
-    )
-    return [v for v in found if replace(v, name=base.name) != base]
+    found = []
+    for word, change in changes.items():
+        variant = replace(base, **change)
+        if variant != base:
+            name = f"{base.name} {word}".replace("| - ", "| ")
+            found.append(replace(variant, name=name))
+    return found
 
 
 def variants() -> dict[str, tuple[Variant, str]]:
-    """Every row of the table: name -> (variant, target)."""
+    """Return every row of the table: name -> (variant, target)."""
+    shared = [*row_variants(), *gather_variants()]
     found = {}
     for arch in TARGETS:
-        for base in [
-            *row_variants(),
-            *gather_variants(),
-            *linear_variants(arch),
-            *gemm_variants(),
-            *loss_variants(),
-        ]:
-            for variant in [
-                base,
-                *(specialised(base, arch) if SPECIALISED.search(base.name) else []),
-            ]:
+        for base in [*shared, *linear_variants(arch), *gemm_variants(), *loss_variants()]:
+            found[f"{base.name} | {arch}"] = (base, arch)
+            if not SPECIALISED.search(base.name):
+                continue
+            for variant in specialised(base, arch):
                 found[f"{variant.name} | {arch}"] = (variant, arch)
     return found
 
 
 def tool(name: str) -> str:
+    """Return the path of a CUDA tool that Triton ships."""
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
 def nvidia_usage(cubin: bytes) -> dict[str, int]:
+    """Return registers and spills of a cubin, as cuobjdump prints them."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run(
-            [tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
-        )
+        command = [tool("cuobjdump"), "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True)
     used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text.stdout.split(" Function ")[-1]))
     return {"registers": int(used["REG"]), "spills": int(used["STACK"]) + int(used["LOCAL"])}
 
 
 def amd_usage(assembly: str) -> dict[str, int]:
+    """Return registers and spills, as the metadata of AMD assembly names them."""
     used = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)", assembly))
-    return {
-        "registers": int(used["vgpr_count"]),
-        "spills": int(used["vgpr_spill_count"]) + int(used["sgpr_spill_count"]),
-    }
+    spills = int(used["vgpr_spill_count"]) + int(used["sgpr_spill_count"])
+    return {"registers": int(used["vgpr_count"]), "spills": spills}
 
 
 def barrier_before_stores(assembly: str, nvidia: bool) -> bool:
-    """Whether every global store after a global load has a barrier between them.
+    """Return whether every global store after a global load has a barrier in between.
 
-    On AMD within straight runs of code, of which the loop over whole blocks is one: masked accesses are branches, laid
-    out in any order."""
-    runs = [assembly] if nvidia else re.split(r"^\.LBB|s_c?branch", assembly, flags=re.MULTILINE)
-    names = (
-        ("ld\\.global", "st\\.global")
-        if nvidia
-        else ("(?:global|buffer)_load", "(?:global|buffer)_store")
-    )
+    On AMD within straight runs of code, such as the loop over whole blocks: masked accesses are
+    branches, laid out in any order.
+    """
+    if nvidia:
+        runs = [assembly]
+        load_word, store_word = r"ld\.global", r"st\.global"
+    else:
+        runs = re.split(r"^\.LBB|s_c?branch", assembly, flags=re.MULTILINE)
+        load_word, store_word = "(?:global|buffer)_load", "(?:global|buffer)_store"
+    pattern = re.compile(rf"({load_word})|(bar\.sync|s_barrier)|({store_word})")
     ordered = 0
     for run in runs:
-        waiting, loads = False, 0
-        for load, barrier, store in re.findall(
-            rf"({names[0]})|(bar\.sync|s_barrier)|({names[1]})", run
-        ):
+        waiting = False
+        loads = 0
+        for load, barrier, store in pattern.findall(run):
             waiting = bool(load) or (waiting and not barrier)
             loads += bool(load)
             if store and waiting:
@@ -376,14 +416,16 @@ def barrier_before_stores(assembly: str, nvidia: bool) -> bool:
 
 
 def measure(name: str) -> dict[str, int | bool]:
-    """One row of the table."""
+    """Compile a row of the table and return its figures."""
     variant, arch = variants()[name]
     arguments = variant.kernel.arg_names
     constants = {k: variant.constants.get(k) for k in arguments if k not in variant.types}
     signature = {k: variant.types.get(k, "constexpr") for k in arguments}
     attributes = {(arguments.index(k),): [["tt.divisibility", 16]] for k in variant.aligned}
-    for name in pointers(variant.types) if variant.small else ():
-        attributes.setdefault((arguments.index(name),), []).append(["tt.pointer_range", 32])
+    if variant.small:
+        for pointer in pointers(variant.types):
+            place = (arguments.index(pointer),)
+            attributes.setdefault(place, []).append(["tt.pointer_range", 32])
     source = ASTSource(variant.kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=TARGETS[arch], options=variant.options)
     nvidia = TARGETS[arch].backend == "cuda"
@@ -395,6 +437,7 @@ def measure(name: str) -> dict[str, int | bool]:
 
 
 def main() -> None:
+    """Compile all rows, or the subset, and write or print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -404,7 +447,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     args = parser.parse_args()
     names = list(variants())
-    chosen = [n for n in names if SUBSET.search(n)] if args.subset else names
+    chosen = list(filter(SUBSET.search, names)) if args.subset else names
     with ProcessPoolExecutor(args.jobs) as pool:
         rows = dict(zip(chosen, pool.map(measure, chosen), strict=True))
     table = {"triton": triton.__version__, "rows": rows}

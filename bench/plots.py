@@ -1,18 +1,21 @@
-"""Time and extra memory against N, log axes, from the memory suite of bench_head.py."""
+"""Time and extra memory against N, on log axes, from the suite "memory" of bench_head.py."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-PLOTS = {  # what follows the name of the results -> (key of a row, label, unit)
+PLOTS = {  # suffix of the file -> (key of a row, label, unit)
     "time": ("seconds", "time of a step, ms", 1e-3),
     "memory": ("extra_bytes", "extra memory, MiB", 2**20),
 }
 
 
 def curves(results: list[dict[str, Any]], key: str) -> dict[str, list[tuple[int, float]]]:
-    """name -> [(N, value)] by N, of the memory suite with a trained head; what was not measured is left out."""
+    """Return {name: [(N, value)] by N} of the suite "memory" with a trained head.
+
+    Rows without a measurement are left out.
+    """
     found: dict[str, list[tuple[int, float]]] = {}
     for entry in results:
         if entry["suite"] == "memory" and entry["head"] == "trained":
@@ -23,12 +26,12 @@ def curves(results: list[dict[str, Any]], key: str) -> dict[str, list[tuple[int,
 
 
 def files(result: Path) -> list[Path]:
-    """The plots of a result, written or not."""
-    return [result.with_name(f"{result.stem}_{what}.png") for what in PLOTS]
+    """Return the paths of a result's plots, written or not."""
+    return [result.with_name(f"{result.stem}_{suffix}.png") for suffix in PLOTS]
 
 
 def draw(report: dict[str, Any], result: Path) -> list[Path]:
-    """The PNG files written beside the result: none where it has no memory suite."""
+    """Write the PNG files of the suite "memory" beside the result, and return the paths."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -42,27 +45,19 @@ def draw(report: dict[str, Any], result: Path) -> list[Path]:
         first = next(entry for entry in report["results"] if entry["suite"] == "memory")
         figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
         for name, points in lines.items():
-            style = (
-                {"color": "black", "linestyle": ":"}
-                if name == "bare mm"
-                else {"marker": "o", "markersize": 4}
-            )
+            style = {"marker": "o", "markersize": 4}
+            if name == "bare mm":
+                style = {"color": "black", "linestyle": ":"}
             width = 2.4 if name.startswith("una_fast") else 1.2
-            axes.plot(
-                [n for n, _ in points],
-                [value / unit for _, value in points],
-                label=name,
-                lw=width,
-                **style,
-            )
+            rows, values = zip(*points, strict=True)
+            values = [value / unit for value in values]
+            axes.plot(rows, values, label=name, lw=width, **style)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xlabel("rows N (policy + reference, one pair, head trained)")
         axes.set_ylabel(label)
-        axes.set_title(
-            f"D {first['dim']}, V {first['vocab']}, {report['environment'].get('gpu', 'CPU')}",
-            fontsize=10,
-        )
+        machine = report["environment"].get("gpu", "CPU")
+        axes.set_title(f"D {first['dim']}, V {first['vocab']}, {machine}", fontsize=10)
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=8)
         figure.savefig(file, dpi=130, metadata={"Software": None})

@@ -1,9 +1,10 @@
-"""The training steps that bench_step.py times: real architectures with random weights, ours and TRL's loop.
+"""The training steps that bench_step.py times: real architectures, random weights, two loops.
 
-Both sides run the loop their users run on the same token ids: `una_fast.train.loop.Trainer.run` and `trl.DPOTrainer.train`.
-Only where weights and tokens come from is exchanged: models are built from their configuration, tokens are drawn. A
-step lasts from the first micro-batch of an optimizer step to the end of that step (forward, backward, clipping,
-optimizer, schedule); fetching data and logging stand outside on both sides, but for our collate, which is inside.
+Both sides run the loop that users run, on the same token ids: `una_fast.train.loop.Trainer.run` and
+`trl.DPOTrainer.train`. Only the origin of weights and tokens is exchanged: models are built from a
+configuration, tokens are drawn. A step lasts from the first micro-batch of an optimizer step to the
+end of the optimizer step (forward, backward, clipping, optimizer, schedule); fetching data and
+logging stand outside on both sides, but for our collate, inside the step.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import gc
 import hashlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -43,11 +45,17 @@ LORA = {"r": 32, "alpha": 16}
 _ROPE = {"rope_type": "default", "rope_theta": 1e6}
 _LONGEST = 1 << 20  # positions: rotary embeddings need no table, but a configuration states a limit
 
-# --------------------------------------------------------------------------------------------------------- the models
+# --------------------------------------------------------------------------------------- the models
 
 
 class Shape(NamedTuple):
-    """A published architecture. tokens: of a response in the suite "equal". mode: the reference it is trained with."""
+    """A published architecture.
+
+    label: the name in tables
+    tokens: of a response in the suite "equal"
+    mode: the reference in training: cached | adapter | frozen
+    config: the fields of transformers' configuration
+    """
 
     label: str
     tokens: int
@@ -58,7 +66,9 @@ class Shape(NamedTuple):
 def _sizes(
     hidden: int, layers: int, heads: tuple[int, int, int], inner: int, vocab: int, tied: bool
 ) -> dict[str, Any]:
-    """heads: of the queries, of the keys, and the size of one."""
+    """Return the sizes of a configuration. heads: of the queries, of the keys, and the size of a
+    head.
+    """
     return {
         "hidden_size": hidden,
         "num_hidden_layers": layers,
@@ -72,62 +82,33 @@ def _sizes(
     }
 
 
+_LLAMA_8B = _sizes(4096, 32, (32, 8, 128), 14336, 128256, False)
+_QWEN_8B = _sizes(4096, 36, (32, 8, 128), 12288, 151936, False)
+_QWEN_2B = _sizes(2048, 28, (16, 8, 128), 6144, 151936, True)
+_GEMMA_1B = _sizes(1152, 26, (4, 1, 256), 6912, 262144, True)
+_TINY_LLAMA = _sizes(256, 4, (8, 4, 32), 688, 8000, False)
+_TINY_GEMMA = _sizes(64, 6, (4, 1, 16), 96, 500, True)
+
+
+def _shape(
+    label: str, tokens: int, mode: str, kind: str, sizes: dict[str, Any], **more: Any
+) -> Shape:
+    return Shape(label, tokens, mode, {"model_type": kind, **sizes, **more})
+
+
+_qwen = {"kind": "qwen3", "rope_parameters": _ROPE}
+_llama = {"kind": "llama", "rope_parameters": _ROPE}
+_gemma = {"kind": "gemma3_text"}
 SHAPES = {
-    "llama3-8b": Shape(
-        "Llama-3-8B",
-        4096,
-        "adapter",
-        {
-            "model_type": "llama",
-            **_sizes(4096, 32, (32, 8, 128), 14336, 128256, False),
-            "rope_parameters": _ROPE,
-        },
+    "llama3-8b": _shape("Llama-3-8B", 4096, "adapter", sizes=_LLAMA_8B, **_llama),
+    "qwen3-8b": _shape("Qwen3-8B", 4096, "adapter", sizes=_QWEN_8B, **_qwen),
+    "qwen3-1.7b": _shape("Qwen3-1.7B", 8192, "cached", sizes=_QWEN_2B, **_qwen),
+    "gemma3-1b": _shape(
+        "gemma-3-1b", 8192, "cached", sizes=_GEMMA_1B, sliding_window=512, **_gemma
     ),
-    "qwen3-8b": Shape(
-        "Qwen3-8B",
-        4096,
-        "adapter",
-        {
-            "model_type": "qwen3",
-            **_sizes(4096, 36, (32, 8, 128), 12288, 151936, False),
-            "rope_parameters": _ROPE,
-        },
-    ),
-    "qwen3-1.7b": Shape(
-        "Qwen3-1.7B",
-        8192,
-        "cached",
-        {
-            "model_type": "qwen3",
-            **_sizes(2048, 28, (16, 8, 128), 6144, 151936, True),
-            "rope_parameters": _ROPE,
-        },
-    ),
-    "gemma3-1b": Shape(
-        "gemma-3-1b",
-        8192,
-        "cached",
-        {
-            "model_type": "gemma3_text",
-            **_sizes(1152, 26, (4, 1, 256), 6912, 262144, True),
-            "sliding_window": 512,
-        },
-    ),
-    "tiny-llama": Shape(
-        "tiny Llama",
-        512,
-        "cached",
-        {"model_type": "llama", **_sizes(256, 4, (8, 4, 32), 688, 8000, False)},
-    ),
-    "tiny-gemma": Shape(
-        "tiny gemma",
-        64,
-        "cached",
-        {
-            "model_type": "gemma3_text",
-            **_sizes(64, 6, (4, 1, 16), 96, 500, True),
-            "sliding_window": 16,
-        },
+    "tiny-llama": _shape("tiny Llama", 512, "cached", "llama", _TINY_LLAMA),
+    "tiny-gemma": _shape(
+        "tiny gemma", 64, "cached", sizes=_TINY_GEMMA, sliding_window=16, **_gemma
     ),
 }
 
@@ -135,8 +116,11 @@ SHAPES = {
 class Case(NamedTuple):
     """Steps to be measured.
 
-    pairs: (prompt, chosen, rejected) lengths of the pairs of one step, in micro-batches of `micro`. mode: where the
-    reference comes from, cached | adapter | frozen. changes: of the Setup. memory_cap: GiB, None for all there is.
+    pairs: (prompt, chosen, rejected) lengths of the pairs of one step
+    micro: pairs of a micro-batch
+    mode: the origin of the reference, cached | adapter | frozen
+    changes: of the Setup
+    memory_cap: GiB, None for all memory
     """
 
     suite: str
@@ -151,24 +135,39 @@ class Case(NamedTuple):
 
     @property
     def config(self) -> PreTrainedConfig:
+        """Return the configuration of the model, at the depth of the case."""
         values = SHAPES[self.model].config | {"num_hidden_layers": self.layers}
         special = {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": EOS}
         return AutoConfig.for_model(**values, **special, use_cache=False)
 
     @property
     def tokens(self) -> int:
-        """Of the pairs as separate sequences, padding not counted: the same for whoever trains on them."""
+        """Return the tokens of the pairs as separate sequences, without padding: equal for both
+        sides.
+        """
         return sum(2 * prompt + chosen + rejected for prompt, chosen, rejected in self.pairs)
 
     @property
+    def responses(self) -> list[int]:
+        """Return the tokens of every response."""
+        return responses_of(self.pairs)
+
+    @property
     def beta(self) -> float:
-        """So small that margins are of order 1 at every length, and a loss shows what it was computed from."""
-        return max(max(pair[1:]) for pair in self.pairs) ** -0.5
+        """Return a beta with margins of order 1 at every length, so that a loss shows the
+        log-probs.
+        """
+        return max(self.responses) ** -0.5
+
+
+def responses_of(pairs: Iterable[tuple[int, int, int]]) -> list[int]:
+    """Return the tokens of every response of the pairs, chosen before rejected."""
+    return list(chain.from_iterable(pair[1:] for pair in pairs))
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What is the same on both sides. mlp_tile is ours alone: TRL has no such option."""
+    """Settings of both sides. mlp_tile is ours alone: TRL has no such option."""
 
     device: torch.device
     dtype: torch.dtype
@@ -181,38 +180,38 @@ class Setup:
     mlp_tile: int | None = None
 
     def weights(self, lora: bool) -> torch.dtype:
+        """Return the dtype of the base weights."""
         return torch.float32 if self.master_weights and not lora else self.dtype
 
 
 def build(case: Case, setup: Setup, dtype: torch.dtype) -> PreTrainedModel:
-    """The same weights at every call, drawn on the device."""
+    """Build the model, with the same weights at every call, drawn on the device."""
     torch.manual_seed(SEED)
+    kind = {"dtype": dtype, "attn_implementation": setup.attention}
     with setup.device:
-        return AutoModelForCausalLM.from_config(
-            case.config, dtype=dtype, attn_implementation=setup.attention
-        )
+        return AutoModelForCausalLM.from_config(case.config, **kind)
 
 
 @torch.no_grad()
 def drift(model: torch.nn.Module) -> None:
-    """Move the trained weights away from the reference's, the same way on both sides: a policy that is its own
-    reference has the loss log 2 whatever is computed."""
+    """Move the trained weights away from the reference's weights, the same way on both sides.
+
+    A policy equal to the reference has the loss log 2 whatever is computed.
+    """
     for name, p in model.named_parameters():
         if p.requires_grad and p.dim() == 2:
-            generator = torch.Generator(p.device).manual_seed(
-                int(hashlib.sha256(name.encode()).hexdigest()[:8], 16)
-            )
+            seed = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16)
+            generator = torch.Generator(p.device).manual_seed(seed)
             noise = torch.randn(p.shape, generator=generator, device=p.device, dtype=p.dtype)
-            if (
-                "lora_" in name
-            ):  # new adapters: one half is zero, the other drawn by each side for itself
+            if "lora_" in name:
+                # New adapters: one half is zero, and each side draws the second half for itself.
                 p.copy_(noise * p.shape[1] ** -0.5)
             else:
                 p.add_(noise * (0.3 * p.float().std()).to(p.dtype))
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Neither side tokenizes anything, and both ask for the token that pads."""
+    """Build the tokenizer that both sides ask for the padding token; neither side tokenizes."""
     from tokenizers import Tokenizer, models
 
     vocab = {"<pad>": PAD, "</s>": EOS}
@@ -221,53 +220,64 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def draw(case: Case) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Token ids of every pair: prompt, chosen, rejected."""
+    """Draw the token ids of every pair: prompt, chosen, rejected."""
     rng = np.random.default_rng(SEED)
     vocab = SHAPES[case.model].config["vocab_size"]
-    return [
-        tuple(rng.integers(2, vocab, size=n, dtype=np.int32) for n in pair) for pair in case.pairs
-    ]
+    found = []
+    for pair in case.pairs:
+        found.append(tuple(rng.integers(2, vocab, size=n, dtype=np.int32) for n in pair))
+    return found
 
 
-# ----------------------------------------------------------------------------------------------------------- the work
+# ----------------------------------------------------------------------------------------- the work
 
 
 def attended(length: int, window: int | None) -> int:
-    """(query, key) pairs of causal attention over one sequence."""
+    """Count the (query, key) pairs of causal attention over one sequence."""
     full = min(length, window or length)
     return full * (full + 1) // 2 + (length - full) * full
 
 
 def needed_flop(case: Case) -> float:
-    """Flop of a step that nobody can do without, if every response stands in a sequence of its own.
+    """Count the flop that a step needs, if every response stands in a separate sequence.
 
-    Forward: 2 per weight of the layers' linear maps and token, 4 per attended (query, key) pair, head and element of
-    it, 2 per weight of the head and response token. Backward: as much for inputs, and again for weights that are
-    trained (attention: twice). A reference that is computed: one forward. Not counted: recomputation, norms, adapters.
-    Who encodes a shared prompt once does less than this, and may show more than the machine's peak.
+    Forward: 2 per weight of the layers' linear maps and token, 4 per attended (query, key) pair,
+    head and element of a head, 2 per weight of the head and response token. Backward: as much for
+    inputs, and again for trained weights (attention: twice). A reference that is computed: one
+    forward. Not counted: recomputation, norms, adapters. A step that encodes a shared prompt once
+    does less, and may show more than the machine's peak.
     """
     c = case.config
     per_layer = c.hidden_size * c.head_dim * 2 * (c.num_attention_heads + c.num_key_value_heads)
     per_layer += 3 * c.hidden_size * c.intermediate_size
     kinds = getattr(c, "layer_types", None) or ["full_attention"] * case.layers
     windows = [c.sliding_window if kind == "sliding_attention" else None for kind in kinds]
-    sequences = [prompt + response for prompt, *responses in case.pairs for response in responses]
-    pairs = sum(attended(length, window) for window in windows for length in sequences)
-    responses = sum(chosen + rejected for _, chosen, rejected in case.pairs)
-    linear = (
-        2.0 * per_layer * case.layers * case.tokens + 2.0 * c.vocab_size * c.hidden_size * responses
-    )
+    sequences = []
+    for prompt, *responses in case.pairs:
+        sequences += [prompt + response for response in responses]
+    pairs = sum(attended(length, window) for window, length in product(windows, sequences))
+    layers = 2.0 * per_layer * case.layers * case.tokens
+    head = 2.0 * c.vocab_size * c.hidden_size * sum(case.responses)
+    linear = layers + head
     attention = 4.0 * c.num_attention_heads * c.head_dim * pairs
     reference = case.mode != "cached"
     return linear * (2 + (not case.lora) + reference) + attention * (3 + reference)
 
 
-# ----------------------------------------------------------------------------------------------------------- watching
+# ----------------------------------------------------------------------------------------- watching
 
 
 class Session(NamedTuple):
-    """One run of a contender, alone in memory. history: what it logged for every step. sequences: digests of (prompt,
-    response) of the tokens that went through the model. row_tokens: of a step, padding included."""
+    """One run of a contender, alone in memory.
+
+    history: logged numbers of every step
+    seconds: of the timed steps
+    peak_bytes: of a step
+    row_tokens: of a step, padding included
+    sequences: digests of (prompt, response) of the tokens that went through the model
+    weights: dtype of the base weights
+    packed: whether rows were packed
+    """
 
     history: list[dict[str, float]]
     seconds: list[float]
@@ -279,22 +289,22 @@ class Session(NamedTuple):
 
 
 class Watch:
-    """Called around every optimizer step: the time of those after the warm-up, the memory of one that finds the
-    optimizer's state in place. On a CPU the bytes born within the last step of the warm-up, alive at once: gradients
-    and activations, not weights. On a GPU all that is allocated, in the timed steps. Without a warm-up the only step
-    shows both."""
+    """Called around every optimizer step: measures the time and the memory of steps.
+
+    Time: of the steps after the warm-up. Memory: of a step that finds the optimizer's state in
+    place. On a CPU the bytes born within the last step of the warm-up, alive at once: gradients and
+    activations, not weights. On a GPU all allocated bytes, in the timed steps. Without a warm-up
+    the only step shows both.
+    """
 
     def __init__(
         self, device: torch.device, warmup: int, timed: int, memory_cap: float | None = None
     ) -> None:
-        self.device, self.warmup, self.steps, self.memory_cap = (
-            device,
-            warmup,
-            warmup + timed,
-            memory_cap,
-        )
+        self.device = device
+        self.warmup, self.steps = warmup, warmup + timed
+        self.memory_cap = memory_cap
         self.seconds: list[float] = []
-        self.peak_bytes, self.count = 0, 0
+        self.peak_bytes = self.count = 0
         self.sequences: list[str] = []
         self.row_tokens = 0
         self._live: LiveBytes | None = None
@@ -305,7 +315,9 @@ class Watch:
         return self.count == 0
 
     def saw(self, rows: int, sequences: list[str]) -> None:
-        """A micro-batch of the first step."""
+        """Store a micro-batch of the first step: the tokens of all rows, and the digests of the
+        sequences.
+        """
         self.row_tokens += rows
         self.sequences += sequences
 
@@ -330,65 +342,70 @@ class Watch:
         self.count += 1
 
     def close(self) -> None:
-        """Stop counting; also after a step that failed."""
+        """Stop counting; also after a step that failed.
+
+        Raises OutOfMemoryError if a CPU step allocated more than the cap.
+        """
         if self._live is not None:
             live, self._live = self._live, None
             live.__exit__(None, None, None)
             self.peak_bytes = live.peak()
             if self.memory_cap and self.peak_bytes > self.memory_cap * 2**30:
-                raise torch.OutOfMemoryError(
-                    f"out of memory: {self.peak_bytes} bytes, of {self.memory_cap} GiB"
-                )
+                needs = f"{self.peak_bytes} bytes, of {self.memory_cap} GiB"
+                raise torch.OutOfMemoryError(f"out of memory: {needs}")
 
     def session(
         self, history: list[dict[str, float]], weights: torch.dtype, packed: bool
     ) -> Session:
+        """Return the session of a finished run."""
         assert len(history) == self.count == self.steps, (len(history), self.count, self.steps)
-        name = str(weights).removeprefix("torch.")
         return Session(
-            history,
-            self.seconds,
-            self.peak_bytes,
-            self.row_tokens,
-            sorted(self.sequences),
-            name,
-            packed,
+            history=history,
+            seconds=self.seconds,
+            peak_bytes=self.peak_bytes,
+            row_tokens=self.row_tokens,
+            sequences=sorted(self.sequences),
+            weights=str(weights).removeprefix("torch."),
+            packed=packed,
         )
 
 
 def digest(prompt: Tensor, response: Tensor) -> str:
-    parts = (part.detach().cpu().numpy().astype(np.int64).tobytes() for part in (prompt, response))
-    return hashlib.sha256(b"|".join(parts)).hexdigest()[:16]
+    """Return a digest of the token ids of a prompt and a response."""
+    ids = [tensor.detach().cpu().numpy().astype(np.int64) for tensor in (prompt, response)]
+    return hashlib.sha256(b"|".join(array.tobytes() for array in ids)).hexdigest()[:16]
 
 
-# --------------------------------------------------------------------------------------------------------------- ours
+# --------------------------------------------------------------------------------------------- ours
 
 
 def ours(case: Case, setup: Setup, watch: Watch) -> Session:
+    """Run una_fast's trainer."""
     from una_fast.data.batch import collate
     from una_fast.data.examples import Example
     from una_fast.distributed import start_world
     from una_fast.feedback import Feedback
+    from una_fast.train.build import build_run
     from una_fast.train.loop import Trainer
     from una_fast.train.run_data import RunData
 
-    examples = [
-        Example(prompt, (chosen, rejected), Feedback.pairs([0], [1]), None, f"pair {k}")
-        for k, (prompt, chosen, rejected) in enumerate(draw(case))
-    ]
+    examples = []
+    for k, (prompt, *responses) in enumerate(draw(case)):
+        pair = Feedback.pairs([0], [1])
+        examples.append(Example(prompt, tuple(responses), pair, None, f"pair {k}"))
     with tempfile.TemporaryDirectory() as folder, random_weights(case, setup):
         config = run_config(case, setup, watch.steps, folder)
         if case.mode == "cached":
             examples = with_reference(case, setup, config, examples)
         torch.manual_seed(SEED)
-        trainer = Trainer(
-            config, start_world(setup.device.type), tokenizer(), RunData([examples], [1.0])
-        )
+        data = RunData([examples], [1.0])
+        world = start_world(setup.device.type)
+        trainer = Trainer(build_run(config, world, tokenizer(), data))
         packed, take_step = trainer.policy.packed, trainer.take_step
 
-        def look(parts: list[list[Example]]) -> None:
-            for part in parts:
-                batch = collate(part, packed=packed, pad_id=PAD)
+        def look(micro_batches: list[list[Example]]) -> None:
+            for micro_batch in micro_batches:
+                batch = collate(micro_batch, packed=packed, pad_id=PAD)
                 watch.saw(batch.input_ids.numel(), list(digests(batch)))
 
         def watched(work: Any) -> dict[str, float]:
@@ -407,19 +424,22 @@ def ours(case: Case, setup: Setup, watch: Watch) -> Session:
 
 
 def run_config(case: Case, setup: Setup, steps: int, folder: str) -> Any:
+    """Return the configuration of una_fast's run."""
     from una_fast.config import RunConfig
     from una_fast.model.settings import LoraOptions
 
+    precision = "bf16" if setup.dtype == torch.bfloat16 else "fp32"
+    lora = LoraOptions(**LORA) if case.lora else None
     return RunConfig(
         model="random weights",
         data="random tokens",
         output_dir=folder,
         device=setup.device.type,
-        precision="bf16" if setup.dtype == torch.bfloat16 else "fp32",
+        precision=precision,
         master_weights=setup.master_weights,
         beta=case.beta,
         reference=case.mode,
-        lora=LoraOptions(**LORA) if case.lora else None,
+        lora=lora,
         gradient_checkpointing=setup.checkpointing,
         offload_activations=setup.offload,
         mlp_tile=setup.mlp_tile,
@@ -441,9 +461,9 @@ def run_config(case: Case, setup: Setup, steps: int, folder: str) -> Any:
 
 @contextmanager
 def random_weights(case: Case, setup: Setup) -> Iterator[None]:
-    """The trainer builds its models instead of reading them, and drifts before it makes its optimizer."""
+    """Make the trainer build models in place of reading files, and drift before the first step."""
     from una_fast.model import policy
-    from una_fast.train import loop as train
+    from una_fast.train import build as train
 
     make_optimizer = train.make_optimizer
 
@@ -465,7 +485,7 @@ def random_weights(case: Case, setup: Setup) -> Iterator[None]:
 
 
 def with_reference(case: Case, setup: Setup, config: Any, examples: list[Any]) -> list[Any]:
-    """The examples with the log-probs of the undrifted model, as `una-fast precompute-ref` takes them."""
+    """Return the examples with log-probs of the undrifted model, as `una-fast precompute-ref`."""
     from una_fast.data.batch import collate
     from una_fast.model.policy import load_policy
     from una_fast.model.scoring import Scoring
@@ -487,9 +507,11 @@ def with_reference(case: Case, setup: Setup, config: Any, examples: list[Any]) -
 
 
 def digests(batch: Any) -> Iterator[str]:
-    """Of every sequence of our batch, read from what the model and the loss take."""
+    """Yield the digest of every sequence of our batch, read from the inputs of model and loss."""
     ids, width = batch.input_ids.flatten(), batch.input_ids.shape[1]
-    begins = [s.prompt[0] for s in batch.segments or () for _ in s.responses]
+    begins = []
+    for segment in batch.segments or ():
+        begins += [segment.prompt[0]] * len(segment.responses)
     bounds = batch.cu_seqlens.tolist()
     for k, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
         last = int(batch.rows[start])  # of the prompt, it predicts the first token of the response
@@ -497,7 +519,7 @@ def digests(batch: Any) -> Iterator[str]:
         yield digest(ids[begin : last + 1], batch.targets[start:stop])
 
 
-# --------------------------------------------------------------------------------------------------------------- TRL
+# ---------------------------------------------------------------------------------------------- TRL
 
 
 class Steps(TrainerCallback):
@@ -514,6 +536,7 @@ class Steps(TrainerCallback):
 
 
 def theirs(case: Case, setup: Setup, watch: Watch) -> Session:
+    """Run TRL's DPOTrainer."""
     import datasets
     from peft import LoraConfig
     from transformers import PrinterCallback
@@ -523,7 +546,7 @@ def theirs(case: Case, setup: Setup, watch: Watch) -> Session:
     datasets.disable_progress_bars()
 
     class Pretokenized(DPOTrainer):
-        """Takes token ids as they are, and tells what goes through the model in the first step."""
+        """Takes token ids as given, and tells which ids go through the model in the first step."""
 
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
             return dataset
@@ -533,32 +556,29 @@ def theirs(case: Case, setup: Setup, watch: Watch) -> Session:
                 watch.saw(inputs["input_ids"].numel(), list(padded_digests(inputs)))
             return super().training_step(model, inputs, *rest)
 
-    columns = zip(*draw(case), strict=True)
+    columns = {}
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    data = datasets.Dataset.from_dict(
-        {n: [ids.tolist() for ids in c] for n, c in zip(names, columns, strict=True)}
-    )
-    # transformers hashes every weight on the CPU to name a cache; the case names these weights as well.
+    for name, arrays in zip(names, zip(*draw(case), strict=True), strict=True):
+        columns[name] = [ids.tolist() for ids in arrays]
+    data = datasets.Dataset.from_dict(columns)
+    # transformers hashes every weight on the CPU to name a cache; the case names these weights as
+    # well.
     named = mock.patch.object(dpo_trainer, "hash_module", lambda module: repr((case, setup)))
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        named,
-        mock.patch.dict("os.environ", {"TQDM_DISABLE": "1"}),
-    ):
-        lora = {
-            "r": LORA["r"],
-            "lora_alpha": LORA["alpha"],
-            "target_modules": "all-linear",
-            "task_type": "CAUSAL_LM",
-        }
-        weights = setup.weights(case.lora)
+    quiet = mock.patch.dict("os.environ", {"TQDM_DISABLE": "1"})
+    adapters = {"r": LORA["r"], "lora_alpha": LORA["alpha"]}
+    adapters |= {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    lora = LoraConfig(**adapters) if case.lora else None
+    weights = setup.weights(case.lora)
+    with tempfile.TemporaryDirectory() as folder, named, quiet:
+        policy = build(case, setup, weights)
+        reference = build(case, setup, weights) if case.mode == "frozen" else None
         trainer = Pretokenized(
-            build(case, setup, weights),
-            build(case, setup, weights) if case.mode == "frozen" else None,
+            policy,
+            reference,
             args=trl_config(case, setup, watch.steps, folder),
             train_dataset=data,
             processing_class=tokenizer(),
-            peft_config=LoraConfig(**lora) if case.lora else None,
+            peft_config=lora,
             callbacks=[Steps(watch)],
         )
         trainer.remove_callback(PrinterCallback)
@@ -569,12 +589,11 @@ def theirs(case: Case, setup: Setup, watch: Watch) -> Session:
 
 
 def trl_config(case: Case, setup: Setup, steps: int, folder: str) -> Any:
+    """Return the configuration of TRL's run."""
     from trl import DPOConfig
 
-    optimizers = {
-        "adamw_8bit": {"optim": "adamw_torch_8bit"},
-        "sgd": {"optim": "sgd"},
-    }  # adamw: its own default
+    # adamw: TRL's own default
+    optimizers = {"adamw_8bit": {"optim": "adamw_torch_8bit"}, "sgd": {"optim": "sgd"}}
     return DPOConfig(
         output_dir=folder,
         per_device_train_batch_size=case.micro,
@@ -604,22 +623,19 @@ def trl_config(case: Case, setup: Setup, steps: int, folder: str) -> Any:
 
 
 def padded_digests(inputs: dict[str, Tensor]) -> Iterator[str]:
-    for ids, mask, completion in zip(
-        inputs["input_ids"],
-        inputs["attention_mask"].bool(),
-        inputs["completion_mask"].bool(),
-        strict=True,
-    ):
+    """Yield the digest of every sequence of TRL's batch."""
+    masks = (inputs["attention_mask"].bool(), inputs["completion_mask"].bool())
+    for ids, mask, completion in zip(inputs["input_ids"], *masks, strict=True):
         yield digest(ids[mask & ~completion], ids[completion])
 
 
-# ---------------------------------------------------------------------------------------------------------- everybody
+# ---------------------------------------------------------------------------------------- everybody
 
 CONTENDERS: dict[str, Callable[[Case, Setup, Watch], Session]] = {"una_fast": ours, "trl": theirs}
 
 
 def clean() -> None:
-    """Trainers stand in reference cycles: without a collection the next one finds the memory of the last."""
+    """Collect garbage: trainers stand in reference cycles, which hold memory until a collection."""
     gc.collect()
     harness.release()
 
@@ -627,7 +643,17 @@ def clean() -> None:
 def run(
     name: str, case: Case, setup: Setup, warmup: int, timed: int, seconds: float | None
 ) -> tuple[Session | None, str | None]:
-    """(what came of it, None) or (None, the reason). Nothing stays in memory."""
+    """Run a contender, and leave nothing in memory.
+
+    name: of CONTENDERS
+    case: the steps
+    setup: the same for both sides; case.changes are applied here
+    warmup: steps before the timed steps
+    timed: timed steps
+    seconds: deadline, None for no deadline
+
+    Returns (session, None), or (None, reason of the failure).
+    """
     watch = Watch(setup.device, warmup, timed, case.memory_cap)
     setup = replace(setup, **dict(case.changes))
 
@@ -636,9 +662,8 @@ def run(
         watch.close()
         clean()
 
-    session, reason = harness.attempt(
-        name, functools.partial(CONTENDERS[name], case, setup, watch), close, seconds
-    )
+    work = functools.partial(CONTENDERS[name], case, setup, watch)
+    session, reason = harness.attempt(name, work, close, seconds)
     if not reason:
         clean()
     return session, reason

@@ -1,17 +1,18 @@
 """Regenerate the tables of README.md, and the plots, from the results in bench/results/.
 
-python bench/tables.py                 # write them
-python bench/tables.py --check         # exit status 1 if README.md does not match the results
-python bench/tables.py --merge FILES   # parts of one GPU's results -> bench/results/head_gpu.json or step_gpu.json
-python bench/tables.py --show FILE     # the tables of a GPU's result, or of steps, to stdout
+    python bench/tables.py                 # write all
+    python bench/tables.py --check         # exit status 1 if README.md does not match the results
+    python bench/tables.py --merge FILES   # results of one GPU -> head_gpu.json or step_gpu.json
+    python bench/tables.py --show FILE     # the tables of a GPU's result, or of steps, to stdout
 
-A table stands between <!-- bench:NAME --> and <!-- end bench:NAME -->; without a result file, or markers, it is left
-out (but for the CPU's).
+A table stands between <!-- bench:NAME --> and <!-- end bench:NAME -->. A table without a result
+file or markers is left out, but for the CPU's.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import sys
@@ -23,16 +24,23 @@ import plots
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU_SUITES = ("peers", "bars", "memory", "layouts", "slices")  # of the same work the first is shown
-MODELS = {(4096, 128256): "Llama-3-8B", (4096, 151936): "Qwen3-8B", (2048, 151936): "Qwen3-1.7B",
-          (1152, 262144): "gemma-3-1b"}  # fmt: skip
+MODELS = {  # (hidden, vocabulary) -> name
+    (4096, 128256): "Llama-3-8B",
+    (4096, 151936): "Qwen3-8B",
+    (2048, 151936): "Qwen3-1.7B",
+    (1152, 262144): "gemma-3-1b",
+}
+Entry = dict[str, Any]
+Row = dict[str, Any]
 
 
 def read(path: Path) -> dict[str, Any]:
+    """Read a stored report."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def head_table(result: Path, name: str) -> str:
-    """The CPU comparison of bench_head.py. name: of the result, as README gives it."""
+    """Return the CPU comparison of bench_head.py. name: of the result, as README gives the name."""
     report = read(result)
     where = report["environment"]
     lines = [
@@ -40,47 +48,64 @@ def head_table(result: Path, name: str) -> str:
         "|---|---|---|---|---|---|",
     ]
     for entry in report["results"]:
-        if entry.get("suite", "cpu") != "cpu":
-            continue
-        for k, row in enumerate(entry["table"]):
-            shape = f"{row['rows']}, {row['dim']}, {row['vocab']}" if k == 0 else ""
-            who = f"**{row['name']}**" if row["name"] == "una_fast" else row["name"]
-            if "reason" in row:
-                cells = (shape, who, row["reason"], "", "", "")
-            else:
-                extra = f"{row['extra_bytes'] / 2**20:.0f}" if "extra_bytes" in row else ""
-                times = f"{row['seconds']:.2f}", f"{row['times bare mm']:.2f}"
-                cells = (shape, who, *times, f"{row['passes']:.0f}", extra)
-            lines.append(f"| {' | '.join(cells)} |")
+        if entry.get("suite", "cpu") == "cpu":
+            lines += [head_line(row, first=k == 0) for k, row in enumerate(entry["table"])]
+    machine = f"{where['threads']} CPU threads (torch {where['torch']}, TRL {where['trl']}"
     return (
-        f"One pair, policy + reference, forward + backward, fp32 on {where['threads']} CPU threads (torch "
-        f"{where['torch']}, TRL {where['trl']}; the minimum of alternating "
-        "runs; TRL in tiles of 32768 vocabulary entries, as its trainers call it; "
+        f"One pair, policy + reference, forward + backward, fp32 on {machine}; "
+        "the minimum of alternating runs; "
+        "TRL in tiles of 32768 vocabulary entries, as its trainers call it; "
         f"`{name}`, made by `{where['command']}`):\n\n" + "\n".join(lines)
     )
 
 
-# -------------------------------------------------------------------------------------------------------------- GPU
+def line_of(cells: Iterable[str]) -> str:
+    """Return a line of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
 
 
-def label(entry: dict[str, Any]) -> str:
-    model = MODELS.get((entry["dim"], entry["vocab"]), f"{entry['dim']} x {entry['vocab']}")
+def head_line(row: Row, first: bool) -> str:
+    """Return the line of a contender; the `first` contender of a shape names the shape."""
+    shape = f"{row['rows']}, {row['dim']}, {row['vocab']}" if first else ""
+    name = f"**{row['name']}**" if row["name"] == "una_fast" else row["name"]
+    if "reason" in row:
+        return line_of((shape, name, row["reason"], "", "", ""))
+    extra = f"{row['extra_bytes'] / 2**20:.0f}" if "extra_bytes" in row else ""
+    times = (f"{row['seconds']:.2f}", f"{row['times bare mm']:.2f}")
+    return line_of((shape, name, *times, f"{row['passes']:.0f}", extra))
+
+
+# ---------------------------------------------------------------------------------------------- GPU
+
+
+def model_of(entry: Entry) -> str:
+    """Return the name of the model with this head, or the head's sizes."""
+    return MODELS.get((entry["dim"], entry["vocab"]), f"{entry['dim']} x {entry['vocab']}")
+
+
+def label(entry: Entry) -> str:
+    """Return the first cell of an entry's line."""
     layout = "" if entry["responses"] == 2 else f" in {entry['responses']}"
-    return f"{model}, {entry['rows']}{layout}, {entry['head']}"
+    return f"{model_of(entry)}, {entry['rows']}{layout}, {entry['head']}"
 
 
-def pivot(
-    entries: list[dict[str, Any]], cell: Callable[[dict[str, Any], dict[str, Any]], str | None]
-) -> str:
-    """A line per entry, a column per contender; reasons below. cell(row, entry): its text."""
-    names = list(dict.fromkeys(row["name"] for entry in entries for row in entry["table"]))
-    rows = [(row, entry) for entry in entries for row in entry["table"]]
-    names = [
-        name
-        for name in names
-        if any(r["name"] == name and ("reason" in r or cell(r, e)) for r, e in rows)
-    ]
-    lines = [f"| model, N, head | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+def names_in(entries: Iterable[Entry]) -> list[str]:
+    """Return the names of all contenders, in the order of the tables."""
+    rows = itertools.chain.from_iterable(entry["table"] for entry in entries)
+    return list(dict.fromkeys(row["name"] for row in rows))
+
+
+def pivot(entries: list[Entry], cell: Callable[[Row, Entry], str | None]) -> str:
+    """Return a line per entry, a column per contender, and the reasons of failures below.
+
+    entries: with the tables of the contenders
+    cell: text of a row of an entry, None for an empty cell
+    """
+    shown = set()
+    for entry in entries:
+        shown |= {row["name"] for row in entry["table"] if "reason" in row or cell(row, entry)}
+    names = [name for name in names_in(entries) if name in shown]
+    lines = [line_of(("model, N, head", *names)), "|---" * (len(names) + 1) + "|"]
     notes: dict[str, None] = {}
     for entry in entries:
         by_name = {row["name"]: row for row in entry["table"]}
@@ -88,118 +113,148 @@ def pivot(
         for name in names:
             row = by_name.get(name, {})
             reason = row.get("reason")
-            if reason and reason != "out of memory":
+            if not reason:
+                text = (row and cell(row, entry)) or ""
+            elif reason == "out of memory":
+                text = "OOM"
+            else:
+                text = "–"
                 notes[f"{name}: {reason}"] = None
-            text = (
-                ("OOM" if reason == "out of memory" else "–")
-                if reason
-                else (row and cell(row, entry)) or ""
-            )
-            cells.append(f"**{text}**" if text and name.startswith("una_fast") else text)
-        lines.append(f"| {label(entry)} | {' | '.join(cells)} |")
+            if text and name.startswith("una_fast"):
+                text = f"**{text}**"
+            cells.append(text)
+        lines.append(line_of((label(entry), *cells)))
     return "\n".join(lines) + "".join(f"\n\n– {note}" for note in notes)
 
 
-def timed(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """The entries to show, one for each work; of the memory suite only the longest."""
-    longest = max((e["rows"] for e in report["results"] if e["suite"] == "memory"), default=0)
-    found: dict[tuple, dict[str, Any]] = {}
+def of_suites(results: Iterable[Entry], *suites: str) -> list[Entry]:
+    return [entry for entry in results if entry["suite"] in suites]
+
+
+def timed(report: dict[str, Any]) -> list[Entry]:
+    """Return the entries to show, one for each work; of the suite "memory" only the longest."""
+    longest = max((e["rows"] for e in of_suites(report["results"], "memory")), default=0)
+    found: dict[tuple, Entry] = {}
     for suite in GPU_SUITES:
-        for entry in report["results"]:
-            if entry["suite"] == suite and (suite != "memory" or entry["rows"] == longest):
+        for entry in of_suites(report["results"], suite):
+            if suite != "memory" or entry["rows"] == longest:
                 key = tuple(entry[name] for name in ("rows", "responses", "dim", "vocab", "head"))
                 found.setdefault(key, entry)
     return list(found.values())
 
 
-def time_cell(row: dict[str, Any], entry: dict[str, Any]) -> str | None:
+def time_cell(row: Row, entry: Entry) -> str | None:
+    """Return milliseconds, with the ratio to the bare products or the products' rate."""
     if "seconds" not in row:
         return None
-    mark = "*" if row["name"] == "bare mm" and not entry["reference"]["valid"] else ""
-    rate = (
-        f"{row['tflops']:.0f} TF/s" if row["name"] == "bare mm" else f"{row['times bare mm']:.2f}"
-    )
-    return f"{row['seconds'] * 1e3:.1f} ({rate}){mark}"
+    milliseconds = f"{row['seconds'] * 1e3:.1f}"
+    if row["name"] != "bare mm":
+        return f"{milliseconds} ({row['times bare mm']:.2f})"
+    mark = "" if entry["reference"]["valid"] else "*"
+    return f"{milliseconds} ({row['tflops']:.0f} TF/s){mark}"
 
 
-def memory_cell(row: dict[str, Any], _: dict[str, Any]) -> str | None:
+def memory_cell(row: Row, _: Entry) -> str | None:
+    """Return the extra memory in GiB."""
     return f"{row['extra_bytes'] / 2**30:.2f}" if "extra_bytes" in row else None
 
 
-def error_cell(row: dict[str, Any], _: dict[str, Any]) -> str | None:
+def error_cell(row: Row, _: Entry) -> str | None:
+    """Return the errors of a sum, of a token, and of the gradient of the hidden states."""
     if "sum_error" not in row:
         return None
     token = f"{row['logp_error']:.1g}" if "logp_error" in row else "–"
     return f"{row['sum_error']:.2g} / {token} / {row['hidden_grad_error']:.1e}"
 
 
-def forward_table(entries: list[dict[str, Any]]) -> str:
-    """A line per way or kernel, a column per model."""
+def forward_table(entries: list[Entry]) -> str:
+    """Return a line per way or kernel, a column per model."""
 
-    def cell(row: dict[str, Any]) -> str:
+    def cell(row: Row) -> str:
         if "reason" in row:
             return row["reason"]
         rate = f"{row['tflops']:.0f} TF/s" if "tflops" in row else f"{row['gb_per_s']:.0f} GB/s"
         return f"{row['seconds'] * 1e3:.2f} ms, {rate}"
 
-    models = [MODELS.get((e["dim"], e["vocab"]), f"{e['dim']} x {e['vocab']}") for e in entries]
-    lines = [f"| | {' | '.join(models)} |", "|---" * (len(models) + 1) + "|"]
-    for name in dict.fromkeys(row["name"] for entry in entries for row in entry["table"]):
-        cells = [
-            next((cell(row) for row in e["table"] if row["name"] == name), "") for e in entries
-        ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    models = " | ".join(map(model_of, entries))
+    lines = [f"| | {models} |", "|---" * (len(entries) + 1) + "|"]
+    for name in names_in(entries):
+        cells = []
+        for entry in entries:
+            rows = {row["name"]: row for row in entry["table"]}
+            text = cell(rows[name]) if name in rows else ""
+            cells.append(text)
+        lines.append(line_of((name, *cells)))
     return "\n".join(lines)
 
 
 def gpu_table(report: dict[str, Any], name: str) -> str:
-    """Time, memory, accuracy and the ways to a log-prob, as far as the report has them."""
-    where, shown, parts = report["environment"], timed(report), []
+    """Return time, memory, accuracy and the ways to a log-prob, as far as a report has them."""
+    where, results = report["environment"], report["results"]
+    shown = timed(report)
+    accuracy, forward = of_suites(results, "accuracy"), of_suites(results, "forward")
+    texts = []
     if shown:
-        spread = [row["spread"] for entry in shown for row in entry["table"] if "spread" in row]
-        parts.append(
-            "Milliseconds of a step (× the bare cuBLAS products of the minimal passes; those with their rate, * below "
-            f"90 % of an 8192³ product's). Medians of alternating runs, interquartile range at most "
-            f"{max(spread, default=0):.1%}. quack ce is cross entropy alone, beside its own minimal passes:\n\n"
-            + pivot(shown, time_cell)
+        rows = itertools.chain.from_iterable(entry["table"] for entry in shown)
+        spread = max((row["spread"] for row in rows if "spread" in row), default=0)
+        texts.append(
+            "Milliseconds of a step (× the bare cuBLAS products of the minimal passes; those with "
+            "their rate, * below 90 % of an 8192³ product's). Medians of alternating runs, "
+            f"interquartile range at most {spread:.1%}. quack ce is cross entropy alone, beside "
+            "its own minimal passes:\n\n" + pivot(shown, time_cell)
         )
-        parts.append(
-            "Extra memory, GiB (peak beyond inputs, returned gradients and, with a trained head, one fp32 "
-            "accumulator of the head's gradient):\n\n" + pivot(shown, memory_cell)
+        texts.append(
+            "Extra memory, GiB (peak beyond inputs, returned gradients and, with a trained head, "
+            "one fp32 accumulator of the head's gradient):\n\n" + pivot(shown, memory_cell)
         )
-    accuracy, forward = (
-        [e for e in report["results"] if e["suite"] == suite] for suite in ("accuracy", "forward")
-    )
     if accuracy:
-        parts.append(
-            "Largest error against float64, target logits around 24: sum over a response of 8192 tokens, nat / one "
-            "token, nat / gradient of the hidden states, relative:\n\n"
+        texts.append(
+            "Largest error against float64, target logits around 24: sum over a response of 8192 "
+            "tokens, nat / one token, nat / gradient of the hidden states, relative:\n\n"
             + pivot(accuracy, error_cell)
         )
     if forward:
-        rows = forward[0]["rows"]
-        parts.append(
-            f"Forward only, {rows} rows; row kernels by block x warps:\n\n" + forward_table(forward)
-        )
-    bars = [(entry, bar) for entry in report["results"] for bar in entry.get("bars", [])]
-    missed = [f"{label(e)}, {b['contender']}: {b['bar']} {number(b['found'])} > {b['allowed']:.2f}" for e, b in bars
-              if not b["held"]]  # fmt: skip
-    verdict = f"{len(bars) - len(missed)} of {len(bars)} bars held." + "".join(
-        f"\n- {line}" for line in missed
-    )
+        count = forward[0]["rows"]
+        title = f"Forward only, {count} rows; row kernels by block x warps"
+        texts.append(f"{title}:\n\n{forward_table(forward)}")
+    texts.append(verdict(results, missed_ratio))
     roof = report.get("ceilings", {})
-    rates = ", ".join(
-        f"{key} {value:.4g}" for key, value in roof.items() if isinstance(value, float)
+    rates = [f"{key} {value:.4g}" for key, value in roof.items() if isinstance(value, float)]
+    peers = (
+        f"torch {where['torch']}, triton {where.get('triton')}, TRL {where['trl']}, "
+        f"Liger {where.get('liger-kernel')}, CCE {where.get('cut-cross-entropy')}, "
+        f"QuACK {where.get('quack-kernels')}"
     )
     return (
-        f"One pair unless said otherwise, policy + reference, forward + backward, bf16 on {where.get('gpu', 'a CPU')} "
-        f"(torch {where['torch']}, triton {where.get('triton')}, TRL {where['trl']}, Liger {where.get('liger-kernel')}"
-        f", CCE {where.get('cut-cross-entropy')}, QuACK {where.get('quack-kernels')}; {rates}; `{name}`).\n\n"
-        + "\n\n".join([*parts, verdict])
+        "One pair unless said otherwise, policy + reference, forward + backward, "
+        f"bf16 on {where.get('gpu', 'a CPU')} ({peers}; {', '.join(rates)}; `{name}`).\n\n"
+        + "\n\n".join(texts)
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- steps
+def number(value: float | None) -> str:
+    """Return a number in words of the tables."""
+    return "not measured" if value is None else f"{value:.2f}"
+
+
+def missed_ratio(entry: Entry, bar: dict[str, Any]) -> str:
+    """Return the line of a missed bar of the head: the ratio is too large."""
+    found = f"{bar['bar']} {number(bar['found'])} > {bar['allowed']:.2f}"
+    return f"{label(entry)}, {bar['contender']}: {found}"
+
+
+def verdict(results: list[Entry], line: Callable[[Entry, dict[str, Any]], str]) -> str:
+    """Return how many bars were held, and a line for every missed bar."""
+    missed = []
+    count = 0
+    for entry in results:
+        bars = entry.get("bars", [])
+        count += len(bars)
+        missed += [f"\n- {line(entry, bar)}" for bar in bars if not bar["held"]]
+    return f"{count - len(missed)} of {count} bars held." + "".join(missed)
+
+
+# -------------------------------------------------------------------------------------------- steps
 
 STEP_TABLES = {  # suites -> what they are
     ("equal",): "Pairs of one length, nothing to share",
@@ -208,154 +263,166 @@ STEP_TABLES = {  # suites -> what they are
 }
 
 
-def step_label(entry: dict[str, Any]) -> str:
-    depth = (
-        ""
-        if entry["layers"] == entry["full_layers"]
-        else f", {entry['layers']} of {entry['full_layers']} layers"
-    )
+def step_label(entry: Entry) -> str:
+    """Return the first cell of a step's line."""
+    depth = ""
+    if entry["layers"] != entry["full_layers"]:
+        depth = f", {entry['layers']} of {entry['full_layers']} layers"
     lora = " LoRA" if entry["lora"] else " full"
     cap = f", {entry['memory_cap']:g} GiB" if entry["memory_cap"] else ""
     return f"{entry['label']}{depth},{lora}, {entry['mode']}{cap}: {entry['layout']}"
 
 
-def step_lines(entries: list[dict[str, Any]]) -> str:
-    """A line for every contender: time, rates, memory, loss, and the ratio to TRL."""
-    lines = [
-        "| model, training, reference: prompt + response | | seconds (spread) | tokens/s | row tokens | TFLOP/s (MFU) "
-        "| peak, GiB | loss | × TRL |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+def step_table_lines(
+    entries: list[Entry], head: str, cells: Callable[[Row, Entry], list[str]]
+) -> str:
+    """Return a table with a line for every contender.
+
+    entries: label the first line of their rows
+    head: the first line of the table
+    cells: texts of a row that was measured, without label and name
+    """
+    columns = head.count("|") - 1
+    lines = [head, "|---" * columns + "|"]
     for entry in entries:
         for k, row in enumerate(entry["table"]):
-            cells = [
-                step_label(entry) if k == 0 else "",
-                f"**{row['name']}**" if k == 0 else row["name"],
-            ]
+            first = [step_label(entry), f"**{row['name']}**"] if k == 0 else ["", row["name"]]
             if "reason" in row:
-                cells += [row["reason"], *[""] * 6]
+                rest = [row["reason"], *[""] * (columns - 3)]
             else:
-                ratio = f"{row['x trl']:.2f}" if "x trl" in row else ""
-                mfu = f" ({row['mfu']:.0%})" if "mfu" in row else ""
-                cells += [
-                    f"{row['seconds']:.3g} ({row['spread']:.0%})",
-                    f"{row['tokens_per_s']:.0f}",
-                ]
-                cells += [
-                    str(row["row_tokens"]),
-                    f"{row['tflops']:.3g}{mfu}",
-                    f"{row['peak_bytes'] / 2**30:.3g}",
-                ]
-                cells += [f"{row['loss']:.4f}" + ("" if entry["parity"] else " (alone)"), ratio]
-            lines.append(f"| {' | '.join(cells)} |")
+                rest = cells(row, entry)
+            lines.append(line_of([*first, *rest]))
     return "\n".join(lines)
 
 
-def longest_lines(entries: list[dict[str, Any]]) -> str:
-    lines = [
-        "| model, training, reference: layout | | tokens per sequence | tokens per forward | seconds | peak, GiB |",
-        "|---|---|---|---|---|---|",
+STEP_HEAD = (
+    "| model, training, reference: prompt + response | | seconds (spread) | tokens/s "
+    "| row tokens | TFLOP/s (MFU) | peak, GiB | loss | × TRL |"
+)
+LONGEST_HEAD = (
+    "| model, training, reference: layout | | tokens per sequence | tokens per forward "
+    "| seconds | peak, GiB |"
+)
+
+
+def step_cells(row: Row, entry: Entry) -> list[str]:
+    """Return time, rates, memory, loss, and the ratio to TRL."""
+    alone = "" if entry["parity"] else " (alone)"
+    mfu = f" ({row['mfu']:.0%})" if "mfu" in row else ""
+    ratio = f"{row['x trl']:.2f}" if "x trl" in row else ""
+    return [
+        f"{row['seconds']:.3g} ({row['spread']:.0%})",
+        f"{row['tokens_per_s']:.0f}",
+        str(row["row_tokens"]),
+        f"{row['tflops']:.3g}{mfu}",
+        f"{row['peak_bytes'] / 2**30:.3g}",
+        f"{row['loss']:.4f}{alone}",
+        ratio,
     ]
-    for entry in entries:
-        for k, row in enumerate(entry["table"]):
-            cells = [
-                step_label(entry) if k == 0 else "",
-                f"**{row['name']}**" if k == 0 else row["name"],
-            ]
-            if "reason" in row:
-                cells += [row["reason"], "", "", ""]
-            else:
-                more = "≥ " if row.get("unfinished") else ""
-                cells += [f"{more}{row['sequence_tokens']}", str(row["row_tokens"])]
-                cells += [f"{row['seconds']:.3g}", f"{row['peak_bytes'] / 2**30:.3g}"]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+
+
+def longest_cells(row: Row, _: Entry) -> list[str]:
+    """Return the longest sequence, with the time and the memory of a step."""
+    at_least = "≥ " if row.get("unfinished") else ""
+    return [
+        f"{at_least}{row['sequence_tokens']}",
+        str(row["row_tokens"]),
+        f"{row['seconds']:.3g}",
+        f"{row['peak_bytes'] / 2**30:.3g}",
+    ]
+
+
+def step_lines(entries: list[Entry]) -> str:
+    return step_table_lines(entries, STEP_HEAD, step_cells)
+
+
+def longest_lines(entries: list[Entry]) -> str:
+    return step_table_lines(entries, LONGEST_HEAD, longest_cells)
 
 
 def extrapolated_lines(lines: list[dict[str, Any]]) -> str:
+    """Return a line for every case with its seconds at full depth."""
     found = []
     for line in lines:
-        what = f"{line['label']}, {line['suite']}, {line['layout']}, {line['mode']}"
-        cells = ", ".join(
-            f"{row['name']} {row['extrapolated_seconds']:.3g} s" for row in line["table"]
-        )
-        found.append(
-            f"- {what}, {line['full_layers']} layers from {' and '.join(map(str, line['from_layers']))}: {cells}"
-        )
+        case = f"{line['label']}, {line['suite']}, {line['layout']}, {line['mode']}"
+        cells = [f"{row['name']} {row['extrapolated_seconds']:.3g} s" for row in line["table"]]
+        measured = " and ".join(map(str, line["from_layers"]))
+        depths = f"{line['full_layers']} layers from {measured}"
+        found.append(f"- {case}, {depths}: {', '.join(cells)}")
     return "\n".join(found)
 
 
+def missed_rate(entry: Entry, bar: dict[str, Any]) -> str:
+    """Return the line of a missed bar of a step: the rate is too small."""
+    return f"{step_label(entry)}: {bar['bar']} {number(bar['found'])} < {bar['least']:.2f}"
+
+
 def step_table(report: dict[str, Any], name: str) -> str:
-    """Separate tables for pairs of one length, of many, and with a shared prompt; then how long a sequence may be."""
-    where, cpu, results = (
-        report["environment"],
-        "gpu" not in report["environment"],
-        report["results"],
-    )
-    parts = []
+    """Return a table for pairs of equal length, of many lengths, and with a shared prompt.
+
+    Then the longest sequences, and long rows of una_fast alone.
+    """
+    where, results = report["environment"], report["results"]
+    cpu = "gpu" not in where
+    texts = []
     for suites, title in STEP_TABLES.items():
-        entries = [entry for entry in results if entry["suite"] in suites]
+        entries = of_suites(results, *suites)
         if entries:
-            parts.append(f"{title}:\n\n{step_lines(entries)}")
-    if lines := report.get("extrapolated"):
-        parts.append(
-            f"Extrapolated to full depth along a line through two depths, not measured:\n\n{extrapolated_lines(lines)}"
-        )
-    if entries := [entry for entry in results if entry["suite"] == "maxlen"]:
-        parts.append(
-            f"The longest sequence (prompt + response) of a pair that trains, by search:\n\n{longest_lines(entries)}"
-        )
-    if entries := [entry for entry in results if entry["suite"] == "long"]:
-        parts.append(
-            f"Long rows, una_fast alone, one step (the second where all weights are trained):\n\n{step_lines(entries)}"
-        )
-    bars = [(entry, bar) for entry in results for bar in entry["bars"]]
-    missed = [
-        f"\n- {step_label(e)}: {b['bar']} {number(b['found'])} < {b['least']:.2f}"
-        for e, b in bars
-        if not b["held"]
-    ]
-    if bars:
-        parts.append(f"{len(bars) - len(missed)} of {len(bars)} bars held." + "".join(missed))
-    machine = (
-        f"{where['threads']} CPU threads" if cpu else f"{where['gpu']} (driver {where['driver']})"
-    )
-    times = "the fastest step" if cpu else "medians"
-    memory = (
-        "what a step allocates beyond weights and optimizer state"
-        if cpu
-        else "all that is allocated"
+            texts.append(f"{title}:\n\n{step_lines(entries)}")
+    extrapolated = report.get("extrapolated")
+    if extrapolated:
+        title = "Extrapolated to full depth along a line through two depths, not measured"
+        texts.append(f"{title}:\n\n{extrapolated_lines(extrapolated)}")
+    searched, long = of_suites(results, "maxlen"), of_suites(results, "long")
+    if searched:
+        title = "The longest sequence (prompt + response) of a pair that trains, by search"
+        texts.append(f"{title}:\n\n{longest_lines(searched)}")
+    if long:
+        title = "Long rows, una_fast alone, one step (the second where all weights are trained)"
+        texts.append(f"{title}:\n\n{step_lines(long)}")
+    if any(entry["bars"] for entry in results):
+        texts.append(verdict(results, missed_rate))
+    if cpu:
+        machine, times = f"{where['threads']} CPU threads", "the fastest step"
+        memory = "what a step allocates beyond weights and optimizer state"
+    else:
+        machine, times = f"{where['gpu']} (driver {where['driver']})", "medians"
+        memory = "all that is allocated"
+    packages = (
+        f"torch {where['torch']}, triton {where.get('triton')}, "
+        f"transformers {where['transformers']}, TRL {where['trl']}, "
+        f"Liger {where.get('liger-kernel')}, flash-attn {where.get('flash-attn')}"
     )
     return (
-        f"Whole optimizer steps of random weights, {times} of alternating turns, the same losses and gradient norms on "
-        f"both sides, on {machine} (torch {where['torch']}, triton {where.get('triton')}, transformers "
-        f"{where['transformers']}, TRL {where['trl']}, Liger {where.get('liger-kernel')}, flash-attn "
-        f"{where.get('flash-attn')}; `{name}`, made by `{where['command']}`). tokens/s and flop count every response "
-        "as a sequence of its own, without padding and recomputation, so that a prompt encoded once may show more than "
-        f"100 % MFU (of {report['peak']['source']}). Memory: {memory}.\n\n" + "\n\n".join(parts)
+        f"Whole optimizer steps of random weights, {times} of alternating turns, the same losses "
+        f"and gradient norms on both sides, on {machine} ({packages}; `{name}`, made by "
+        f"`{where['command']}`). tokens/s and flop count every response as a sequence of its own, "
+        "without padding and recomputation, so that a prompt encoded once may show more than "
+        f"100 % MFU (of {report['peak']['source']}). Memory: {memory}.\n\n" + "\n\n".join(texts)
     )
 
 
-NO_GPU = "No GPU has run it yet: `bench/GPU_TODO.md` says what is to be measured, how, and what is predicted."
-
-
-def number(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.2f}"
+NO_GPU = (
+    "No GPU has run it yet: `bench/GPU_TODO.md` says what is to be measured, how, "
+    "and what is predicted."
+)
 
 
 def merge(reports: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """One report of several parts, measured on one kind of GPU with the same sources."""
+    """Return one report of several, measured on one kind of GPU with the same sources.
+
+    Raises ValueError for reports of different kinds, GPUs, torch versions or sources.
+    """
     first, *others = list(reports)
     merged = {**first, "results": list(first["results"]), "parts": [first["environment"]]}
     for other in others:
         kinds = [("kind", first.get("kind"), other.get("kind"))]
         for name in ("gpu", "torch", "sources"):
-            kinds.append((name, *(part["environment"].get(name) for part in (first, other))))
+            kinds.append((name, first["environment"].get(name), other["environment"].get(name)))
         for name, mine, theirs in kinds:
             if mine != theirs:
-                raise ValueError(
-                    f"parts of different {name} are not one result: {mine} and {theirs}"
-                )
+                both = f"{mine} and {theirs}"
+                raise ValueError(f"parts of different {name} are not one result: {both}")
         merged["results"] += other["results"]
         if "extrapolated" in other:
             merged["extrapolated"] = merged.get("extrapolated", []) + other["extrapolated"]
@@ -363,16 +430,16 @@ def merge(reports: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return merged
 
 
-# ----------------------------------------------------------------------------------------------------------- README
+# ------------------------------------------------------------------------------------------- README
 
 
 def tables(root: Path) -> dict[str, Callable[[], str]]:
-    """Marker -> text; of the results there are."""
+    """Return {marker: function that makes the text}, of the results that exist."""
     cpu, gpu = (f"bench/results/head_{device}.json" for device in ("cpu", "gpu"))
 
     def images(result: str) -> str:
-        there = [path for path in plots.files(root / result) if path.exists()]
-        return "\n".join(f"![{path.stem}]({path.relative_to(root)})" for path in there)
+        drawn = [path for path in plots.files(root / result) if path.exists()]
+        return "\n".join(f"![{path.stem}]({path.relative_to(root)})" for path in drawn)
 
     found = {"head": lambda: f"{head_table(root / cpu, cpu)}\n\n{images(cpu)}".strip()}
     if (root / gpu).exists():
@@ -380,33 +447,33 @@ def tables(root: Path) -> dict[str, Callable[[], str]]:
     step_cpu, step_gpu = (f"bench/results/step_{device}.json" for device in ("cpu", "gpu"))
     if (root / step_cpu).exists():
         found["step"] = lambda: step_table(read(root / step_cpu), step_cpu)
-    found["step_gpu"] = lambda: (
-        step_table(read(root / step_gpu), step_gpu) if (root / step_gpu).exists() else NO_GPU
-    )
+    found["step_gpu"] = lambda: NO_GPU
+    if (root / step_gpu).exists():
+        found["step_gpu"] = lambda: step_table(read(root / step_gpu), step_gpu)
     return found
 
 
 def any_table(report: dict[str, Any], name: str) -> str:
-    return (step_table if report.get("kind") == "step" else gpu_table)(report, name)
+    """Return the tables of a report of steps, or of a GPU's report of the head."""
+    make = step_table if report.get("kind") == "step" else gpu_table
+    return make(report, name)
 
 
 def regenerate(text: str, root: Path = ROOT) -> str:
+    """Return `text` with the tables of the results below `root` between the markers."""
     for name, make in tables(root).items():
         begin, end = f"<!-- bench:{name} -->", f"<!-- end bench:{name} -->"
         if name != "head" and begin not in text:
             continue
         assert begin in text and end in text, f"README.md has no {begin} ... {end}"
         body = f"{begin}\n\n{make()}\n\n{end}"
-        text = re.sub(
-            f"{re.escape(begin)}.*?{re.escape(end)}",
-            lambda _, body=body: body,
-            text,
-            flags=re.DOTALL,
-        )
+        marked = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+        text = marked.sub(lambda _, body=body: body, text)
     return text
 
 
 def main() -> int:
+    """Write, check, merge or show the tables, and return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

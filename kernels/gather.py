@@ -1,4 +1,4 @@
-"""Per-token log-softmax gather for callers who already hold logits, and its backward.
+"""Per-token log-softmax gather for callers who already hold logits, and the backward pass.
 
 Legend: M tokens, V vocabulary. z = logits / temperature, in float32.
 
@@ -6,8 +6,9 @@ Legend: M tokens, V vocabulary. z = logits / temperature, in float32.
     backward   dlogits = upstream * (onehot - softmax(z)) / temperature
                M V reads and M V writes, over the logits themselves or into a new tensor
 
-What never exists: the softmax, or any copy of the logits. For bfloat16 logits that is 2 bytes per logit forward and 4
-backward; the rate is to be measured on a GPU. One program per token; the row walk is rowgrad.py's.
+What never exists: the softmax, or any copy of the logits. bfloat16 logits move 2 bytes per logit
+forward and 4 backward; the rate is to be measured on a GPU. One program per token, which walks its
+row as in rowgrad.py.
 """
 
 from __future__ import annotations
@@ -60,9 +61,10 @@ def gather_backward_kernel(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    logits_row = logits_ptr + row * logits_stride
+    grad_row = grad_ptr + row * grad_stride
     target = tl.load(targets_ptr + row)
     coef = tl.where(target != IGNORE, tl.load(upstream_ptr + row), 0.0)
-    logits_row, grad_row = logits_ptr + row * logits_stride, grad_ptr + row * grad_stride
     lse = tl.load(lse_ptr + row)
     row_gradient(
         logits_row,
@@ -81,35 +83,30 @@ def gather_backward_kernel(
 
 
 def _check(logits: Tensor, targets: Tensor) -> None:
-    assert (
-        logits.dim() == 2
-        and logits.dtype in LOGIT_DTYPES
-        and logits.stride(1) == 1
-        and logits.shape[1] > 0
-    )
-    assert (
-        targets.shape == logits.shape[:1]
-        and targets.is_contiguous()
-        and not targets.is_floating_point()
-    )
+    assert logits.dim() == 2 and logits.dtype in LOGIT_DTYPES
+    assert logits.stride(1) == 1 and logits.shape[1] > 0
+    assert targets.shape == logits.shape[:1] and targets.is_contiguous()
+    assert not targets.is_floating_point()
 
 
 def gather_logps(
     logits: Tensor, targets: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """(log softmax(logits / temperature) at the targets, its logsumexp), both [M] float32.
+    """Return (log softmax(logits / temperature) at the targets, logsumexp), both [M] float32.
 
-    logits: [M, V] float32, bfloat16 or float16, any row stride. targets: [M] integers in [0, V), or -100, which gives
-    a log-prob of 0; any other gives NaN."""
+    logits: [M, V] float32, bfloat16 or float16, any row stride
+    targets: [M] integers in [0, V), or -100 for a log-prob of 0; any other integer gives NaN
+    """
     _check(logits, targets)
     rows, width = logits.shape
     logps = torch.empty(rows, dtype=torch.float32, device=logits.device)
     lse = torch.empty_like(logps)
-    if rows:
-        with torch.cuda.device_of(logits):
-            gather_kernel[(rows,)](
-                logits, targets, logps, lse, logits.stride(0), width, 1 / temperature, **LAUNCH
-            )
+    if rows == 0:
+        return logps, lse
+    with torch.cuda.device_of(logits):
+        gather_kernel[(rows,)](
+            logits, targets, logps, lse, logits.stride(0), width, 1 / temperature, **LAUNCH
+        )
     return logps, lse
 
 
@@ -122,32 +119,35 @@ def gather_logps_backward(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """dlogits [M, V] of the upstream gradient [M], dtype of the logits; 0 for rows whose target is -100.
+    """Return dlogits, [M, V] in the dtype of the logits; 0 in rows with target -100.
 
-    out: where it is written; the logits themselves, which are then lost, or a tensor beside them (None: a new one)."""
+    logits: [M, V], as in gather_logps
+    targets: [M] integers, as in gather_logps
+    lse: [M] float32, second result of gather_logps
+    upstream: [M] any float dtype, gradient of the loss by the log-probs
+    out: tensor that receives dlogits, or None for a new tensor; may be the logits themselves,
+        which are then lost
+    """
     _check(logits, targets)
     rows, width = logits.shape
-    grad = (
-        torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if out is None else out
-    )
-    assert (
-        grad.shape == logits.shape
-        and grad.dtype == logits.dtype
-        and (grad.stride(1) == 1 or width == 1)
-    )
+    if out is None:
+        out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    assert out.shape == logits.shape and out.dtype == logits.dtype
+    assert out.stride(1) == 1 or width == 1
     assert upstream.shape == lse.shape == (rows,) and lse.dtype == torch.float32
-    if rows:
-        with torch.cuda.device_of(logits):
-            gather_backward_kernel[(rows,)](
-                logits,
-                grad,
-                targets,
-                upstream.float().contiguous(),
-                lse,
-                logits.stride(0),
-                grad.stride(0),
-                width,
-                1 / temperature,
-                **LAUNCH,
-            )
-    return grad
+    if rows == 0:
+        return out
+    with torch.cuda.device_of(logits):
+        gather_backward_kernel[(rows,)](
+            logits,
+            out,
+            targets,
+            upstream.float().contiguous(),
+            lse,
+            logits.stride(0),
+            out.stride(0),
+            width,
+            1 / temperature,
+            **LAUNCH,
+        )
+    return out

@@ -1,10 +1,11 @@
-"""out (+)= a b in float32 from narrow operands, for devices whose torch.mm cannot return float32 from them (ROCm).
+"""out (+)= a b in float32 from narrow operands, for devices without torch.mm(out_dtype=) (ROCm).
 
     out [M, N] float32, any row stride;  a [M, K], b [K, N] bfloat16 or float16, any strides
 
-Cost: 2 M N K flop; operands read once per tile of the other, out written once, and read once where it accumulates.
-What never exists: operands cast to float32. One program per BM x BN tile, rows of tiles in groups so that the operands
-of neighbours stay in L2. It is the plain kernel of its kind: where torch.mm can do the same, that is faster.
+Cost: 2 M N K flop; a is read once per column of tiles, b once per row of tiles; out is written
+once, and read once to accumulate. What never exists: operands cast to float32. One program per
+BM x BN tile, rows of tiles in groups so that the operands of neighbours stay in L2. A plain kernel:
+where torch.mm can do the same, torch.mm is faster.
 """
 
 from __future__ import annotations
@@ -17,18 +18,10 @@ from torch import Tensor
 from una_fast.kernels.rowgrad import FUSED
 
 TILES = {"BM": 128, "BN": 128, "BK": 32, "GROUP": 8, "num_warps": 8, "num_stages": 2}
-SINGLES = {
-    **TILES,
-    "BN": 64,
-}  # operands loaded number by number, whose addresses take registers: TILES would spill
-TINY = {
-    "BM": 16,
-    "BN": 32,
-    "BK": 16,
-    "GROUP": 2,
-    "num_warps": 4,
-    "num_stages": 1,
-}  # the interpreter on a CPU
+# For operands loaded number by number: their addresses take registers, and TILES would spill.
+SINGLES = {**TILES, "BN": 64}
+# For the interpreter on a CPU.
+TINY = {"BM": 16, "BN": 32, "BK": 16, "GROUP": 2, "num_warps": 4, "num_stages": 1}
 
 
 @triton.jit
@@ -50,7 +43,8 @@ def mm_kernel(
     BK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    tile, down, across = tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN)
+    tile = tl.program_id(0)
+    down, across = tl.cdiv(M, BM), tl.cdiv(N, BN)
     group = tile // (GROUP * across)
     height = tl.minimum(down - group * GROUP, GROUP)
     within = tile - group * GROUP * across
@@ -74,24 +68,34 @@ def mm_kernel(
 
 
 def _by_vectors(x: Tensor) -> bool:
-    """Whether Triton sees that x can be loaded 16 bytes at a time."""
+    """Return whether Triton sees that x can be loaded 16 bytes at a time."""
     return x.data_ptr() % 16 == 0 and min(x.stride()) == 1 and max(x.stride()) % 16 == 0
 
 
+def _tiles(a: Tensor, b: Tensor, out: Tensor) -> dict[str, int]:
+    if a.device.type == "cpu":
+        return TINY
+    return TILES if all(map(_by_vectors, (a, b, out))) else SINGLES
+
+
 def mm(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> Tensor:
-    """out (+)= a @ b. a: [M, K], b: [K, N], both bfloat16 or float16. out: [M, N] float32, last stride 1, overlapping
-    neither."""
+    """Write a @ b to out, or add a @ b to out, and return out.
+
+    a: [M, K] bfloat16 or float16, any strides
+    b: [K, N] in the dtype of a, any strides
+    out: [M, N] float32, last stride 1, overlapping neither operand
+    accumulate: add instead of write
+    """
     (rows, depth), columns = a.shape, b.shape[1]
     assert b.shape[0] == depth and out.shape == (rows, columns)
     assert a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16)
     assert out.dtype == torch.float32 and out.stride(1) == 1
     if out.numel() == 0:
         return out
-    tiles = TILES if all(map(_by_vectors, (a, b, out))) else SINGLES
-    tiles = TINY if a.device.type == "cpu" else tiles
-    grid = triton.cdiv(rows, tiles["BM"]) * triton.cdiv(columns, tiles["BN"])
+    tiles = _tiles(a, b, out)
+    programs = triton.cdiv(rows, tiles["BM"]) * triton.cdiv(columns, tiles["BN"])
     with torch.cuda.device_of(a):
-        mm_kernel[(grid,)](
+        mm_kernel[(programs,)](
             a,
             b,
             out,

@@ -1,31 +1,36 @@
 """Fused linear and logsumexp: target log-probs of a head without its logits. Forward only.
 
-Legend: N rows, D hidden, V vocabulary entries from `start` on (all of them, or a slice), tiles of BM rows x BV entries.
+Legend: N rows, D hidden, V vocabulary entries, tiles of BM rows x BV entries.
 
-    u = H W^T of one tile, accumulated in float32 in registers;  z as in rowgrad.py
-    part[v, n] = logsumexp of z over the tile                          [V / BV, N] float32
-    target_logit[n] = z at the target                                  written by the one tile that holds it
-    lse[n] = logsumexp over v of part[v, n]                            a second, tiny kernel
+    u = H W^T of a tile, accumulated in float32 in registers;  z as in rowgrad.py
+    partial[v, n] = logsumexp of z over the tile             [V / BV, N] float32
+    target_logit[n] = z at the target                        written by the tile that holds it
+    lse[n] = logsumexp over v of partial[v, n]               a second, tiny kernel
 
-What never exists: logits in memory. What is avoided: a running softmax across vocabulary tiles, which would tie a
-program to its rows and rescale; spin locks; atomics. A tile's partial is one number, not (max, sum): the logsumexp of
-256 logits is as exact in float32 as the [N] result itself, and moves half the bytes.
+What never exists: logits in memory. What is avoided: a running softmax across vocabulary tiles,
+which would tie a program to its rows and rescale; spin locks; atomics. The partial of a tile is one
+number, not (max, sum): the logsumexp of 256 logits is as exact in float32 as the [N] result itself,
+and moves half the bytes.
 
-Cost: 2 N D V flop, and N V / BV * 8 bytes for partials written and read (1.6 % of the logits at BV = 256, where a GEMM
-into float32 logits and row_logps move 8 bytes per logit). The epilogue costs one exp and some ten instructions per
-logit, which no GEMM overlaps within a program: predicted 4 % of a tile at D = 4096, 8 % at 2048, 15 % at 1152 on an
-H200; to be measured against cuBLAS + row_logps. Policy and reference rows that share W go into one call, stacked.
+Cost: 2 N D V flop, and N V / BV * 8 bytes for partials written and read (1.6 % of the logits at
+BV = 256; a GEMM into float32 logits and row_logps move 8 bytes per logit). The epilogue costs one
+exp and some ten instructions per logit, which no GEMM overlaps within a program: predicted 4 % of a
+tile at D = 4096, 8 % at 2048, 15 % at 1152 on an H200; to be measured against cuBLAS + row_logps.
+Policy and reference rows that share W go into one call, stacked.
 
-Programs are persistent, one per multiprocessor. Tiles are taken in groups of GROUP row tiles, vocabulary tile after
-vocabulary tile: at 132 programs a wave covers 8 row tiles x 16 vocabulary tiles, some 2048 x 2048 logits whose
-operands stay in L2, and W is read once per GROUP * BM rows. On sm_90 and later operands come through tensor
-descriptors (TMA) where base and row stride are multiples of 16 bytes, and the loop over tiles is flattened into the one
-over D, so that the next tile's loads start under the epilogue; else through pointers. The rest is the same.
+Programs are persistent, one per multiprocessor. Tiles are taken in groups of GROUP row tiles,
+vocabulary tile after vocabulary tile: at 132 programs a wave covers 8 row tiles x 16 vocabulary
+tiles, some 2048 x 2048 logits with all operands in L2, and W is read once per GROUP * BM rows. On
+sm_90 and later operands come through tensor descriptors (TMA) where base and row stride are
+multiples of 16 bytes, and the loop over tiles is flattened into the loop over D, so that the loads
+of the next tile start under the epilogue. Elsewhere operands come through pointers, with the same
+arithmetic.
 
-Tile shapes: at the full wgmma rate 256 x 128 asks L2 for 48 bytes per multiprocessor and cycle, 128 x 128 for 64; L2
-may limit either. 128 x 256 asks for the same 48 but spills in the epilogue (Triton 3.6 and 3.9). On sm_100 both large
-shapes spill, so it has 128 x 128. Operands that can only be loaded number by number (an odd D, say) keep as many
-addresses in registers, and 128 x 128 x 32 is what fits everywhere. None of the table's shapes has been timed yet.
+Tile shapes: at the full wgmma rate 256 x 128 asks L2 for 48 bytes per multiprocessor and cycle,
+128 x 128 for 64; L2 may limit either. 128 x 256 asks for the same 48 but spills in the epilogue
+(Triton 3.6 and 3.9). On sm_100 both large shapes spill, so sm_100 has 128 x 128. Operands that can
+only be loaded number by number (an odd D, say) keep as many addresses in registers, and
+128 x 128 x 32 is the shape that fits everywhere. No shape of the table has been timed yet.
 """
 
 from __future__ import annotations
@@ -53,25 +58,26 @@ class Tiling(NamedTuple):
     GROUP: int = 8
 
 
-NARROW = {  # bfloat16 and float16 operands, by architecture; one BV, so that `row_bytes` holds for any operands
+# bfloat16 and float16 operands, by architecture; one BV, so that `row_bytes` holds for any operands
+NARROW = {
     "sm_80": Tiling(128, 128, 32, num_warps=8, num_stages=4),
     "sm_90": Tiling(256, 128, 64, num_warps=8, num_stages=3),
     "sm_100": Tiling(128, 128, 64, num_warps=8, num_stages=3),
     "gfx942": Tiling(128, 128, 64, num_warps=8, num_stages=2),
 }
-# Architecture -> hidden size below which the kernel beats a GEMM into float32 logits and row_logps, by
-# bench_head.py --suite forward. None has been measured: callers that can hold logits use the GEMM.
-FASTER_BELOW: dict[str, int] = {}
-WIDE = Tiling(
-    64, 64, 32, num_warps=8, num_stages=2
-)  # float32 operands multiply outside the tensor cores
-TINY = Tiling(16, 32, 16, num_warps=4, num_stages=1, GROUP=2)  # the interpreter on a CPU
+# float32 operands multiply outside the tensor cores
+WIDE = Tiling(64, 64, 32, num_warps=8, num_stages=2)
+# the interpreter on a CPU
+TINY = Tiling(16, 32, 16, num_warps=4, num_stages=1, GROUP=2)
 MERGE_ROWS, MERGE_TILES = 32, 64
 
 
 @triton.jit
 def _operand(x, row, k, rows, depth, stride, BR: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr):
-    """The [BR, BK] tile of x [rows, depth] at (row, k): zeros beyond `depth`, unused numbers beyond `rows`."""
+    """Return the [BR, BK] tile of x [rows, depth] at (row, k).
+
+    Zeros beyond `depth`; beyond `rows` numbers that the caller does not use.
+    """
     if TMA:
         tile = x.load([row, k])
     else:
@@ -81,20 +87,19 @@ def _operand(x, row, k, rows, depth, stride, BR: tl.constexpr, BK: tl.constexpr,
     return tile
 
 
-@triton.jit(do_not_specialize=["start"])
+@triton.jit
 def partials_kernel(
     hidden,
     weight,
     bias_ptr,
     targets_ptr,
-    part_ptr,
+    partial_ptr,
     target_logit_ptr,
     hidden_stride,
     weight_stride,
     N,
     V,
     D,
-    start,
     inner,
     outer,
     HAS_BIAS: tl.constexpr,
@@ -112,7 +117,8 @@ def partials_kernel(
         group = tile // (GROUP * vocab_tiles)
         height = tl.minimum(row_tiles - group * GROUP, GROUP)
         within = tile - group * GROUP * vocab_tiles
-        row, vocab_tile = (group * GROUP + within % height) * BM, within // height
+        row = (group * GROUP + within % height) * BM
+        vocab_tile = within // height
         entry = vocab_tile * BV
 
         u = tl.zeros([BM, BV], tl.float32)
@@ -121,25 +127,31 @@ def partials_kernel(
             w = _operand(weight, entry, k, V, D, weight_stride, BV, BK, TMA)
             u = tl.dot(h, w.T, u, input_precision="ieee")
 
-        rows, entries = row + tl.arange(0, BM), entry + tl.arange(0, BV)
+        rows = row + tl.arange(0, BM)
+        entries = entry + tl.arange(0, BV)
         if HAS_BIAS:
             u += tl.load(bias_ptr + entries, mask=entries < V, other=0.0).to(tl.float32)[None, :]
         z, _ = transform(u, inner, outer, HAS_SOFTCAP)
         z = tl.where((entries < V)[None, :], z, float("-inf"))
         peak = tl.max(z, 1)
-        peak = tl.where(peak == float("-inf"), 0.0, peak)  # a tile of nothing but -inf adds nothing
-        part = peak + tl.log(tl.sum(tl.exp(z - peak[:, None]), 1))
-        tl.store(part_ptr + vocab_tile.to(tl.int64) * N + rows, part, mask=rows < N)
+        peak = tl.where(peak == float("-inf"), 0.0, peak)  # logits that are all -inf add nothing
+        partial = peak + tl.log(tl.sum(tl.exp(z - peak[:, None]), 1))
+        tl.store(partial_ptr + vocab_tile.to(tl.int64) * N + rows, partial, mask=rows < N)
 
-        index = tl.load(targets_ptr + rows, mask=rows < N, other=-1) - start
+        index = tl.load(targets_ptr + rows, mask=rows < N, other=-1)
         here = (index >= entry) & (index < tl.minimum(entry + BV, V))
-        target_logit = tl.sum(tl.where(entries[None, :] == index[:, None], z, 0.0), 1)
+        lane = (index - entry).to(tl.int32)
+        is_target = tl.arange(0, BV)[None, :] == lane[:, None]
+        target_logit = tl.sum(tl.where(is_target, z, 0.0), 1)
         tl.store(target_logit_ptr + rows, target_logit, mask=here)
 
 
 @triton.jit
-def merge_kernel(part_ptr, lse_ptr, N, vocab_tiles, ROWS: tl.constexpr, TILES: tl.constexpr):
-    """lse[n] = logsumexp over v of part[v, n], for ROWS neighbouring rows: every load is ROWS wide."""
+def merge_kernel(partial_ptr, lse_ptr, N, vocab_tiles, ROWS: tl.constexpr, TILES: tl.constexpr):
+    """Store lse[n], the logsumexp over v of partial[v, n], for ROWS neighbouring rows.
+
+    Every load is ROWS wide.
+    """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     lanes = tl.arange(0, TILES)
     top = tl.full([TILES, ROWS], -3.0e38, tl.float32)
@@ -147,7 +159,7 @@ def merge_kernel(part_ptr, lse_ptr, N, vocab_tiles, ROWS: tl.constexpr, TILES: t
     for first in range(0, vocab_tiles, TILES):
         v = (first + lanes).to(tl.int64)
         mask = (v < vocab_tiles)[:, None] & (rows < N)[None, :]
-        z = tl.load(part_ptr + v[:, None] * N + rows[None, :], mask=mask, other=float("-inf"))
+        z = tl.load(partial_ptr + v[:, None] * N + rows[None, :], mask=mask, other=float("-inf"))
         top, total = add_to_sum(top, total, z)
     peak = tl.max(top, 0)
     lse = peak + tl.log(tl.sum(total * tl.exp(top - peak[None, :]), 0))
@@ -156,53 +168,55 @@ def merge_kernel(part_ptr, lse_ptr, N, vocab_tiles, ROWS: tl.constexpr, TILES: t
 
 @functools.cache
 def _machine(device: torch.device) -> tuple[str, int]:
-    """(architecture, multiprocessors) of a device."""
+    """Return (architecture, multiprocessors) of a device, such as ("sm_90", 132)."""
     if device.type == "cpu":
         return "cpu", 3
     properties = torch.cuda.get_device_properties(device)
-    arch = properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}0"
-    return arch, properties.multi_processor_count
+    processors = properties.multi_processor_count
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0], processors
+    return f"sm_{properties.major}0", processors
 
 
 def tiling(arch: str, dtype: torch.dtype, *, by_vectors: bool = True) -> Tiling:
-    """The tiles for operands of `dtype`; an architecture that is not in the table takes those of sm_80, as do operands
-    that cannot be loaded 16 bytes at a time."""
+    """Return the tiles for an architecture and operands of `dtype`.
+
+    An architecture that is not in NARROW takes the tiles of sm_80, as do operands that cannot be
+    loaded 16 bytes at a time (by_vectors=False).
+    """
     if arch == "cpu":
         return TINY
-    return (
-        WIDE
-        if dtype == torch.float32
-        else NARROW.get(arch if by_vectors else "sm_80", NARROW["sm_80"])
-    )
+    if dtype == torch.float32:
+        return WIDE
+    if not by_vectors:
+        return NARROW["sm_80"]
+    return NARROW.get(arch, NARROW["sm_80"])
 
 
 def _by_vectors(x: Tensor) -> bool:
-    """Whether Triton sees that rows of x can be loaded 16 bytes at a time."""
+    """Return whether Triton sees that rows of x can be loaded 16 bytes at a time."""
     return x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and x.shape[1] % 16 == 0
 
 
 def _descriptors(
     arch: str, block: Tiling, hidden: Tensor, weight: Tensor
 ) -> list[TensorDescriptor] | None:
-    """Of both operands, where the hardware has them and the operands fit."""
-    fits = all(
-        x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
-        for x in (hidden, weight)
-    )
-    if not fits or hidden.dtype == torch.float32 or arch not in ("sm_90", "sm_100", "cpu"):
+    """Return tensor descriptors of both operands, None where hardware or operands do not fit."""
+    if hidden.dtype == torch.float32 or arch not in ("sm_90", "sm_100", "cpu"):
         return None
-    shapes = ((hidden, block.BM), (weight, block.BV))
-    return [TensorDescriptor.from_tensor(x, [rows, block.BK]) for x, rows in shapes]
-
-
-def is_faster(device: torch.device, depth: int) -> bool:
-    """Whether linear_logps has been measured to beat logits in memory at this hidden size."""
-    return depth < FASTER_BELOW.get(_machine(device)[0], 0)
+    for x in (hidden, weight):
+        if x.data_ptr() % 16 or x.stride(0) * x.element_size() % 16:
+            return None
+    return [
+        TensorDescriptor.from_tensor(hidden, [block.BM, block.BK]),
+        TensorDescriptor.from_tensor(weight, [block.BV, block.BK]),
+    ]
 
 
 def row_bytes(device: torch.device, weight: Tensor) -> int:
-    """Workspace of linear_logps per row."""
-    return 4 * triton.cdiv(len(weight), tiling(_machine(device)[0], weight.dtype).BV)
+    """Return the workspace of linear_logps in bytes per row."""
+    arch, _ = _machine(device)
+    return 4 * triton.cdiv(len(weight), tiling(arch, weight.dtype).BV)
 
 
 def linear_logps(
@@ -214,22 +228,20 @@ def linear_logps(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     temperature: float = 1.0,
-    start: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """(logsumexp of z, z at the target or 0 where the target lies outside), both [N] float32: what row_logps gives of
-    the logits hidden @ weight.T, so that slices of a vocabulary combine by logaddexp and a sum.
+    """Return ([N] logsumexp of z, [N] z at the target), float32, as row_logps of hidden @ weight.T.
 
-    hidden: [N, D], weight: [V, D], one dtype of bfloat16, float16 and float32, last strides 1. targets: [N] indices
-    into the whole vocabulary, of which weight and bias [V] hold the entries from `start` on; -100 lies outside.
-    Workspace: N times `row_bytes`."""
-    (rows, depth), entries = hidden.shape, weight.shape[0]
-    assert weight.shape[1] == depth > 0 and entries > 0 and hidden.dtype == weight.dtype
-    assert (
-        hidden.dtype in (torch.bfloat16, torch.float16, torch.float32)
-        and hidden.stride(1) == weight.stride(1) == 1
-    )
-    assert targets.shape == (rows,) and targets.is_contiguous() and not targets.is_floating_point()
-    assert bias is None or (bias.shape == (entries,) and bias.is_contiguous())
+    hidden: [N, D] bfloat16, float16 or float32, last stride 1
+    weight: [V, D] in the dtype of hidden, last stride 1
+    targets: [N] indices into the vocabulary; -100, or any index outside, gives z = 0
+    bias: [V] any float dtype, or None
+    softcap, logit_scale, temperature: as in rowgrad.py
+
+    Workspace: N times `row_bytes`.
+    """
+    _check(hidden, weight, targets, bias)
+    rows, depth = hidden.shape
+    entries = len(weight)
     lse = torch.empty(rows, dtype=torch.float32, device=hidden.device)
     target_logit = torch.zeros_like(lse)
     if rows == 0:
@@ -240,24 +252,22 @@ def linear_logps(
     descriptors = _descriptors(arch, block, hidden, weight)
     if descriptors is None:
         block = tiling(arch, hidden.dtype, by_vectors=_by_vectors(hidden) and _by_vectors(weight))
-    tiles = triton.cdiv(rows, block.BM), triton.cdiv(entries, block.BV)
-    part = torch.empty(tiles[1], rows, dtype=torch.float32, device=hidden.device)
-    inner, outer = affine(softcap, logit_scale, temperature)
+    row_tiles = triton.cdiv(rows, block.BM)
+    vocab_tiles = triton.cdiv(entries, block.BV)
+    partial = torch.empty(vocab_tiles, rows, dtype=torch.float32, device=hidden.device)
     with torch.cuda.device_of(hidden):
-        partials_kernel[(min(processors, tiles[0] * tiles[1]),)](
+        partials_kernel[(min(processors, row_tiles * vocab_tiles),)](
             *(descriptors or (hidden, weight)),
             bias,
             targets,
-            part,
+            partial,
             target_logit,
             hidden.stride(0),
             weight.stride(0),
             rows,
             entries,
             depth,
-            start,
-            inner,
-            outer,
+            *affine(softcap, logit_scale, temperature),
             HAS_BIAS=bias is not None,
             HAS_SOFTCAP=softcap is not None,
             TMA=descriptors is not None,
@@ -265,6 +275,16 @@ def linear_logps(
             **FUSED,
         )
         merge_kernel[(triton.cdiv(rows, MERGE_ROWS),)](
-            part, lse, rows, tiles[1], ROWS=MERGE_ROWS, TILES=MERGE_TILES, **FUSED
+            partial, lse, rows, vocab_tiles, ROWS=MERGE_ROWS, TILES=MERGE_TILES, **FUSED
         )
     return lse, target_logit
+
+
+def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
+    rows, depth = hidden.shape
+    entries = len(weight)
+    assert weight.shape[1] == depth > 0 and entries > 0 and hidden.dtype == weight.dtype
+    assert hidden.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    assert hidden.stride(1) == weight.stride(1) == 1
+    assert targets.shape == (rows,) and targets.is_contiguous() and not targets.is_floating_point()
+    assert bias is None or (bias.shape == (entries,) and bias.is_contiguous())

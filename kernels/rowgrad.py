@@ -1,33 +1,43 @@
-"""Row kernels over a chunk of raw logits: logsumexp, target logit, and the gradient over the same storage.
+"""Row kernels over a chunk of raw logits: logsumexp, target logit, gradient over the same storage.
 
-Legend: C rows, T vocabulary entries from `start` on (all of them, or a slice), one program per row.
+Legend: C rows, T vocabulary entries from `start` on (all of them, or a slice), a program per row.
 
-    raw logits   u = W h                                               [C, T] float32, bfloat16 or float16
-    logits       z = softcap * tanh(logit_scale * (u + bias) / softcap) / temperature      (always in float32)
-    gradient     du = coef * (onehot - softmax(z)) * dz/du             over the storage of u, or elsewhere
+    raw logits   u = W h                                       [C, T] float32, bfloat16 or float16
+    logits       z = softcap * tanh(logit_scale * (u + bias) / softcap) / temperature    float32
+    gradient     du = coef * (onehot - softmax(z)) * dz/du     over the storage of u
 
 What never exists: z, the softmax, a second [C, T] buffer.
 
-Bytes moved per logit, float32 logits and a 2-byte gradient (peak rates are to be measured on a GPU):
+Bytes moved per logit, float32 logits and a 2-byte gradient (peak rates are to be measured):
 
     row_logps        4 read                             one exp
     row_grad         4 read, 2 written                  one exp
-    row_logps_grad   4 read, 4 read again, 2 written    two exps; saves a launch, and the second read where it hits L2
+    row_logps_grad   4 read, 4 read again, 2 written    two exps; saves a launch,
+                                                        and the second read where it hits L2
 
-A program walks its row in blocks of 2048 logits with 8 warps: 8 logits per thread, two independent 16-byte loads of
-float32 (one of 2-byte logits), at 40 registers or fewer, so that six to eight programs share a multiprocessor and keep
-some 50 KB in flight (4.8 TB/s at 700 ns asks for 25 KB of each of 132; 2-byte logits keep half of it, and 16 of them
-per thread spill). With that many rows in flight the second read of row_logps_grad hits L2 for small vocabularies only.
+A softcap costs a second exp per logit and read: with x = inner * u, e = exp(2x), r = 2 / (e + 1),
 
-Blocks that lie wholly inside the row carry no mask, so that a vocabulary that is no multiple of 16 still gets 16-byte
-loads. Rows must start on a 16-byte boundary for that, which is the caller's row stride (padded to 64 elements).
+    tanh(x) = 1 - r        1 - tanh(x)^2 = (1 - tanh(x)) (1 + tanh(x)) = r * (r e)
 
-The logsumexp keeps a running (max, sum) per lane, not per row: no reduction inside the loop, and one exp per logit,
-because of exp(z - top) and exp(top - z) only the one below 1 is ever needed.
+so that the slope keeps its relative precision at both caps, where 1 - tanh^2 would cancel.
 
-Writing a narrow gradient over wider logits: block b is stored over logits [bB/2, (b+1)B/2), which this program read in
-block b or before. Other programs have other rows; other threads of this program may still be loading block b, so a
-barrier stands between the load and the store. Blocks must ascend.
+A program walks its row in blocks of 2048 logits with 8 warps: 8 logits per thread, two independent
+16-byte loads of float32 (one of 2-byte logits), at 40 registers or fewer, so that six to eight
+programs share a multiprocessor and keep some 50 KB in flight (4.8 TB/s at 700 ns asks for 25 KB of
+each of 132; 2-byte logits keep half of that, and 16 logits per thread spill). With so many rows in
+flight the second read of row_logps_grad hits L2 for small vocabularies only.
+
+Blocks that lie wholly inside the row carry no mask, so that a vocabulary that is no multiple of 16
+still gets 16-byte loads. Rows must start on a 16-byte boundary for that, which is the caller's row
+stride (padded to 64 elements).
+
+The logsumexp keeps a running (max, sum) per lane, not per row: no reduction inside the loop, and a
+single exp per logit, because only the smaller of exp(z - top) and exp(top - z) is ever needed.
+
+Writing a narrow gradient over wider logits: block b is stored over logits [bB/2, (b+1)B/2), which
+the same program read in block b or before. Other programs have other rows; other threads of the
+program may still be loading block b, so a barrier stands between the load and the store. Blocks
+must ascend.
 """
 
 from __future__ import annotations
@@ -38,25 +48,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-FUSED = {
-    "enable_fp_fusion": True
-}  # a * b + c as one instruction, whatever the installed Triton's default
-BLOCKS = (
-    (2048, 8),
-    (4096, 8),
-    (4096, 16),
-)  # (BLOCK, num_warps): launches use the first, bench_head.py times them all
+# a * b + c as one instruction, whatever the default of the installed Triton
+FUSED = {"enable_fp_fusion": True}
+# (BLOCK, num_warps): launches use the first, bench_head.py times all
+BLOCKS = ((2048, 8), (4096, 8), (4096, 16))
 LAUNCH = {"BLOCK": BLOCKS[0][0], "num_warps": BLOCKS[0][1], **FUSED}
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
 def transform(u, inner, outer, HAS_SOFTCAP: tl.constexpr):
-    """(z, dz/du): z = outer * tanh(inner * u), or inner * u. rest = 1 - tanh keeps the slope exact near the cap."""
+    """Return (z, dz/du) of z = outer * tanh(inner * u), or of z = inner * u without a softcap."""
     if HAS_SOFTCAP:
-        rest = 2 / (tl.exp(2 * inner * u) + 1)
+        e = tl.exp(2 * inner * u)
+        rest = 2 / (e + 1)  # 1 - tanh
         z = outer * (1 - rest)
-        slope = inner * outer * rest * (2 - rest)
+        # 1 + tanh is rest * e, where 2 - rest would cancel at the negative cap. rest is 0 where e
+        # overflows: 0 * 1e38, not 0 * inf.
+        slope = inner * outer * rest * (rest * tl.minimum(e, 1e38))
     else:
         z = inner * u
         slope = inner
@@ -75,7 +84,7 @@ def load_logits(
     HAS_SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """(z, dz/du) of one block of a row; z is -inf beyond the row's end."""
+    """Return (z, dz/du) of a block of a row; z is -inf beyond the row's end."""
     mask = cols < width if MASKED else None
     u = tl.load(u_row + cols, mask=mask).to(tl.float32)
     if HAS_BIAS:
@@ -88,7 +97,7 @@ def load_logits(
 
 @triton.jit
 def add_to_sum(top, total, z):
-    """The running (max, sum of exp(z - max)) of every lane with one more logit each."""
+    """Add a logit to the running (max, sum of exp(z - max)) of every lane."""
     below_one = tl.exp(-tl.abs(z - top))
     total = tl.where(z > top, total * below_one + 1, total + below_one)
     return tl.maximum(z, top), total
@@ -105,11 +114,10 @@ def row_logsumexp(
     HAS_SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """logsumexp of one row of z."""
+    """Return the logsumexp of a row of z."""
     cols = tl.arange(0, BLOCK)
-    top = tl.full(
-        [BLOCK], -3.0e38, tl.float32
-    )  # finite: logits of -inf then add exp(-inf) = 0, never inf - inf
+    # A finite start: logits of -inf then add exp(-inf) = 0, never inf - inf.
+    top = tl.full([BLOCK], -3.0e38, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     whole = width // BLOCK * BLOCK
     for first in range(0, whole, BLOCK):
@@ -130,7 +138,7 @@ def row_logsumexp(
 def logit_at(
     u_row, bias_ptr, index, inside, inner, outer, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr
 ):
-    """z of one entry of the row, 0 where it lies outside."""
+    """Return z at an index of the row, 0 where the index lies outside."""
     u = tl.load(u_row + index, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
         u += tl.load(bias_ptr + index, mask=inside, other=0.0).to(tl.float32)
@@ -160,7 +168,10 @@ def row_gradient(
     HAS_SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """du of one row, over u or elsewhere. index: the target's column, or any number outside [0, width)."""
+    """Store du of a row, over u or elsewhere.
+
+    index: column of the target, or any number outside [0, width)
+    """
     cols = tl.arange(0, BLOCK)
     whole = width // BLOCK * BLOCK
     for first in range(0, whole, BLOCK):
@@ -229,7 +240,7 @@ def rows_kernel(
 
 
 def affine(softcap: float | None, logit_scale: float, temperature: float) -> tuple[float, float]:
-    """(inner, outer) of `transform`."""
+    """Return (inner, outer) of `transform`."""
     if softcap is None:
         return logit_scale / temperature, 1.0
     return logit_scale / softcap, softcap / temperature
@@ -258,6 +269,7 @@ def _launch(
     if rows == 0:
         return
     inner, outer = affine(softcap, logit_scale, temperature)
+    du_stride = 0 if du is None else du.stride(0)
     with torch.cuda.device_of(u):
         rows_kernel[(rows,)](
             u,
@@ -268,7 +280,7 @@ def _launch(
             lse,
             target_logit,
             u.stride(0),
-            0 if du is None else du.stride(0),
+            du_stride,
             start,
             width,
             inner,
@@ -282,7 +294,7 @@ def _launch(
 
 
 def overlay(u: Tensor, dtype: torch.dtype) -> Tensor:
-    """A [C, T] view of `dtype`, no wider than that of u, over the start of every row of u."""
+    """Return a [C, T] view of `dtype`, no wider than u's, over the start of every row of u."""
     assert dtype.itemsize <= u.element_size(), (dtype, u.dtype)
     return u.view(dtype)[:, : u.shape[1]]
 
@@ -290,11 +302,18 @@ def overlay(u: Tensor, dtype: torch.dtype) -> Tensor:
 def row_logps(
     u: Tensor, targets: Tensor, **options: Tensor | float | None
 ) -> tuple[Tensor, Tensor]:
-    """(logsumexp of z, z at the target or 0 where the target lies outside the tile), both [C] float32; u is kept.
+    """Return ([C] logsumexp of z, [C] z at the target), float32; u is kept.
 
-    u: [C, T] raw logits, float32, bfloat16 or float16, last stride 1, rows on 16-byte boundaries for full speed.
-    targets: [C] indices into the whole vocabulary. options: bias [T], softcap, logit_scale, temperature, and start,
-    the vocabulary index of the first column."""
+    u: [C, T] raw logits, float32, bfloat16 or float16, last stride 1; rows on 16-byte boundaries
+        for full speed
+    targets: [C] indices into the whole vocabulary; a target outside the tile gives z = 0
+    options:
+        bias: [T] any float dtype, or None
+        softcap: float, or None
+        logit_scale: float
+        temperature: float
+        start: vocabulary index of the first column
+    """
     lse = torch.empty(u.shape[0], dtype=torch.float32, device=u.device)
     target_logit = torch.empty_like(lse)
     _launch(u, targets, lse=lse, target_logit=target_logit, **options)
@@ -308,16 +327,20 @@ def row_grad(
     lse: Tensor,
     *,
     dtype: torch.dtype,
-    out: Tensor | None = None,
     **options: Tensor | float | None,
 ) -> Tensor:
-    """du = coef * (onehot - softmax(z)) * dz/du, [C, T] in `dtype`, over the storage of u (which is lost) or in `out`.
+    """Return du = coef * (onehot - softmax(z)) * dz/du, [C, T], over the storage of u (u is lost).
 
-    coef, lse: [C] float32, lse of the whole row. A target outside the tile has no onehot; a row without a target
-    (-100) gets zeros only from coef = 0. The rest as in row_logps. Over u, the row stride of the result counted in
-    its own elements is that of u times the ratio of the element sizes."""
-    du = overlay(u, dtype) if out is None else out
-    assert du.shape == u.shape and du.dtype == dtype and du.stride(1) == 1
+    u: [C, T] raw logits, as in row_logps
+    targets: [C] indices into the whole vocabulary; a target outside the tile has no onehot
+    coef: [C] float32, gradient of the loss by the row's log-prob; must be 0 for a row without a
+        target (-100), to get zeros
+    lse: [C] float32, logsumexp over the whole vocabulary
+    dtype: of du, no wider than u; the row stride of du, in elements of du, is the row stride of u
+        times the ratio of the element sizes
+    options: as in row_logps
+    """
+    du = overlay(u, dtype)
     _launch(u, targets, lse=lse, du=du, coef=coef, **options)
     return du
 
@@ -330,10 +353,12 @@ def row_logps_grad(
     dtype: torch.dtype,
     **options: Tensor | float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(lse, target logit, du) in one launch, for a tile of the whole vocabulary whose coef is known beforehand.
+    """Return (logsumexp, target logit, du) in one launch, bit for bit row_logps then row_grad.
 
-    The same bits as row_logps followed by row_grad over the storage of u."""
+    For a tile of the whole vocabulary and a coef known beforehand. Arguments as in row_grad.
+    """
     lse = torch.empty(u.shape[0], dtype=torch.float32, device=u.device)
-    target_logit, du = torch.empty_like(lse), overlay(u, dtype)
+    target_logit = torch.empty_like(lse)
+    du = overlay(u, dtype)
     _launch(u, targets, lse=lse, target_logit=target_logit, du=du, coef=coef, **options)
     return lse, target_logit, du

@@ -1,4 +1,7 @@
-"""What the tests of the trainer share for a whole session. Imports are local: most other tests need none of it."""
+"""Models and data that the tests of the trainer share for a whole session.
+
+Imports are local: most other tests do without.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,14 @@ import os
 import pytest
 import torch
 
-if (
-    not torch.cuda.is_available()
-):  # before anything imports triton: kernels then run in its interpreter
+if not torch.cuda.is_available():
+    # Kernels then run in the interpreter; must be set before triton is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")
 def llamas(tmp_path_factory):
-    """Directories of tiny models: {"untied": path, "tied": path}."""
+    """Save tiny models: {"untied": directory, "tied": directory}."""
     from tiny import save_llama
 
     root = tmp_path_factory.mktemp("llamas")
@@ -24,7 +26,7 @@ def llamas(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def mixed(tmp_path_factory):
-    """A JSONL file of 36 records with every kind of feedback."""
+    """Write a JSONL file of 36 records with every kind of feedback."""
     from tiny import make_records, write_jsonl
 
     return write_jsonl(tmp_path_factory.mktemp("data") / "mixed.jsonl", make_records("mixed", 36))
@@ -32,7 +34,7 @@ def mixed(tmp_path_factory):
 
 @pytest.fixture
 def one_thread():
-    """Sums in the same order everywhere, subprocesses included; and small operations do not wait for each other."""
+    """Compute on one thread: sums have one order everywhere, and small operations do not wait."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

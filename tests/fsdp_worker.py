@@ -1,19 +1,25 @@
-"""Runs training cases and records every gradient: under torchrun for the ranks, and imported for one process.
+"""Run training cases and record every gradient: under torchrun for ranks, imported for one process.
 
     torchrun --nproc-per-node 2 tests/fsdp_worker.py cases.json
 
-cases.json: {name: {"config": settings, "die_at": step, "fixed": false}}, or {"argv": [...]} for the command line, which
-comes last. fixed: samples are made of their prompts, the same on any number of ranks. A case writes what it saw to its
-output_dir/seen.pt: the full gradient of every trained parameter before every optimizer step, and the dtypes of the
-trained weights.
+cases.json maps names to cases, in order:
+
+    {"config": settings, "die_at": 4, "fixed": true}    a run; die_at and fixed may be left out
+    {"argv": ["train", ...]}                            the command line; must come last
+
+die_at: the process dies in this step, before the update. fixed: samples depend on the prompts
+alone, and are the same on any number of ranks. A run writes output_dir/seen.pt: the full gradient
+of every trained parameter before every optimizer step, and the dtypes of the trained weights.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -21,25 +27,26 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import una_fast.model.activations as memory_module
-import una_fast.online.steps as online_module
-import una_fast.train.loop as train_module
+import una_fast.train.build as build_module
 from una_fast import cli
 from una_fast.config import RunConfig
-from una_fast.data.loader import Step
 from una_fast.distributed import start_world, stop_world
 from una_fast.model.policy import Policy
 from una_fast.online.sampling import Completion, Sampling
-from una_fast.train.loop import Trainer
+from una_fast.train.loop import Trainer, train
 
 memory_module.SMALL = 1  # the hidden states of tests are worth moving
 
 
 class Died(Exception):
-    """A stand-in for what kills a run."""
+    """A stand-in for the death of a process."""
 
 
 def full(tensor: Tensor) -> Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+    """Copy a gradient, gathered if it is sharded."""
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor()
+    return tensor.detach().clone()
 
 
 class FixedSampler:
@@ -51,12 +58,11 @@ class FixedSampler:
     def sample(
         self, prompts: Any, *, seed: int, samples: int | None = None, version: int = 0
     ) -> Any:
+        count = samples or self.sampling.samples
         drawn = []
         for prompt in prompts:
             rng = np.random.default_rng([version, *prompt.tolist()])
-            lengths = rng.integers(
-                1, self.sampling.max_new_tokens, samples or self.sampling.samples
-            )
+            lengths = rng.integers(1, self.sampling.max_new_tokens, count)
             ids = [rng.integers(3, 300, n, dtype=np.int32) for n in lengths]
             drawn.append([Completion(one, True, -float(len(one)), version) for one in ids])
         return drawn
@@ -65,13 +71,18 @@ class FixedSampler:
 def run_case(
     settings: dict[str, Any], die_at: int | None = None, fixed: bool = False
 ) -> dict[str, Any]:
-    """Train, dying in the step number `die_at` of this process, before its update; returns what was seen."""
-    make_sampler = online_module.make_sampler
-    if fixed:
-        online_module.make_sampler = lambda *given: FixedSampler(make_sampler(*given).sampling)
+    """Train, dying in step number `die_at` of this process, before the update; return the record.
+
+    {"gradients": [{name: gradient} per step], "dtypes": dtypes of the trained weights}
+    """
+    make_sampler = build_module.make_sampler
+    make_optimizer = build_module.make_optimizer
+    take_step = Trainer.take_step
     seen: dict[str, Any] = {"gradients": [], "dtypes": set()}
-    make_optimizer, take_step = train_module.make_optimizer, Trainer.take_step
-    inside = False  # saving and loading the state of an optimizer makes it step without gradients
+    inside = False  # saving and loading the state of an optimizer steps without gradients
+
+    def fixed_sampler(*given: Any) -> FixedSampler:
+        return FixedSampler(make_sampler(*given).sampling)
 
     def watched(policy: Policy, config: RunConfig) -> torch.optim.Optimizer:
         optimizer = make_optimizer(policy, config)
@@ -88,7 +99,7 @@ def run_case(
         optimizer.register_step_pre_hook(before_step)
         return optimizer
 
-    def step(trainer: Trainer, work: Step) -> dict[str, float]:
+    def step(trainer: Trainer, work: Any) -> dict[str, float]:
         nonlocal inside
         inside = True
         try:
@@ -96,18 +107,24 @@ def run_case(
         finally:
             inside = False
 
-    train_module.make_optimizer, Trainer.take_step = watched, step
-    try:
-        train_module.train(RunConfig(**settings))
-    except Died:
-        assert die_at is not None
-    finally:
-        train_module.make_optimizer, Trainer.take_step = make_optimizer, take_step
-        online_module.make_sampler = make_sampler
+    sampler = fixed_sampler if fixed else make_sampler
+    # torchao compiles its step: traced as ever, but without a C++ compiler
+    compiled = functools.partial(torch.compile, backend="aot_eager")
+    with (
+        mock.patch.object(build_module, "make_sampler", sampler),
+        mock.patch.object(build_module, "make_optimizer", watched),
+        mock.patch.object(Trainer, "take_step", step),
+        mock.patch.object(torch, "compile", compiled),
+    ):
+        try:
+            train(RunConfig(**settings))
+        except Died:
+            assert die_at is not None
     return seen
 
 
 def main() -> None:
+    """Run the cases of a file on this rank."""
     torch.set_num_threads(1)
     world = start_world("cpu")
     for name, case in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")).items():
@@ -115,7 +132,7 @@ def main() -> None:
             print(f"--- {name}", flush=True)
         if "argv" in case:
             assert cli.main(case["argv"]) == 0
-            return  # it has left the world
+            return  # the command line has left the world
         seen = run_case(case["config"], case.get("die_at"), case.get("fixed", False))
         if world.is_main:
             seen["dtypes"] = sorted(seen["dtypes"])

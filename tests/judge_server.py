@@ -13,21 +13,23 @@ Answer = tuple[int, Any, dict[str, str]]
 
 
 def chat(content: Any) -> Answer:
-    """The answer of an OpenAI-compatible server."""
+    """Return the answer of an OpenAI-compatible server."""
     return 200, {"choices": [{"message": {"role": "assistant", "content": content}}]}, {}
 
 
 class JudgeServer:
-    """Answers every POST with answer(payload, number of the request) = (status, JSON or bytes, headers).
+    """A server that answers every POST with answer(payload, number of the request).
 
-    requests: (path, headers, payload) in the order of arrival. most_in_flight: how many it worked on at a time. delay:
-    seconds before an answer; `with` ends them all.
+    answer: returns (status, JSON or bytes, headers)
+    delay: seconds before an answer; leaving `with` ends all delays
+    requests: (path, headers, payload) in the order of arrival
+    most_in_flight: requests under way at a time, at most
     """
 
     def __init__(self, answer: Callable[[Any, int], Answer], delay: float = 0.0) -> None:
-        self.requests: list[tuple[str, dict[str, str], Any]] = []
-        self.in_flight = self.most_in_flight = 0
-        self.lock, self.closing = threading.Lock(), threading.Event()
+        self.lock = threading.Lock()
+        self.closing = threading.Event()
+        self.start(answer, delay)
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -35,17 +37,7 @@ class JudgeServer:
 
             def do_POST(self):
                 payload = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with outer.lock:
-                    number = len(outer.requests)
-                    outer.requests.append((self.path, dict(self.headers), payload))
-                    outer.in_flight += 1
-                    outer.most_in_flight = max(outer.most_in_flight, outer.in_flight)
-                outer.closing.wait(delay)
-                status, body, headers = answer(payload, number)
-                with (
-                    outer.lock
-                ):  # before it is sent: who waits for it may send the next request at once
-                    outer.in_flight -= 1
+                status, body, headers = outer.answer_to(self.path, dict(self.headers), payload)
                 body = body if isinstance(body, bytes) else json.dumps(body).encode()
                 try:
                     self.send_response(status)
@@ -60,8 +52,30 @@ class JudgeServer:
                 pass
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads, self.server.block_on_close = True, False
+        self.server.daemon_threads = True
+        self.server.block_on_close = False
         self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def start(self, answer: Callable[[Any, int], Answer], delay: float = 0.0) -> None:
+        """Go on with another answer, and with no requests seen so far."""
+        self.answer = answer
+        self.delay = delay
+        self.requests: list[tuple[str, dict[str, str], Any]] = []
+        self.in_flight = 0
+        self.most_in_flight = 0
+
+    def answer_to(self, path: str, headers: dict[str, str], payload: Any) -> Answer:
+        with self.lock:
+            number = len(self.requests)
+            self.requests.append((path, headers, payload))
+            self.in_flight += 1
+            self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        self.closing.wait(self.delay)
+        found = self.answer(payload, number)
+        # Before the answer is sent: a client may then send the next request at once.
+        with self.lock:
+            self.in_flight -= 1
+        return found
 
     def __enter__(self) -> JudgeServer:
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
@@ -74,7 +88,7 @@ class JudgeServer:
 
 
 def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
-    """Whether the condition came true within so many seconds."""
+    """Return whether the condition came true within a number of seconds."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if condition():

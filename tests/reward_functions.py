@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 calls: list[dict] = []
-"""What every call was given."""
+"""The arguments of every call."""
 
 
 def share_of_e(prompts, completions, **columns):
@@ -16,11 +16,16 @@ def length(prompts, completions):
 
 
 def some(prompts, completions):
-    """None for texts of even length, NaN for some others."""
-    return [
-        None if len(text) % 2 == 0 else float("nan") if len(text) % 5 == 0 else 0.5
-        for text in completions
-    ]
+    """Return None for texts of even length, and NaN for a few others."""
+    rewards = []
+    for text in completions:
+        if len(text) % 2 == 0:
+            rewards.append(None)
+        elif len(text) % 5 == 0:
+            rewards.append(float("nan"))
+        else:
+            rewards.append(0.5)
+    return rewards
 
 
 def nothing(prompts, completions):
@@ -40,7 +45,7 @@ def equal(prompts, completions):
 
 
 def late_failure(prompts, completions):
-    """Fails in its sixth call."""
+    """Fail in the sixth call."""
     calls.append({})
     if len(calls) == 6:
         raise KeyError("gone")

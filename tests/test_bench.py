@@ -1,18 +1,19 @@
-"""The bench itself: its arithmetic, its verdicts, and that a contender's failure is a row and no more."""
+"""The bench itself: arithmetic, verdicts, and a contender's failure as a row and no more."""
 
 from __future__ import annotations
 
 import json
-import re
+from itertools import chain
 
 import bench_head
 import contenders
+import harness
 import plots
 import pytest
 import tables
 import torch
-from bench_head import Case, attempt, judge, measure, reference
-from contenders import Eager, Inputs, Trl, Una, WrongResult, check, logp_errors, truth
+from bench_head import Case, judge, measure, reference
+from contenders import Eager, Inputs, Trl, Una, WrongResult, check, truth
 
 from una_fast import Objective
 from una_fast.head import eager
@@ -27,16 +28,15 @@ def small():
 
 
 def options(**changes):
-    parsed = bench_head.parse(
-        ["--device", "cpu", "--runs", "1", "--threads", str(torch.get_num_threads())]
-    )
+    threads = str(torch.get_num_threads())
+    parsed = bench_head.parse(["--device", "cpu", "--runs", "1", "--threads", threads])
     for name, value in changes.items():
         setattr(parsed, name, value)
     return parsed
 
 
 class Broken(Eager):
-    """Eager PyTorch with a fault."""
+    """Eager PyTorch with a fault: fault(x, the right loss) is the loss."""
 
     def __init__(self, name, fault):
         self.name, self.fault = name, fault
@@ -52,48 +52,36 @@ def raises(error):
     return fault
 
 
-# ------------------------------------------------------------------------------------------------------------ truth
+# ------------------------------------------------------------------------------------------- truth
 
 
-@pytest.mark.parametrize("scores", [False, True])
-def test_truth_is_that_of_eager(scores):
-    x = Inputs((5, 8, 3, 6), 12, 70, scores=scores)
-    leaves = [leaf.detach().double().requires_grad_() for leaf in (x.hidden, x.weight)]
-    ref = {"ref_hidden": x.ref_hidden.double(), "ref_weight": x.ref_weight.double()}
-    objective = Objective(beta=contenders.BETA)
-    out = eager.linear_una_loss(
-        *leaves, x.targets, x.cu_seqlens, x.feedback, objective=objective, **ref
-    )
-    out.loss.backward()
-    found = truth(x, block_bytes=8 * 70 * 4)
-    assert found.loss == pytest.approx(out.loss.item(), rel=1e-12)
-    torch.testing.assert_close(found.sums, out.logps.detach(), rtol=1e-12, atol=0)
-    torch.testing.assert_close(found.hidden, leaves[0].grad.float())
-    torch.testing.assert_close(found.weight, leaves[1].grad.float())
+def test_truth_is_eager():
+    for scores in (False, True):
+        x = Inputs((5, 8, 3, 6), 12, 70, scores=scores)
+        leaves = [leaf.detach().double().requires_grad_() for leaf in (x.hidden, x.weight)]
+        call = {"ref_hidden": x.ref_hidden.double(), "ref_weight": x.ref_weight.double()}
+        call["objective"] = Objective(beta=contenders.BETA)
+        out = eager.linear_una_loss(*leaves, x.targets, x.cu_seqlens, x.feedback, **call)
+        out.loss.backward()
+        found = truth(x, block_bytes=8 * 70 * 4)
+        assert found.loss == pytest.approx(out.loss.item(), rel=1e-12)
+        torch.testing.assert_close(found.sums, out.logps.detach(), rtol=1e-12, atol=0)
+        torch.testing.assert_close(found.hidden, leaves[0].grad.float())
+        torch.testing.assert_close(found.weight, leaves[1].grad.float())
 
 
 @pytest.mark.parametrize("head", contenders.HEADS)
-def test_passes_are_those_counted(head):
+def test_stated_passes_are_the_counted_passes(head):
     x = Inputs((40, 40), 32, 300)
     x.head(head)
     for contender in (Una(), Eager(), Trl(), contenders.Liger()):
-        if contender.unavailable(x):  # a peer that is not installed
-            continue
-        check(contender, x, truth(x))
-        assert bench_head.costs(contender, x)["passes"] == pytest.approx(contender.passes[head]), (
-            contender.name
-        )
+        if not contender.unavailable(x):  # a peer may not be installed
+            check(contender, x, truth(x))
+            counted = bench_head.costs(contender, x)["passes"]
+            assert counted == pytest.approx(contender.passes[head]), contender.name
 
 
-def test_bfloat16_is_within_the_tolerances():
-    x = Inputs((300, 300), 64, 1000, dtype=torch.bfloat16)
-    true = truth(x)
-    ours, theirs = (check(c, x, true) | logp_errors(c, x, true) for c in (Una(), Eager()))
-    assert ours["sum_error"] < 0.01 < theirs["sum_error"] < 6 * contenders.sum_noise(x)
-    assert ours["hidden_grad_error"] < theirs["hidden_grad_error"]
-
-
-# ------------------------------------------------------------------------------------------------- refusals are rows
+# -------------------------------------------------------------------------------- refusals are rows
 
 
 def no_reference(x, loss):
@@ -107,19 +95,16 @@ def detached_weight(x, loss):
     return x.loss_of(sums, ref)
 
 
-def grown(x, loss):
+def grown_gradient(x, loss):
     value = loss(x)
     x.hidden.register_hook(lambda grad: grad * 1.01)
     return value
 
 
-FAULTS = {
+FAULTS = {  # (fault, beginning of the reason)
     "no reference": (no_reference, "wrong result: loss"),
     "no gradient": (detached_weight, "wrong result: no gradient for weight"),
-    "other sign": (
-        lambda x, loss: loss(x).detach() * 2 - loss(x),
-        "wrong result: gradient of hidden",
-    ),
+    "sign": (lambda x, loss: loss(x).detach() * 2 - loss(x), "wrong result: gradient of hidden"),
     "NaN": (lambda x, loss: loss(x) * float("nan"), "wrong result: loss"),
     "memory": (raises(torch.OutOfMemoryError("CUDA out of memory")), "out of memory"),
     "driver": (raises(RuntimeError("CUDA error: out of memory")), "out of memory"),
@@ -127,56 +112,13 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_is_a_row_with_its_reason_and_no_time(small, name):
-    x, true = small
-    x.head("trained")
-    fault, reason = FAULTS[name]
-    entry = measure(CASE, x, true, [Broken("broken", fault), Eager()], options())
-    broken, healthy, bare = entry["table"]
-    assert broken["reason"].startswith(reason) and "seconds" not in broken
-    assert "reason" not in healthy and healthy["seconds"] > 0 and bare["name"] == "bare mm"
-
-
-def test_a_slightly_wrong_gradient_is_refused(small):
-    x, true = small
-    x.head("frozen")
-    hooked = Inputs(CASE.lengths, CASE.dim, CASE.vocab)
-    hooked.head("frozen")
-    check(Eager(), x, true)
-    with pytest.raises(WrongResult, match="gradient of hidden"):
-        check(Broken("grown", grown), hooked, true)
-
-
-def test_missing_lost_and_slow_contenders_are_rows(small):
+def test_a_fault_is_a_row_with_the_reason_and_no_time(small):
     x, true = small
     x.head("trained")
 
     class Missing(Eager):
         name, module = "missing", "no_such_package"
 
-    def forever(x, loss):
-        while True:
-            pass
-
-    entrants = [
-        Missing(),
-        contenders.Cce(),
-        Broken("slow", forever),
-        Broken("lost", lambda x, loss: loss(x)),
-    ]
-    entry = measure(
-        CASE, x, true, entrants, options(warmup=0.2, lost={"lost": "broke the GPU's context"})
-    )
-    reasons = {row["name"]: row.get("reason") for row in entry["table"]}
-    assert "no_such_package" in reasons["missing"] and reasons["lost"] == "broke the GPU's context"
-    assert reasons["slow"] == "not done in 0.2 s"
-    assert torch.cuda.is_available() or reasons["cce"] == "needs a GPU"
-
-
-def test_running_out_of_memory_while_timed_drops_the_contender_alone(small):
-    x, true = small
-    x.head("trained")
     calls = []
 
     def late(x, loss):
@@ -185,19 +127,47 @@ def test_running_out_of_memory_while_timed_drops_the_contender_alone(small):
             raise torch.OutOfMemoryError
         return loss(x)
 
-    table = measure(CASE, x, true, [Broken("late", late), Eager()], options())["table"]
-    assert (
-        table[0]["reason"] == "out of memory" and "seconds" in table[1] and len(calls) == 5
-    )  # tried twice
+    broken = [Broken(name, fault) for name, (fault, _) in FAULTS.items()]
+    broken += [Missing(), Broken("lost", lambda x, loss: loss(x)), Broken("late", late)]
+    known = options(lost={"lost": "broke the GPU's context"})
+    *rows, healthy, bare = measure(CASE, x, true, [*broken, Eager()], known)["table"]
+    assert "reason" not in healthy and healthy["seconds"] > 0 and bare["name"] == "bare mm"
+    assert not any("seconds" in row for row in rows)
+    reasons = {row["name"]: row["reason"] for row in rows}
+    for name, (_, reason) in FAULTS.items():
+        assert reasons[name].startswith(reason), name
+    assert "no_such_package" in reasons["missing"]
+    assert reasons["lost"] == "broke the GPU's context"
+    assert reasons["late"] == "out of memory" and len(calls) == 5  # timed twice
 
 
-# ------------------------------------------------------------------------------------------------ arithmetic, verdicts
+def test_a_slightly_wrong_gradient_is_refused(small):
+    x, true = small
+    x.head("frozen")
+    check(Eager(), x, true)
+    hooked = Inputs(CASE.lengths, CASE.dim, CASE.vocab)
+    hooked.head("frozen")
+    with pytest.raises(WrongResult, match="gradient of hidden"):
+        check(Broken("grown", grown_gradient), hooked, true)
+
+
+def test_a_deadline_ends_a_run_and_leaves_no_alarm_behind():
+    def forever():
+        while True:
+            pass
+
+    assert harness.attempt("x", forever, seconds=0.05) == (None, "not done in 0.05 s")
+    assert harness.attempt("x", lambda: sum(range(2_000_000)))[1] is None  # longer than the alarm
+
+
+# ---------------------------------------------------------------------------- arithmetic, verdicts
 
 
 def test_reference_takes_the_fastest_chunk_of_each_pass():
-    seconds = {("logits", 4096): 1.0, ("logits", 8192): 1.8, ("logits", 16384): 4.4, ("hidden", 4096): 1.5,
-               ("hidden", 16384): 5.0, ("weight", 8192): 2.0, ("weight", 16384): 3.5}  # fmt: skip
-    trained, frozen = reference(seconds, 16384, True), reference(seconds, 16384, False)
+    seconds = {("logits", 4096): 1.0, ("logits", 8192): 1.8, ("logits", 16384): 4.4}
+    seconds |= {("hidden", 4096): 1.5, ("hidden", 16384): 5.0}
+    seconds |= {("weight", 8192): 2.0, ("weight", 16384): 3.5}
+    trained, frozen = (reference(seconds, 16384, head) for head in (True, False))
     assert trained["rows of mm"] == {"logits": 8192, "hidden": 16384, "weight": 16384}
     assert trained["seconds"] == pytest.approx(3.6 + 3.6 + 5.0 + 3.5) and trained["passes"] == 4
     assert frozen["seconds"] == pytest.approx(3.6 + 3.6 + 5.0) and frozen["passes"] == 3
@@ -208,12 +178,8 @@ def row(name, **numbers):
 
 
 def ours(seconds=1.1, gib=1.9, **numbers):
-    fixed = {
-        "workspace_mb": 2048,
-        "extra_bytes": gib * 2**30,
-        "sum_tokens": 8192,
-        "sum_error": 0.01,
-    }
+    fixed = {"workspace_mb": 2048, "extra_bytes": gib * 2**30}
+    fixed |= {"sum_tokens": 8192, "sum_error": 0.01}
     return row("una_fast 2048 MiB", seconds=seconds, **fixed | numbers)
 
 
@@ -223,57 +189,39 @@ def verdicts(*rows, **entry):
 
 
 def test_bars_hold_and_miss():
-    peers = [row(name, seconds=3.0, extra_bytes=2**34, hidden_grad_error=0.02, weight_grad_error=0.02)
-             for name in ("trl", "cce", "liger", "eager", "torch.compile")]  # fmt: skip
-    good = {"hidden_grad_error": 0.01, "weight_grad_error": 0.01}
-    held = verdicts(ours(**good), *peers, row("bare mm", seconds=1.0))
-    assert len(held) == 10 and all(held.values())
-    assert not verdicts(ours(1.2), row("bare mm", seconds=1.0))["time / bare mm"]
-    slow = verdicts(
-        ours(), row("bare mm", seconds=1.0), row("trl", seconds=3.0), reference={"valid": False}
+    bare, worse = (
+        row("bare mm", seconds=1.0),
+        {"hidden_grad_error": 0.02, "weight_grad_error": 0.02},
     )
+    good = {"hidden_grad_error": 0.01, "weight_grad_error": 0.01}
+    names = ("trl", "cce", "liger", "eager", "torch.compile")
+    peers = [row(name, seconds=3.0, extra_bytes=2**34, **worse) for name in names]
+    held = verdicts(ours(**good), *peers, bare)
+    assert len(held) == 10 and all(held.values())
+    assert not verdicts(ours(1.2), bare)["time / bare mm"]
+    slow = verdicts(ours(), bare, row("trl", seconds=3.0), reference={"valid": False})
     assert not slow["time / bare mm"] and slow["time / trl"]
     assert not verdicts(ours(), row("trl", seconds=1.2))["time / trl"]
     assert not verdicts(ours(gib=2.2))["bytes / workspace"]
     assert not verdicts(ours(sum_error=0.03))["error of 8192-token sums, nat"]
-    worse = verdicts(ours(hidden_grad_error=0.03), row("eager", hidden_grad_error=0.02))
-    assert not worse["hidden gradient error / eager"]
+    assert not verdicts(ours(hidden_grad_error=0.03), peers[3])["hidden gradient error / eager"]
 
 
-def test_a_peer_out_of_memory_is_beaten_and_a_missing_one_is_not():
-    held = verdicts(
-        ours(), row("trl", reason="cannot import trl"), row("eager", reason="out of memory")
-    )
+def test_a_peer_out_of_memory_is_beaten_and_a_missing_peer_is_not():
+    full = row("eager", reason="out of memory")
+    held = verdicts(ours(), row("trl", reason="cannot import trl"), full)
     assert held["time / eager"] and not held["time / trl"] and "time / cce" not in held
-    lost = verdicts(
-        row("una_fast", workspace_mb=512, reason="out of memory"),
-        row("eager", reason="out of memory"),
-    )
+    lost = verdicts(row("una_fast", workspace_mb=512, reason="out of memory"), full)
     assert not any(lost.values())
 
 
-def test_every_shape_of_the_anchors_has_its_bars():
-    shapes = {(case.dim, case.vocab, sum(case.lengths)) for case in bench_head.cases("peers", None)}
-    assert shapes == {(4096, 128256, 8192), (4096, 151936, 8192), (4096, 151936, 32768), (2048, 151936, 16384),
-                      (1152, 262144, 32768)}  # fmt: skip
-    for case in bench_head.cases("bars", None):
-        bars = [bench_head.allowed(case, "trained", mb, True) for mb in (2048, 512)]
-        assert bars[0]["time / bare mm"] < bars[1]["time / bare mm"]
-        assert "time / bare mm" in bench_head.allowed(case, "frozen", 512, False)
-    lengths = [sum(case.lengths) for case in bench_head.cases("memory", None)]
-    assert lengths == [4096, 8192, 16384, 32768, 65536, 131072]
-    assert [len(case.lengths) for case in bench_head.cases("layouts", None)] == [16, 64]
-    assert all(max(case.lengths) == 8192 for case in bench_head.cases("accuracy", None))
-
-
-# -------------------------------------------------------------------------------------------------------- whole runs
+# -------------------------------------------------------------------------------------- whole runs
 
 
 def run(*arguments):
     threads = str(torch.get_num_threads())
-    return bench_head.main(
-        ["--device", "cpu", "--runs", "1", "--threads", threads, "--shapes", "8x16x90", *arguments]
-    )
+    common = ["--device", "cpu", "--runs", "1", "--threads", threads, "--shapes", "8x16x90"]
+    return bench_head.main([*common, *arguments])
 
 
 def test_exit_status_and_results(tmp_path, monkeypatch, capsys):
@@ -288,127 +236,87 @@ def test_exit_status_and_results(tmp_path, monkeypatch, capsys):
     assert "MISSED una_fast: time / eager" in capsys.readouterr().out
 
 
-def test_a_lost_gpu_ends_the_run_and_resuming_leaves_its_contender_out(tmp_path, monkeypatch):
+def test_a_lost_gpu_ends_the_run_and_resuming_leaves_the_contender_out(tmp_path, monkeypatch):
     def lost():
         raise RuntimeError("an illegal memory access")
 
     out = tmp_path / "out.json"
-    common = (
-        "--suite",
-        "layouts",
-        "--heads",
-        "frozen",
-        "--contenders",
-        "broken,eager",
-        "--out",
-        str(out),
-    )
+    common = ["--suite", "layouts", "--heads", "frozen", "--contenders", "broken,eager"]
+    common += ["--out", str(out)]
     everybody = [Broken("broken", raises(RuntimeError("misaligned address"))), Eager()]
     monkeypatch.setattr(contenders, "everybody", lambda *_: everybody)
     with monkeypatch.context() as patch:
-        release = [bench_head.release] * 1 + [lost]
+        release = [bench_head.release, lost]
         patch.setattr(bench_head, "release", lambda: release.pop(0)())
-        assert run(*common) == bench_head.GPU_LOST
+        assert run(*common) == harness.GPU_LOST
     assert json.loads(out.read_text())["results"] == []
     everybody[0] = Broken("broken", lambda x, loss: loss(x))
-    run(*common, "--resume")
-    report = json.loads(out.read_text())
-    assert len(report["results"]) == 2
-    for entry in report["results"]:
-        assert (
-            "misaligned address" in entry["table"][0]["reason"] and "seconds" in entry["table"][1]
-        )
-    run(*common, "--resume")
-    assert len(json.loads(out.read_text())["results"]) == 2
+    for _ in range(2):  # the second run has nothing left to do
+        run(*common, "--resume")
+        results = json.loads(out.read_text())["results"]
+        assert len(results) == 2
+    for entry in results:
+        broken, healthy, _ = entry["table"]
+        assert "misaligned address" in broken["reason"] and "seconds" in healthy
 
 
-def test_attempt_leaves_no_alarm_behind():
-    assert attempt("x", lambda: 3, seconds=0.05) == (3, None)
-    assert attempt("x", lambda: sum(range(2_000_000)))[1] is None  # longer than the alarm above
+def test_the_digest_of_the_sources_sees_every_folder(tmp_path, monkeypatch):
+    """A change below a subfolder makes another digest, so that a result names the sources."""
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    deep = tmp_path / "una_fast" / "head" / "passes.py"
+    deep.parent.mkdir(parents=True)
+    deep.write_text("a = 1\n")
+    before = harness.environment(torch.device("cpu"))["sources"]
+    assert harness.environment(torch.device("cpu"))["sources"] == before
+    deep.write_text("a = 2\n")
+    assert harness.environment(torch.device("cpu"))["sources"] != before
 
 
-# ---------------------------------------------------------------------------------------------------- tables and plots
+# -------------------------------------------------------------------------------- tables and plots
 
 
-def gpu_report():
-    """Invented numbers, of the form that bench_head.py writes."""
-    results = []
-    for suite, rows in [
-        ("bars", 8192),
-        ("peers", 8192),
-        *(("memory", 4096 << k) for k in range(4)),
-    ]:
-        common = {"rows": rows, "dim": 4096, "vocab": 128256}
-        numbers = {"times bare mm": 1.5, "tflops": 600.0, "spread": 0.02, "extra_bytes": 2**30}
-        table = [
-            {**common, **row("una_fast 2048 MiB", workspace_mb=2048, seconds=rows / 1e5, **numbers)}
-        ]
-        if suite != "bars":
-            table.append({**common, **row("cce", reason="needs a GPU")})
-            full = (
-                {"reason": "out of memory"} if rows > 8192 else {"seconds": rows / 5e4, **numbers}
-            )
-            table.append({**common, **row("eager", **full)})
-        bare = {"seconds": rows / 2e5, "times bare mm": 1.0, "tflops": 700.0}
-        entry = {
-            "suite": suite,
-            "shape": [rows // 2, 4096, 128256],
-            "responses": 2,
-            "head": "trained",
-            **common,
-        }
-        ref = {"valid": False, "tflops": 700.0}
-        results.append(
-            judge(
-                CASE,
-                entry | {"reference": ref, "table": [*table, {**common, **row("bare mm", **bare)}]},
-            )
-        )
-    return {"environment": {"gpu": "A GPU", "torch": "2.11", "trl": "1.16"}, "results": results,
-            "ceilings": {"gemm_tflops": 800.0}}  # fmt: skip
+def gpu_entry(suite, rows):
+    """An entry of bench_head.py with invented numbers."""
+    common = {"rows": rows, "dim": 4096, "vocab": 128256}
+    numbers = {"times bare mm": 1.5, "tflops": 600.0, "spread": 0.02, "extra_bytes": 2**30}
+    eager = {"seconds": rows / 5e4, **numbers} if rows <= 8192 else {"reason": "out of memory"}
+    bare = {"seconds": rows / 2e5, "tflops": 700.0, "times bare mm": 1.0}
+    table = [row("una_fast 2048 MiB", workspace_mb=2048, seconds=rows / 1e5, **numbers)]
+    table += [row("cce", reason="needs a GPU"), row("eager", **eager), row("bare mm", **bare)]
+    table = [common | line for line in table]
+    entry = {"suite": suite, "responses": 2, "head": "trained", "table": table, **common}
+    return judge(CASE, entry | {"reference": {"valid": False, "tflops": 700.0}})
 
 
 def test_results_become_a_readme_table_and_plots(tmp_path):
     folder = tmp_path / "bench/results"
     folder.mkdir(parents=True)
-    (folder / "head_cpu.json").write_bytes(
-        (tables.ROOT / "bench/results/head_cpu.json").read_bytes()
-    )
+    stored = tables.ROOT / "bench/results/head_cpu.json"
+    (folder / "head_cpu.json").write_bytes(stored.read_bytes())
     cpu = "<!-- bench:head -->\n<!-- end bench:head -->\n"
     text = cpu + "<!-- bench:head_gpu -->\nold\n<!-- end bench:head_gpu -->\n"
     assert "old" in tables.regenerate(text, tmp_path)  # no GPU results: nothing to say
-    report = gpu_report()
+    results = [gpu_entry("peers", 8192), gpu_entry("memory", 4096), gpu_entry("memory", 32768)]
+    environment = {"gpu": "A GPU", "torch": "2.11", "trl": "1.16"}
+    report = {"environment": environment, "results": results}
     (folder / "head_gpu.json").write_text(json.dumps(report))
     written = plots.draw(report, folder / "head_gpu.json")
     assert [path.name for path in written] == ["head_gpu_time.png", "head_gpu_memory.png"]
-    assert all(path.stat().st_size > 5000 for path in written)
     new = tables.regenerate(text, tmp_path)
     assert "old" not in new and tables.regenerate(new, tmp_path) == new
     assert "![head_gpu_time](bench/results/head_gpu_time.png)" in new
-    assert (
-        "| Llama-3-8B, 8192, trained | **81.9 (1.50)** | – | 163.8 (1.50) | 41.0 (700 TF/s)* |"
-        in new
-    )
+    cells = "**81.9 (1.50)** | – | 163.8 (1.50) | 41.0 (700 TF/s)* |"
+    assert f"| Llama-3-8B, 8192, trained | {cells}" in new
     assert "| Llama-3-8B, 32768, trained | **327.7 (1.50)** | – | OOM |" in new
     assert "– cce: needs a GPU" in new
-    found = int(re.search(r"(\d+) of \d+ bars held", new)[1])
-    assert found == sum(bar["held"] for entry in report["results"] for bar in entry["bars"])
-    assert (
-        tables.regenerate(cpu, tmp_path).count("bench:") == 2
-    )  # a README without the GPU's markers
+    bars = list(chain.from_iterable(entry["bars"] for entry in results))
+    assert f"{sum(bar['held'] for bar in bars)} of {len(bars)} bars held" in new
+    assert tables.regenerate(cpu, tmp_path).count("bench:") == 2  # without the GPU's markers
 
 
-def test_curves_leave_out_what_was_not_measured():
-    lines = plots.curves(gpu_report()["results"], "seconds")
-    assert [n for n, _ in lines["una_fast 2048 MiB"]] == [4096, 8192, 16384, 32768]
-    assert [n for n, _ in lines["eager"]] == [4096, 8192] and "cce" not in lines
-    assert "bare mm" not in plots.curves(gpu_report()["results"], "extra_bytes")
-
-
-def test_parts_merge_only_within_one_gpu_and_source():
-    report = gpu_report()
+def test_results_merge_only_within_one_gpu_and_source():
+    report = {"environment": {"gpu": "A GPU"}, "results": [{}]}
     merged = tables.merge([report, report])
-    assert len(merged["results"]) == 2 * len(report["results"]) and len(merged["parts"]) == 2
-    other = report | {"environment": report["environment"] | {"gpu": "another"}}
+    assert len(merged["results"]) == 2 and len(merged["parts"]) == 2
     with pytest.raises(ValueError, match="A GPU and another"):
-        tables.merge([report, other])
+        tables.merge([report, report | {"environment": {"gpu": "another"}}])

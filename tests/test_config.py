@@ -1,4 +1,4 @@
-"""Settings: each is documented, read by something, checked, and survives its file."""
+"""Settings: each is in a group, documented, read, checked, and survives its file."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 import una_fast
-from una_fast.config import ONLINE_TRAJECTORY, TRAJECTORY, OnlineOptions, RunConfig
-from una_fast.data.records import RecordOptions
+from una_fast.capacity.settings import RunPlanConfig
+from una_fast.config import ONLINE_TRAJECTORY, TRAJECTORY, RunConfig, setting_groups
+from una_fast.data.settings import RecordOptions
 from una_fast.losses import Objective
 from una_fast.model.settings import LoraOptions, MemoryOptions
 
@@ -29,7 +30,7 @@ def config(**settings) -> RunConfig:
 
 
 def attributes_read(holders: set[str], skip: str = "") -> set[str]:
-    """Names read as attributes of a variable or attribute of one of these names, anywhere in the package."""
+    """Names read as attributes of a variable, or an attribute, with a name in `holders`."""
     found = set()
     for path in PACKAGE.rglob("*.py"):
         if path.name == skip:
@@ -37,11 +38,7 @@ def attributes_read(holders: set[str], skip: str = "") -> set[str]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 holder = node.value
-                name = (
-                    holder.attr
-                    if isinstance(holder, ast.Attribute)
-                    else getattr(holder, "id", None)
-                )
+                name = getattr(holder, "attr", None) or getattr(holder, "id", None)
                 if name in holders:
                     found.add(node.attr)
     return found
@@ -49,15 +46,12 @@ def attributes_read(holders: set[str], skip: str = "") -> set[str]:
 
 def test_every_field_is_read():
     """A setting that nobody reads is accepted and ignored."""
-    read = attributes_read({"config"}, skip="config.py") | {
-        "online_fraction",
-        "off_policy_ok",
-    }  # which config.py reads
+    by_config = {"online_fraction", "off_policy_ok"}
+    read = attributes_read({"config"}, skip="config.py") | by_config
     own = {f.name for f in fields(RunConfig)} - RECORD_FIELDS - OBJECTIVE_FIELDS - MEMORY_FIELDS
     assert not own - read
-    assert not {f.name for f in fields(LoraOptions)} - attributes_read(
-        {"options"}, skip="config.py"
-    )
+    options = attributes_read({"options"}, skip="config.py")
+    assert not {f.name for f in fields(LoraOptions)} - options
 
 
 def test_every_field_of_the_records_is_read():
@@ -90,7 +84,18 @@ def test_every_memory_switch_is_passed_on():
     assert config(**on).memory_options(trained=False) == MemoryOptions(mlp_tile=7, liger=True)
 
 
-@pytest.mark.parametrize("kind", [RunConfig, OnlineOptions, LoraOptions, RecordOptions])
+def test_every_field_is_in_one_group_of_the_help():
+    groups = setting_groups(RunConfig)
+    names = [list(group.__annotations__) for group in groups]
+    assert [name for group in names for name in group] == [f.name for f in fields(RunConfig)]
+    assert names[0][:3] == ["model", "data", "output_dir"], "the required settings come first"
+    titles = [group.__doc__.split("\n")[0] for group in groups]
+    assert len(set(titles)) == len(groups) == 7 and all(title.endswith(".") for title in titles)
+    planned = {f.name for f in fields(RunPlanConfig)}
+    assert planned == {n for group in setting_groups(RunPlanConfig) for n in group.__annotations__}
+
+
+@pytest.mark.parametrize("kind", [*setting_groups(RunPlanConfig), LoraOptions])
 def test_every_field_has_one_line_of_documentation(kind):
     (tree,) = ast.parse(inspect.getsource(kind)).body
     documented = {}
@@ -108,40 +113,15 @@ def test_the_trajectory_names_settings():
     assert set(TRAJECTORY) <= names and len(set(TRAJECTORY)) == len(TRAJECTORY)
     assert set(config().trajectory()) == set(TRAJECTORY)
     assert set(config(**ONLINE).trajectory()) == {*TRAJECTORY, *ONLINE_TRAJECTORY}
-    # What may change when a run is resumed: how long, how often, where, and how the same numbers are computed.
-    free = {
-        *(
-            "data",
-            "output_dir",
-            "tokenizer",
-            "trust_remote_code",
-            "reference",
-            "gradient_checkpointing",
-            "packing",
-        ),
-        *(
-            "attn_implementation",
-            "workspace_mb",
-            "engine",
-            "device",
-            "epochs",
-            "max_steps",
-            "micro_batch_size",
-        ),
-        *("max_tokens_per_batch", "offload_activations", "mlp_tile", "liger", "memory_gib"),
-        *(
-            "eval_data",
-            "eval_fraction",
-            "eval_every",
-            "save_every",
-            "keep_checkpoints",
-            "resume",
-            "log_every",
-        ),
-        *("loggers", "progress"),
-        *("max_kl", "on_max_kl", "saved_completions", "off_policy_ok"),
-    }
-    assert names - set(TRAJECTORY) - set(ONLINE_TRAJECTORY) - RECORD_FIELDS == free
+    # May change when a run is resumed: how long, how often, where, and how numbers are computed.
+    free = """
+        data output_dir tokenizer trust_remote_code reference gradient_checkpointing packing
+        attn_implementation workspace_mb engine device epochs max_steps micro_batch_size
+        max_tokens_per_batch offload_activations mlp_tile liger memory_gib eval_data
+        eval_fraction eval_every save_every keep_checkpoints resume log_every loggers
+        progress max_kl on_max_kl saved_completions off_policy_ok
+    """
+    assert names - set(TRAJECTORY) - set(ONLINE_TRAJECTORY) - RECORD_FIELDS == set(free.split())
 
 
 @pytest.mark.parametrize(
@@ -297,8 +277,8 @@ def test_forms_that_are_chosen_by_the_mode():
         ),
         ({"rewards": []}, "needs rewards; set --rewards"),
         ({"rewards": [{"model": "a", "judge": "http://b/v1"}]}, "rewards"),
-        ({"reward_map": "range"}, "limits are needed for a range, and only there"),
-        ({"reward_map": "range", "reward_range": [1, 1]}, "must be .lowest, highest."),
+        ({"reward_map": "range"}, r"reward_map=range needs reward_range: \[lo, hi\]"),
+        ({"reward_map": "range", "reward_range": [1, 1]}, "must rise from the lowest"),
         ({"temperature": 0.0}, "temperature=0.0 must be positive"),
         (
             {"generation": "continuous", "stop_strings": ["x"]},

@@ -1,6 +1,10 @@
-"""Records, tokenisation and batches: what a user's file says must reach the loss, or stop the run with a reason."""
+"""Records, tokens, batches: a user's file reaches the loss, or stops the run with a reason."""
 
+import itertools
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -11,17 +15,20 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+import una_fast
 from una_fast.attention.rows import Segment
 from una_fast.data.batch import collate
-from una_fast.data.encode import Encoder
+from una_fast.data.encode import Encoder, text_after_answer
 from una_fast.data.examples import load_examples, load_prompts
 from una_fast.data.loader import mixture_order
-from una_fast.data.records import Record, RecordOptions
+from una_fast.data.records import Record
+from una_fast.data.settings import RecordOptions
 from una_fast.data.sources import Source
 from una_fast.feedback import BINARY, PAIR, SCORE
 
 CHATML = (
-    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 PLAIN_CHAT = (
@@ -84,19 +91,42 @@ def ids(tokenizer, text):
 
 
 def table(feedback):
-    """Units as plain tuples (kind, first, second, value)."""
-    return list(
-        zip(
-            feedback.kind.tolist(),
-            feedback.first.tolist(),
-            feedback.second.tolist(),
-            feedback.value.tolist(),
-            strict=True,
-        )
-    )
+    """Return units as plain tuples (kind, first, second, value)."""
+    columns = (feedback.kind, feedback.first, feedback.second, feedback.value)
+    return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
-# Shapes
+# ---- imports -------------------------------------------------------------------------------------
+
+
+def modules_after(code: str, *names: str) -> str:
+    """Run imports in a fresh process, and return the named modules that were loaded."""
+    lines = ["import sys", code, f"print(*(name for name in {names!r} if name in sys.modules))"]
+    command = [sys.executable, "-c", "\n".join(lines)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_data_and_rewards_need_no_transformers():
+    """A batch loads no library of models for a named tuple; a reward loads one when it is built."""
+    package = Path(una_fast.__file__).parent
+    files = [*(package / "data").glob("[!_]*.py"), *(package / "rewards").glob("[!_]*.py")]
+    names = [f"una_fast.{file.parent.name}.{file.stem}" for file in files]
+    assert len(names) >= 15
+    blocked = ("transformers", "datasets", "pyarrow", "peft", "httpx", "httpx2")
+    code = f"sys.modules.update(dict.fromkeys({blocked!r}))\n"  # importing any of them fails
+    code += f"import {', '.join(names)}"
+    assert modules_after(code, "tokenizers", "huggingface_hub") == ""
+
+
+def test_settings_and_records_are_light():
+    """The command line reads the settings to print its help."""
+    code = "import una_fast.data.records, una_fast.data.settings, una_fast.data.sources\n"
+    code += "import una_fast.rewards.settings, una_fast.rewards.scale, una_fast.rewards.http"
+    heavy = ("torch", "numpy", "transformers", "datasets", "pyarrow", "httpx", "httpx2")
+    assert modules_after(code, *heavy) == ""
+
+
+# ---- shapes --------------------------------------------------------------------------------------
 
 
 def test_shapes_mixed_in_one_file(load):
@@ -133,25 +163,18 @@ def test_shapes_mixed_in_one_file(load):
         [(SCORE, 0, -1, 0.9), (SCORE, 1, -1, 0.9)],
         [(PAIR, 0, 1, 1.0)],
     ]
-    assert examples[0].feedback.margin.tolist() == [0.5] and examples[
-        0
-    ].feedback.weight.tolist() == [2.0]
-    assert (
-        examples[0].ref_logps == (-1.0, -2.5)
-        and examples[1].ref_logps == (-3.0,)
-        and examples[2].ref_logps is None
-    )
+    assert examples[0].feedback.margin.tolist() == [0.5]
+    assert examples[0].feedback.weight.tolist() == [2.0]
+    assert [e.ref_logps for e in examples[:3]] == [(-1.0, -2.5), (-3.0,), None]
     assert examples[3].origin.endswith("rows.jsonl:5")  # the empty line counts as a line
     assert examples[0].prompt_ids.dtype == np.int32 == examples[0].responses[1].dtype
     assert (report.records, report.examples, report.unlabelled) == (7, 7, 1)
     assert dict(report.units) == {"pair": 2, "binary": 2, "score": 6}
     assert dict(report.ignored_columns) == {"id": 2, "source": 1}
-    assert "7 records -> 7 examples (2 pair, 2 binary, 6 score units)" in str(
-        report
-    ) and "\n" not in str(report)
-    assert "1 without a label" in str(report) and "ignored columns id (2), source (1)" in str(
-        report
-    )
+    text = str(report)
+    assert "7 records -> 7 examples (2 pair, 2 binary, 6 score units)" in text
+    assert "1 without a label" in text and "ignored columns id (2), source (1)" in text
+    assert "\n" not in text
 
 
 RATED = {"prompt": "p", "completions": ["a", "b", "c"], "scores": [1.0, 3.0, 1.0]}
@@ -171,7 +194,9 @@ RATED = {"prompt": "p", "completions": ["a", "b", "c"], "scores": [1.0, 3.0, 1.0
             [
                 (PAIR, 1, 0, 1.0),
                 (PAIR, 1, 2, 1.0),
-                *((SCORE, k, -1, RATED["scores"][k]) for k in range(3)),
+                (SCORE, 0, -1, 1.0),
+                (SCORE, 1, -1, 3.0),
+                (SCORE, 2, -1, 1.0),
             ],
             1,
         ),
@@ -221,14 +246,13 @@ def test_prompts_keep_their_columns_for_the_rewards(load, tokenizer):
 
 
 def test_prompts_leave_room_for_a_response(load):
-    with pytest.raises(
-        ValueError, match=r"rows.jsonl:1: prompt has .* over max_tokens=9; raise max_tokens"
-    ):
+    message = r"rows.jsonl:1: prompt has .* over max_tokens=9; raise max_tokens"
+    with pytest.raises(ValueError, match=message):
         load({"prompt": "the cat sat on a mat"}, prompts=True, max_tokens=9)
     load({"prompt": "the cat sat on a mat"}, prompts=True, max_tokens=40)
 
 
-# Scores
+# ---- scores --------------------------------------------------------------------------------------
 
 
 def test_helpsteer2_preset(load):
@@ -249,17 +273,15 @@ def test_ultrafeedback_preset_with_text_prompt_beside_whole_chats(load, tokenize
     row = {"prompt": "hi there", "chosen": [USER, bot("a")], "rejected": [USER, bot("b")]}
     examples, _ = load({**row, "score_chosen": 8.2, "score_rejected": 1.0}, preset="ultrafeedback")
     assert examples[0].feedback.value.tolist() == pytest.approx([0.8, 0.0])
-    assert examples[0].prompt_ids.tolist() == ids(
-        tokenizer, "<s><|im_start|>user\nhi there<|im_end|>\n" + ASSISTANT
-    )
+    prompt = "<s><|im_start|>user\nhi there<|im_end|>\n" + ASSISTANT
+    assert examples[0].prompt_ids.tolist() == ids(tokenizer, prompt)
 
 
 def test_columns_rename_and_take_away(load):
     row = {"q": "p", "completion": "a", "label": 1, "score": 0.5}
     examples, report = load(row, columns={"prompt": "q", "label": "unused"})
-    assert table(examples[0].feedback) == [(SCORE, 0, -1, 0.5)] and dict(
-        report.ignored_columns
-    ) == {"label": 1}
+    assert table(examples[0].feedback) == [(SCORE, 0, -1, 0.5)]
+    assert dict(report.ignored_columns) == {"label": 1}
 
 
 def test_score_maps(load):
@@ -271,9 +293,8 @@ def test_score_maps(load):
     assert values(score_map="quantile") == [0.125, 0.5, 0.5, 0.875]
     expected = torch.sigmoid(torch.tensor([-2.0, 5.0, 5.0, 700.0]).double()).tolist()
     assert values(score_map="sigmoid") == pytest.approx(expected, abs=1e-12)
-    assert values(score_map="range", score_range=[-2, 700]) == pytest.approx(
-        [0, 7 / 702, 7 / 702, 1]
-    )
+    expected = pytest.approx([0, 7 / 702, 7 / 702, 1])
+    assert values(score_map="range", score_range=[-2, 700]) == expected
     assert values(unit=False) == [-2.0, 5.0, 5.0, 700.0]
 
 
@@ -281,7 +302,7 @@ def test_score_center(load):
     rows = [{"prompt": "p", "completion": "a", "score": s} for s in (0.1, 0.3)]
     rows.append({"prompt": "p", "completion": "a", "label": True})
     examples, report = load(*rows, score_center="dataset")
-    # The offset makes an unchanged policy (r = 0) stand at the mean score; targets stay what they were.
+    # The offset makes an unchanged policy (r = 0) stand at the mean score; targets do not move.
     assert torch.sigmoid(examples[0].feedback.offset).item() == pytest.approx(0.2)
     assert examples[0].feedback.value.item() == 0.1 and examples[2].feedback.offset.item() == 0
     assert report.score_center == pytest.approx(0.2) and "score centre 0.2" in str(report)
@@ -289,13 +310,12 @@ def test_score_center(load):
     assert examples[1].feedback.offset.item() == 0 and report.score_center == 0.5
     examples, _ = load(*rows, score_center="dataset", unit=False)
     assert examples[0].feedback.offset.item() == pytest.approx(0.2)
-    with pytest.raises(
-        ValueError, match="score_center=3 gives 3.0, but it must lie strictly between 0 and 1"
-    ):
+    message = "score_center=3 gives 3.0, but it must lie strictly between 0 and 1"
+    with pytest.raises(ValueError, match=message):
         load(*rows, score_center=3)
 
 
-# Refusals
+# ---- refusals ------------------------------------------------------------------------------------
 
 PAIR_ROW = {"prompt": "p", "chosen": "a", "rejected": "b"}
 ONE = {"prompt": "p", "completion": "a"}
@@ -497,7 +517,7 @@ def test_options_refuse_by_name(options, message):
         RecordOptions(**options)
 
 
-# Sources
+# ---- sources -------------------------------------------------------------------------------------
 
 
 def test_source_entries(tmp_path):
@@ -514,10 +534,8 @@ def test_source_entries(tmp_path):
     source = Source.parse(entry, defaults)
     assert (source.weight, source.split) == (0.5, "test")
     assert source.options == RecordOptions(feedback="pairs", ties="soft", max_tokens=99)
-    with pytest.raises(
-        ValueError,
-        match="'x': unknown key 'wieght'; known keys: path, weight, split, online, columns",
-    ):
+    message = "'x': unknown key 'wieght'; known keys: path, weight, split, online, columns"
+    with pytest.raises(ValueError, match=message):
         Source.parse({"path": "x", "wieght": 1}, defaults)
     with pytest.raises(ValueError, match="'x': ties='hard' is not one of"):
         Source.parse({"path": "x", "ties": "hard"}, defaults)
@@ -542,11 +560,8 @@ def test_parquet_and_directory(tmp_path, tokenizer):
     (tmp_path / "README.md").write_text("not data")
     (tmp_path / ".hidden.jsonl").write_text("not data")
     examples, _ = load_examples(Source(str(tmp_path)), tokenizer, require_unit_scores=True)
-    assert [e.origin.rpartition("/")[2] for e in examples] == [
-        "a.jsonl:1",
-        "b.parquet:0",
-        "b.parquet:1",
-    ]
+    origins = [e.origin.rpartition("/")[2] for e in examples]
+    assert origins == ["a.jsonl:1", "b.parquet:0", "b.parquet:1"]
     assert table(examples[1].feedback) == [(PAIR, 0, 1, 1.0)]
     pyarrow.parquet.write_table(
         pyarrow.table({"prompt": ["p"], "completion": ["a"], "label": [1]}), tmp_path / "c.parquet"
@@ -580,25 +595,19 @@ def test_dataset_by_name(monkeypatch, tokenizer):
         calls.append((name, config, split))
         if name == "org/missing":
             raise ConnectionError("unreachable")
-        return datasets.Dataset.from_list(
-            [
-                {"prompt": [USER], "completion": "a", "label": True},
-                {"prompt": [USER], "completion": "a", "label": None},
-            ]
-        )
+        row = {"prompt": [USER], "completion": "a", "label": True}
+        return datasets.Dataset.from_list([row, {**row, "label": None}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(ValueError, match=r"^org/set:small\[test\]:1: label is null"):
         load_examples(Source("org/set:small", split="test"), tokenizer, require_unit_scores=True)
     assert calls == [("org/set", "small", "test")]
-    with pytest.raises(
-        ValueError,
-        match="'org/missing' is neither a file, a directory, nor a loadable.*unreachable",
-    ):
+    message = "'org/missing' is neither a file, a directory, nor a loadable.*unreachable"
+    with pytest.raises(ValueError, match=message):
         load_examples(Source("org/missing"), tokenizer, require_unit_scores=True)
 
 
-# Tokens
+# ---- tokens --------------------------------------------------------------------------------------
 
 ASSISTANT = "<|im_start|>assistant\n"
 
@@ -617,26 +626,29 @@ def test_plain_text_has_one_bos_and_one_eos(load, single, bos):
 
 def test_chat_ends_with_the_template_s_end_of_turn(load, tokenizer):
     system = {"role": "system", "content": "be good"}
-    rows = [
-        {"prompt": [system, USER], "completion": answer, "label": True}
-        for answer in ([bot("the cat \n")], "the cat", [bot("the cat<|im_end|>")])
-    ]
-    rows.append(
-        {"prompt": [system, USER], "chosen": [system, USER, bot("the cat")], "rejected": "no"}
-    )
+    prompt = [system, USER]
+    rows = []
+    for answer in ([bot("the cat \n")], "the cat", [bot("the cat<|im_end|>")]):
+        rows.append({"prompt": prompt, "completion": answer, "label": True})
+    rows.append({"prompt": prompt, "chosen": [*prompt, bot("the cat")], "rejected": "no"})
+    text = "<|im_start|>system\nbe good<|im_end|>\n<|im_start|>user\nhi there<|im_end|>\n"
+    text += ASSISTANT
     for example in load(*rows)[0]:
-        text = (
-            "<|im_start|>system\nbe good<|im_end|>\n<|im_start|>user\nhi there<|im_end|>\n"
-            + ASSISTANT
-        )
         assert example.prompt_ids.tolist() == [BOS, *ids(tokenizer, text)]
         assert example.responses[0].tolist() == [*ids(tokenizer, "the cat"), END]
+
+
+def test_text_after_an_answer():
+    """Where a response ends, and so what a sampler stops at."""
+    assert text_after_answer(make_tokenizer(), [USER]) == ("<|im_end|>", "\n")
+    assert text_after_answer(make_tokenizer(template=PLAIN_CHAT), [USER]) == ("", "\n")
 
 
 def test_template_without_end_of_turn_gets_eos_and_keeps_the_text_s_own_space(load):
     tokenizer = make_tokenizer(template=PLAIN_CHAT)
     examples, _ = load({"prompt": [USER], "completion": "the cat "}, tokenizer=tokenizer)
-    # "assistant: " and "the" may merge at the boundary: the two parts must still spell the rendering.
+    # "assistant: " and "the" may merge at the boundary: together they must still spell the
+    # rendering.
     assert tokenizer.decode(examples[0].prompt_ids) == "user: hi there\nassistant: "
     assert tokenizer.decode(examples[0].responses[0]) == "the cat </s>"
     assert examples[0].responses[0].tolist().count(EOS) == 1
@@ -651,36 +663,36 @@ def test_tokenizer_that_puts_a_space_before_any_text():
     raw.train_from_iterator(["user", "assistant", "\n", "hi there", "the cat"], trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", unk_token="<unk>")
     tokenizer.chat_template = CHATML.replace("{{ bos_token }}", "")
-    prompt, (answer,), _ = Encoder(tokenizer, RecordOptions()).encode(
-        Record([USER], ([bot("the cat")],))
-    )
+    record = Record([USER], ([bot("the cat")],))
+    prompt, (answer,), _ = Encoder(tokenizer, RecordOptions()).encode(record)
     whole = tokenizer.apply_chat_template([USER, bot("the cat")], tokenize=False).rstrip("\n")
     assert [*prompt, *answer] == ids(tokenizer, whole)
     assert answer[-1] == END
 
 
-def test_templates_and_tokenizers_that_cannot_work(load):
-    row = {"prompt": [USER], "completion": "a"}
-    with pytest.raises(ValueError, match="tokenizer tiny-bpe has no eos_token.*set eos_token"):
-        load(row, tokenizer=make_tokenizer(eos_token=None))
-    with pytest.raises(
-        ValueError, match="tokenizer tiny-bpe has no chat template; set chat_template"
-    ):
-        load(row, tokenizer=make_tokenizer(template=None))
-    shifting = CHATML + "{{ messages | length }}"
-    with pytest.raises(
-        ValueError, match="chat template of tiny-bpe renders prompt .* must be its beginning"
-    ):
-        load(row, tokenizer=make_tokenizer(template="{{ messages | length }}" + shifting))
-    refusing = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(
-        ValueError,
-        match="rows.jsonl:1: the chat template of tiny-bpe refuses.*roles must alternate",
-    ):
-        load(row, tokenizer=make_tokenizer(template=refusing))
-    with pytest.raises(ValueError, match="does not end this response"):
-        odd = CHATML.replace("<|im_end|>", "{% if m.content != 'a' %}<|im_end|>{% endif %}")
-        load(row, tokenizer=make_tokenizer(template=odd))
+SHIFTING = "{{ messages | length }}" + CHATML + "{{ messages | length }}"
+SOMETIMES = CHATML.replace("<|im_end|>", "{% if m.content != 'a' %}<|im_end|>{% endif %}")
+
+
+@pytest.mark.parametrize(
+    ("special", "message"),
+    [
+        ({"eos_token": None}, "tokenizer tiny-bpe has no eos_token.*set eos_token"),
+        ({"template": None}, "tokenizer tiny-bpe has no chat template; set chat_template"),
+        (
+            {"template": SHIFTING},
+            "chat template of tiny-bpe renders prompt .* must be its beginning",
+        ),
+        (
+            {"template": "{{ raise_exception('roles must alternate') }}"},
+            "rows.jsonl:1: the chat template of tiny-bpe refuses.*roles must alternate",
+        ),
+        ({"template": SOMETIMES}, "does not end this response"),
+    ],
+)
+def test_templates_and_tokenizers_that_cannot_work(load, special, message):
+    with pytest.raises(ValueError, match=message):
+        load({"prompt": [USER], "completion": "a"}, tokenizer=make_tokenizer(**special))
 
 
 def test_truncation_keeps_bos_and_the_end_of_the_prompt(load, tokenizer):
@@ -691,36 +703,30 @@ def test_truncation_keeps_bos_and_the_end_of_the_prompt(load, tokenizer):
         assert examples[0].prompt_ids.tolist() == [BOS, *full.prompt_ids[-4:]]
         assert [r.tolist() for r in examples[0].responses] == [r.tolist() for r in full.responses]
         assert report.truncated_prompts == 1 and "1 prompts truncated" in str(report)
-    assert (
-        load(row, max_tokens=len(full.prompt_ids) + len(full.responses[1]))[1].truncated_prompts
-        == 0
-    )
+    _, report = load(row, max_tokens=len(full.prompt_ids) + len(full.responses[1]))
+    assert report.truncated_prompts == 0
 
 
-# Mixing
+# ---- mixing --------------------------------------------------------------------------------------
 
 
 def test_mixture_weights_and_determinism():
     order = mixture_order([4, 10, 3], [1, 2.5, 0.5], seed=3, epoch=0)
     counts = np.bincount(order, minlength=17)
     assert order.dtype == np.int64 and len(order) == 4 + 25 + 2
-    assert (
-        (counts[:4] == 1).all()
-        and sorted(counts[4:14]) == [2] * 5 + [3] * 5
-        and counts[14:].max() == 1
-    )
+    assert (counts[:4] == 1).all()
+    assert sorted(counts[4:14]) == [2] * 5 + [3] * 5
+    assert counts[14:].max() == 1
     assert (order == mixture_order([4, 10, 3], [1, 2.5, 0.5], seed=3, epoch=0)).all()
     assert (order != np.sort(order)).any()
     halves = [frozenset(mixture_order([100], [0.5], seed=3, epoch=epoch)) for epoch in range(4)]
     assert len(set(halves)) == 4 and all(len(half) == 50 for half in halves)
     assert set(mixture_order([100], [0.5], seed=4, epoch=0)) != halves[0]
-    assert (
-        len(mixture_order([10], [0.01], seed=0, epoch=0)) == 1
-        and len(mixture_order([], [], seed=0, epoch=0)) == 0
-    )
+    assert len(mixture_order([10], [0.01], seed=0, epoch=0)) == 1
+    assert len(mixture_order([], [], seed=0, epoch=0)) == 0
 
 
-# Batches
+# ---- batches -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -740,67 +746,58 @@ def examples(load):
 
 def test_packed_token_by_token(examples):
     batch = collate(examples, packed=True)
-    at, flat, rows = 0, batch.input_ids[0].tolist(), iter(batch.rows.tolist())
+    flat = batch.input_ids[0].tolist()
+    positions = batch.position_ids[0].tolist()
+    rows = iter(batch.rows.tolist())
+    at = 0
     for example, segment in zip(examples, batch.segments, strict=True):
         length = len(example.prompt_ids)
         assert segment.prompt == (at, at + length)
         assert flat[at : at + length] == example.prompt_ids.tolist()
-        assert batch.position_ids[0, at : at + length].tolist() == list(range(length))
-        last, at = at + length - 1, at + length
+        assert positions[at : at + length] == list(range(length))
+        at += length
+        last_of_prompt = at - 1
         for response, (start, stop) in zip(example.responses, segment.responses, strict=True):
-            assert (start, stop) == (at, at + len(response)) and flat[
-                start:stop
-            ] == response.tolist()
-            assert batch.position_ids[0, start:stop].tolist() == list(
-                range(length, length + len(response))
-            )
-            assert [next(rows) for _ in response] == [last, *range(start, stop - 1)]
+            assert (start, stop) == (at, at + len(response))
+            assert flat[start:stop] == response.tolist()
+            assert positions[start:stop] == list(range(length, length + len(response)))
+            own_rows = [next(rows) for _ in response]
+            assert own_rows == [last_of_prompt, *range(start, stop - 1)]
             at = stop
-    assert (
-        at == len(flat) == batch.num_tokens
-        and next(rows, None) is None
-        and batch.attention_mask is None
-    )
+    assert at == len(flat) == batch.num_tokens
+    assert next(rows, None) is None and batch.attention_mask is None
 
 
 def test_padded_token_by_token(examples):
     batch = collate(examples, packed=False, pad_id=7)
-    width, b, rows = batch.input_ids.shape[1], 0, iter(batch.rows.tolist())
+    count, width = batch.input_ids.shape
+    rows = iter(batch.rows.tolist())
+    sequences = []
     for example in examples:
-        for response in example.responses:
-            tokens = [*example.prompt_ids, *response]
-            assert batch.input_ids[b].tolist() == tokens + [7] * (width - len(tokens))
-            assert batch.attention_mask[b].tolist() == [1] * len(tokens) + [0] * (
-                width - len(tokens)
-            )
-            first = b * width + len(example.prompt_ids) - 1
-            assert [next(rows) for _ in response] == list(range(first, first + len(response)))
-            b += 1
-    assert (
-        b == 6 == batch.input_ids.shape[0] and batch.segments is None and next(rows, None) is None
-    )
-    assert batch.num_tokens == batch.attention_mask.sum() and batch.position_ids[
-        3
-    ].tolist() == list(range(width))
+        sequences += [(example.prompt_ids.tolist(), r.tolist()) for r in example.responses]
+    assert count == len(sequences) == 6 and batch.segments is None
+    for b, (prompt, response) in enumerate(sequences):
+        tokens = prompt + response
+        padding = width - len(tokens)
+        assert batch.input_ids[b].tolist() == tokens + [7] * padding
+        assert batch.attention_mask[b].tolist() == [1] * len(tokens) + [0] * padding
+        assert batch.position_ids[b].tolist() == list(range(width))
+        first = b * width + len(prompt) - 1
+        own_rows = [next(rows) for _ in response]
+        assert own_rows == list(range(first, first + len(response)))
+    assert next(rows, None) is None
+    assert batch.num_tokens == batch.attention_mask.sum()
 
 
 def test_layouts_agree(examples):
     packed, padded = collate(examples, packed=True), collate(examples, packed=False)
-    assert (
-        packed.targets.tolist()
-        == padded.targets.tolist()
-        == np.concatenate([r for e in examples for r in e.responses]).tolist()
-    )
-    assert packed.cu_seqlens.tolist() == padded.cu_seqlens.tolist() and packed.cu_seqlens[
-        -1
-    ] == len(packed.targets)
-    assert (
-        packed.cu_seqlens.dtype
-        == packed.targets.dtype
-        == packed.rows.dtype
-        == packed.input_ids.dtype
-        == torch.int64
-    )
+    responses = itertools.chain.from_iterable(example.responses for example in examples)
+    targets = np.concatenate(list(responses)).tolist()
+    assert packed.targets.tolist() == padded.targets.tolist() == targets
+    assert packed.cu_seqlens.tolist() == padded.cu_seqlens.tolist()
+    assert packed.cu_seqlens[-1] == len(targets)
+    for tensor in (packed.cu_seqlens, packed.targets, packed.rows, packed.input_ids):
+        assert tensor.dtype == torch.int64
     assert table(packed.feedback) == table(padded.feedback)
     assert packed.feedback.weight.tolist() == [2.0] + [1.0] * 7
     assert table(packed.feedback)[:4] == [
@@ -810,15 +807,10 @@ def test_layouts_agree(examples):
         (PAIR, 5, 3, 1.0),
     ]
     # A row predicts the token after it: the same token at the same position in both layouts.
-    for batch in (packed, padded):
-        assert (
-            batch.input_ids.flatten()[batch.rows].tolist()
-            == padded.input_ids.flatten()[padded.rows].tolist()
-        )
-        assert (
-            batch.position_ids.flatten()[batch.rows].tolist()
-            == padded.position_ids.flatten()[padded.rows].tolist()
-        )
+    for name in ("input_ids", "position_ids"):
+        in_packed = getattr(packed, name).flatten()[packed.rows]
+        in_padded = getattr(padded, name).flatten()[padded.rows]
+        assert in_packed.tolist() == in_padded.tolist(), name
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -826,15 +818,11 @@ def test_no_examples_still_give_something_to_run(packed, load):
     for nothing in ([], load({"prompt": "hi"}, prompts=True)[0]):
         batch = collate(nothing, packed=packed, pad_id=5)
         assert batch.input_ids.tolist() == [[5, 5]] and batch.position_ids.tolist() == [[0, 1]]
-        assert (
-            batch.rows.numel()
-            == batch.targets.numel()
-            == batch.num_tokens
-            == batch.feedback.num_units
-            == 0
-        )
+        assert batch.rows.numel() == batch.targets.numel() == 0
+        assert batch.num_tokens == batch.feedback.num_units == 0
         assert batch.cu_seqlens.tolist() == [0] and batch.ref_logps is None
-        assert batch.rows.dtype == batch.targets.dtype == batch.input_ids.dtype == torch.int64
+        for tensor in (batch.rows, batch.targets, batch.input_ids):
+            assert tensor.dtype == torch.int64
         assert batch.segments == ((Segment((0, 1), ((1, 2),)),) if packed else None)
         assert (batch.attention_mask is None) == packed
 

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from una_fast.data.examples import load_examples
-from una_fast.data.records import RecordOptions
+from una_fast.data.settings import RecordOptions
 from una_fast.data.sources import Source
 from una_fast.demo.compare import reliability
 from una_fast.demo.rewards import known_words, names_the_object, repeats_nothing, well_formed

@@ -1,4 +1,4 @@
-"""The feedback table: what it builds, how it joins, and what it refuses, by name and value."""
+"""The feedback table: columns, joins, and refusals by name and value."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ NAN, INF = float("nan"), float("inf")
 
 
 def table(feedback: Feedback) -> list[tuple]:
-    return list(zip(*(getattr(feedback, f.name).tolist() for f in fields(feedback)), strict=True))
+    """Return the units as rows."""
+    columns = [getattr(feedback, field.name).tolist() for field in fields(feedback)]
+    return list(zip(*columns, strict=True))
 
 
 def test_columns_of_each_kind():
@@ -34,11 +36,10 @@ def test_columns_of_each_kind():
 def test_columns_are_float64_and_on_the_cpu_and_detached():
     source = torch.tensor([0.25], dtype=torch.float32, requires_grad=True)
     feedback = Feedback.scores(torch.tensor([0], dtype=torch.int32), source)
-    dtypes = {f.name: getattr(feedback, f.name).dtype for f in fields(feedback)}
-    assert {name: dtypes[name] for name in ("kind", "first", "second")} == dict.fromkeys(
-        ("kind", "first", "second"), torch.int64
-    )
-    assert {dtypes[name] for name in ("value", "margin", "weight", "offset")} == {torch.float64}
+    for name in ("kind", "first", "second"):
+        assert getattr(feedback, name).dtype == torch.int64
+    for name in ("value", "margin", "weight", "offset"):
+        assert getattr(feedback, name).dtype == torch.float64
     assert not feedback.value.requires_grad
     with torch.no_grad():
         source.fill_(0.75)

@@ -459,7 +459,7 @@ def test_packed_rows_equal_separate_sequences(window):
         assert relative_error(a.float(), b.float()) < 5e-2
 
 
-def row_of(*shapes: tuple[int, tuple[int, ...]]) -> tuple[rows.RowRanges, int]:
+def row_of(*shapes: tuple[int, tuple[int, ...]]) -> tuple[rows.RowLayout, int]:
     segments, start = [], 0
     for prompt, responses in shapes:
         bounds = [start, start + prompt]
@@ -469,11 +469,11 @@ def row_of(*shapes: tuple[int, tuple[int, ...]]) -> tuple[rows.RowRanges, int]:
             Segment((bounds[0], bounds[1]), tuple(zip(bounds[1:-1], bounds[2:], strict=True)))
         )
         start = bounds[-1]
-    return rows.row_ranges(tuple(segments), start), start
+    return rows.row_layout(tuple(segments), start), start
 
 
 def kernel_named(name: str) -> varlen.VarlenKernel:
-    kernel = {"flash-attn": varlen._flash_attn, "torch": varlen._torch_varlen}[name]()
+    kernel = {"flash-attn": varlen.flash_attn_kernel, "torch": varlen.torch_kernel}[name]()
     if kernel is None and name == "flash-attn":
         pytest.skip("flash_attn is not importable")
     assert kernel is not None
@@ -490,7 +490,7 @@ def test_varlen_kernels_equal_the_sdpa_path(name, softcap, heads, dim, window, d
     """Forward and gradient of the kernel that is really there, against the path that the CPU tests show to be right."""
     kernel = kernel_named(name)
     row, total = row_of((700, (130, 257, 64)), (90, (33,)), (5, (300, 1)))
-    scores = sdpa.Scores(2 * dim**-0.5, window, softcap, None)
+    scores = sdpa.ScoreRule(2 * dim**-0.5, window, softcap, None)
     inputs = [
         torch.randn(1, n, total, dim, device=DEVICE, dtype=dtype)
         for n in (heads[0], heads[1], heads[1])
@@ -531,7 +531,7 @@ def test_memory_of_a_prompt_that_four_responses_share():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        scores = sdpa.Scores(dim**-0.5, None, None, None)
+        scores = sdpa.ScoreRule(dim**-0.5, None, None, None)
         varlen.attend_varlen(*qkv, row, scores, kernel.call).sum().backward()
         torch.cuda.synchronize()
         peaks.append(torch.cuda.max_memory_allocated() - before)

@@ -1,4 +1,4 @@
-"""On a CUDA device: whole training steps take the memory that was planned, and what travels beside them arrives."""
+"""On a CUDA device: steps take the planned memory, and data moved beside a step arrives."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 from tiny import make_config, make_records, make_tokenizer, write_jsonl
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from una_fast.capacity.trace import StepTracer, Row
+from una_fast.capacity.trace import Row, StepTracer
 from una_fast.data.loader import Step
 from una_fast.distributed import start_world
+from una_fast.train.build import build_run
 from una_fast.train.loop import Trainer, train
 from una_fast.train.measure import measured_peak
 from una_fast.train.run_data import RunData
@@ -66,7 +67,8 @@ def open_run(directory, tokenizer, output_dir, batch, **changes):
     config = make_config(directory, ["unread.jsonl"], output_dir, **settings | changes)
     output_dir.mkdir()
     torch.manual_seed(0)
-    return config, Trainer(config, start_world("cuda"), tokenizer, RunData([batch], [1.0]))
+    data = RunData([batch], [1.0])
+    return config, Trainer(build_run(config, start_world("cuda"), tokenizer, data))
 
 
 @pytest.mark.parametrize("name", MEMORY_SETTINGS)
@@ -81,7 +83,7 @@ def test_the_plan_of_a_step_is_within_a_tenth_of_what_is_allocated(name, llama_2
 
 @pytest.mark.parametrize("name", ["offload", "host optimizer"])
 def test_what_travels_beside_the_computation_arrives(name, llama_200m, tmp_path):
-    """Copies on streams of their own, awaited: three steps give the numbers of a run without them, bitwise."""
+    """Copies on separate streams are awaited: three steps give a plain run's numbers, bitwise."""
     batch = [Row(3000, (500, 700)).example()]
     on = MEMORY_SETTINGS[name]
     off = {**on, "offload_activations": False}
@@ -114,7 +116,7 @@ def test_liger_computes_what_the_model_does(llama_200m, tmp_path):
 @pytest.mark.parametrize("settings", [{}, {"lora": {"r": 8}}], ids=["full", "lora"])
 @pytest.mark.parametrize("generation", ["padded", "continuous"])
 def test_an_online_run_samples_from_its_policy(generation, settings, llama_200m, tmp_path):
-    """In bf16 the sampler's log-probs and those of the packed step differ by rounding alone: the KL starts near 0."""
+    """Sampler and packed step differ by rounding alone in bf16: the KL starts near 0."""
     prompts = write_jsonl(
         tmp_path / "prompts.jsonl", [{"prompt": r["prompt"]} for r in make_records("scores", 16)]
     )

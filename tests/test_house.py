@@ -17,7 +17,8 @@ FILES = [*PACKAGE, *sorted((ROOT / "kernels").glob("*.py"))]
 # Who may import whom: a room imports from the lines below its own, and from itself where it is a
 # folder. Rooms of one line do not know each other.
 LAYERS = """
-feedback offsets counters distributed checks logs attention
+feedback offsets counters distributed checks logs score_maps
+attention
 losses data rewards kernels
 head
 model
@@ -143,7 +144,8 @@ import torch, una_fast
 for name in una_fast.__all__:
     getattr(una_fast, name)
 hidden = torch.randn(4, 8, requires_grad=True)
-out = una_fast.linear_una_loss(hidden, torch.randn(11, 8), torch.zeros(4, dtype=torch.int64), torch.tensor([0, 2, 4]),
+targets, cu_seqlens = torch.zeros(4, dtype=torch.int64), torch.tensor([0, 2, 4])
+out = una_fast.linear_una_loss(hidden, torch.randn(11, 8), targets, cu_seqlens,
                                una_fast.Feedback.pairs([0], [1]), ref_logps=torch.zeros(2))
 out.loss.backward()
 """
@@ -151,7 +153,7 @@ out.loss.backward()
 
 
 def test_kernels_folder_does_not_shadow_hugging_face_kernels():
-    """transformers imports a package called `kernels` by its bare name; ours must only exist as una_fast.kernels."""
+    """transformers imports a package `kernels` by its bare name; ours is una_fast.kernels alone."""
     assert (ROOT / "kernels" / "__init__.py").read_bytes() == b""
     import kernels
 

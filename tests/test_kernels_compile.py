@@ -1,7 +1,7 @@
-"""The kernels compile for GPUs that are not there, without a spill, and the committed table of that is up to date.
+"""Kernels compile for GPUs that are not there, without a spill, and the committed table agrees.
 
-Compilation needs Triton's compiler, and the other tests of the kernels its interpreter: so it runs in a process of
-its own. bench/kernels_compile.py without arguments rewrites the table.
+Compilation needs Triton's compiler, and the other tests of the kernels need the interpreter; so a
+separate process compiles. bench/kernels_compile.py without arguments rewrites the table.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def table():
 
 @pytest.fixture(scope="module")
 def fresh():
-    """A few rows per target, compiled now, and the names of all rows there should be."""
+    """Compile a few rows per target; also the names of all rows that the table should have."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(
         [sys.executable, SCRIPT, "--subset"], capture_output=True, text=True, env=environment
@@ -43,7 +43,7 @@ def test_the_table_has_every_variant(table, fresh):
 def test_nothing_spills(table, fresh):
     """Neither as recorded nor, in part, as this compiler has it."""
     for rows in (table["rows"], fresh["rows"]):
-        assert not {name: row for name, row in rows.items() if row["spills"]}
+        assert not [name for name, row in rows.items() if row["spills"]]
 
 
 def test_the_table_is_what_the_compiler_says(table, fresh):

@@ -1,4 +1,4 @@
-"""The loss table: every form against its formula written out, the methods it must equal, and what it refuses."""
+"""The loss table: every form against the formula, equality with known methods, refusals."""
 
 from __future__ import annotations
 
@@ -78,33 +78,33 @@ def test_label_and_score_formula(kind, form, value, constant, offset, weight):
     assert out.rewards.item() == pytest.approx(1.0, rel=1e-12), "rewards carry no offset"
 
 
-@pytest.mark.parametrize(
-    "form",
-    [("pair", f) for f in PAIR_FORMS]
-    + [("binary", f) for f in BINARY_FORMS]
-    + [("score", f) for f in SCORE_FORMS],
-)
-@pytest.mark.parametrize("lead", [0.0, 1e3, -1e3, 1e5, -1e5])
-def test_extreme_rewards_stay_finite(form, lead):
-    """log(sigmoid(x)) is -inf below -745; a table built on it gives NaN gradients after a bad step."""
-    objective = Objective(beta=1.0, **dict([form]))
+FORMS = [
+    *(("pair", form) for form in PAIR_FORMS),
+    *(("binary", form) for form in BINARY_FORMS),
+    *(("score", form) for form in SCORE_FORMS),
+]
+
+
+@pytest.mark.parametrize(("kind", "form"), FORMS)
+def test_extreme_rewards_stay_finite(kind, form):
+    """log(sigmoid(x)) is -inf below -745: as a loss, gradients would be NaN after a bad step."""
+    objective = Objective(beta=1.0, **{kind: form})
     feedback = {
         "pair": Feedback.pairs([0], [1], target=0.9),
         "binary": Feedback.binary([0, 1], [True, False]),
         "score": Feedback.scores([0, 1], [0.9, 0.1]),
-    }[form[0]]
-    policy = logps(lead, -lead)
-    out = una_loss(policy, torch.zeros(2), feedback, objective=objective)
-    out.loss.backward()
-    assert torch.isfinite(out.loss) and torch.isfinite(policy.grad).all()
+    }[kind]
+    for lead in (0.0, 1e3, -1e3, 1e5, -1e5):
+        policy = logps(lead, -lead)
+        out = una_loss(policy, torch.zeros(2), feedback, objective=objective)
+        out.loss.backward()
+        assert torch.isfinite(out.loss) and torch.isfinite(policy.grad).all(), lead
 
 
-ALL_FORMS = list(product(PAIR_FORMS, BINARY_FORMS, SCORE_FORMS))
-
-
-@pytest.mark.parametrize("forms", ALL_FORMS, ids="-".join)
+@pytest.mark.parametrize(("kind", "form"), FORMS)
 @pytest.mark.parametrize("length_normalize", [False, True])
-def test_gradcheck(forms, length_normalize):
+def test_gradcheck(kind, form, length_normalize):
+    """Over units of all kinds that share responses, with each form once."""
     feedback = Feedback.merge(
         [
             Feedback.pairs(
@@ -118,8 +118,7 @@ def test_gradcheck(forms, length_normalize):
             Feedback.scores([1, 2], [0.2, 0.8], weight=0.3),
         ]
     )
-    pair, binary, score = forms
-    objective = Objective(0.7, pair, binary, score, offset=0.2, length_normalize=length_normalize)
+    objective = Objective(beta=0.7, offset=0.2, length_normalize=length_normalize, **{kind: form})
     torch.manual_seed(0)
     policy = torch.randn(5, dtype=torch.float64, requires_grad=True)
     ref = torch.randn(5, dtype=torch.float64)
@@ -147,10 +146,8 @@ def test_only_the_loss_is_differentiable_and_everything_is_float64():
 def test_narrow_logps_are_computed_in_float64(dtype):
     policy, ref = torch.randn(4).to(dtype), torch.randn(4).to(dtype)
     feedback = Feedback.merge([Feedback.pairs([0], [1]), Feedback.binary([2, 3], [True, False])])
-    narrow, wide = (
-        una_loss(policy, ref, feedback),
-        una_loss(policy.double(), ref.double(), feedback),
-    )
+    narrow = una_loss(policy, ref, feedback)
+    wide = una_loss(policy.double(), ref.double(), feedback)
     assert all(torch.equal(a, b) for a, b in zip(narrow, wide, strict=True))
 
 
@@ -172,31 +169,27 @@ def test_outputs_do_not_share_memory_with_the_inputs(dtype):
         ({"reduction": "sum"}, 1),
         ({"num_units": 12}, 12),
         ({"num_units": torch.tensor(6)}, 6),
-    ]
-    + [
-        ({"reduction": "sum", "num_units": 12}, 1),
         ({"num_units": torch.tensor(2.0, dtype=torch.float64)}, 2),
+        ({"reduction": "sum", "num_units": 12}, 1),
     ],
 )
 def test_denominator_counts_units_not_weights(arguments, divisor):
     feedback = Feedback.scores([0, 1, 1], [0.1, 0.6, 0.9], weight=[3.0, 0.0, 0.5])
     out = una_loss(logps(-1.0, -2.0), logps(0.0, -5.0), feedback, **arguments)
     assert out.loss.shape == ()
-    assert out.loss.item() == pytest.approx(
-        float((out.unit_losses * feedback.weight).sum()) / divisor, rel=1e-12
-    )
+    weighted = float((out.unit_losses * feedback.weight).sum())
+    assert out.loss.item() == pytest.approx(weighted / divisor, rel=1e-12)
 
 
 def test_accumulated_micro_batches_equal_the_whole():
     """Dividing each micro-batch by its own count weights units by the size of their micro-batch."""
     torch.manual_seed(1)
     policy, ref = torch.randn(5, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
-    parts = [
-        (slice(0, 2), Feedback.pairs([0], [1])),
-        (slice(2, 5), Feedback.scores([0, 1, 2], [0.1, 0.5, 1.0])),
-    ]
-    whole = Feedback.merge([parts[0][1], parts[1][1].shift(2)])
-    split = sum(una_loss(policy[rows], ref[rows], part, num_units=4).loss for rows, part in parts)
+    pair = Feedback.pairs([0], [1])
+    scores = Feedback.scores([0, 1, 2], [0.1, 0.5, 1.0])
+    whole = Feedback.merge([pair, scores.shift(2)])
+    split = una_loss(policy[:2], ref[:2], pair, num_units=4).loss
+    split += una_loss(policy[2:], ref[2:], scores, num_units=4).loss
     torch.testing.assert_close(split, una_loss(policy, ref, whole).loss, rtol=1e-13, atol=0)
 
 
@@ -223,16 +216,18 @@ def test_length_normalization_is_a_mean_over_tokens_in_rewards_only():
     assert out.logps.tolist() == [-4.0, -20.0] and out.ref_logps.tolist() == [-8.0, -5.0]
 
 
-# ---------------------------------------------------------------------------------------- equal to known methods
+# ---- equal to known methods ----
 
 
 @pytest.mark.parametrize(
     "rewards", [[0.3, -0.1, 0.7, 1.5], [0.0, 22.0, 30.0, 0.0], [-12.0, 12.0, -11.0, 10.0]]
 )
 def test_pair_logistic_is_dpo(rewards):
-    """Also for pairs in the wrong order by more than 20, where softplus is cut off and logsigmoid is not."""
-    policy, ref = logps(*(10 * r for r in rewards)), torch.zeros(4, dtype=torch.float64)
-    dpo = -F.logsigmoid(0.1 * ((policy[0::2] - ref[0::2]) - (policy[1::2] - ref[1::2]))).mean()
+    """Also for pairs in the wrong order by more than 20, where softplus would be cut off."""
+    policy = logps(*(10 * r for r in rewards))
+    ref = torch.zeros(4, dtype=torch.float64)
+    chosen, rejected = (policy - ref).view(2, 2).T
+    dpo = -F.logsigmoid(0.1 * (chosen - rejected)).mean()
     ours = una_loss(policy, ref, Feedback.pairs([0, 2], [1, 3]), objective=Objective(beta=0.1)).loss
     torch.testing.assert_close(ours, dpo, rtol=1e-14, atol=0)
     ours_grad, dpo_grad = (torch.autograd.grad(loss, policy)[0] for loss in (ours, dpo))
@@ -241,10 +236,8 @@ def test_pair_logistic_is_dpo(rewards):
 
 def test_binary_bce_is_bco_with_shift_zero():
     torch.manual_seed(0)
-    policy, ref = (
-        torch.randn(6, dtype=torch.float64, requires_grad=True),
-        torch.randn(6, dtype=torch.float64),
-    )
+    policy = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    ref = torch.randn(6, dtype=torch.float64)
     label = torch.tensor([True, False, True, True, False, False])
     reward, shift = 0.1 * (policy - ref), 0.0
     bco = torch.where(label, -F.logsigmoid(reward - shift), -F.logsigmoid(-(reward - shift))).mean()
@@ -259,19 +252,14 @@ def test_binary_bce_is_bco_with_shift_zero():
 @pytest.mark.parametrize("form", ["mse", "bce"])
 def test_scores_of_zero_and_one_are_labels(form):
     torch.manual_seed(0)
-    policy, ref = (
-        torch.randn(4, dtype=torch.float64, requires_grad=True),
-        torch.randn(4, dtype=torch.float64),
-    )
+    policy = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    ref = torch.randn(4, dtype=torch.float64)
     label = [True, False, False, True]
     objective = Objective(binary=form, score=form, offset=0.3)
-    tables = (
-        Feedback.scores(range(4), [float(x) for x in label], offset=0.1),
-        Feedback.binary(range(4), label, offset=0.1),
-    )
-    by_score, by_label = (
-        una_loss(policy, ref, feedback, objective=objective) for feedback in tables
-    )
+    scores = Feedback.scores(range(4), [float(x) for x in label], offset=0.1)
+    labels = Feedback.binary(range(4), label, offset=0.1)
+    by_score = una_loss(policy, ref, scores, objective=objective)
+    by_label = una_loss(policy, ref, labels, objective=objective)
     assert torch.equal(by_score.unit_losses, by_label.unit_losses)
     grads = [torch.autograd.grad(out.loss, policy)[0] for out in (by_score, by_label)]
     assert torch.equal(*grads)
@@ -280,9 +268,11 @@ def test_scores_of_zero_and_one_are_labels(form):
 def trl_dpo_loss(
     loss_type: str, token_logps: torch.Tensor, mask: torch.Tensor, ref: torch.Tensor, beta: float
 ):
-    """TRL's own DPOTrainer._compute_loss on given per-token log-probs: its formula, not a copy of it.
+    """Call DPOTrainer._compute_loss of TRL on given token log-probs: the formula, not a copy.
 
-    token_logps: [2 pairs, T], chosen sequences first; mask: [2 pairs, T + 1], True on completion tokens."""
+    token_logps: [2 pairs, T], chosen sequences first
+    mask: [2 pairs, T + 1], True on completion tokens
+    """
     trainer = pytest.importorskip("trl.trainer.dpo_trainer", reason="needs trl").DPOTrainer
     accelerator = SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x)
     this = SimpleNamespace(
@@ -347,20 +337,20 @@ def test_same_as_trl(loss_type, objective, feedback):
 @pytest.mark.parametrize("baseline", [0.0, 0.7, -3.0])
 @pytest.mark.parametrize("where", ["objective", "unit"])
 def test_reward_mse_on_policy_is_the_rlhf_gradient(baseline, where):
-    """On-policy with samples stop-gradient, grad E_y[(r + f - R)^2] = -2 beta grad J, exactly, for any constant f.
+    """On-policy, grad E_y[(r + f - R)^2] = -2 beta grad J, exactly, for any constant f.
 
-    With r = beta log(pi/ref) and the sampling weight pi(y) of each response held fixed,
+    With r = beta log(pi/ref), and the sampling weight pi(y) of each response held fixed,
         grad sum_y pi(y) (r + f - R)^2 = 2 beta sum_y pi(y) (r + f - R) grad log pi(y).
     The regularised objective is J = E_pi[R] - beta KL(pi || ref) = sum_y pi(y) (R - r), so
         grad J = sum_y pi(y) (R - r) grad log pi(y) - beta sum_y pi(y) grad log pi(y),
-    and sum_y pi(y) grad log pi(y) = grad 1 = 0 removes the last term and every constant f: the two sums differ by
-    the factor -2 beta. The responses are all the sequences of two tokens over a vocabulary of three.
+    and sum_y pi(y) grad log pi(y) = grad 1 = 0 removes the last term and every constant f: the two
+    sums differ by the factor -2 beta. The responses are all sequences of two tokens over a
+    vocabulary of three.
     """
     beta, vocab, dim = 0.3, 3, 4
     torch.manual_seed(0)
-    states = torch.randn(
-        1 + vocab, dim, dtype=torch.float64, requires_grad=True
-    )  # one per prefix: none, 0, 1, 2
+    # a state per prefix: none, 0, 1, 2
+    states = torch.randn(1 + vocab, dim, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(vocab, dim, dtype=torch.float64, requires_grad=True)
     reward = torch.randn(vocab, vocab, dtype=torch.float64)
     ref = torch.log_softmax(torch.randn(vocab**2, dtype=torch.float64), 0).view(vocab, vocab)
@@ -373,20 +363,17 @@ def test_reward_mse_on_policy_is_the_rlhf_gradient(baseline, where):
 
     samples = torch.cartesian_prod(torch.arange(vocab), torch.arange(vocab))  # [9, 2]
     prefixes = torch.stack([torch.zeros(len(samples), dtype=torch.int64), 1 + samples[:, 0]], 1)
-    offsets = (
-        {"objective": baseline, "unit": 0.0}[where],
-        {"objective": 0.0, "unit": baseline}[where],
-    )
-    feedback = Feedback.scores(
-        range(9), reward.flatten(), weight=log_pi.detach().exp().flatten(), offset=offsets[1]
-    )
+    constant = baseline if where == "objective" else 0.0
+    offset = baseline if where == "unit" else 0.0
+    pi = log_pi.detach().exp().flatten()
+    feedback = Feedback.scores(range(9), reward.flatten(), weight=pi, offset=offset)
     out = linear_una_loss(
         states[prefixes.flatten()],
         weight,
         samples.flatten(),
         torch.arange(0, 19, 2),
         feedback,
-        objective=Objective(beta=beta, score="reward_mse", offset=offsets[0]),
+        objective=Objective(beta=beta, score="reward_mse", offset=constant),
         ref_logps=ref.flatten(),
         reduction="sum",
     )
@@ -395,7 +382,7 @@ def test_reward_mse_on_policy_is_the_rlhf_gradient(baseline, where):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
 
 
-# ------------------------------------------------------------------------------------------------------ refusals
+# ---- refusals ----
 
 ONE = Feedback.scores([0], [0.5])
 REFUSED = {

@@ -1,4 +1,4 @@
-"""Every switch that saves memory gives the numbers it would give without, and saves what it says."""
+"""Switches that save memory change no number, and save what they say."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from test_attention import FAMILIES, SMALL, build
+from families import FAMILIES, GPTJ, SMALL, build
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import una_fast.model.activations as memory_module
 from una_fast.counters import LiveBytes, memory_category
+from una_fast.model import activations
 from una_fast.model.activations import apply_liger, decoder_layers, find_mlps, switch_on, tile_mlps
 from una_fast.model.head_probe import HeadSpec
 from una_fast.model.lora import add_lora
@@ -25,42 +25,36 @@ NO_MLP = {"GptOssConfig", "OPTConfig"}  # return their routing too, or have no m
 NO_CHECKPOINTING = {"JetMoeConfig"}
 FLOAT32 = {"GptOssConfig"}  # its grouped products have no double
 
-SWITCHES = {
-    "checkpointing": MemoryOptions(gradient_checkpointing=True),
-    "offload": MemoryOptions(gradient_checkpointing=True, offload_activations=True),
-    "tiles": MemoryOptions(mlp_tile=TILE),
-    "all": MemoryOptions(gradient_checkpointing=True, offload_activations=True, mlp_tile=TILE),
-}
+CHECKPOINTING = MemoryOptions(gradient_checkpointing=True)
+OFFLOAD = MemoryOptions(gradient_checkpointing=True, offload_activations=True)
+TILES = MemoryOptions(mlp_tile=TILE)
+ALL = MemoryOptions(gradient_checkpointing=True, offload_activations=True, mlp_tile=TILE)
 
 
 @pytest.fixture(autouse=True)
 def small_tensors_count(monkeypatch):
     """Tensors of tests are worth moving."""
-    monkeypatch.setattr(memory_module, "SMALL", 1)
+    monkeypatch.setattr(activations, "SMALL", 1)
 
 
 def gradients(model, ids):
     """The loss and all gradients of a model, for a loss with a random upstream gradient."""
     model.zero_grad(set_to_none=True)
     logits = model(input_ids=ids, use_cache=False).logits
-    upstream = torch.randn(
-        logits.shape, generator=torch.Generator().manual_seed(3), dtype=logits.dtype
-    )
+    generator = torch.Generator().manual_seed(3)
+    upstream = torch.randn(logits.shape, generator=generator, dtype=logits.dtype)
     loss = (logits * upstream).sum()
     loss.backward()
-    return loss.detach(), {
-        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
-    }
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), found
 
 
 def worst(found, expected):
     """The largest relative error of the loss and of any gradient."""
     assert found[1].keys() == expected[1].keys()
     errors = [(found[0] - expected[0]).abs() / expected[0].abs()]
-    errors += [
-        (found[1][n] - g).abs().max() / g.abs().max().clamp_min(1e-30)
-        for n, g in expected[1].items()
-    ]
+    for name, g in expected[1].items():
+        errors.append((found[1][name] - g).abs().max() / g.abs().max().clamp_min(1e-30))
     return float(max(errors))
 
 
@@ -68,32 +62,50 @@ def some_ids(rows=2):
     return torch.randint(3, 97, (rows, TOKENS), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("switch", SWITCHES)
+def family_model(family):
+    dtype = torch.float32 if family in FLOAT32 else torch.float64
+    return build(family).to(dtype).train()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_switches_change_no_number(family, switch):
-    model = (
-        build(family, FAMILIES[family])
-        .to(torch.float32 if family in FLOAT32 else torch.float64)
-        .train()
-    )
+def test_switches_change_no_number(family):
+    """All of them at once, as far as the family allows."""
+    model = family_model(family)
     expected = gradients(model, some_ids())
-    options = SWITCHES[switch]
-    refusal = None
-    if options.mlp_tile and family in NO_MLP:
-        refusal = "mlp_tile=10: .* has no MLP module that works token by token"
-    elif options.gradient_checkpointing and family in NO_CHECKPOINTING:
-        refusal = "does not support activation checkpointing"
-    if refusal is not None:
-        with pytest.raises(ValueError, match=refusal):
-            options.apply(model)
-        return
-    options.apply(model)
+    options = ALL
+    if family in NO_MLP:
+        options = OFFLOAD
+    if family in NO_CHECKPOINTING:
+        options = TILES
+    switch_on(options, model)
     found = gradients(model, some_ids())
     assert worst(found, expected) <= (1e-11 if options.mlp_tile else 0.0)
 
 
+@pytest.mark.parametrize("family", ["LlamaConfig", "Gemma3TextConfig", "GPT2Config"])
+def test_recomputation_is_bitwise(family):
+    model = family_model(family)
+    expected = gradients(model, some_ids())
+    for options in (CHECKPOINTING, OFFLOAD):
+        switch_on(options, model)
+        assert worst(gradients(model, some_ids()), expected) == 0.0, options
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "message"),
+    [
+        ("GptOssConfig", TILES, "mlp_tile=10: .* has no MLP module that works token by token"),
+        ("OPTConfig", ALL, "mlp_tile=10: .* has no MLP module that works token by token"),
+        ("JetMoeConfig", OFFLOAD, "does not support .*checkpointing"),
+    ],
+)
+def test_a_switch_that_a_family_lacks_is_refused(family, options, message):
+    with pytest.raises(ValueError, match=message):
+        switch_on(options, build(family))
+
+
 def test_float32_tiles_agree_to_a_millionth():
-    model = build("LlamaConfig", SMALL).train()
+    model = build("LlamaConfig").train()
     expected = gradients(model, some_ids())
     tile_mlps(model, find_mlps(model), TILE)
     assert worst(gradients(model, some_ids()), expected) <= 1e-6
@@ -155,7 +167,7 @@ def test_checkpointing_runs_a_tiled_mlp_twice_not_three_times():
 
 
 def test_bf16_gradients_of_weights_are_summed_in_fp32():
-    """Fifty tiles summed in bf16 would lose three bits; what is left is the rounding of each tile's own product."""
+    """Fifty tiles summed in bf16 would lose three bits; each tile's own product is rounded."""
     model = llama(hidden_size=64, intermediate_size=96)
     mlp = decoder_layers(model)[0].mlp
     x = torch.randn(1, 1000, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
@@ -187,14 +199,14 @@ def test_adapters_in_tiles(autocast):
             return gradients(model, some_ids())
 
     expected = run()
-    SWITCHES["all"].apply(model.get_base_model())
+    switch_on(ALL, model.get_base_model())
     found = run()
     assert all("lora_" in name for name in found[1])
     assert worst(found, expected) <= (0.03 if autocast else 1e-5)  # rounding of bf16, of fp32
 
 
 def test_a_hidden_state_is_not_widened_for_adapters_under_autocast():
-    """peft copies the input of every layer to the dtype of its adapter: four bytes a number, [T, inner] ones too."""
+    """peft copies each layer's input, [T, inner] too, to the adapter's dtype: 4 bytes a number."""
     base = llama().bfloat16()
     policy = make_policy(add_lora(base, LoraOptions(r=4, alpha=8)), HeadSpec(base))
     layer = decoder_layers(policy.causal_lm)[0].mlp.down_proj
@@ -213,18 +225,18 @@ def test_offload_leaves_no_hidden_state_of_a_layer_on_the_device():
 
     def kept(options):
         copied = copy.deepcopy(model)
-        options.apply(copied)
+        switch_on(options, copied)
         gc.collect()
         with LiveBytes() as live:
             out = copied(input_ids=ids, use_cache=False).logits
         held = {"host": 0, "": 0}
         for serial in live._alive.values():
-            held[live.parts[serial]] += live.sizes[serial]
+            held[live.categories[serial]] += live.sizes[serial]
         out.sum().backward()
         return held
 
     state = TOKENS * SMALL["hidden_size"] * 4
-    before, after = kept(SWITCHES["checkpointing"]), kept(SWITCHES["offload"])
+    before, after = kept(CHECKPOINTING), kept(OFFLOAD)
     assert before["host"] == 0 and after["host"] == 6 * state
     assert before[""] - after[""] == 6 * state  # the first input, of the embedding, too
 
@@ -232,7 +244,7 @@ def test_offload_leaves_no_hidden_state_of_a_layer_on_the_device():
 def test_offload_serves_graphs_that_overlap_and_a_kept_graph():
     model = llama()
     expected = [gradients(model, ids[None]) for ids in some_ids()]
-    SWITCHES["offload"].apply(model)
+    switch_on(OFFLOAD, model)
     model.zero_grad(set_to_none=True)
     losses = []
     for ids in some_ids():  # two forward passes before the first backward
@@ -252,10 +264,10 @@ def test_offload_serves_graphs_that_overlap_and_a_kept_graph():
 
 def test_offload_copies_in_blocks(monkeypatch):
     """A tensor longer than a block, and not a whole number of them."""
-    monkeypatch.setattr(memory_module, "BLOCK", 4 * 7)
+    monkeypatch.setattr(activations, "BLOCK", 4 * 7)
     model = llama()
     expected = gradients(model, some_ids())
-    SWITCHES["offload"].apply(model)
+    switch_on(OFFLOAD, model)
     assert worst(gradients(model, some_ids()), expected) == 0.0
 
 
@@ -267,18 +279,18 @@ def test_parts_nest_and_end_with_their_block():
             with memory_category("inner"):
                 c = torch.ones(40)
             d = torch.ones(80)
-    assert live.peak_parts() == {"": 40, "outer": 400, "inner": 160}
-    assert live.peak_parts(without=["outer"]) == {"": 40, "inner": 160}
+    assert live.peak_by_category() == {"": 40, "outer": 400, "inner": 160}
+    assert live.peak_by_category(without=["outer"]) == {"": 40, "inner": 160}
     live.assign("inner", [a, b])
-    assert live.peak_parts() == {"outer": 320, "inner": 280} and c.numel() + d.numel() == 120
+    assert live.peak_by_category() == {"outer": 320, "inner": 280} and c.numel() + d.numel() == 120
 
 
-# --- liger ---
+# ---- liger -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def liger(monkeypatch):
-    """liger-kernel on a machine that seems to have a GPU; what it patches in modules is put back."""
+    """liger-kernel on a machine that seems to have a GPU; its patches of modules are put back."""
     pytest.importorskip("liger_kernel.transformers")
     from transformers.models.llama import modeling_llama
 
@@ -310,9 +322,7 @@ def test_liger_patches_layers_and_leaves_the_head(liger):
 
 
 def test_liger_is_refused_where_it_cannot_run(liger, monkeypatch):
-    config = transformers.GPTJConfig(
-        vocab_size=97, n_embd=32, n_layer=1, n_head=4, rotary_dim=4, n_positions=64
-    )
+    config = transformers.GPTJConfig(**GPTJ)
     with pytest.raises(ValueError, match="no kernels for the model type gptj; set liger=false"):
         apply_liger(transformers.GPTJForCausalLM(config))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

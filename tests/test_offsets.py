@@ -49,9 +49,7 @@ OFFSETS = {
     "none": lambda residuals: torch.zeros_like(residuals),
     "constant": lambda residuals: torch.full_like(residuals, 0.7),
     "ema": lambda residuals: torch.full_like(residuals, ema_of_an_earlier_step()),
-    "group": lambda residuals: group_offset(
-        residuals, torch.zeros(len(residuals), dtype=torch.int64)
-    ),
+    "group": lambda residuals: group_offset(residuals, torch.zeros_like(residuals).long()),
 }
 
 
@@ -113,10 +111,11 @@ def test_the_group_offset_takes_the_level_of_the_rewards_out_of_the_variance(pro
 
 @pytest.mark.parametrize("offset", ["none", "ema", "group"])
 def test_the_fixed_point_is_the_rlhf_optimum(problem, offset):
-    """Steps on drawn answers end at pi_ref exp(R / beta) / Z, whatever the offset: there all residuals are equal."""
+    """Steps on drawn answers end at pi_ref exp(R / beta) / Z: there all residuals are equal."""
     logits, reward, beta = problem
     optimum = torch.softmax(reward / beta, 0)
-    generator, ema, steps = torch.Generator().manual_seed(1), EmaOffset(), 500
+    generator = torch.Generator().manual_seed(1)
+    ema, steps = EmaOffset(), 500
     ref = -torch.log(torch.tensor(float(UNIFORM), dtype=torch.float64)).expand(128)
     logits = logits.clone().requires_grad_()
     for step in range(steps):

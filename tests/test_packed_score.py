@@ -1,22 +1,22 @@
-"""Through the policy and the fused head, packed rows score and train as padded batches do, for less work."""
-
-import copy
-import logging
+"""Packed rows score and train, through policy and fused head, as padded batches; for less."""
 
 import numpy as np
 import pytest
 import torch
-from test_attention import FAMILIES, REFUSED, build, gradient_difference, gradients, without
-from una_fast.model.head_probe import probe_head
+from families import FAMILIES, build, gradient_difference, gradients, without
 
 from una_fast import Feedback, token_logps
-from una_fast.attention.rows import Segment, attended_pairs
+from una_fast.attention.rows import attended_pairs
 from una_fast.counters import FlopCounter
 from una_fast.data.batch import collate
 from una_fast.data.examples import Example
+from una_fast.model.head_probe import probe_head
+from una_fast.model.lora import add_lora
 from una_fast.model.policy import make_policy
+from una_fast.model.settings import LoraOptions, MemoryOptions
 
-# Prompt, responses. With windows of 5: shorter than all, than some, and than the prompt or the response alone.
+# Prompt, responses. With windows of 5: shorter than all, than some, and than the prompt or the
+# response alone.
 SHAPES = [(11, (9, 6, 14)), (7, (8,)), (3, (13, 1)), (1, (2, 4))]
 
 
@@ -26,21 +26,11 @@ def examples(shapes=SHAPES):
     def tokens(count):
         return rng.integers(3, 97, count, dtype=np.int32)
 
-    return [
-        Example(
-            tokens(prompt),
-            tuple(map(tokens, responses)),
-            Feedback.scores(range(len(responses)), [0.5] * len(responses)),
-            None,
-            "",
-        )
-        for prompt, responses in shapes
-    ]
-
-
-def policy_of(name, fields):
-    model = build(name, fields)
-    return make_policy(model, probe_head(model), packed=True)
+    found = []
+    for prompt, responses in shapes:
+        feedback = Feedback.scores(range(len(responses)), [0.5] * len(responses))
+        found.append(Example(tokens(prompt), tuple(map(tokens, responses)), feedback, None, ""))
+    return found
 
 
 def score(policy, batch):
@@ -55,11 +45,16 @@ def score(policy, batch):
     return policy.score(batch, scorer)
 
 
+def enable_checkpointing(model, reentrant):
+    old = model.gradient_checkpointing_enable
+    getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_packed_scores_are_padded_scores(name):
-    policy = policy_of(name, FAMILIES[name])
-    model = policy.causal_lm
-    assert policy.packed
+    model = build(name)
+    policy = make_policy(model, probe_head(model), packed=True)
     packed, padded = (collate(examples(), packed=layout) for layout in (True, False))
     weights = torch.randn(len(packed.targets), generator=torch.Generator().manual_seed(6))
 
@@ -68,31 +63,32 @@ def test_packed_scores_are_padded_scores(name):
     expected = gradients(model, truth @ weights)
     assert gradient_difference(gradients(model, ours @ weights), expected) <= 1e-4
 
-    # Checkpointed layers run again in backward, after the policy has put the model's own implementation back.
+    # Checkpointed layers run again in backward, after the policy has put the model's own
+    # implementation back.
     for reentrant in (False, True) if model.supports_gradient_checkpointing else ():
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        model.enable_input_require_grads()
+        enable_checkpointing(model, reentrant)
         found = gradients(model, score(policy, packed) @ weights)
         assert gradient_difference(found, expected) <= 1e-4, f"use_reentrant={reentrant}"
 
 
-def test_a_refused_model_is_scored_padded_with_one_line(caplog):
-    with caplog.at_level(logging.INFO, logger="una_fast"):
-        policy = policy_of("GPTJConfig", REFUSED["GPTJConfig"] | {"n_positions": 256})
-    assert not policy.packed
-    lines = [record.message for record in caplog.records if "pack" in record.message]
-    assert len(lines) == 1 and lines[0].startswith("batches are padded, not packed: GPTJModel"), (
-        lines
-    )
-    batch = collate(examples(), packed=policy.packed)
-    logits = copy.deepcopy(policy.causal_lm)(
-        batch.input_ids, attention_mask=batch.attention_mask
-    ).logits
-    truth = logits.flatten(0, 1)[batch.rows].log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
-    assert (score(policy, batch) - truth).abs().max() <= 1e-5
+def test_adapters_train_packed_as_padded():
+    found = {}
+    for layout in (True, False):
+        base = build("Gemma2Config")
+        head = probe_head(base)
+        model = add_lora(base, LoraOptions(r=4))
+        generator = torch.Generator().manual_seed(5)
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.data.normal_(std=0.1, generator=generator)
+        policy = make_policy(model, head, MemoryOptions(gradient_checkpointing=True), packed=layout)
+        logps = score(policy, collate(examples(), packed=layout))
+        found[layout] = logps.detach(), gradients(model, logps.sin().sum())
+    assert (found[True][0] - found[False][0]).abs().max() <= 1e-5
+    assert gradient_difference(found[True][1], found[False][1]) <= 1e-4
 
 
-# ---- how much work -------------------------------------------------------------------------------------------------
+# ---- how much work -----------------------------------------------------------------------------
 
 
 def brute_force_pairs(segments, window):
@@ -100,12 +96,12 @@ def brute_force_pairs(segments, window):
     for segment in segments:
         prompt = list(range(*segment.prompt))
         for before, columns in [([], prompt), *((prompt, range(*r)) for r in segment.responses)]:
-            keys = [*before, *columns]
-            for query in range(len(before), len(keys)):
-                pairs += sum(
-                    key <= query and (window is None or key > query - window)
-                    for key in range(len(keys))
-                )
+            keys = len(before) + len(columns)
+            query, key = np.arange(len(before), keys)[:, None], np.arange(keys)[None]
+            visible = key <= query
+            if window is not None:
+                visible &= key > query - window
+            pairs += int(visible.sum())
     return pairs
 
 
@@ -116,20 +112,19 @@ def test_attended_pairs_are_those_of_the_enumeration(window):
 
 
 def test_a_pair_with_a_long_prompt_costs_half():
-    """Prompt : response = 16 : 1. 18 of 34 tokens, 41360 of 74256 (query, key) pairs; forward and backward."""
-    policy = policy_of("LlamaConfig", without(max_position_embeddings=512, intermediate_size=64))
+    """Prompt : response = 16 : 1. 18 of 34 tokens, 41360 of 74256 (query, key) pairs."""
+    model = build("LlamaConfig", without(max_position_embeddings=512, intermediate_size=64))
+    policy = make_policy(model, probe_head(model), packed=True)
     flop = {}
     for layout in (True, False):
         batch = collate(examples([(256, (16, 16))]), packed=layout)
         with FlopCounter() as counter:  # SDPA's products are not among those that it counts
             policy.score(batch, lambda hidden, weight, bias: hidden).sum().backward()
         flop[layout] = counter.flop
-    weights = sum(p.numel() for p in policy.causal_lm.model.layers.parameters() if p.dim() == 2)
-    assert flop[False] >= 6 * weights * 2 * 272, (
-        "every linear layer is counted, three products each"
-    )
+    weights = sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2)
+    assert flop[False] >= 6 * weights * 2 * 272, "every linear layer is counted, three products"
     assert flop[True] <= 0.53 * flop[False]
 
-    pair = (Segment((0, 256), ((256, 272), (272, 288))),)
-    alone = (Segment((0, 256), ((256, 272),)),)
+    pair = collate(examples([(256, (16, 16))]), packed=True).segments
+    alone = collate(examples([(256, (16,))]), packed=True).segments
     assert attended_pairs(pair) <= 0.56 * 2 * attended_pairs(alone)

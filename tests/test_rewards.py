@@ -1,17 +1,18 @@
-"""Rewards: what gives them gets the right text, and a sample without a reward is left out, never scored by accident."""
+"""Rewards: all are given the right text; a sample without a reward is left out, never scored."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from email.utils import formatdate
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,28 +31,51 @@ from transformers import (
 )
 
 from una_fast.rewards import http as reward_http
+from una_fast.rewards import scale as scale_module
+from una_fast.rewards.outcome import Failure
 from una_fast.rewards.scale import RewardScale
 from una_fast.rewards.settings import RewardError, parse_rewards
 from una_fast.rewards.total import Rewards
+from una_fast.score_maps import mid_ranks, sigmoid, to_range
 
 JUDGE_CHAT = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
-    "[{{ m.role }}] {{ m.content }} [end] {% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    "[{{ m.role }}] {{ m.content }} [end] {% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
-VOCABULARY = [
-    "<unk>",
-    "[BOS]",
-    "[PAD]",
-    "[end]",
-    "[user]",
-    "[assistant]",
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-]
+VOCABULARY = ["<unk>", "[BOS]", "[PAD]", "[end]", "[user]", "[assistant]"]
+VOCABULARY += ["the", "cat", "sat", "on", "a", "mat"]
+
+
+@pytest.fixture(scope="module")
+def running():
+    with JudgeServer(lambda payload, number: chat("1")) as server:
+        yield server
+
+
+@pytest.fixture
+def ask(running):
+    """Return (rewards, server) of a judge that gives some answers."""
+
+    def run(answer, completions=("a",), *, prompts=None, **settings):
+        running.start(answer)
+        entry = {"judge": f"{running.url}/v1", "judge_model": "m", "name": "j", **settings}
+        return reward([entry], completions=completions, prompts=prompts), running
+
+    return run
+
+
+@pytest.fixture
+def send(running):
+    """Return (rewards, server) of an endpoint that gives some answers."""
+
+    def run(answer, completions, *, columns=None, **settings):
+        running.start(answer)
+        entry = {"endpoint": f"{running.url}/score", "name": "e", "batch_size": 2, **settings}
+        return reward([entry], completions=completions, columns=columns), running
+
+    return run
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +88,7 @@ def fast_and_direct(monkeypatch, one_thread):
 
 
 def reward(entries, completions=("a", "b"), prompts=None, finished=None, columns=None, **settings):
-    """Rewards of some completions, from entries as they stand in a configuration."""
+    """Return the rewards of some completions, from entries as they stand in a configuration."""
     rewards = Rewards(parse_rewards(entries), **settings)
     try:
         count = len(completions)
@@ -74,7 +98,7 @@ def reward(entries, completions=("a", "b"), prompts=None, finished=None, columns
         rewards.close()
 
 
-# --- settings --------------------------------------------------------------------------------------------------------
+# ---- settings ------------------------------------------------------------------------------------
 
 JUDGE = {"judge": "http://h/v1", "judge_model": "m"}
 
@@ -125,16 +149,7 @@ def test_default_names():
     assert [spec.name for spec in parse_rewards(entries)] == ["f", "g", "judge-7b", "h", "mine"]
 
 
-def test_import_is_light():
-    """The configuration imports this to check settings."""
-    code = "import sys, una_fast.rewards; print([m for m in ('transformers', 'httpx', 'httpx2') if m in sys.modules])"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
-        == "[]\n"
-    )
-
-
-# --- functions and the sum -------------------------------------------------------------------------------------------
+# ---- functions and the sum -----------------------------------------------------------------------
 
 FUNCTIONS = """
 import numpy as np, torch
@@ -194,7 +209,7 @@ def positional(p, c):
 
 @pytest.fixture
 def functions(tmp_path, monkeypatch):
-    """A folder with functions that is the current directory, but not importable for any other reason."""
+    """A folder with functions that is importable only as the current directory."""
     (tmp_path / "own_rewards.py").write_text(FUNCTIONS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
@@ -230,10 +245,8 @@ def test_functions_get_what_they_name(functions):
 
 
 def test_functions_of_one_file_share_its_state(functions):
-    a, b = (
-        Rewards(parse_rewards([f"own_rewards.py:{name}"])).sources[0]
-        for name in ("strict", "scalars")
-    )
+    entries = ["own_rewards.py:strict", "own_rewards.py:scalars"]
+    a, b = Rewards(parse_rewards(entries)).rewards
     assert a.function.__globals__ is b.function.__globals__
 
 
@@ -269,17 +282,14 @@ def test_functions_are_loaded_before_the_first_sample(functions, target, message
 
 
 def test_no_reward_is_never_zero(functions):
-    """A sample that any reward knows nothing of has no total; 0.0 itself is a reward like any other."""
+    """A sample without some reward has no total; 0.0 itself is a reward like any other."""
     found = reward(["own_rewards.holes", "own_rewards.lengths"], completions="abcde")
-    assert (
-        found.parts["holes"] == [None, None, None, 0.0, None]
-        and found.parts["lengths"] == [1.0] * 5
-    )
+    assert found.parts["holes"] == [None, None, None, 0.0, None]
+    assert found.parts["lengths"] == [1.0] * 5
     assert found.total == [None, None, None, 1.0, None]
     assert found.failures == Counter({"holes: None": 1, "holes: not finite": 3})
-    found = reward(
-        ["own_rewards.tiny", {"function": "own_rewards.tiny", "weight": 9.0, "name": "b"}]
-    )
+    again = {"function": "own_rewards.tiny", "weight": 9.0, "name": "b"}
+    found = reward(["own_rewards.tiny", again])
     assert found.total == [None, None] and found.failures == Counter({"total: not finite": 2})
 
 
@@ -306,15 +316,17 @@ def test_no_samples_ask_nobody(functions):
     assert found.total == [] and found.parts == {"breaks": []}
 
 
-# --- reward models ---------------------------------------------------------------------------------------------------
+# ---- reward models -------------------------------------------------------------------------------
 
 
 def judge_tokenizer(*, template: str | None = JUDGE_CHAT) -> PreTrainedTokenizerFast:
-    """Words, where the policy's tokenizer has bytes; it puts [BOS] before a text. As some published tokenizers do, it
-    comes with truncation and padding switched on, which must not be obeyed."""
-    raw = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>")
-    )
+    """Words, where the policy's tokenizer has bytes; it puts [BOS] before a text.
+
+    As some published tokenizers do, it comes with truncation and padding switched on, which must
+    not be obeyed.
+    """
+    vocabulary = {word: i for i, word in enumerate(VOCABULARY)}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     raw.post_processor = processors.TemplateProcessing(
         single="[BOS] $A", special_tokens=[("[BOS]", 1)]
@@ -352,9 +364,8 @@ def save_absolute(directory) -> str:
     torch.manual_seed(2)
     sizes = {"n_positions": 24, "n_embd": 16, "n_layer": 2, "n_head": 2, "initializer_range": 0.5}
     ids = {"bos_token_id": 1, "eos_token_id": 3, "pad_token_id": 2}
-    GPT2ForSequenceClassification(
-        GPT2Config(vocab_size=len(VOCABULARY), num_labels=1, **sizes, **ids)
-    ).save_pretrained(directory)
+    config = GPT2Config(vocab_size=len(VOCABULARY), num_labels=1, **sizes, **ids)
+    GPT2ForSequenceClassification(config).save_pretrained(directory)
     judge_tokenizer().save_pretrained(directory)
     return str(directory)
 
@@ -374,175 +385,168 @@ def words(text: str) -> list[int]:
     return [VOCABULARY.index(word) if word in VOCABULARY else 0 for word in text.split()]
 
 
-def alone(path: str, ids: list[int]) -> float:
-    """The reward of one text, straight from the model."""
+def alone(path: str, texts: list[list[int]]) -> list[float]:
+    """Return the rewards of single texts, straight from the model."""
     model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).eval()
     with torch.no_grad():
-        return float(model(torch.tensor([ids])).logits)
+        return [float(model(torch.tensor([ids])).logits) for ids in texts]
 
 
 def test_a_model_reads_the_decoded_text_with_its_own_tokenizer(judges):
-    """Token ids of the policy, decoded by the policy's tokenizer, are what the judge's own tokenizer and template see:
-    the authors' script gave it the policy's ids. BOS stands once, though template and tokenizer both write it."""
+    """Token ids of the policy, decoded by the policy's tokenizer, are given as text.
+
+    The authors' script gave a judge the policy's ids. BOS stands once, though template and
+    tokenizer both write it.
+    """
     policy = make_tokenizer()
     sampled = policy("cat sat on", add_special_tokens=False)["input_ids"] + [policy.eos_token_id]
     text = policy.decode(sampled, skip_special_tokens=True)
     wanted = words("[BOS] [user] the mat [end] [assistant] cat sat on [end]")
     assert text == "cat sat on" and sampled[:-1] != words(text)
 
-    source = Rewards(parse_rewards([{"model": judges["chat"], "name": "rm"}])).sources[0]
-    assert (
-        source.ids("the mat", text)
-        == source.ids([{"role": "user", "content": "the mat"}], text)
-        == wanted
-    )
-    found = reward(
-        [{"model": judges["chat"], "name": "rm"}], completions=[text], prompts=["the mat"]
-    )
-    assert found.parts["rm"] == [pytest.approx(alone(judges["chat"], wanted), rel=1e-5)]
+    rewards = Rewards(parse_rewards([{"model": judges["chat"], "name": "rm"}]))
+    (model,) = rewards.rewards
+    assert model.ids("the mat", text) == wanted
+    assert model.ids([{"role": "user", "content": "the mat"}], text) == wanted
+    found = rewards(["the mat"], [text], [True], {})
+    (truth,) = alone(judges["chat"], [wanted])
+    assert found.parts["rm"] == [pytest.approx(truth, rel=1e-5)]
 
-    plain = Rewards(parse_rewards([{"model": judges["plain"]}])).sources[0]
-    assert plain.ids("the mat ", text) == words("[BOS] the mat cat sat on")
-    assert plain.ids("[BOS] the mat ", text) == words("[BOS] the mat cat sat on")
-    forced = Rewards(parse_rewards([{"model": judges["chat"], "template": "plain"}])).sources[0]
-    assert forced.ids("the mat ", text) == words("[BOS] the mat cat sat on")
+    wanted = words("[BOS] the mat cat sat on")
+    for entry in ({"model": judges["plain"]}, {"model": judges["chat"], "template": "plain"}):
+        (plain,) = Rewards(parse_rewards([entry])).rewards
+        assert plain.ids("the mat ", text) == wanted
+        assert plain.ids("[BOS] the mat ", text) == wanted
 
 
 @pytest.mark.parametrize("which", ["chat", "absolute", "no_pad"])
 def test_padding_changes_no_reward(judges, which):
-    """Ragged texts in batches, in any order of lengths, give what each gives alone; a model whose config has no pad
-    token would pool at the padding, and runs them one by one."""
-    texts = [
-        "cat",
-        "cat sat on a mat",
-        "a mat",
-        "the the the the the the the",
-        "on",
-        "sat cat",
-        "mat on",
-    ]
+    """Ragged texts in batches, in any order of lengths, give the rewards of single texts.
+
+    A model whose config has no pad token would pool at the padding, and runs them one by one.
+    """
+    texts = ["cat", "cat sat on a mat", "a mat", "the the the the the the the", "on"]
+    texts += ["sat cat", "mat on"]
     entry = {"model": judges[which], "name": "rm", "batch_size": 3}
     found = reward([entry], completions=texts, prompts=["the"] * 7).parts["rm"]
-    wanted = [
-        alone(judges[which], words(f"[BOS] [user] the [end] [assistant] {text} [end]"))
-        for text in texts
-    ]
-    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
-    assert len({round(value, 4) for value in wanted}) == 7, (
-        "the rewards must differ for the order to be seen"
-    )
+    ids = [words(f"[BOS] [user] the [end] [assistant] {text} [end]") for text in texts]
+    truth = alone(judges[which], ids)
+    np.testing.assert_allclose(found, truth, rtol=1e-5, atol=1e-6)
+    different = {round(value, 4) for value in truth}
+    assert len(different) == 7, "the rewards must differ for the order to be seen"
 
 
 def test_a_model_skips_what_it_cannot_read(judges):
-    """Too long for max_tokens, or for the model's positions: not truncated, not scored. So if the template refuses."""
+    """A text is neither cut nor scored if too long, or refused by the template."""
     entry = {"model": judges["chat"], "name": "rm"}
     prompts = [[{"role": "tool", "content": "cat"}], "cat", "cat"]
     found = reward([entry], completions=["a", "a " * 30, "a"], prompts=prompts)
     assert found.total[:2] == [None, None] and found.total[2] is not None
-    assert found.failures == Counter(
-        {"rm: the chat template refuses the messages": 1, "rm: text over 24 tokens": 1}
-    )
+    refused, long = "rm: the chat template refuses the messages", "rm: text over 24 tokens"
+    assert found.failures == Counter({refused: 1, long: 1})
     found = reward([entry | {"max_tokens": 7}], completions=["a", "a a"], prompts=["cat", "cat"])
     assert found.total[0] is not None and found.failures == Counter({"rm: text over 7 tokens": 1})
 
 
 def test_models_that_give_no_reward_are_refused(judges, tmp_path):
-    with pytest.raises(ValueError, match="2 labels"):
-        Rewards(parse_rewards([{"model": save_judge(tmp_path / "two", labels=2)}]))
-    with pytest.raises(
-        ValueError, match=r"lacks the weights score\.weight, so its rewards would be random"
-    ):
-        Rewards(
-            parse_rewards([{"model": save_judge(tmp_path / "headless", kind=LlamaForCausalLM)}])
-        )
-    with pytest.raises(ValueError, match="no chat template; set template: plain"):
-        Rewards(parse_rewards([{"model": judges["plain"], "template": "chat"}]))
-    with pytest.raises(RewardError, match="prompts are chats"):
-        reward(
-            [{"model": judges["plain"]}],
-            completions=["a"],
-            prompts=[[{"role": "user", "content": "cat"}]],
-        )
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="PEFT adapter"):
-        Rewards(parse_rewards([{"model": str(tmp_path)}]))
+    headless = save_judge(tmp_path / "headless", kind=LlamaForCausalLM)
+    refused = [
+        ({"model": save_judge(tmp_path / "two", labels=2)}, "2 labels"),
+        ({"model": headless}, r"lacks the weights score\.weight, so its rewards would be random"),
+        (
+            {"model": judges["plain"], "template": "chat"},
+            "no chat template; set template: plain",
+        ),
+        ({"model": str(tmp_path)}, "PEFT adapter"),
+    ]
+    for entry, message in refused:
+        with pytest.raises(ValueError, match=message):
+            Rewards(parse_rewards([entry]))
+    chats = [[{"role": "user", "content": "cat"}]]
+    with pytest.raises(RewardError, match="prompts are chats"):
+        reward([{"model": judges["plain"]}], completions=["a"], prompts=chats)
 
 
-# --- judges ----------------------------------------------------------------------------------------------------------
+# ---- judges --------------------------------------------------------------------------------------
 
 
-def ask(answer, completions=("a",), *, delay=0.0, prompts=None, **settings):
-    """(rewards, server) of a judge that gives these answers."""
-    with JudgeServer(answer, delay) as server:
-        entry = {"judge": f"{server.url}/v1", "judge_model": "m", "name": "j", **settings}
-        return reward([entry], completions=completions, prompts=prompts), server
+REPLIES = {
+    "85": 0.85,
+    " 0\n": 0.0,
+    "100": 1.0,
+    "Score: 72.5": 0.725,
+    "score:7/100": 0.07,
+    "<think>\nIt says 3, maybe 90.\n</think>\n\n40": 0.4,
+    "It says 3.</think>40": 0.4,
+    "105": None,
+    "-5": None,
+    "1e2": None,
+    "٤٢": None,
+    "I would give it 85.": None,
+    "85 because it is good": None,
+    "8/10": None,
+    "85\n90": None,
+    "<think>85": None,
+    "nan": None,
+    "": None,
+}
 
 
-@pytest.mark.parametrize(
-    ("reply", "expected"),
-    [
-        ("85", 0.85),
-        (" 0\n", 0.0),
-        ("100", 1.0),
-        ("Score: 72.5", 0.725),
-        ("score:7/100", 0.07),
-        ("<think>\nIt says 3, maybe 90.\n</think>\n\n40", 0.4),
-        ("It says 3.</think>40", 0.4),
-        ("105", None),
-        ("-5", None),
-        ("1e2", None),
-        ("٤٢", None),
-        ("I would give it 85.", None),
-        ("85 because it is good", None),
-        ("8/10", None),
-        ("85\n90", None),
-        ("<think>85", None),
-        ("nan", None),
-        ("", None),
-    ],
-)
-def test_a_reply_is_a_number_or_nothing(reply, expected):
-    assert reward_http.Judge._outcome(chat(reply)[1]) == expected or expected is None
-    found, _ = ask(lambda payload, number: chat(reply))
-    assert found.total == [expected]
-    assert found.failures == Counter(
-        {"j: the reply is no number from 0 to 100": 1} if expected is None else {}
+def test_a_reply_is_a_number_or_nothing(ask):
+    """The judge replies with the completion itself."""
+    found, _ = ask(
+        lambda payload, number: chat(payload["messages"][0]["content"]),
+        list(REPLIES),
+        instruction="{completion}",
     )
+    assert dict(zip(REPLIES, found.total, strict=True)) == REPLIES
+    wrong = list(REPLIES.values()).count(None)
+    assert found.failures == Counter({"j: the reply is no number from 0 to 100": wrong})
 
 
-@pytest.mark.parametrize(
-    ("body", "reason"),
-    [
-        (b"<html>busy</html>", "wrong JSON"),
-        (b"", "wrong JSON"),
-        (b"\xff\xfe{", "wrong JSON"),
-        (b"[" * 100_000, "wrong JSON"),
-        ({"error": "x"}, "wrong JSON"),
-        ({"choices": []}, "wrong JSON"),
-        ([1], "wrong JSON"),
-        (None, "wrong JSON"),
-        ({"choices": [{"message": {"content": None}}]}, "no text in the reply"),
-        ({"choices": [{"message": {"content": 85}}]}, "no text in the reply"),
-    ],
-)
-def test_wrong_json_leaves_the_sample_out(body, reason):
-    found, server = ask(lambda payload, number: (200, body, {}))
-    assert found.total == [None] and found.failures == Counter({f"j: {reason}": 1})
-    assert len(server.requests) == 1
+WRONG_BODIES = [
+    (b"<html>busy</html>", "wrong JSON"),
+    (b"", "wrong JSON"),
+    (b"\xff\xfe{", "wrong JSON"),
+    (b"[" * 100_000, "wrong JSON"),
+    ({"error": "x"}, "wrong JSON"),
+    ({"choices": []}, "wrong JSON"),
+    ([1], "wrong JSON"),
+    (None, "wrong JSON"),
+    ({"choices": [{"message": {"content": None}}]}, "no text in the reply"),
+    ({"choices": [{"message": {"content": 85}}]}, "no text in the reply"),
+]
 
 
-def test_what_a_judge_is_sent(monkeypatch):
-    """Braces and markers in the texts stay as they are; a chat is written as lines; the key goes along."""
+def test_wrong_json_leaves_the_sample_out(running):
+    """The completion is the number of the body that the server answers with."""
+
+    def answer(payload, number):
+        return 200, WRONG_BODIES[int(payload["messages"][0]["content"])][0], {}
+
+    running.start(answer)
+    entry = {"judge": running.url, "judge_model": "m", "instruction": "{completion}"}
+    (judge,) = Rewards(parse_rewards([entry])).rewards
+    numbers = [str(number) for number in range(len(WRONG_BODIES))]
+    outcomes = judge([""] * len(numbers), numbers, {})
+    judge.close()
+    for (body, reason), outcome in zip(WRONG_BODIES, outcomes, strict=True):
+        assert isinstance(outcome, Failure) and outcome.reason == reason, body
+    assert len(running.requests) == len(WRONG_BODIES), "nothing is asked again"
+
+
+def test_what_a_judge_is_sent(ask, monkeypatch):
+    """Braces and markers in the texts stay; a chat is written as lines; the key goes along."""
     monkeypatch.setenv("UNA_TEST_KEY", " secret-1\n")
     chat_prompt = [{"role": "system", "content": "Be {brief}"}, {"role": "user", "content": "Hi"}]
     settings = {
         "instruction": "P={prompt} C={completion} {other} {0}",
         "api_key_env": "UNA_TEST_KEY",
+        "concurrency": 1,
     }
     prompts, completions = ["{completion} %s {", chat_prompt], ["{prompt}", "\\1 ok"]
-    _, server = ask(
-        lambda payload, number: chat("1"), completions, prompts=prompts, concurrency=1, **settings
-    )
+    _, server = ask(lambda payload, number: chat("1"), completions, prompts=prompts, **settings)
     sent = [payload["messages"] for _, _, payload in server.requests]
     assert sent == [
         [{"role": "user", "content": "P={completion} %s { C={prompt} {other} {0}"}],
@@ -564,69 +568,74 @@ def test_a_missing_key_is_an_early_error(monkeypatch, value):
 
 
 @pytest.mark.parametrize(("status", "advice"), [(401, "api_key_env"), (404, "base"), (307, "URL")])
-def test_a_refusal_stops_the_run_without_telling_the_key(monkeypatch, status, advice):
+def test_a_refusal_stops_the_run_without_telling_the_key(running, monkeypatch, status, advice):
     monkeypatch.setenv("UNA_TEST_KEY", "secret-1")
+    body = {"error": "bad key secret-1" + "x" * 999}
+    running.start(lambda payload, number: (status, body, {"Location": "http://127.0.0.1:9/"}))
+    entry = {
+        "judge": running.url.replace("//", "//user:hunter2@"),
+        "judge_model": "m",
+        "name": "j",
+        "api_key_env": "UNA_TEST_KEY",
+        "concurrency": 1,
+    }
+    message = f"reward j: .*{running.url}.*HTTP {status}.*bad key .*{advice}"
+    with pytest.raises(RewardError, match=message) as error:
+        reward([entry], completions="abcdef")
+    shown = str(error.value)
+    assert "secret-1" not in shown and "hunter2" not in shown and len(shown) < 600
+    assert len(running.requests) == 1, "not retried, and the other samples are not sent"
+
+
+def test_a_text_that_the_server_will_not_have_is_skipped(ask):
+    statuses = [400, 413, 422]
 
     def answer(payload, number):
-        return (
-            status,
-            {"error": "bad key secret-1" + "x" * 999},
-            {"Location": "http://127.0.0.1:9/"},
-        )
+        return (statuses[number], "too long", {}) if number < 3 else chat("50")
 
-    with JudgeServer(answer) as server:
-        url = server.url.replace("//", "//user:hunter2@")
-        entry = {
-            "judge": url,
-            "judge_model": "m",
-            "name": "j",
-            "api_key_env": "UNA_TEST_KEY",
-            "concurrency": 1,
-        }
-        with pytest.raises(
-            RewardError, match=f"reward j: .*{server.url}.*HTTP {status}.*bad key .*{advice}"
-        ) as error:
-            reward([entry], completions="abcdef")
-        assert (
-            "secret-1" not in str(error.value)
-            and "hunter2" not in str(error.value)
-            and len(str(error.value)) < 600
-        )
-        assert len(server.requests) == 1, "not retried, and the other samples are not sent"
+    found, server = ask(answer, "abcd", concurrency=1)
+    assert found.total == [None, None, None, 0.5]
+    assert found.failures == Counter({f"j: HTTP {status}": 1 for status in statuses})
+    assert len(server.requests) == 4, "asking again would not make a text shorter"
 
 
-@pytest.mark.parametrize("status", [400, 413, 422])
-def test_a_text_that_the_server_will_not_have_is_skipped(status):
-    found, server = ask(
-        lambda payload, number: (status, "too long", {}) if number == 1 else chat("50"), "abc"
-    )
-    assert sorted(found.total, key=str) == [0.5, 0.5, None] and found.failures == {
-        f"j: HTTP {status}": 1
-    }
-    assert len(server.requests) == 3, "asking again would not make it shorter"
+NOW = 1e9
 
 
 def test_429_then_fine(monkeypatch):
-    """Retry-After is honoured up to a cap, as seconds and as a date; what cannot be read counts as absent."""
+    """Retry-After is honoured up to a cap, in seconds or as a date; if unreadable, as if absent."""
+    asked = ["7", formatdate(NOW + 20, usegmt=True), "999999", "soon", "nan"]
+    waits, found = post_until_fine(monkeypatch, asked, retries=5)
+    assert found == 0.5 and waits[:3] == [7, 20, reward_http.MAX_WAIT]
+    # BACKOFF * 2**n, half to half as much again
+    assert 0.004 <= waits[3] <= 0.012 and 0.008 <= waits[4] <= 0.024
+
+    waits, found = post_until_fine(monkeypatch, ["30"], retries=0)
+    assert found.reason == "HTTP 429" and not waits, "no wait after the last attempt"
+
+
+def post_until_fine(monkeypatch, asked, *, retries):
+    """Return the waits and the outcome; the server asks for waits, and then answers."""
     waits = []
-    monkeypatch.setattr(threading.Event, "wait", lambda self, seconds=None: waits.append(seconds))
-    asked = ["7", formatdate(time.time() + 20, usegmt=True), "999999", "soon", "nan"]
+    answers = [*asked, None]
+    monkeypatch.setattr(reward_http, "time", SimpleNamespace(time=lambda: NOW))
+    (judge,) = Rewards(parse_rewards([{**JUDGE, "retries": retries}])).rewards
+
+    class Stop:
+        def wait(self, seconds):
+            waits.append(seconds)
 
     def post(*args, **kwargs):
-        headers = {"Retry-After": asked[len(waits)]} if len(waits) < len(asked) else {}
-        status, body = (429, {}) if headers else (200, chat("50")[1])
-        return source.httpx.Response(status, json=body, headers=headers)
+        wait = answers.pop(0)
+        if wait is None:
+            return judge.httpx.Response(200, json=chat("50")[1])
+        return judge.httpx.Response(429, json={}, headers={"Retry-After": wait})
 
-    source = Rewards(parse_rewards([{**JUDGE, "retries": 5}])).sources[0]
-    monkeypatch.setattr(source.client, "post", post)
-    assert source._outcome(source._post(b"{}", threading.Event())) == 0.5
-    assert waits[0] == 7 and 18 <= waits[1] <= 20 and waits[2] == reward_http.MAX_WAIT
-    assert (
-        0.004 <= waits[3] <= 0.012 and 0.008 <= waits[4] <= 0.024
-    )  # BACKOFF * 2**n, half to half as much again
+    monkeypatch.setattr(judge.client, "post", post)
+    return waits, judge._outcome(judge._post(b"{}", Stop()))
 
 
-def test_errors_that_pass_are_retried():
+def test_errors_that_pass_are_retried(ask):
     def answer(payload, number):
         return [(429, {}, {"Retry-After": "0"}), (503, {}, {}), chat("50")][min(number, 2)]
 
@@ -634,17 +643,21 @@ def test_errors_that_pass_are_retried():
     assert found.total == [0.5] and not found.failures and len(server.requests) == 3
 
 
-def test_500_always():
+def test_500_always(ask):
+    """The jitter of the retries must not decide what a seeded run samples, either."""
+
     def answer(payload, number):
         good = payload["messages"][0]["content"].count("fine")
         return chat("30") if good else (500, {"error": "boom"}, {})
 
+    def states():
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+    before = states()
     found, server = ask(answer, ["fine", "bad", "fine"], retries=2)
     assert found.total == [0.3, None, 0.3] and found.failures == Counter({"j: HTTP 500": 1})
     assert len(server.requests) == 2 + 3
-    start = time.monotonic()
-    ask(lambda payload, number: (503, {}, {"Retry-After": "30"}), retries=0)
-    assert time.monotonic() - start < 10, "nothing is waited for after the last attempt"
+    assert states() == before
 
 
 def test_judge_down():
@@ -655,89 +668,59 @@ def test_judge_down():
 
 
 def test_judge_slow():
-    start = time.monotonic()
-    found, server = ask(lambda payload, number: chat("1"), delay=30, timeout=0.1, retries=1)
+    with JudgeServer(lambda payload, number: chat("1"), delay=600) as server:
+        entry = {"judge": server.url, "judge_model": "m", "name": "j", "timeout": 0.1, "retries": 1}
+        found = reward([entry], completions=["a"])
     assert found.total == [None] and found.failures == Counter({"j: timeout": 1})
-    assert len(server.requests) == 2 and time.monotonic() - start < 5
+    assert len(server.requests) == 2
 
 
-def test_order_and_bounded_concurrency():
-    """`concurrency` requests are under way at a time, never more, and a sample answered late keeps its place."""
+def test_order_and_bounded_concurrency(ask, running):
+    """`concurrency` requests are under way, never more; a late answer keeps its sample's place."""
 
     def answer(payload, number):
         if number < 4:
-            wait_for(lambda: server.most_in_flight >= 4, 10)
-        time.sleep(0.02 if number % 3 == 0 else 0.002)
+            wait_for(lambda: running.most_in_flight >= 4, 60)
+        time.sleep(0.01 if number % 3 == 0 else 0.001)
         return chat(payload["messages"][0]["content"])
 
-    with JudgeServer(answer) as server:
-        entry = {
-            "judge": server.url,
-            "judge_model": "m",
-            "instruction": "{completion}",
-            "concurrency": 4,
-        }
-        found = reward([entry], completions=[str(i) for i in range(40)])
+    completions = [str(i) for i in range(40)]
+    found, server = ask(answer, completions, instruction="{completion}", concurrency=4)
     assert found.total == [i / 100 for i in range(40)]
     assert server.most_in_flight == 4
 
 
-def test_global_random_state_is_left_alone():
-    """The jitter of retries must not decide what a seeded run samples."""
-    import random
-
-    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    ask(lambda payload, number: (500, {}, {}))
-    assert before == (
-        random.getstate(),
-        np.random.get_state()[1].tolist(),
-        torch.get_rng_state().tolist(),
-    )
+SILENT_JUDGE = """
+import sys
+from una_fast.rewards.http import Judge
+from una_fast.rewards.settings import parse_rewards
+entry = {"judge": sys.argv[1], "judge_model": "m", "timeout": 600}
+Judge(parse_rewards([entry])[0])(["p"] * 3, ["a"] * 3, {})
+"""
 
 
 def test_an_interrupted_run_does_not_wait_for_the_judge():
-    """Ctrl-C while a judge stays silent ends the process now, not after its timeout and retries."""
-    code = (
-        "from una_fast.rewards.settings import parse_rewards\nfrom una_fast.rewards.total import Rewards\nimport sys\n"
-        "r = Rewards(parse_rewards([{'judge': sys.argv[1], 'judge_model': 'm', 'timeout': 60}]))\n"
-        "r(['p'] * 3, ['a'] * 3, [True] * 3, {})\n"
-    )
-    with JudgeServer(lambda payload, number: chat("1"), delay=60) as server:
-        environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, server.url], stderr=subprocess.PIPE, env=environment
-        )
-        assert wait_for(lambda: len(server.requests) == 3, 30)
+    """Ctrl-C while a judge stays silent ends the process, not its timeout of ten minutes."""
+    environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
+    with JudgeServer(lambda payload, number: chat("1"), delay=600) as server:
+        command = [sys.executable, "-c", SILENT_JUDGE, server.url]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, env=environment)
+        assert wait_for(lambda: len(server.requests) == 3, 120)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=5)
+        _, errors = process.communicate(timeout=120)
     assert b"KeyboardInterrupt" in errors and process.returncode != 0
 
 
-# --- endpoints -------------------------------------------------------------------------------------------------------
+# ---- endpoints -----------------------------------------------------------------------------------
 
 
-def send(answer, completions, **settings):
-    with JudgeServer(answer) as server:
-        columns = settings.pop("columns", {})
-        entry = {"endpoint": f"{server.url}/score", "name": "e", "batch_size": 2, **settings}
-        return reward([entry], completions=completions, columns=columns), server
-
-
-def test_an_endpoint_gets_chunks_with_their_columns():
+def test_an_endpoint_gets_chunks_with_their_columns(send):
     def answer(payload, number):
-        return (
-            200,
-            {
-                "rewards": [
-                    int(c) - a for c, a in zip(payload["completions"], payload["a"], strict=True)
-                ]
-            },
-            {},
-        )
+        pairs = zip(payload["completions"], payload["a"], strict=True)
+        return 200, {"rewards": [int(completion) - a for completion, a in pairs]}, {}
 
-    found, server = send(
-        answer, list("34567"), columns={"a": [1, 1, 2, 2, 9], "prompts": [0] * 5}, concurrency=1
-    )
+    columns = {"a": [1, 1, 2, 2, 9], "prompts": [0] * 5}
+    found, server = send(answer, list("34567"), columns=columns, concurrency=1)
     assert found.total == [2, 3, 3, 4, -2] and all(type(value) is float for value in found.total)
     assert server.requests[1][0] == "/score"
     assert server.requests[1][2] == {
@@ -747,25 +730,24 @@ def test_an_endpoint_gets_chunks_with_their_columns():
     }
 
 
-@pytest.mark.parametrize(
-    ("body", "reason"),
-    [
-        ({"rewards": [1.0]}, "wrong number of rewards"),
-        ({"rewards": {"a": 1, "b": 2}}, "wrong JSON"),
-        ({"scores": [1, 2]}, "wrong JSON"),
-        ([1, 2], "wrong JSON"),
-        (b"1, 2", "wrong JSON"),
-    ],
-)
-def test_a_wrong_answer_of_an_endpoint_leaves_its_chunk_out(body, reason):
-    def answer(payload, number):
-        return 200, {"rewards": [5.0, 6.0]} if "c" in payload["completions"] else body, {}
+def test_a_wrong_answer_of_an_endpoint_leaves_its_chunk_out(send):
+    bodies = {
+        "a": {"rewards": [1.0]},
+        "b": {"rewards": {"a": 1, "b": 2}},
+        "c": {"scores": [1, 2]},
+        "d": [1, 2],
+        "e": b"1, 2",
+        "f": {"rewards": [5.0, 6.0]},
+    }
+    completions = [letter for letter in bodies for _ in range(2)]
+    found, _ = send(
+        lambda payload, number: (200, bodies[payload["completions"][0]], {}), completions
+    )
+    assert found.total == [None] * 10 + [5.0, 6.0]
+    assert found.failures == Counter({"e: wrong number of rewards": 2, "e: wrong JSON": 8})
 
-    found, _ = send(answer, list("abcd"))
-    assert found.total == [None, None, 5.0, 6.0] and found.failures == Counter({f"e: {reason}": 2})
 
-
-def test_an_endpoint_without_a_number():
+def test_an_endpoint_without_a_number(send):
     body = b'{"rewards": [NaN, null, true, "3", -Infinity, 1' + b"0" * 400 + b", 0, [1]]}"
     found, _ = send(lambda payload, number: (200, body, {}), list("abcdefgh"), batch_size=8)
     assert found.total == [None] * 6 + [0.0, None]
@@ -773,56 +755,54 @@ def test_an_endpoint_without_a_number():
 
 
 @pytest.mark.parametrize("value", [math.nan, b"bytes"])
-def test_columns_that_json_cannot_hold_are_named(value):
+def test_columns_that_json_cannot_hold_are_named(send, value):
     with pytest.raises(RewardError, match="cannot be sent the records as JSON"):
         send(lambda payload, number: (200, {}, {}), ["a"], columns={"x": [value]})
 
 
-def test_a_failure_is_logged_once_with_what_came_back(caplog):
+def test_a_failure_is_logged_once_with_what_came_back(running, caplog):
     """Thousands of samples may fail for one reason; without the reply nobody can mend it."""
-    with JudgeServer(lambda payload, number: chat("Very good!")) as server:
-        rewards = Rewards(parse_rewards([{"judge": server.url, "judge_model": "m", "name": "j"}]))
-        for _ in range(2):
-            assert rewards(["p"] * 3, ["a"] * 3, [True] * 3, {}).failures.total() == 3
-        rewards.close()
-    assert [
-        record.message.count("Very good!") for record in caplog.records if "una_fast" in record.name
-    ] == [1]
+    running.start(lambda payload, number: chat("Very good!"))
+    rewards = Rewards(parse_rewards([{"judge": running.url, "judge_model": "m", "name": "j"}]))
+    for _ in range(2):
+        assert rewards(["p"] * 3, ["a"] * 3, [True] * 3, {}).failures.total() == 3
+    rewards.close()
+    ours = [record.message for record in caplog.records if "una_fast" in record.name]
+    assert [message.count("Very good!") for message in ours] == [1]
 
 
-# --- scores ----------------------------------------------------------------------------------------------------------
+# ---- scores --------------------------------------------------------------------------------------
 
 
 def test_scale_none_range_and_sigmoid():
     assert RewardScale()([-3.0, 7.5]) == [-3.0, 7.5]
     scale = RewardScale("range", [-1.0, 3.0])
     assert scale([-1.0, 0.0, 3.0]) == [0.0, 0.25, 1.0]
-    assert RewardScale("range", [0.0, 1.0])([1.0 + 2e-16, -1e-12]) == [
-        1.0,
-        0.0,
-    ]  # rounding of weighted sums
+    rounded = RewardScale("range", [0.0, 1.0])([1.0 + 2e-16, -1e-12])  # as weighted sums are
+    assert rounded == [1.0, 0.0]
     for outside in (-1.01, 3.01):
-        with pytest.raises(
-            RewardError, match=f"reward {outside} .*reward_range=.*reward_map.*missing_eos_penalty"
-        ):
+        message = f"reward {outside} .*reward_range=.*reward_map.*missing_eos_penalty"
+        with pytest.raises(RewardError, match=message):
             scale([0.0, outside])
     sigmoid = RewardScale("sigmoid")([-1e4, -1.0, 0.0, 1e4])
     assert sigmoid == [0.0, pytest.approx(1 / (1 + math.e)), 0.5, 1.0]
 
 
-def test_quantile_ties_and_window():
-    scale = RewardScale("quantile", window=4)
-    assert scale([5.0, 5.0, 5.0]) == [0.5] * 3, "all rewards equal: nothing is better than anything"
+def test_quantile_ties_and_window(monkeypatch):
+    monkeypatch.setattr(scale_module, "WINDOW", 4)
+    scale = RewardScale("quantile")
+    assert scale([5.0, 5.0, 5.0]) == [0.5] * 3, "all rewards equal: none is better than another"
     assert scale([9.0, 5.0]) == [7 / 8, 3 / 8]  # of 5, 5, 9, 5: the oldest has left
     assert scale([1.0] * 8) == [0.5] * 8, "a batch larger than the window is ranked as a whole"
     assert len(scale.recent) == 4 and scale([2.0]) == [7 / 8]
     assert scale([]) == []
 
 
-def test_scale_goes_on_after_a_checkpoint():
+def test_scale_goes_on_after_a_checkpoint(monkeypatch):
+    monkeypatch.setattr(scale_module, "WINDOW", 12)
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(5, generator=generator, dtype=torch.float64).tolist() for _ in range(6)]
-    whole, first, second = (RewardScale("quantile", window=12) for _ in range(3))
+    whole, first, second = (RewardScale("quantile") for _ in range(3))
     expected = [whole(batch) for batch in batches]
     found = [first(batch) for batch in batches[:3]]
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
@@ -833,15 +813,26 @@ def test_scale_goes_on_after_a_checkpoint():
 
 
 @pytest.mark.parametrize(
-    ("kind", "limits"),
+    ("kind", "limits", "message"),
     [
-        ("rank", None),
-        ("range", None),
-        ("none", [0, 1]),
-        ("range", [1, 1]),
-        ("range", [0, math.inf]),
+        ("rank", None, "reward_map='rank' is not one of none, range, sigmoid, quantile"),
+        ("range", None, r"reward_map=range needs reward_range: \[lo, hi\], not None"),
+        ("range", [0, 1, 2], r"reward_map=range needs reward_range: \[lo, hi\]"),
+        ("none", [0, 1], r"reward_range=\[0, 1\] is only read with reward_map: range, not none"),
+        ("range", [1, 1], r"reward_range=\[1, 1\] must rise"),
+        ("range", [0, math.inf], "reward_range=inf must be a finite number"),
     ],
 )
-def test_wrong_scales_are_refused(kind, limits):
-    with pytest.raises(ValueError, match="reward_map|reward_range"):
+def test_wrong_scales_are_refused(kind, limits, message):
+    with pytest.raises(ValueError, match=message):
         RewardScale(kind, limits)
+
+
+def test_maps_of_scores():
+    """Records and rewards are mapped alike; ranks are those among another list, too."""
+    assert to_range(7, 1, 10) == 6 / 9
+    assert mid_ranks([1, 5], among=[1, 5, 5, 9]) == [1 / 8, 1 / 2]
+    assert mid_ranks([0, 10], among=[5, 1]) == [0.0, 1.0] and mid_ranks([], among=[]) == []
+    truth = torch.sigmoid(torch.linspace(-800, 800, 101, dtype=torch.float64))
+    found = [sigmoid(value) for value in torch.linspace(-800, 800, 101, dtype=torch.float64)]
+    np.testing.assert_allclose(found, truth, rtol=0, atol=1e-15)

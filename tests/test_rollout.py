@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_attention import FAMILIES, build
+from families import FAMILIES, build
 from tiny import make_config, make_tokenizer
 from tokenizers import Tokenizer, decoders, models
 from transformers import Lfm2Config, Lfm2ForCausalLM, PreTrainedTokenizerFast
@@ -19,7 +19,7 @@ from una_fast.distributed import World
 from una_fast.feedback import Feedback
 from una_fast.model.loading import load_tokenizer
 from una_fast.model.policy import load_policy
-from una_fast.model.scoring import Scoring, autocast_dtype
+from una_fast.model.scoring import Scoring
 from una_fast.model.settings import LoraOptions, MemoryOptions
 from una_fast.online.generate import ContinuousSampler, TransformersSampler
 from una_fast.online.samplers import make_sampler
@@ -188,8 +188,7 @@ def test_adapters_checkpointing_and_autocast(llamas, tokenizer):
     for name, p in policy.model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.3)
-    scoring = Scoring(autocast=autocast_dtype(policy, torch.bfloat16))
-    assert scoring.autocast is torch.bfloat16
+    scoring = Scoring(autocast=torch.bfloat16)
     sampler = TransformersSampler(policy, tokenizer, Sampling(4, 8), scoring=scoring)
     drawn = sampler.sample(PROMPTS, seed=0)
     with policy.reference_mode():

@@ -1,9 +1,8 @@
-"""The plan of a run is what the run then takes, and a run that cannot fit is refused by the name of a switch."""
+"""The plan of a run is the memory that the run takes; a run that cannot fit is refused."""
 
 from __future__ import annotations
 
 import json
-import random
 from collections import Counter
 from pathlib import Path
 
@@ -12,11 +11,11 @@ import torch
 import transformers
 from tiny import make_config, make_records, make_tokenizer, write_jsonl
 
-import una_fast.model.activations as memory_module
+import una_fast.model.activations as activations
 from una_fast.attention.rows import Segment, attended_pairs
 from una_fast.capacity.fit import GIB, cheapest_way, largest_batch, longest_row, savings, usable
 from una_fast.capacity.settings import RunPlanConfig
-from una_fast.capacity.trace import PARTS, StepTracer, Row
+from una_fast.capacity.trace import CATEGORIES, Row, StepMemory, StepTracer
 from una_fast.cli import main
 from una_fast.config import RunConfig
 from una_fast.counters import FlopCounter, memory_category
@@ -26,6 +25,8 @@ from una_fast.distributed import start_world
 from una_fast.model.lora import add_lora
 from una_fast.model.settings import LoraOptions
 from una_fast.optim import make_optimizer
+from una_fast.resolved import find_facts
+from una_fast.train.build import build_run
 from una_fast.train.loop import Trainer, train
 from una_fast.train.measure import measured_peak
 from una_fast.train.run_data import RunData
@@ -34,7 +35,7 @@ SMALL = {
     "vocab_size": 1500,
     "hidden_size": 64,
     "intermediate_size": 160,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "bos_token_id": 0,
@@ -47,7 +48,7 @@ MODELS = {
     "tied": transformers.LlamaConfig(**SMALL | {"tie_word_embeddings": True}),
     "qwen3": transformers.Qwen3Config(**SMALL, head_dim=16),
     "gemma3": transformers.Gemma3TextConfig(
-        **SMALL,
+        **SMALL | {"num_hidden_layers": 2},
         head_dim=16,
         sliding_window=100,
         query_pre_attn_scalar=16,
@@ -56,13 +57,18 @@ MODELS = {
     "gpt2": transformers.GPT2Config(
         vocab_size=1500,
         n_embd=64,
-        n_layer=2,
+        n_layer=1,
         n_head=4,
         n_positions=4096,
         bos_token_id=0,
         eos_token_id=1,
     ),
 }
+LORA = LoraOptions(r=4, alpha=8)
+CHECKPOINTING = {"gradient_checkpointing": True}
+OFFLOADED = {"gradient_checkpointing": True, "offload_activations": True}
+BF16 = {"precision": "bf16"}
+PADDED = {"packing": False}
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -76,10 +82,9 @@ def models(tmp_path_factory):
     for name, config in MODELS.items():
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
-    for name, layers in (("config", 2), ("deep", 9)):
-        config = transformers.LlamaConfig(
-            **SMALL | {"num_hidden_layers": layers}, architectures=["LlamaForCausalLM"]
-        )
+    for name, layers in (("config", 1), ("deep", 8)):
+        sizes = SMALL | {"num_hidden_layers": layers}
+        config = transformers.LlamaConfig(**sizes, architectures=["LlamaForCausalLM"])
         config.save_pretrained(root / name)
     return {path.name: str(path) for path in root.iterdir()}
 
@@ -89,180 +94,151 @@ def records(tmp_path_factory):
     return write_jsonl(tmp_path_factory.mktemp("records") / "pairs.jsonl", make_records("pairs", 6))
 
 
-def settings(model, output_dir, **changes) -> RunConfig:
+@pytest.fixture
+def small_states_move(monkeypatch):
+    """The hidden states of tests are worth moving to the host."""
+    monkeypatch.setattr(activations, "SMALL", 1 << 10)
+
+
+def settings(model, output_dir="out", **changes) -> RunConfig:
     changes = {"data": ["unread.jsonl"], "batch_size": 1, "workspace_mb": 4, **changes}
     return make_config(model, changes.pop("data"), Path(output_dir), **changes)
 
 
-def measure(config: RunConfig, batch) -> int:
+def tracer(config: RunConfig, device: str = "cpu", ranks: int = 1) -> StepTracer:
+    return StepTracer(config, find_facts(config, [], device=device, ranks=ranks))
+
+
+def make_trainer(config: RunConfig, examples) -> Trainer:
     Path(config.output_dir).mkdir(exist_ok=True)
-    trainer = Trainer(config, start_world("cpu"), make_tokenizer(), RunData([batch], [1.0]))
-    return measured_peak(trainer, batch)
+    data = RunData([examples], [1.0])
+    return Trainer(build_run(config, start_world("cpu"), make_tokenizer(), data))
 
 
-def drawn(seed: int) -> tuple[str, Row, dict]:
-    """A configuration: model, row, and settings."""
-    rng = random.Random(seed)
-    lora = rng.random() < 0.35
-    changes = {
-        "lora": LoraOptions(r=4, alpha=8) if lora else None,
-        "precision": rng.choice(["fp32", "bf16"]),
-        "gradient_checkpointing": rng.random() < 0.6,
-        "workspace_mb": rng.choice([1.0, 4.0, 16.0]),
-        "packing": rng.random() < 0.75,
-        "mlp_tile": rng.choice([None, 200]),
-        "reference": rng.choice(["auto", "frozen"]),
-        "master_weights": not lora and rng.random() < 0.4,
-        "offload_optimizer": not lora and rng.random() < 0.3,
-        "optimizer": "adamw",
-    }
-    changes["offload_activations"] = changes["gradient_checkpointing"] and rng.random() < 0.5
-    row = Row(
-        rng.randint(100, 700), tuple(rng.randint(50, 200) for _ in range(rng.choice([1, 2, 2, 3])))
-    )
-    return sorted(MODELS)[seed % len(MODELS)], row, changes
+def measure(config: RunConfig, batch) -> int:
+    return measured_peak(make_trainer(config, batch), batch)
 
 
-SEEDS = range(16)
+CASES = [
+    ("llama", Row(300, (100, 80)), {"reference": "frozen"}),
+    ("tied", Row(500, (120,)), BF16 | OFFLOADED | {"offload_optimizer": True, "workspace_mb": 1}),
+    ("qwen3", Row(240, (60, 50, 50)), PADDED | {"lora": LORA, "workspace_mb": 0.5}),
+    ("gemma3", Row(180, (60, 50)), BF16 | CHECKPOINTING | {"master_weights": True}),
+    ("gpt2", Row(150, (100, 60)), PADDED | {"offload_optimizer": True, "mlp_tile": 200}),
+    ("llama", Row(400, (90,)), BF16 | OFFLOADED | {"master_weights": True, "mlp_tile": 300}),
+]
 
 
-def test_the_drawn_configurations_cover_the_switches():
+def test_the_cases_cover_the_switches():
     on = Counter()
-    for seed in SEEDS:
-        model, row, changes = drawn(seed)
-        on.update([model, len(row.responses), changes["precision"], changes["packing"]])
+    for model, row, changes in CASES:
+        on.update([model, len(row.responses)])
         on.update(name for name, value in changes.items() if value)
-    wanted = {*MODELS, 1, 2, 3, "fp32", "bf16", False, "lora", "gradient_checkpointing", "mlp_tile"}
+        on["padded"] += changes.get("packing") is False
+    wanted = {*MODELS, 1, 2, 3, "precision", "padded", "lora", "gradient_checkpointing", "mlp_tile"}
     assert not wanted - set(on)
-    assert min(on[n] for n in ("offload_activations", "offload_optimizer", "master_weights")) >= 2
+    twice = ("offload_activations", "offload_optimizer", "master_weights", "mlp_tile", "padded")
+    assert min(on[name] for name in twice) >= 2
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_the_plan_is_within_a_tenth_of_the_measured_peak(seed, models, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        memory_module, "SMALL", 1 << 10
-    )  # the hidden states of tests are worth moving
-    model, row, changes = drawn(seed)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{'-'.join(case[2])}")
+def test_the_plan_is_within_a_tenth_of_the_measured_peak(case, models, tmp_path, small_states_move):
+    model, row, changes = case
     config = settings(models[model], tmp_path / "run", **changes)
     batch = [row.example()]
-    step = StepTracer(config).step(batch)
-    measured = measure(config, batch)
-    assert step.peak == pytest.approx(measured, rel=0.1), (model, row, changes, step.parts)
-    assert step.tokens == (
-        row.tokens if step.packed else sum(row.prompt + n for n in row.responses)
-    )
-    assert set(step.parts) == set(PARTS) and min(step.parts.values()) >= 0
+    step = tracer(config).step(batch)
+    assert step.peak == pytest.approx(measure(config, batch), rel=0.1), step.categories
+    padded = sum(row.prompt + n for n in row.responses)
+    assert step.tokens == (row.tokens if step.packed else padded)
+    assert step.packed == changes.get("packing", True)
+    assert set(step.categories) == set(CATEGORIES) and min(step.categories.values()) >= 0
 
 
 def test_a_scored_response_needs_its_own_row_alone(models, tmp_path):
-    """No padded pair, no second response resident: half of the tokens of a pair where nothing is shared."""
+    """No padded pair: half of the tokens of a pair where nothing is shared."""
     one, two = [Row(2, (400,)).example()], [Row(2, (400, 400)).example()]
     assert collate(one, packed=True).input_ids.numel() == 402
     assert collate(one, packed=False).input_ids.shape == (1, 402)
-    peaks = [
-        measure(settings(models["llama"], tmp_path / str(len(b[0].responses)), workspace_mb=1), b)
-        for b in (one, two)
-    ]
-    fixed = 20 * StepTracer(settings(models["llama"], tmp_path)).parameters
-    assert peaks[0] - fixed <= 0.6 * (peaks[1] - fixed)
+    config = settings(models["llama"], tmp_path / "one", workspace_mb=1)
+    planner = tracer(config)
+    fixed = 20 * planner.parameters
+    small, large = planner.step(one).peak, planner.step(two).peak
+    assert small - fixed <= 0.6 * (large - fixed)
+    assert measure(config, one) == pytest.approx(small, rel=0.1)
 
 
 def test_micro_batches_that_follow_the_first_hold_all_gradients(models, tmp_path):
     """A step of two batches: the second forward has every gradient beside it."""
-    config = settings(models["llama"], tmp_path / "run", gradient_checkpointing=True, batch_size=2)
+    config = settings(models["llama"], tmp_path / "run", batch_size=2, **CHECKPOINTING)
     batch = [Row(60, (20, 30)).example()]
-    one, two = (StepTracer(config).step(batch, accumulate=more) for more in (False, True))
-    Path(config.output_dir).mkdir()
-    trainer = Trainer(config, start_world("cpu"), make_tokenizer(), RunData([batch * 2], [1.0]))
-    assert two.peak == pytest.approx(measured_peak(trainer, batch, accumulate=True), rel=0.1)
+    one, two = (tracer(config).step(batch, accumulate=more) for more in (False, True))
+    measured = measured_peak(make_trainer(config, batch * 2), batch, accumulate=True)
+    assert two.peak == pytest.approx(measured, rel=0.1)
     assert two.peak > one.peak
 
 
 def test_flop_of_a_step_are_those_that_run(models, tmp_path):
-    config = settings(models["llama"], tmp_path / "run", gradient_checkpointing=True, mlp_tile=128)
-    row = Row(300, (100, 60))
-    batch = [row.example()]
-    planned = StepTracer(config).step(batch).flop
-    Path(config.output_dir).mkdir()
-    trainer = Trainer(config, start_world("cpu"), make_tokenizer(), RunData([batch], [1.0]))
+    config = settings(models["llama"], tmp_path / "run", mlp_tile=128, **CHECKPOINTING)
+    batch = [Row(300, (100, 60)).example()]
+    planned = tracer(config).step(batch).flop
+    trainer = make_trainer(config, batch)
     with FlopCounter() as counter:
         trainer.take_step(Step(0.0, [batch], 1))
-    segments = (Segment((0, 300), ((300, 400), (400, 460))),)
-    # Attention runs in the reference, in forward, again for backward, and there at 2.5 times the cost.
-    attention = (
-        5.5 * 4 * attended_pairs(segments) * SMALL["hidden_size"] * SMALL["num_hidden_layers"]
-    )
+    pairs = attended_pairs((Segment((0, 300), ((300, 400), (400, 460))),))
+    # Attention runs in the reference, in forward, again for backward, and there at 2.5 times.
+    attention = 5.5 * 4 * pairs * SMALL["hidden_size"] * SMALL["num_hidden_layers"]
     assert planned == pytest.approx(counter.flop + attention, rel=0.01)
 
 
-def test_an_estimate_from_few_layers_is_the_whole_plan(models, tmp_path, monkeypatch):
-    """Also where the peak of few layers is in another phase than that of many."""
-    monkeypatch.setattr(memory_module, "SMALL", 1 << 10)
-    planner = StepTracer(
-        settings(models["deep"], tmp_path / "run", gradient_checkpointing=True), device="cuda"
-    )
-    for row, switches in (
-        (Row(500, (100, 100)), {"offload_activations": True}),
-        (Row(60, (10, 10)), {}),
-    ):
+def test_an_estimate_from_few_layers_is_the_whole_plan(models, small_states_move):
+    """Also where the peak of few layers is in another phase than the peak of many."""
+    planner = tracer(settings(models["deep"], **CHECKPOINTING), "cuda")
+    offloaded = {"offload_activations": True}
+    for row, switches in ((Row(500, (100, 100)), offloaded), (Row(60, (10, 10)), {})):
         whole, estimate = (f([row.example()], **switches) for f in (planner.step, planner.estimate))
         assert estimate.peak == pytest.approx(whole.peak, rel=0.03)
         assert estimate.flop == pytest.approx(whole.flop, rel=0.02)
 
 
 def test_a_plan_needs_no_weights_and_leaves_nothing_behind(models, tmp_path):
-    planner = StepTracer(
-        settings(models["config"], tmp_path / "run"), device="cuda"
-    )  # there is none here
+    planner = tracer(settings(models["config"]), "cuda")  # there is none here
     batch = [Row(64, (16, 16)).example()]
     state = torch.get_rng_state()
     planner.step(batch)
     assert torch.equal(state, torch.get_rng_state())
-    config = settings(models["llama"], tmp_path / "after")
-    assert (
-        measure(config, batch) > 0
-    )  # packed attention runs on real tensors, with tables of its own
+    # Packed attention runs on real tensors, with tables of its own.
+    assert measure(settings(models["llama"], tmp_path / "after"), batch) > 0
 
 
-def test_offloaded_states_are_counted_on_the_host(models, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory_module, "SMALL", 1 << 10)
+def test_offloaded_states_are_counted_on_the_host(models, small_states_move):
     row = Row(400, (100,))
-    on = {"gradient_checkpointing": True, "offload_activations": True, "offload_optimizer": True}
-    planner = StepTracer(settings(models["config"], tmp_path / "run", **on), device="cuda")
+    planner = tracer(settings(models["config"], offload_optimizer=True, **OFFLOADED), "cuda")
     step = planner.step([row.example()])
-    states = 2 * row.tokens * SMALL["hidden_size"] * 2
+    states = row.tokens * SMALL["hidden_size"] * 2
     assert step.host >= states + 12 * planner.parameters
-    assert step.parts["optimizer"] == 0
+    assert step.categories["optimizer"] == 0
 
 
-def test_ranks_share_weights_gradients_and_state(models, tmp_path):
-    config = settings(models["config"], tmp_path / "run")
+def test_ranks_share_weights_gradients_and_state(models):
+    config = settings(models["config"])
     batch = [Row(640, (160, 160)).example()]
-    one, four = (StepTracer(config, device="cuda", world_size=n).step(batch) for n in (1, 4))
+    one, four = (tracer(config, "cuda", n).step(batch).categories for n in (1, 4))
     for name in ("weights", "optimizer"):
-        assert four.parts[name] == pytest.approx(one.parts[name] / 4, rel=0.01)
-    assert four.parts["gathered"] > 0 and one.parts["gathered"] == 0
+        assert four[name] == pytest.approx(one[name] / 4, rel=0.01)
+    assert four["gathered"] > 0 and one["gathered"] == 0
 
 
-def test_ranks_gather_weights_in_the_dtype_of_the_computation(models, tmp_path):
+def test_ranks_gather_weights_in_the_dtype_of_the_computation(models):
     """FSDP2 casts fp32 weights, and fp32 adapters, before anything is computed with them."""
     batch = [Row(640, (160, 160)).example()]
 
-    def parts(**changes):
-        config = settings(
-            models["config"],
-            tmp_path / "run",
-            precision="bf16",
-            gradient_checkpointing=True,
-            **changes,
-        )
-        return StepTracer(config, device="cuda", world_size=4).step(batch).parts
+    def held(**changes):
+        config = settings(models["config"], **BF16, **CHECKPOINTING, **changes)
+        return tracer(config, "cuda", 4).step(batch).categories
 
-    narrow, masters, lora = (
-        parts(),
-        parts(master_weights=True),
-        parts(lora=LoraOptions(r=4, alpha=8)),
-    )
+    narrow = held()
+    masters = held(master_weights=True)
+    lora = held(lora=LORA)
     for name in ("activations", "layer", "attention"):
         assert masters[name] == narrow[name] and lora[name] <= 1.3 * narrow[name], name
     assert masters["weights"] == pytest.approx(2 * narrow["weights"], rel=0.01)
@@ -270,62 +246,32 @@ def test_ranks_gather_weights_in_the_dtype_of_the_computation(models, tmp_path):
 
 def test_an_adapter_is_planned_on_its_base(models, tmp_path):
     base = transformers.AutoModelForCausalLM.from_pretrained(models["llama"])
-    add_lora(base, LoraOptions(r=4, alpha=8)).save_pretrained(tmp_path / "adapter")
+    add_lora(base, LORA).save_pretrained(tmp_path / "adapter")
     make_tokenizer().save_pretrained(tmp_path / "adapter")
     adapter_config = tmp_path / "adapter" / "adapter_config.json"
     fields = json.loads(adapter_config.read_text()) | {"base_model_name_or_path": models["llama"]}
     adapter_config.write_text(json.dumps(fields))
     config = settings(str(tmp_path / "adapter"), tmp_path / "run")
     batch = [Row(300, (80, 60)).example()]
-    assert StepTracer(config).step(batch).peak == pytest.approx(measure(config, batch), rel=0.1)
+    assert tracer(config).step(batch).peak == pytest.approx(measure(config, batch), rel=0.1)
 
 
-def test_a_run_that_cannot_be_planned_is_trained(models, records, tmp_path, monkeypatch, caplog):
-    def broken(*_, **__):
-        raise RuntimeError("an operator without a shape function")
-
-    monkeypatch.setattr(StepTracer, "step", broken)
-    config = settings(
-        models["llama"], tmp_path / "run", data=[records], memory_gib=1e-6, batch_size=6
-    )
-    assert train(config).steps == 1
-    assert "the memory of the run is not planned: RuntimeError: an operator without" in caplog.text
-
-
-def test_every_switch_saves_what_the_plan_with_it_says(models, tmp_path):
-    planner = StepTracer(settings(models["config"], tmp_path / "run"), device="cuda")
-    batch = [Row(2000, (200, 200)).example()]
-    found = savings(planner, batch)
-    names = [next(iter(switch)) for switch, _ in found]
-    assert names[0] == "gradient_checkpointing" and {"mlp_tile", "reference", "lora"} <= set(names)
-    assert [saved for _, saved in found] == sorted((saved for _, saved in found), reverse=True)
-    before = planner.estimate(batch).peak
-    for switch, saved in found:
-        assert before - planner.estimate(batch, **switch).peak == saved
-
-
-def test_the_cheapest_way_fits_and_its_switches_train(models, tmp_path):
-    config = settings(models["llama"], tmp_path / "run")
-    planner, batch = StepTracer(config), [Row(600, (200, 200)).example()]
-    whole = planner.step(batch).peak
-    room = whole // 2
-    chosen, step = cheapest_way(planner, batch, room)
-    assert step.peak <= room < whole and "lora" not in chosen and len(chosen) >= 2
-    assert measure(settings(models["llama"], tmp_path / "with", **chosen), batch) <= 1.1 * step.peak
-
-
-def test_the_longest_row_fits_and_a_longer_one_does_not(models, tmp_path):
-    planner = StepTracer(
-        settings(models["config"], tmp_path / "run", gradient_checkpointing=True), device="cuda"
-    )
-    row = Row(160, (10, 10))
-    room = 40 << 20
-    longest = longest_row(planner, row, room)
-    assert longest.tokens > 2 * row.tokens
-    assert longest.prompt / longest.responses[0] == pytest.approx(16, rel=0.05)
-    assert planner.step([longest.example()]).peak <= 1.01 * room
-    assert planner.step([longest.scaled(1.1).example()]).peak > room
-    assert longest_row(planner, row, 1 << 20) is None
+def test_an_optimizer_has_the_bytes_that_are_planned(models):
+    """state_bytes is a formula: hold it against a step."""
+    config = settings(models["tied"], optimizer="adamw")
+    step = tracer(config).step([Row(30, (10, 10)).example()])
+    model = transformers.AutoModelForCausalLM.from_pretrained(models["tied"])
+    parameters = list(model.parameters())
+    policy = type("Policy", (), {"trainable_parameters": lambda self: parameters})()
+    optimizer = make_optimizer(policy, config)
+    with memory_category("optimizer"):
+        for p in parameters:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+    held = 0
+    for state in optimizer.state.values():
+        held += sum(x.numel() * x.itemsize for x in state.values() if x.dim())
+    assert step.categories["optimizer"] == held
 
 
 def test_the_largest_batch_is_what_the_limits_allow():
@@ -339,115 +285,172 @@ def test_the_largest_batch_is_what_the_limits_allow():
     assert lengths(max_tokens_per_batch=82) == [40, 20] and lengths(max_tokens_per_batch=8) == [40]
     assert lengths(max_tokens_per_batch=1000, micro_batch_size=3) == [40, 30, 20]
     assert len(lengths(max_tokens_per_batch=1000)) == 4
-    assert lengths(max_tokens_per_batch=1000, batch_size=2) == [40, 30], (
-        "no batch holds more records than a step"
-    )
+    # No batch holds more records than a step.
+    assert lengths(max_tokens_per_batch=1000, batch_size=2) == [40, 30]
 
 
 def test_memory_is_left_for_what_no_plan_sees():
-    assert usable(100 * GIB, "cuda") == int(99 * GIB / 1.03) and usable(GIB, "cpu") == int(
-        GIB / 1.03
-    )
+    assert usable(100 * GIB, "cuda") == int(99 * GIB / 1.03)
+    assert usable(GIB, "cpu") == int(GIB / 1.03)
+
+
+# --- switches ---
+
+
+@pytest.fixture(scope="module")
+def long_row(models):
+    """A plan for a GPU, a batch of a long row, and the savings of every switch."""
+    planner = tracer(settings(models["config"]), "cuda")
+    batch = [Row(2000, (200, 200)).example()]
+    return planner, batch, savings(planner, batch)
+
+
+def test_every_switch_saves_what_the_plan_with_it_says(long_row):
+    planner, batch, found = long_row
+    names = {next(iter(switch)) for switch, _ in found}
+    assert {"gradient_checkpointing", "mlp_tile", "reference", "lora"} <= names
+    assert "workspace_mb" not in names, "4 MiB are less than the switch would give"
+    bytes_saved = [saved for _, saved in found]
+    assert bytes_saved == sorted(bytes_saved, reverse=True) and bytes_saved[0] > 0
+    before = planner.estimate(batch).peak
+    for switch, saved in found[:2]:
+        assert before - planner.estimate(batch, **switch).peak == saved
+
+
+def test_no_switch_gives_a_reference_that_is_cached_already(models):
+    """Also where the records bring it, and the setting says auto."""
+    config = settings(models["config"])
+    batch = [Row(64, (16, 16)).example()]
+    facts = find_facts(config, [], device="cpu")
+    given = StepTracer(config, type(facts)(**vars(facts) | {"has_ref_logps": True}))
+    assert given.step(batch).categories["reference"] == 0
+    assert {"reference": "cached"} not in [switch for switch, _ in savings(given, batch)]
+
+
+def test_the_cheapest_way_fits_and_its_switches_train(models, tmp_path):
+    planner, batch = tracer(settings(models["llama"])), [Row(600, (200, 200)).example()]
+    whole = planner.step(batch).peak
+    room = int(0.6 * whole)
+    chosen, step = cheapest_way(planner, batch, room)
+    assert step.peak <= room < whole and "lora" not in chosen and len(chosen) >= 2
+    assert measure(settings(models["llama"], tmp_path / "with", **chosen), batch) <= 1.1 * step.peak
+
+
+def test_the_longest_row_fits_and_a_longer_one_does_not(models):
+    planner = tracer(settings(models["config"], **CHECKPOINTING), "cuda")
+    row = Row(160, (10, 10))
+    room = 40 << 20
+    longest = longest_row(planner, row, room)
+    assert longest.tokens > 2 * row.tokens
+    assert longest.prompt / longest.responses[0] == pytest.approx(16, rel=0.05)
+    assert planner.step([longest.example()]).peak <= 1.01 * room
+    assert planner.step([longest.scaled(1.1).example()]).peak > room
+    assert longest_row(planner, row, 1 << 20) is None
 
 
 # --- the command and the trainer ---
 
 
+def command(model, data, output_dir, *flags: str) -> list[str]:
+    paths = ["--model", model, "--data", data, "--output_dir", str(output_dir)]
+    quiet = ["--loggers", "[]", "--progress", "false"]
+    # One record per step: no gradients of earlier micro-batches, which cost a second pass.
+    small = ["--device", "cpu", "--workspace_mb", "1", "--batch_size", "1", "--max_steps", "1"]
+    return ["train", *paths, *quiet, *small, *flags]
+
+
+def test_a_run_that_cannot_be_planned_is_trained(models, records, tmp_path, monkeypatch, caplog):
+    def broken(*_, **__) -> StepMemory:
+        raise RuntimeError("an operator without a shape function")
+
+    monkeypatch.setattr(StepTracer, "step", broken)
+    limits = {"memory_gib": 1e-6, "batch_size": 6}
+    config = settings(models["llama"], tmp_path / "run", data=[records], **limits)
+    assert train(config).steps == 1
+    assert "the memory of the run is not planned: RuntimeError: an operator without" in caplog.text
+
+
 def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(
     models, records, tmp_path, capsys
 ):
-    command = [
-        "train",
-        "--model",
-        models["config"],
-        "--data",
-        records,
-        "--tokenizer",
-        models["llama"],
-    ]
-    common = ["--output_dir", str(tmp_path / "run"), "--device", "cpu", "--workspace_mb", "1"]
-    smallest = (
-        StepTracer(settings(models["config"], tmp_path / "x", workspace_mb=1.0))
-        .step([Row(2, (2, 2)).example()])
-        .peak
-    )
-    limit = str(smallest / GIB)
-    assert (
-        main([*command, *common, "--memory_gib", limit]) == 1
-    )  # there are no weights: loading would fail
+    # There are no weights: loading would fail.
+    words = command(models["config"], records, tmp_path / "run", "--tokenizer", models["llama"])
+    config = settings(models["config"], workspace_mb=1.0)
+    smallest = tracer(config).step([Row(2, (2, 2)).example()]).peak
+    assert main([*words, "--memory_gib", str(smallest / GIB)]) == 1
     error = capsys.readouterr().err
-    assert (
-        "the largest batch of the run" in error and "pairs.jsonl:" in error and "weights" in error
-    )
-    assert "It fits with" in error and "=" in error.split("It fits with")[1]
-    assert main([*command, *common, "--memory_gib", "0.001"]) == 1
+    for text in ("the largest batch of the run", "pairs.jsonl:", "weights"):
+        assert text in error
+    assert "=" in error.split("It fits with")[1]
+    assert main([*words, "--memory_gib", "0.001"]) == 1
     assert "it still needs" in capsys.readouterr().err
 
 
 def test_a_run_that_fits_with_the_named_switches_runs_with_them(models, records, tmp_path, capsys):
-    command = [
-        "train",
-        "--model",
-        models["llama"],
-        "--data",
-        records,
-        "--device",
-        "cpu",
-        "--progress",
-        "false",
-    ]
-    command += ["--workspace_mb", "1", "--loggers", "[]", "--memory_gib"]
-    config = settings(models["llama"], tmp_path / "x", workspace_mb=1.0)
-    planner = StepTracer(config)
+    planner = tracer(settings(models["llama"], workspace_mb=1.0))
     whole = planner.step([Row(20, (16, 8)).example()]).peak
-    limit = str(whole / GIB)  # three percent are left for fragmentation
-    assert main([*command, limit, "--output_dir", str(tmp_path / "refused")]) == 1
+    limit = ["--memory_gib", str(whole / GIB)]  # three percent are left for fragmentation
+    assert main(command(models["llama"], records, tmp_path / "refused", *limit)) == 1
     advice = capsys.readouterr().err.split("It fits with ")[1].split(":")[0].split()
-    flags = [
-        word for switch in advice for word in ("--" + switch.split("=")[0], switch.split("=")[1])
-    ]
-    flags = [flag for flag in flags if flag not in ("--reference", "cached")]
-    assert main([*command, limit, "--output_dir", str(tmp_path / "run"), *flags]) == 0
+    flags = []
+    for switch in advice:
+        name, value = switch.split("=")
+        if name != "reference":
+            flags += [f"--{name}", value]
+    assert main(command(models["llama"], records, tmp_path / "run", *limit, *flags)) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 1
 
 
-def test_plan_of_a_row_prints_parts_limits_and_switches(models, capsys):
+def test_plan_of_a_row_prints_decisions_memory_limits_and_switches(models, capsys):
     row = ["--prompt", "4000", "--responses", "[250, 250]"]
-    assert main(["plan", "--model", models["config"], *row, "--memory_gib", "2"]) == 0
+    flags = ["--memory_gib", "2", "--batch_size", "1"]
+    assert main(["plan", "--model", models["config"], *row, *flags]) == 0
     text = capsys.readouterr().out
-    for word in (
-        "packed rows, cuda",
-        "4,500 tokens",
-        "weights",
-        "activations",
-        "peak",
-        "Tflop",
-        "longest",
-    ):
-        assert word in text
+    lines = {line.split()[0]: line for line in text.splitlines()}
+    assert "packed  [default: the packing probe passed]" in lines["rows"]
+    assert "cuda, 1 rank" in lines["device"] and "frozen  [default: lora is not set]" in text
+    assert "4,500 tokens" in lines["batch"]
+    for name in ("weights", "activations", "peak", "longest"):
+        assert name in lines
+    assert "Tflop" in lines["work"]
     assert "less with gradient_checkpointing=true" in text
 
 
 def test_plan_measures_beside_its_prediction(models, records, capsys):
-    assert (
-        main(
-            [
-                "plan",
-                "--model",
-                models["tied"],
-                "--data",
-                records,
-                "--device",
-                "cpu",
-                "--measure",
-                "true",
-            ]
-        )
-        == 0
-    )
+    words = ["--data", records, "--device", "cpu", "--measure", "true", "--batch_size", "1"]
+    assert main(["plan", "--model", models["tied"], *words]) == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
     off = float(lines["measured"].split("the plan is ")[1].split("%")[0])
     assert abs(off) <= 10
+
+
+def cached(path: Path, count: int) -> str:
+    """Pairs with reference log-probs."""
+    pairs = make_records("pairs", count)
+    return write_jsonl(path, [record | {"ref_logps": [-9.0, -8.0]} for record in pairs])
+
+
+def test_plan_of_records_with_reference_log_probs_has_no_reference(models, tmp_path, capsys):
+    words = ["plan", "--model", models["llama"], "--device", "cpu", "--batch_size", "1", "--data"]
+    assert main([*words, cached(tmp_path / "pairs.jsonl", 3)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = [line.split(maxsplit=1)[1] for line in lines if line.startswith("reference")]
+    assert found == ["cached  [default: every record brings ref_logps]"]
+
+
+def test_plan_of_a_mixed_run_with_cached_records(models, tmp_path, capsys):
+    """Sampled prompts have no ref_logps: the run computes the reference, as its trainer does."""
+    prompts = [{"prompt": record["prompt"]} for record in make_records("pairs", 3)]
+    path = write_jsonl(tmp_path / "prompts.jsonl", prompts)
+    sources = [cached(tmp_path / "pairs.jsonl", 9), {"path": path, "online": True}]
+    flags = ["--mode", "mixed", "--rewards", "[json.dumps]", "--max_new_tokens", "12"]
+    # Batches hold records and rollouts together.
+    flags += ["--batch_size", "4", "--micro_batch_size", "4", "--device", "cpu"]
+    flags += ["--data", json.dumps(sources)]
+    assert main(["plan", "--model", models["llama"], *flags]) == 0
+    said = capsys.readouterr()
+    lines = {line.split()[0]: line for line in said.out.splitlines()}
+    assert "frozen" in said.out and "more records" in lines["batch"] and not said.err
 
 
 @pytest.mark.parametrize(
@@ -457,20 +460,16 @@ def test_plan_measures_beside_its_prediction(models, records, capsys):
         (["--prompt", "5"], "both --prompt and --responses"),
         (["--prompt", "5", "--responses", "[0]"], "at least 1 token"),
         (["--prompt", "5", "--responses", "[5]", "--gpu", "H900"], "gpu='H900' is not one of H200"),
+        (["--world_size", "0"], "world_size=0 must be at least 1"),
+        (["--gpu", "H200", "--device", "cpu"], "plan for one of them"),
+        (["--measure", "true", "--world_size", "2"], "in one process"),
         (
-            ["--prompt", "5", "--responses", "[5]", "--world_size", "0"],
-            "world_size=0 must be at least 1",
-        ),
-        (
-            ["--prompt", "5", "--responses", "[5]", "--gpu", "H200", "--device", "cpu"],
-            "plan for one of them",
-        ),
-        (
-            ["--prompt", "5", "--responses", "[5]", "--measure", "true", "--world_size", "2"],
-            "in one process",
+            ["--measure", "true", "--mode", "online", "--rewards", "[json.dumps]"],
+            "mode=online samples; set mode: offline",
         ),
         (["--prompt", "5", "--responses", "[5]", "--pairs", "2"], "give it with --op N D V"),
         (["--op", "64", "32", "1000", "--prompt", "5"], "which model, prompt do not enter"),
+        (["--op", "64", "32", "1000", "--responses", "[5]"], "which model, responses do not enter"),
     ],
 )
 def test_plan_refuses(flags, message, models, capsys):
@@ -481,26 +480,4 @@ def test_plan_refuses(flags, message, models, capsys):
 def test_plan_without_a_model_says_so(capsys):
     assert main(["plan", "--prompt", "5", "--responses", "[5]"]) == 1
     assert "model is missing" in capsys.readouterr().err
-
-
-def test_an_optimizer_has_the_bytes_that_are_planned(models, tmp_path):
-    """state_bytes is a formula: hold it against a step."""
-    config = settings(models["tied"], tmp_path / "run", optimizer="adamw")
     assert isinstance(RunPlanConfig(model="m"), RunConfig)
-    step = StepTracer(config).step([Row(30, (10, 10)).example()])
-    model = transformers.AutoModelForCausalLM.from_pretrained(models["tied"])
-    optimizer = make_optimizer(
-        type("Policy", (), {"trainable_parameters": lambda self: list(model.parameters())})(),
-        config,
-    )
-    with memory_category("optimizer"):
-        for p in model.parameters():
-            p.grad = torch.zeros_like(p)
-        optimizer.step()
-    held = sum(
-        x.numel() * x.itemsize
-        for state in optimizer.state.values()
-        for x in state.values()
-        if x.dim()
-    )
-    assert step.parts["optimizer"] == held

@@ -32,7 +32,7 @@ from helpers import (
 from una_fast.counters import LiveBytes
 
 pytest.importorskip("triton")
-from una_fast.kernels import logp_partials, una_loss
+from una_fast.kernels import una_loss
 
 from una_fast import (
     Feedback,
@@ -323,21 +323,6 @@ def test_policy_and_reference_that_share_a_head_are_one_product_in_evaluation():
         assert Interpreted.products == products
         for name in ("loss", "logps", "ref_logps"):
             torch.testing.assert_close(getattr(out, name), exact[name], rtol=1e-5, atol=1e-5)
-
-
-def test_where_the_fused_linear_kernel_is_faster_forward_passes_hold_no_logits(monkeypatch):
-    p = problem(4, lengths=[6, 5], dim=24, vocab=101, dtype=torch.float32, feedback=PAIR)
-    exact = truth(p, ref_hidden=p.ref_hidden, bias=False)
-    for below, products in ((25, 0), (24, 1)):
-        monkeypatch.setitem(logp_partials.FASTER_BELOW, "cpu", below)
-        Interpreted.products = 0
-        with torch.no_grad():
-            out = linear_una_loss(
-                p.hidden, p.weight, p.targets, p.cu_seqlens, p.feedback, ref_hidden=p.ref_hidden
-            )
-        assert Interpreted.products == products
-        torch.testing.assert_close(out.logps, exact["logps"], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(out.ref_logps, exact["ref_logps"], rtol=1e-5, atol=1e-5)
 
 
 def test_the_budget_holds_with_padded_rows():

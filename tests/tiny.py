@@ -1,7 +1,8 @@
-"""Shared by the tests of the trainer: a tiny tokenizer, tiny Llamas, records of every kind, and short runs."""
+"""Shared by the tests of the trainer: tiny tokenizer and Llamas, records of every kind, runs."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from una_fast.config import RunConfig
 
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}{{ eos_token }}{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}"
+    "<|{{ m.role }}|>{{ m.content | trim }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 TEXT = "the cat sat on a mat while rain fell and nobody asked why it would ever stop or begin again"
@@ -25,7 +27,7 @@ Record = dict[str, Any]
 
 
 def make_tokenizer(*, chat: bool = True, eos: bool = True) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of 300 tokens that puts <s> before a text; </s> ends responses and turns."""
+    """Make a byte-level BPE of 300 tokens: <s> before a text, </s> ends responses and turns."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -46,7 +48,7 @@ def make_tokenizer(*, chat: bool = True, eos: bool = True) -> PreTrainedTokenize
 def save_llama(
     directory: Path, *, tied: bool = False, chat: bool = True, eos: bool = True, seed: int = 0
 ) -> str:
-    """A random two-layer Llama and its tokenizer in Hugging Face form; weights large enough for peaked logits."""
+    """Save a random two-layer Llama with peaked logits, and its tokenizer, in a directory."""
     tokenizer = make_tokenizer(chat=chat, eos=eos)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -71,13 +73,17 @@ def save_llama(
 
 
 def make_records(kind: str, count: int, seed: int = 0) -> list[Record]:
-    """Ragged random records: pairs | labels | several | scores | instructions | ratings | chats | mixed."""
+    """Make ragged random records.
+
+    kind: pairs | labels | several | scores | instructions | ratings | chats | mixed
+    count: records
+    seed: of the random numbers
+    """
     if kind == "mixed":
         kinds = ("pairs", "labels", "several", "scores", "instructions", "chats")
-        columns = [
-            make_records(name, -(-count // len(kinds)), seed + k) for k, name in enumerate(kinds)
-        ]
-        return [record for row in zip(*columns, strict=True) for record in row][:count]
+        of_each = -(-count // len(kinds))
+        columns = [make_records(name, of_each, seed + k) for k, name in enumerate(kinds)]
+        return list(itertools.chain.from_iterable(zip(*columns, strict=True)))[:count]
     rng = np.random.default_rng([seed, *kind.encode()])
 
     def text(longest: int) -> str:
@@ -108,9 +114,8 @@ def make_records(kind: str, count: int, seed: int = 0) -> list[Record]:
         if kind == "instructions":
             return {"prompt": prompt, "completion": text(14)}
         if kind == "ratings":
-            high, low = sorted(
-                rng.choice(np.arange(1, 11), size=2, replace=False).tolist(), reverse=True
-            )
+            drawn = rng.choice(np.arange(1, 11), size=2, replace=False).tolist()
+            high, low = sorted(drawn, reverse=True)
             answers = {"chosen": text(8), "rejected": text(8) + " begin"}
             return {"prompt": prompt, **answers, "chosen_rating": high, "rejected_rating": low}
         assert kind == "chats", kind
@@ -127,7 +132,7 @@ def write_jsonl(path: Path, records: Iterable[Record]) -> str:
 
 
 def make_config(model: str, data: Any, output_dir: Path, **settings: Any) -> RunConfig:
-    """A quiet run without schedule, on the CPU."""
+    """Return the settings of a quiet run without schedule, on the CPU."""
     quiet = {
         "progress": False,
         "loggers": [],
@@ -141,6 +146,10 @@ def make_config(model: str, data: Any, output_dir: Path, **settings: Any) -> Run
 def read_metrics(
     output_dir: str | Path, *, without: Sequence[str] = TIMING
 ) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl, less the fields that two equal runs do not share."""
+    """Return the lines of metrics.jsonl, less the fields that two equal runs do not share."""
     lines = (Path(output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in without} for line in lines]
+    records = [json.loads(line) for line in lines]
+    for record in records:
+        for name in without:
+            record.pop(name, None)
+    return records

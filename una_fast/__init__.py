@@ -1,6 +1,6 @@
 """una_fast: UNA alignment with fused, memory-lean kernels.
 
-Importing this package needs torch alone; everything else is loaded when it is first used.
+Importing the package needs torch alone; all modules are loaded at first use.
 """
 
 from __future__ import annotations

@@ -8,9 +8,13 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 def check_number(name: str, value: object, else_allowed: str = "") -> float:
-    """Return the value of a setting that is a finite number; ValueError for any other value.
+    """Return the value of a setting if the value is a finite number.
 
-    else_allowed: further values that the message names, such as "auto or "
+    name: the setting, for the error
+    value: the value; True and False are no numbers
+    else_allowed: further values for the error to name, such as "auto or "
+
+    ValueError, by the name, otherwise.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(f"{name}={value!r} must be {else_allowed}a finite number")
@@ -25,15 +29,17 @@ def check_one_of(name: str, value: object, choices: Iterable[Any]) -> None:
 
 
 def check_choices(settings: Any, names: Iterable[str] | None = None) -> None:
-    """Check every field of a dataclass that is annotated with a Literal.
+    """Check the fields of a dataclass with a Literal as annotation.
 
-    settings: an instance of a dataclass
-    names: the fields to check; default: all
+    settings: an instance of the dataclass
+    names: the fields to check; default: all; fields with other annotations pass
 
-    ValueError, by the field's name, for a value that its Literal does not hold.
+    ValueError, by the field's name, for a value outside the Literal.
     """
     hints = get_type_hints(type(settings))
-    for name in hints if names is None else names:
+    if names is None:
+        names = hints
+    for name in names:
         if get_origin(hints[name]) is Literal:
             check_one_of(name, getattr(settings, name), get_args(hints[name]))
 
@@ -41,9 +47,14 @@ def check_choices(settings: Any, names: Iterable[str] | None = None) -> None:
 def check_at_least(
     least: int, settings: Any, names: Iterable[str], *, or_null: bool = False
 ) -> None:
-    """Check that fields hold numbers of at least `least`; ValueError, by the field's name, otherwise.
+    """Check that fields hold numbers of at least `least`.
 
+    least: the bound
+    settings: an object with the fields as attributes
+    names: the fields to check
     or_null: None is allowed too
+
+    ValueError, by the field's name, otherwise.
     """
     for name in names:
         value = getattr(settings, name)
@@ -52,3 +63,27 @@ def check_at_least(
         if value < least:
             rest = ", or null" if or_null else ""
             raise ValueError(f"{name}={value} must be at least {least}{rest}")
+
+
+def check_range(map_name: str, kind: str, limits_name: str, limits: object) -> None:
+    """Check that a map has limits exactly if the map is "range", and that the limits rise.
+
+    map_name: the setting of the map, such as "score_map"
+    kind: the chosen map
+    limits_name: the setting of the limits, such as "score_range"
+    limits: [lowest, highest], or None
+
+    ValueError, by the names of the settings, otherwise.
+    """
+    if kind != "range":
+        if limits is not None:
+            raise ValueError(
+                f"{limits_name}={limits} is only read with {map_name}: range, not {kind}"
+            )
+        return
+    if not isinstance(limits, (list, tuple)) or len(limits) != 2:
+        raise ValueError(f"{map_name}=range needs {limits_name}: [lo, hi], not {limits!r}")
+    lowest = check_number(limits_name, limits[0])
+    highest = check_number(limits_name, limits[1])
+    if not lowest < highest:
+        raise ValueError(f"{limits_name}={limits} must rise from the lowest to the highest value")

@@ -1,7 +1,8 @@
-"""What a piece of code really does: matrix-product work and live memory, counted under the dispatcher.
+"""The work and the memory of a piece of code, counted under torch's dispatcher.
 
-Both counters see forward and backward (autograd runs in the calling thread on a CPU) and every call that reaches the
-dispatcher, in-place and out= variants included. They work on fake tensors too, which have sizes but no memory.
+FlopCounter counts matrix products, LiveBytes memory that is alive. Both see forward and backward
+(autograd runs in the calling thread on a CPU) and every call that reaches the dispatcher, in-place
+and out= variants included. Both work on fake tensors too, which have sizes but no memory.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+# operator -> position of the first operand; the second follows
 _PRODUCTS = {
     "mm": 0,
     "bmm": 0,
@@ -25,7 +27,7 @@ _PRODUCTS = {
     "addmm_": 1,
     "baddbmm": 1,
     "baddbmm_": 1,
-}  # name -> place of the operands
+}
 _UNCOUNTED = {
     "linear",
     "matmul",
@@ -38,7 +40,6 @@ _UNCOUNTED = {
     "vdot",
     "_int_mm",
     "_scaled_mm",
-} | {
     "_grouped_mm",
     "_scaled_grouped_mm",
 }
@@ -46,36 +47,40 @@ _UNCOUNTED = {
 
 @functools.cache
 def _allocates(func: Any) -> bool:
-    """Whether an operator returns memory of its own; the schema of views, in-place and out= variants says not."""
+    """Return whether an operator returns new memory; views, in-place and out= variants do not."""
     return any(returned.alias_info is None for returned in func._schema.returns)
 
 
 def is_fake(x: Tensor) -> bool:
-    """Whether a tensor has a shape and no numbers."""
+    """Return whether a tensor has a shape but no numbers."""
     return isinstance(x, FakeTensor)
 
 
-_part: list[str] = [""]
+_category: list[str] = [""]
 
 
 @contextmanager
 def memory_category(name: str) -> Iterator[None]:
-    """What runs inside belongs to this part of a step: LiveBytes says at its peak how much each part holds."""
-    _part.append(name)
+    """Put the storages born inside under a category, such as "optimizer": see LiveBytes."""
+    _category.append(name)
     try:
         yield
     finally:
-        _part.pop()
+        _category.pop()
 
 
 class FlopCounter(TorchDispatchMode):
-    """Flop of every matrix product, in `flop`. A product it cannot count is an error, or with `strict=False` noted in
-    `uncounted`, never silently free."""
+    """Flop of every matrix product, in `flop`.
+
+    A product that the counter does not know raises NotImplementedError; with strict=False it only
+    sets `uncounted`.
+    """
 
     def __init__(self, *, strict: bool = True) -> None:
         super().__init__()
         self.flop = 0
-        self.strict, self.uncounted = strict, False
+        self.strict = strict
+        self.uncounted = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -86,28 +91,33 @@ class FlopCounter(TorchDispatchMode):
         if self.uncounted and self.strict:
             raise NotImplementedError(f"{func} is a matrix product that FlopCounter does not count")
         if name in _PRODUCTS:
-            a, b = args[_PRODUCTS[name] :][:2]
+            first = _PRODUCTS[name]
+            a, b = args[first], args[first + 1]
             self.flop += 2 * a.numel() * b.shape[-1]
         return func(*args, **(kwargs or {}))
 
     def passes(self, rows: int, dim: int, vocab: int) -> float:
-        """The count in GEMM passes over the head: one is 2 N D V flop."""
+        """Return the count in GEMM passes over the head, 2 N D V flop for each pass."""
         return self.flop / (2 * rows * dim * vocab)
 
 
 class LiveBytes(TorchDispatchMode):
-    """Every storage born while active: how large, in which part of the step, and when it came and went.
+    """Every storage born while active: size, memory category, birth and death.
 
-    Storages that existed before (inputs) do not count; temporaries inside one operator are not seen.
+    sizes: bytes of storage k, in order of birth
+    categories: memory category of storage k
+    marks: moments noted by `mark`, as numbers of events; an event is a birth or a death
+
+    Storages that existed before (inputs) do not count; temporaries inside an operator are not seen.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.sizes: list[int] = []  # bytes of storage k, in order of birth
-        self.parts: list[str] = []  # its part
-        self._events: list[int] = []  # k + 1 for a birth, -(k + 1) for a death
+        self.sizes: list[int] = []
+        self.categories: list[str] = []
+        self.marks: list[int] = []
+        self._events: list[int] = []  # k + 1 for the birth of storage k, -(k + 1) for the death
         self._alive: dict[int, int] = {}  # storage address -> k
-        self.marks: list[int] = []  # numbers of events
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -125,7 +135,7 @@ class LiveBytes(TorchDispatchMode):
             return
         serial = len(self.sizes)
         self.sizes.append(storage.nbytes())
-        self.parts.append(_part[-1])
+        self.categories.append(_category[-1])
         self._alive[address] = serial
         self._events.append(serial + 1)
         weakref.finalize(storage, self._died, address, serial).atexit = False
@@ -139,48 +149,60 @@ class LiveBytes(TorchDispatchMode):
         return found - {-1}
 
     def assign(self, name: str, tensors: Iterable[Tensor]) -> None:
-        """Count these under the part `name`, wherever they were born."""
+        """Move the storages of tensors to the category `name`."""
         for serial in self._serials(tensors):
-            self.parts[serial] = name
+            self.categories[serial] = name
 
     def mark(self) -> None:
-        """Note this moment: `peak_parts` can look between two of them."""
+        """Note the present moment in `marks`, as a bound for `peak_by_category`."""
         self.marks.append(len(self._events))
 
     def peak(self, excluding: Iterable[Tensor] = ()) -> int:
-        """Largest number of bytes alive at once, without the storages of `excluding` (returned gradients, say)."""
+        """Return the largest number of bytes alive at once.
+
+        excluding: tensors that do not count, such as returned gradients
+        """
         return self._peak(self._serials(excluding))[0]
 
-    def peak_parts(
+    def peak_by_category(
         self, without: Iterable[str] = (), start: int = 0, stop: int | None = None
     ) -> Counter[str]:
-        """Bytes of each part at the moment of the peak, some parts left out; of events start to stop, or of all."""
+        """Return {category: bytes} at the moment of the peak.
+
+        without: categories that do not count
+        start, stop: events to look at, from `marks`; default: all
+        """
         left_out = set(without)
-        skip = {serial for serial, name in enumerate(self.parts) if name in left_out}
+        skip = {serial for serial, name in enumerate(self.categories) if name in left_out}
         _, moment = self._peak(skip, start, stop)
         held: Counter[str] = Counter()
         for event in self._events[:moment]:
             serial = abs(event) - 1
             if serial not in skip:
-                held[self.parts[serial]] += self.sizes[serial] if event > 0 else -self.sizes[serial]
+                held[self.categories[serial]] += self._change(event)
         return +held
 
     def _peak(self, skip: set[int], start: int = 0, stop: int | None = None) -> tuple[int, int]:
-        """(bytes, number of events up to it) of the peak between two numbers of events."""
+        """Return (bytes, number of events before) of the peak between two events."""
         live, peak, moment = 0, 0, start
         for number, event in enumerate(self._events[:stop], start=1):
-            serial = abs(event) - 1
-            if serial not in skip:
-                live += self.sizes[serial] if event > 0 else -self.sizes[serial]
+            if abs(event) - 1 not in skip:
+                live += self._change(event)
             if live > peak and number >= start:
                 peak, moment = live, number
         return peak, moment
 
+    def _change(self, event: int) -> int:
+        """Return the bytes that a birth adds or a death takes away."""
+        size = self.sizes[abs(event) - 1]
+        return size if event > 0 else -size
+
     def live(self) -> int:
-        """Bytes alive now."""
+        """Return the bytes alive now."""
         return sum(self.sizes[serial] for serial in self._alive.values())
 
     def largest(self, excluding: Iterable[Tensor] = ()) -> int:
-        """Bytes of the largest storage, without those of `excluding`."""
+        """Return the bytes of the largest storage, without the storages of `excluding`."""
         skip = self._serials(excluding)
-        return max((size for k, size in enumerate(self.sizes) if k not in skip), default=0)
+        counted = (size for serial, size in enumerate(self.sizes) if serial not in skip)
+        return max(counted, default=0)

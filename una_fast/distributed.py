@@ -1,13 +1,15 @@
-"""Ranks and FSDP2: who takes part in a run, what is wrapped, and how sums cross ranks.
+"""Ranks and FSDP2: who takes part in a run, how modules are wrapped, and how sums cross ranks.
 
-One contract makes a sharded run equal to a single process: gradients are *summed* over ranks (FSDP2 would average
-them), because the loss is divided by the number of units of the global batch already. The head stays in the root's
-group: it is gathered once per forward, kept until its gradient is built in that same forward, and reduced once.
+A single contract makes a sharded run equal to a single process: gradients are *summed* over ranks
+(FSDP2 would average), because the loss is divided by the number of units of the global batch
+already. The head stays in the root's group: gathered once per forward, kept until the gradient of
+the head is built in that same forward, and reduced once.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,14 +38,14 @@ class World:
         return self.size > 1
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of a tensor over all ranks."""
+        """Return the sum of a tensor over all ranks; may overwrite the tensor."""
         if self.sharded:
             values = values.to(self.device)
             dist.all_reduce(values)
         return values
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks, in their order; anything that can be pickled."""
+        """Return the values of all ranks, in order of ranks. value: any object that pickles."""
         if not self.sharded:
             return [value]
         values = [None] * self.size
@@ -51,13 +53,21 @@ class World:
         return values
 
     def barrier(self) -> None:
+        """Wait until every rank is here."""
         if self.sharded:
             dist.barrier()
 
 
 def start_world(device: str = "auto") -> World:
-    """Join the ranks that torchrun started, or be the only one. device: "auto" | "cpu" | "cuda"."""
-    kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    """Join the ranks that torchrun started, or become the only rank.
+
+    device: "auto" | "cpu" | "cuda"; "auto" is a GPU where torch finds one
+
+    ValueError for "cuda" without a GPU.
+    """
+    kind = device
+    if device == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch finds no CUDA device; use device=cpu or auto")
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -65,36 +75,42 @@ def start_world(device: str = "auto") -> World:
     if kind == "cuda":
         torch.cuda.set_device(index)
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        backend = "nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(backend)
     rank = dist.get_rank() if size > 1 else 0
-    return World(rank, size, torch.device(kind, index) if kind == "cuda" else torch.device(kind))
+    place = torch.device(kind, index) if kind == "cuda" else torch.device(kind)
+    return World(rank, size, place)
 
 
 def stop_world() -> None:
+    """Leave the process group, if there is any."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def shard(causal_lm: nn.Module, world: World, compute_dtype: torch.dtype) -> None:
-    """Shard every transformer layer and then the rest (embedding, final norm, head) with FSDP2, in place.
+def shard(
+    causal_lm: nn.Module, layers: Iterable[nn.Module], world: World, compute_dtype: torch.dtype
+) -> None:
+    """Shard every layer and then the rest (embedding, final norm, head) with FSDP2, in place.
 
-    compute_dtype: what gathered weights and activations are in; gradients are reduced in float32.
+    causal_lm: the whole model; moved to the device layer by layer
+    layers: the repeated blocks of causal_lm; parameters are gathered a layer at a time
+    world: the ranks to shard over
+    compute_dtype: of gathered weights and activations; gradients are reduced in float32
     """
     mesh = init_device_mesh(world.device.type, (world.size,))
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-    layers = set(getattr(causal_lm, "_no_split_modules", None) or ())
-    wrapped = [module for module in causal_lm.modules() if type(module).__name__ in layers]
-    for module in [*wrapped, causal_lm]:
+    wrapped = [*layers, causal_lm]
+    for module in wrapped:
         fully_shard(module, mesh=mesh, mp_policy=precision)
-    for module in [*wrapped, causal_lm]:
+    for module in wrapped:
         module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(
-            True
-        )  # gloo cannot fold the factor into the reduction
+        # gloo cannot fold the factor into the reduction
+        module.set_force_sum_reduction_for_comms(True)
 
 
 def reshard(*models: nn.Module) -> None:
-    """Let go of what a forward without backward keeps gathered: parameters are then their shards."""
+    """Free the parameters that a forward without backward keeps gathered; shards remain."""
     for model in models:
         for module in model.modules():
             if isinstance(module, FSDPModule):
@@ -102,5 +118,7 @@ def reshard(*models: nn.Module) -> None:
 
 
 def local_scalar(value: Tensor) -> float:
-    """A norm or loss as a Python number, whether or not it is sharded."""
-    return float(value.full_tensor() if isinstance(value, DTensor) else value)
+    """Return a norm or loss, sharded or not, as a Python number."""
+    if isinstance(value, DTensor):
+        value = value.full_tensor()
+    return float(value)

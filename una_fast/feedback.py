@@ -1,8 +1,9 @@
-"""What is known about the responses of one call: pairs, labels and scores as one table of feedback units.
+"""Feedback on the responses of a call: pairs, labels and scores in one table of units.
 
-A *unit* is one term of the loss: a pair of responses, or one labelled or scored response. A response may stand in
-several units (a pair and two scores of the same two responses) or in none. The table lives on the CPU: its shape
-decides which work is done, so reading it must never wait for a GPU.
+A *unit* is one term of the loss: a pair of responses, or a labelled or scored response. A response
+may stand in several units (a pair and two scores of the same two responses) or in no unit. The
+table lives on the CPU: its shape decides which work is done, so reading the table must never wait
+for a GPU.
 """
 
 from __future__ import annotations
@@ -20,20 +21,26 @@ Numbers = Sequence[float] | Tensor | float | None
 
 
 def _column(name: str, values: Numbers, units: int, default: float | None = None) -> Tensor:
-    """One float64 value per unit; a number is repeated, None is the default (an error where there is none)."""
+    """Return a column of the table, [units] float64.
+
+    name: the argument, for errors
+    values: [units] numbers, or a number for all units, or None for the default
+    default: None makes values=None an error
+
+    ValueError for other shapes, and for values other than finite numbers.
+    """
+    if values is None:
+        values = default
     try:
-        column = (
-            torch.as_tensor(default if values is None else values, dtype=torch.float64)
-            .detach()
-            .cpu()
-        )
+        column = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} must be numbers, one per unit ({units} units): {error}") from None
     if column.dim() == 0:
         column = column.expand(units)
     if column.shape != (units,):
         raise ValueError(
-            f"{name} has shape {tuple(column.shape)}; give one number, or one per unit ({units} units)"
+            f"{name} has shape {tuple(column.shape)}; "
+            f"give one number, or one per unit ({units} units)"
         )
     if not torch.isfinite(column).all():
         bad = int((~torch.isfinite(column)).nonzero()[0])
@@ -42,6 +49,7 @@ def _column(name: str, values: Numbers, units: int, default: float | None = None
 
 
 def _indices(name: str, values: Sequence[int] | Tensor) -> Tensor:
+    """Return indices of responses, [U] int64; ValueError for anything but integers >= 0."""
     column = torch.as_tensor(values).detach().cpu()
     if column.numel() == 0:
         return torch.empty(0, dtype=torch.int64)
@@ -54,11 +62,17 @@ def _indices(name: str, values: Sequence[int] | Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Feedback:
-    """A table of U feedback units over the responses of one call. Build it with `pairs`, `binary`, `scores`, `merge`.
+    """A table of U feedback units over the responses of a call.
 
-    All columns are CPU tensors of shape [U]: `kind` (PAIR, BINARY, SCORE), `first` (the chosen or the only response),
-    `second` (the rejected response, -1 where there is none), and float64 `value` (pair target, label or score),
-    `margin` (pairs), `weight`, `offset` (labels and scores).
+    Build a table with `pairs`, `binary`, `scores` and `merge`. All columns are CPU tensors:
+
+    kind: [U] int64, PAIR, BINARY or SCORE
+    first: [U] int64, the chosen or the only response
+    second: [U] int64, the rejected response; -1 for labels and scores
+    value: [U] float64, pair target, label or score
+    margin: [U] float64, 0 for labels and scores
+    weight: [U] float64
+    offset: [U] float64, 0 for pairs
     """
 
     kind: Tensor
@@ -78,19 +92,28 @@ class Feedback:
         weight: Numbers = None,
         target: Numbers = None,
     ) -> Feedback:
-        """Response `chosen[u]` is preferred to `rejected[u]`.
+        """Build units in which response `chosen[u]` is preferred to response `rejected[u]`.
 
-        margin: how far r_w must lead r_l (default 0). weight: factor on the unit's loss (default 1).
-        target: probability in [0, 1] that the order is right (default 1; 0.5 is a tie).
+        chosen: [U] indices of responses
+        rejected: [U] indices of responses
+        margin: lead of r_w over r_l to reach; [U] or a number, default 0
+        weight: factor on the unit's loss, >= 0; [U] or a number, default 1
+        target: probability in [0, 1] that the order is right; [U] or a number, default 1; 0.5 is a
+            tie
+
+        ValueError, by the argument and the entry, for anything else.
         """
-        first, second = _indices("chosen", chosen), _indices("rejected", rejected)
+        first = _indices("chosen", chosen)
+        second = _indices("rejected", rejected)
         units = first.numel()
         if second.numel() != units:
             raise ValueError(
-                f"chosen has {units} indices and rejected {second.numel()}; a pair needs one of each"
+                f"chosen has {units} indices and rejected {second.numel()}; "
+                "a pair needs one of each"
             )
-        if (first == second).any():
-            bad = int((first == second).nonzero()[0])
+        same = first == second
+        if same.any():
+            bad = int(same.nonzero()[0])
             raise ValueError(
                 f"pair {bad} has response {int(first[bad])} as both chosen and rejected"
             )
@@ -114,12 +137,21 @@ class Feedback:
         weight: Numbers = None,
         offset: Numbers = None,
     ) -> Feedback:
-        """Response `index[u]` is good (True) or bad (False). offset: f(x) + c, added to r before the comparison."""
+        """Build units in which response `index[u]` is good (True) or bad (False).
+
+        index: [U] indices of responses
+        label: [U] True or False
+        weight: factor on the unit's loss, >= 0; [U] or a number, default 1
+        offset: f(x) + c, added to r before the comparison; [U] or a number, default 0
+
+        ValueError, by the argument and the entry, for anything else.
+        """
         index = _indices("index", index)
         value = _column("label", label, index.numel())
         if ((value != 0) & (value != 1)).any():
             raise ValueError(
-                "label must be True or False for every response; use Feedback.scores for graded feedback"
+                "label must be True or False for every response; "
+                "use Feedback.scores for graded feedback"
             )
         return Feedback._pointwise(BINARY, index, value, weight, offset)
 
@@ -131,12 +163,18 @@ class Feedback:
         weight: Numbers = None,
         offset: Numbers = None,
     ) -> Feedback:
-        """Response `index[u]` was given `score[u]`: in [0, 1] for the forms on sigmoid(r), any finite reward for
-        "reward_mse". offset: f(x) + c, added to r before the comparison."""
+        """Build units in which response `index[u]` was given `score[u]`.
+
+        index: [U] indices of responses
+        score: [U] numbers; in [0, 1] for the forms on sigmoid(r), any reward for "reward_mse"
+        weight: factor on the unit's loss, >= 0; [U] or a number, default 1
+        offset: f(x) + c, added to r before the comparison; [U] or a number, default 0
+
+        ValueError, by the argument and the entry, for anything else.
+        """
         index = _indices("index", index)
-        return Feedback._pointwise(
-            SCORE, index, _column("score", score, index.numel()), weight, offset
-        )
+        value = _column("score", score, index.numel())
+        return Feedback._pointwise(SCORE, index, value, weight, offset)
 
     @staticmethod
     def _pointwise(
@@ -155,21 +193,21 @@ class Feedback:
 
     @staticmethod
     def merge(parts: Sequence[Feedback]) -> Feedback:
-        """The units of all parts, in order, as one table. An empty list gives a table of no units."""
-        parts = list(parts) or [Feedback.pairs([], [])]
-        return Feedback(
-            **{
-                f.name: torch.cat([getattr(part, f.name) for part in parts])
-                for f in fields(Feedback)
-            }
-        )
+        """Join tables into one, in order. An empty list gives a table without units."""
+        tables = list(parts) or [Feedback.pairs([], [])]
+
+        def joined(name: str) -> Tensor:
+            return torch.cat([getattr(table, name) for table in tables])
+
+        return Feedback(**{field.name: joined(field.name) for field in fields(Feedback)})
 
     @property
     def num_units(self) -> int:
+        """Return U."""
         return self.kind.numel()
 
     def shift(self, by: int) -> Feedback:
-        """The same units with every response index moved up by `by`: how records join into a batch."""
+        """Return the units with every response index moved up by `by`: records join in a batch."""
         return replace(
             self,
             first=self.first + by,
@@ -177,14 +215,16 @@ class Feedback:
         )
 
     def check(self, num_responses: int) -> None:
-        """Raise ValueError if a unit names a response that the call does not have."""
+        """Raise ValueError if a unit names a response beyond the responses of the call."""
         for column in (self.first, self.second):
-            if column.numel() and int(column.max()) >= num_responses:
-                unit = int(column.argmax())
-                raise ValueError(
-                    f"unit {unit} ({KIND_NAMES[int(self.kind[unit])]}) names response {int(column[unit])}, "
-                    f"but the call has {num_responses} responses (cu_seqlens has one more entry than responses)"
-                )
+            if column.numel() == 0 or int(column.max()) < num_responses:
+                continue
+            unit = int(column.argmax())
+            kind = KIND_NAMES[int(self.kind[unit])]
+            raise ValueError(
+                f"unit {unit} ({kind}) names response {int(column[unit])}, but the call has "
+                f"{num_responses} responses (cu_seqlens has one more entry than responses)"
+            )
 
 
 def _check_unit_interval(name: str, value: Tensor) -> None:
@@ -196,8 +236,8 @@ def _check_unit_interval(name: str, value: Tensor) -> None:
 
 def _weight(weight: Numbers, units: int) -> Tensor:
     column = _column("weight", weight, units, 1.0)
-    if (column < 0).any():
-        raise ValueError(
-            f"weight[{int((column < 0).nonzero()[0])}] is negative; use 0 to leave a unit out"
-        )
+    negative = column < 0
+    if negative.any():
+        bad = int(negative.nonzero()[0])
+        raise ValueError(f"weight[{bad}] is negative; use 0 to leave a unit out")
     return column

@@ -14,7 +14,7 @@ def say_once(level: int, message: str, logger: logging.Logger = default_logger) 
 
     level: a level of the logging module, such as logging.WARNING
     message: the finished text; a second call with equal text is silent
-    logger: the logger that takes the message, for example the caller's module logger
+    logger: receives the message, for example the logger of the caller's module
 
     `say_once.cache_clear()` forgets every message said so far (for tests).
     """

@@ -1,23 +1,26 @@
 """The UNA losses: the only copy of the loss math.
 
-With Delta = log pi_theta(y|x) - log pi_ref(y|x), summed over the tokens of a response (or its mean over them when
-`length_normalize`), the implicit reward of a response is r = beta * Delta (UNA, arXiv 2408.15339, eq. 6), and every
-unit of feedback is a scalar function of one number x:
+With Delta = log pi_theta(y|x) - log pi_ref(y|x), summed over the tokens of a response (or averaged
+over the tokens when `length_normalize`), the implicit reward of a response is r = beta * Delta
+(UNA, arXiv 2408.15339, eq. 6), and every unit of feedback is a scalar function of one number x:
 
-    pair            x = r_w - r_l                 loss = t * phi(x) + (1 - t) * phi(-x)     t = target
+    pair            x = r_w - r_l                 loss = t * phi(x) + (1 - t) * phi(-x)
     label, score    x = r + f(x) + c (offset)     loss = phi(x, label or score)
 
-    pair   "logistic"    phi(x) = -log sigmoid(x - margin)      eq. 10 with log sigma applied; equal to DPO
-           "linear"      phi(x) = -(x - margin)                 eq. 10
-           "squared"     phi(x) = (x - margin)^2
-    binary "bce"         cross entropy of sigmoid(x)            eq. 12; BCO with shift 0
-           "mse"         (sigmoid(x) - label)^2                 eq. 11
-    score  "mse"         (sigmoid(x) - score)^2                 eq. 13
-           "bce"         cross entropy of sigmoid(x)
-           "reward_mse"  (x - reward)^2                         eq. 7; on-policy its gradient is -2 beta grad J of RLHF
+with the target t of the pair, and
 
-Everything here works on one number per response, in float64: two float32 sums of 8192 token log-probs already
-differ by 0.02 nat.
+    pair   "logistic"    phi(x) = -log sigmoid(x - margin)   eq. 10 with log sigma applied; DPO
+           "linear"      phi(x) = -(x - margin)              eq. 10
+           "squared"     phi(x) = (x - margin)^2
+    binary "bce"         cross entropy of sigmoid(x)         eq. 12; BCO with shift 0
+           "mse"         (sigmoid(x) - label)^2              eq. 11
+    score  "mse"         (sigmoid(x) - score)^2              eq. 13
+           "bce"         cross entropy of sigmoid(x)
+           "reward_mse"  (x - reward)^2                      eq. 7; on-policy the gradient is
+                                                             -2 beta grad J of RLHF
+
+Everything here works on one number per response, in float64: two float32 sums of 8192 token
+log-probs already differ by 0.02 nat.
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ from torch import Tensor
 from una_fast.feedback import BINARY, PAIR, SCORE, Feedback
 
 PAIR_FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "logistic": lambda x, margin: -F.logsigmoid(x - margin),  # F.softplus is cut off at 20
+    # F.softplus would be cut off at 20
+    "logistic": lambda x, margin: -F.logsigmoid(x - margin),
     "linear": lambda x, margin: margin - x,
     "squared": lambda x, margin: (x - margin) ** 2,
 }
@@ -51,11 +55,16 @@ REDUCTIONS = ("mean", "sum")
 
 @dataclass(frozen=True)
 class Objective:
-    """Which loss each kind of feedback gets.
+    """The loss of every kind of feedback.
 
-    beta: scale of the implicit reward, > 0. pair, binary, score: a form of the table above. offset: constant c added
-    to r (with the offset of each unit) before labels and scores are compared. length_normalize: Delta is the mean
-    over the tokens of a response instead of the sum.
+    beta: factor of the implicit reward, > 0
+    pair: form of pairs, "logistic" | "linear" | "squared"
+    binary: form of labels, "bce" | "mse"
+    score: form of scores, "mse" | "bce" | "reward_mse"
+    offset: constant c, added to r with the unit's own offset before labels and scores are compared
+    length_normalize: Delta is the mean over the tokens of a response instead of the sum
+
+    ValueError for a form that is not in the table, or a number that is not finite.
     """
 
     beta: float = 0.1
@@ -67,9 +76,10 @@ class Objective:
 
     def __post_init__(self) -> None:
         for name, forms in (("pair", PAIR_FORMS), ("binary", BINARY_FORMS), ("score", SCORE_FORMS)):
-            if getattr(self, name) not in forms:
+            form = getattr(self, name)
+            if form not in forms:
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} is not a loss form; choose one of {sorted(forms)}"
+                    f"{name}={form!r} is not a loss form; choose one of {sorted(forms)}"
                 )
         if not self.beta > 0 or self.beta == float("inf"):
             raise ValueError(f"beta={self.beta} must be positive and finite")
@@ -78,13 +88,19 @@ class Objective:
 
     @property
     def scores_in_unit_interval(self) -> bool:
-        """Whether scores are compared with sigmoid(r) and so must lie in [0, 1]."""
+        """Return whether scores are compared with sigmoid(r), and so must lie in [0, 1]."""
         return self.score != "reward_mse"
 
 
 class UnaOutput(NamedTuple):
-    """loss: scalar, the only member that carries a gradient. logps, ref_logps, rewards: [S]; sums over tokens of the
-    log-probs, and beta * Delta without any offset. unit_losses: [U], unweighted. All float64."""
+    """The result of a loss, float64.
+
+    loss: [], the only member that carries a gradient
+    logps: [S], log-probs of the policy summed over the tokens of each response
+    ref_logps: [S], log-probs of the reference summed over the tokens of each response
+    rewards: [S], beta * Delta without any offset
+    unit_losses: [U], unweighted
+    """
 
     loss: Tensor
     logps: Tensor
@@ -96,7 +112,13 @@ class UnaOutput(NamedTuple):
 def implicit_rewards(
     logps: Tensor, ref_logps: Tensor, objective: Objective, lengths: Tensor | None = None
 ) -> Tensor:
-    """r = beta * Delta, [S] float64. lengths [S]: tokens per response, needed when `length_normalize`."""
+    """Return r = beta * Delta, [S] float64.
+
+    logps: [S] any float dtype, carries the gradient
+    ref_logps: [S] any float dtype
+    objective: beta and length_normalize
+    lengths: [S] tokens per response, needed when `length_normalize` (else ValueError)
+    """
     delta = logps.double() - ref_logps.detach().double()
     if objective.length_normalize:
         if lengths is None or lengths.shape != logps.shape:
@@ -117,30 +139,51 @@ def una_loss(
     num_units: int | Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> UnaOutput:
-    """UNA loss from sequence log-probs, in pure torch.
+    """Compute the UNA loss from sequence log-probs, in pure torch.
 
-    logps, ref_logps: [S], sums over tokens, any float dtype (computed in float64); no gradient reaches ref_logps.
-    feedback: units over those S responses. reduction: "mean" divides the weighted sum by `num_units` (int or 0-d
-    tensor; default: the number of units of this call), "sum" does not. lengths: [S], for `length_normalize`.
+    logps: [S] any float dtype (computed in float64), sums over the tokens of each response
+    ref_logps: [S] any float dtype, the same sums of the reference; receives no gradient
+    feedback: U units over the S responses
+    objective: forms and beta; default: Objective()
+    reduction: "mean" divides the weighted sum of the unit losses by `num_units`, "sum" does not
+    num_units: int or 0-d tensor, units of the global batch; default: the units of this call
+    lengths: [S] tokens per response, needed when `length_normalize`
+
+    ValueError for shapes that differ, units on missing responses, scores outside [0, 1] where the
+    form needs such, an unknown reduction, or num_units that is not positive.
     """
     objective = objective or Objective()
     if logps.dim() != 1 or ref_logps.shape != logps.shape:
         raise ValueError(
-            f"logps {tuple(logps.shape)} and ref_logps {tuple(ref_logps.shape)} must both be [S], one sum per response"
+            f"logps {tuple(logps.shape)} and ref_logps {tuple(ref_logps.shape)} must both be [S], "
+            "one sum per response"
         )
     check_units(feedback, objective, logps.numel())
     rewards = implicit_rewards(logps, ref_logps, objective, lengths)
     unit_losses = _unit_losses(rewards, feedback, objective)
     loss = (unit_losses * feedback.weight.to(rewards.device, non_blocking=True)).sum()
-    # The empty sum keeps a loss without units in the graph, so that collectives on its backward happen.
+    # The empty sum keeps a loss without units in the graph: collectives in backward must happen.
     loss = loss / denominator(reduction, num_units, feedback.num_units) + rewards[:0].sum()
-    # Copies: a caller's cache must not change with the output.
-    sums = (x.detach().to(torch.float64, copy=True) for x in (logps, ref_logps))
-    return UnaOutput(loss, *sums, rewards.detach(), unit_losses.detach())
+    return UnaOutput(
+        loss=loss,
+        # Copies: a caller's cache must not change with the output.
+        logps=logps.detach().to(torch.float64, copy=True),
+        ref_logps=ref_logps.detach().to(torch.float64, copy=True),
+        rewards=rewards.detach(),
+        unit_losses=unit_losses.detach(),
+    )
 
 
 def denominator(reduction: str, num_units: int | Tensor | None, units: int) -> float | Tensor:
-    """What the weighted sum of unit losses is divided by: for "mean" the (global) number of units, for "sum" 1."""
+    """Return the divisor of the weighted sum of unit losses.
+
+    reduction: "mean" divides by num_units, "sum" by 1
+    num_units: units of the global batch, int or 0-d tensor; the value of a tensor on a device stays
+        on the device; None: `units`
+    units: units of this call
+
+    ValueError for another reduction, or num_units that is not one positive number.
+    """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction={reduction!r} is not one of {REDUCTIONS}")
     if isinstance(num_units, Tensor) and num_units.dim() == 0 and num_units.device.type == "cpu":
@@ -159,7 +202,10 @@ def denominator(reduction: str, num_units: int | Tensor | None, units: int) -> f
 
 
 def _unit_losses(rewards: Tensor, feedback: Feedback, objective: Objective) -> Tensor:
-    """[U] unweighted losses. Which unit takes which form is read off the CPU table, so nothing waits for a device."""
+    """Return [U] unweighted losses.
+
+    The form of a unit is read off the CPU table, so no operation waits for a device.
+    """
     device = rewards.device
     losses = rewards.new_zeros(feedback.num_units)
 
@@ -170,27 +216,29 @@ def _unit_losses(rewards: Tensor, feedback: Feedback, objective: Objective) -> T
         units = (feedback.kind == kind).nonzero().squeeze(1)
         if units.numel() == 0:
             continue
-        value, first = column(feedback.value, units), column(feedback.first, units)
+        value = column(feedback.value, units)
+        reward = rewards[column(feedback.first, units)]
         if kind == PAIR:
-            form, margin = PAIR_FORMS[objective.pair], column(feedback.margin, units)
-            lead = rewards[first] - rewards[column(feedback.second, units)]
+            form = PAIR_FORMS[objective.pair]
+            margin = column(feedback.margin, units)
+            lead = reward - rewards[column(feedback.second, units)]
             term = value * form(lead, margin) + (1 - value) * form(-lead, margin)
         else:
-            form = (
-                BINARY_FORMS[objective.binary] if kind == BINARY else SCORE_FORMS[objective.score]
-            )
-            term = form(rewards[first] + column(feedback.offset, units) + objective.offset, value)
+            points = {BINARY: BINARY_FORMS[objective.binary], SCORE: SCORE_FORMS[objective.score]}
+            offset = column(feedback.offset, units)
+            term = points[kind](reward + offset + objective.offset, value)
         losses = losses.index_copy(0, units.to(device, non_blocking=True), term)
     return losses
 
 
 def check_units(feedback: Feedback, objective: Objective, num_responses: int) -> None:
-    """Raise ValueError for units on missing responses, and for scores that the objective cannot compare."""
+    """Raise ValueError for units on missing responses, and for scores that no form can compare."""
     feedback.check(num_responses)
     scores = feedback.value[feedback.kind == SCORE]
     outside = (scores < 0) | (scores > 1)
     if objective.scores_in_unit_interval and outside.any():
         raise ValueError(
-            f"score {scores[outside][0].item()} lies outside [0, 1], which score={objective.score!r} compares with "
-            'sigmoid(r); rescale the scores, or use score="reward_mse" for raw rewards'
+            f"score {scores[outside][0].item()} lies outside [0, 1], which "
+            f"score={objective.score!r} compares with sigmoid(r); rescale the scores, or use "
+            'score="reward_mse" for raw rewards'
         )

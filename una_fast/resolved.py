@@ -2,12 +2,13 @@
 
     settings (config.py) + facts (the machine, the model's config, the records)  ->  ResolvedRun
 
-Trainer, planner, precompute and bench read the decisions here and derive none of them again:
+Trainer, planner, precompute and bench read the decisions here, and derive no decision again:
 
     compute     dtype of matrix products, and of frozen weights
     weights     dtype of the policy's own weights; wider than `compute` under master_weights alone
-    autocast    dtype that products are cast to, where trained weights are wider than `compute`
-    reference   frozen (a copy of the model) | adapter (LoRA switched off) | cached (column ref_logps)
+    trained     dtype of trained weights: `weights`, or float32 of adapters
+    autocast    dtype that operands are cast to, if trained weights are wider than `compute`
+    reference   frozen (a copy of the model) | adapter (LoRA off) | cached (column ref_logps)
     packed      rows with a shared prompt, or padded batches
     workspace   bytes of the fused head
     engine      torch | triton
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -32,14 +34,14 @@ from una_fast.head.plan import workspace_bytes
 from una_fast.model.loading import model_and_adapter, outline
 from una_fast.model.policy import Policy, load_policy
 from una_fast.model.reference import has_cached_logps
-from una_fast.model.scoring import Scoring, autocast_dtype, match_autocast
+from una_fast.model.scoring import Scoring, match_autocast
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Facts:
-    """The machine, the model and the records of a run, as far as decisions depend on them."""
+    """The machine, the model and the records of a run, as far as decisions need them."""
 
     device: str
     """cpu | cuda"""
@@ -50,38 +52,42 @@ class Facts:
     keeps_float32: bool
     """The model's class keeps some weights in float32, in a model of bfloat16 too."""
     packing_refusal: str | None
-    """Reason why rows of this model cannot be packed; None where they can."""
+    """Reason why rows of this model cannot be packed."""
     has_ref_logps: bool
-    """Every record brings ref_logps."""
+    """Every record brings ref_logps, and the run would use them."""
 
 
 @dataclass(frozen=True)
 class ResolvedRun:
-    """The decisions of one run; the module's docstring says what each of them means."""
+    """The decisions of a run; the docstring of the module explains every field."""
 
     device: str
     ranks: int
     compute: torch.dtype
     weights: torch.dtype
+    trained: torch.dtype
     autocast: torch.dtype | None
     reference: str
     packed: bool
     workspace: int
     engine: str
     sources: dict[str, str] = field(default_factory=dict)
-    """Decision -> its source: a setting that was given, or the default and the fact behind it."""
+    """Line of `lines` -> settings that were given, or the default and the fact behind it."""
 
     @property
     def imitates_autocast(self) -> bool:
-        """Whether a frozen copy must compute as float32 weights do under autocast."""
+        """Return whether a frozen copy must compute as float32 weights do under autocast."""
         return self.autocast is not None and self.weights != self.compute
 
     def lines(self) -> list[str]:
-        """Return the decisions as text, one per line, each with its source."""
-        wide = "" if self.autocast is None else f", autocast to {_name(self.autocast)}"
+        """Return the decisions as text, a decision per line, with the sources."""
+        ranks = "1 rank" if self.ranks == 1 else f"{self.ranks} ranks"
+        dtypes = f"products {_name(self.compute)}, weights {_name(self.weights)}"
+        if self.autocast is not None:
+            dtypes += f", autocast to {_name(self.autocast)}"
         shown = {
-            "device": f"{self.device}, {self.ranks} rank{'s' * (self.ranks > 1)}",
-            "dtypes": f"products {_name(self.compute)}, weights {_name(self.weights)}{wide}",
+            "device": f"{self.device}, {ranks}",
+            "dtypes": dtypes,
             "reference": self.reference,
             "rows": "packed" if self.packed else "padded",
             "workspace": f"{self.workspace / 2**20:g} MiB",
@@ -90,40 +96,49 @@ class ResolvedRun:
         return [f"{name:10} {value}  [{self.sources[name]}]" for name, value in shown.items()]
 
     def plain(self) -> dict[str, Any]:
-        """Return the decisions and their sources as plain values, to be saved as JSON."""
-        dtypes = {name: _name(getattr(self, name)) for name in ("compute", "weights", "autocast")}
-        return asdict(self) | dtypes
+        """Return the decisions and sources as plain values, to be saved as JSON."""
+        plain = asdict(self)
+        for name in ("compute", "weights", "trained", "autocast"):
+            plain[name] = _name(plain[name])
+        return plain
+
+
+# ---- facts -------------------------------------------------------------------------------------
 
 
 def find_facts(
-    config: RunConfig, records: Sequence[Example], *, device: str, ranks: int = 1
+    config: RunConfig,
+    records: Sequence[Example],
+    *,
+    device: str,
+    ranks: int = 1,
 ) -> Facts:
-    """Look at the model's config and at the records; nothing is loaded.
+    """Look at the model's config and at the records; no weights are loaded.
 
     config: settings of the run
-    records: all records, held-out ones too; no prompts to sample from
+    records: all records, held-out records too; no prompts to sample from
     device: "cpu" or "cuda"
     ranks: processes of the run
 
-    ValueError where only some records bring ref_logps and the run would use them.
+    ValueError if only some records bring ref_logps, and the run would use the column.
     """
     model = outline_of(config)
     refusal = packing_refusal(model) if config.packing else None
     if refusal is not None:
         logger.warning("batches are padded, not packed: %s", refusal)
-    asked = config.reference == "auto" and config.mode == "offline"
+    may_be_cached = config.reference == "auto" and config.mode == "offline"
     return Facts(
         device=device,
         ranks=ranks,
         is_adapter=model_and_adapter(config.model)[1] is not None,
         keeps_float32=_keeps_float32(model),
         packing_refusal=refusal,
-        has_ref_logps=asked and has_cached_logps(records),
+        has_ref_logps=may_be_cached and has_cached_logps(records),
     )
 
 
 def outline_of(config: RunConfig) -> PreTrainedModel:
-    """Build the model of a run from its config alone: shapes, and no numbers."""
+    """Build the model of a run from the model's config alone: shapes, and no numbers."""
     path, _ = model_and_adapter(config.model)
     model_config = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     return outline(
@@ -135,30 +150,45 @@ def outline_of(config: RunConfig) -> PreTrainedModel:
 
 
 def _keeps_float32(model: PreTrainedModel) -> bool:
+    """Return whether transformers loads some weights in float32 when asked for bfloat16.
+
+    Names of the class attribute are patterns, found anywhere in a weight's name: "gate.weight",
+    "mlp.*.bias".
+    """
     kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
-    parts = {part for name, _ in model.named_parameters() for part in name.split(".")}
-    return bool(parts & set(kept))
+    if not kept:
+        return False
+    pattern = re.compile("|".join(name.replace("*", ".*") for name in kept))
+    return any(pattern.search(name) for name, _ in model.named_parameters())
+
+
+# ---- decisions ---------------------------------------------------------------------------------
 
 
 def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
-    """Decide everything that a run computes with.
+    """Decide dtypes, reference, layout, workspace and engine of a run.
 
-    bf16 weights have bf16 gradients, which micro-batches are added up in; with float32 weights both
-    are float32. Adapters are float32 over a base in the dtype of the products.
+    config: settings of the run
+    facts: the machine, the model and the records
+
+    Weights in bf16 have bf16 gradients, and micro-batches are added up in bf16; with float32
+    weights both are float32. Adapters are float32 over a base in the dtype of the products.
     """
     bf16 = config.precision == "bf16" or (config.precision == "auto" and facts.device == "cuda")
     compute = torch.bfloat16 if bf16 else torch.float32
     wide = config.master_weights and not config.lora
     weights = torch.float32 if wide else compute
     trains_adapter = config.lora is not None or facts.is_adapter
-    mixed = trains_adapter or facts.keeps_float32 or weights != compute
+    trained = torch.float32 if trains_adapter else weights
+    wider = trained != compute or (facts.keeps_float32 and bf16)
     # FSDP2 casts the weights that it gathers by itself.
-    autocast = compute if bf16 and mixed and facts.ranks == 1 else None
+    autocast = compute if wider and facts.ranks == 1 else None
     run = ResolvedRun(
         device=facts.device,
         ranks=facts.ranks,
         compute=compute,
         weights=weights,
+        trained=trained,
         autocast=autocast,
         reference=_reference(config, facts),
         packed=config.packing and facts.packing_refusal is None,
@@ -170,41 +200,53 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
 
 
 def _reference(config: RunConfig, facts: Facts) -> str:
-    """Return the kind of reference that a run uses."""
-    if config.reference == "cached" or (config.reference == "auto" and facts.has_ref_logps):
+    """Return the kind of a run's reference."""
+    if config.reference != "auto":
+        return config.reference
+    if facts.has_ref_logps:
         return "cached"
-    return "adapter" if config.lora and config.reference != "frozen" else "frozen"
+    return "frozen" if config.lora is None else "adapter"
 
 
 def _engine(config: RunConfig, device: str, compute: torch.dtype) -> str:
-    """Return the name of the engine; a GPU that is planned for and not there has Triton."""
-    if device == "cuda" and not torch.cuda.is_available():
+    """Return the name of the engine; an absent GPU, planned for, is taken to have Triton."""
+    if _is_absent(device):
         return "torch" if config.engine == "torch" else "triton"
     return choose_engine(config.engine, torch.device(device), compute).name
 
 
+def _is_absent(device: str) -> bool:
+    return device == "cuda" and not torch.cuda.is_available()
+
+
 def _sources(config: RunConfig, facts: Facts, run: ResolvedRun) -> dict[str, str]:
-    """Return the source of each line: the settings that were given, or the default's reason."""
-    reasons = {
+    """Return the source of every line: the given settings, or the default's reason."""
+    device = facts.device
+    dtypes = f"on {device}"
+    if facts.is_adapter:
+        dtypes += ", the model is an adapter"
+    if facts.keeps_float32:
+        dtypes += ", the model keeps weights in float32"
+    references = {
         "cached": "every record brings ref_logps",
         "adapter": "lora is set",
         "frozen": "lora is not set",
     }
-    found = {
-        "device": ("device", f"{facts.device} is there"),
-        "dtypes": ("precision master_weights lora", f"on {facts.device}"),
-        "reference": ("reference", reasons[run.reference]),
-        "rows": ("packing", facts.packing_refusal or "the packing probe passed"),
-        "workspace": ("workspace_mb", f"on {facts.device}"),
-        "engine": ("engine", f"on {facts.device}"),
+    settings_and_reasons = {
+        "device": (["device"], "planned for" if _is_absent(device) else f"{device} is there"),
+        "dtypes": (["precision", "master_weights", "lora"], dtypes),
+        "reference": (["reference"], references[run.reference]),
+        "rows": (["packing"], facts.packing_refusal or "the packing probe passed"),
+        "workspace": (["workspace_mb"], f"on {device}"),
+        "engine": (["engine"], f"on {device}"),
     }
-    return {line: _source(config, *entry) for line, entry in found.items()}
+    return {line: _source(config, *entry) for line, entry in settings_and_reasons.items()}
 
 
-def _source(config: RunConfig, names: str, reason: str) -> str:
+def _source(config: RunConfig, names: Sequence[str], reason: str) -> str:
     defaults = type(config).__dataclass_fields__
     given = []
-    for name in names.split():
+    for name in names:
         value = getattr(config, name)
         if value != defaults[name].default:
             given.append(f"{name}={value}")
@@ -215,15 +257,23 @@ def _name(dtype: torch.dtype | None) -> str | None:
     return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
+# ---- models, loaded as decided -----------------------------------------------------------------
+
+
 def scoring_of(config: RunConfig, run: ResolvedRun) -> Scoring:
     """Return how the run's heads are computed."""
-    return Scoring(config.workspace_mb, config.engine, run.autocast, config.temperature)
+    return Scoring(run.workspace / 2**20, run.engine, run.autocast, config.temperature)
 
 
 def load_trained(
     config: RunConfig, run: ResolvedRun, checkpoint: str | os.PathLike[str] | None = None
 ) -> Policy:
-    """Load the policy of a run, from a checkpoint where one is given."""
+    """Load the policy of a run.
+
+    config: settings of the run
+    run: decisions of the run
+    checkpoint: directory to load weights from; default: the model of the settings
+    """
     policy = load_policy(
         checkpoint or config.model,
         dtype=run.weights,
@@ -234,13 +284,18 @@ def load_trained(
         packed=run.packed,
     )
     if run.ranks == 1:
-        found = autocast_dtype(policy, run.compute)
-        assert found == run.autocast, f"weights need autocast to {found}, resolved: {run.autocast}"
+        trained_dtypes = {p.dtype for p in policy.trainable_parameters()}
+        needed = run.compute if trained_dtypes - {run.compute} else None
+        assert needed == run.autocast, f"weights need autocast to {needed}, not {run.autocast}"
     return policy
 
 
 def load_frozen(config: RunConfig, run: ResolvedRun) -> Policy:
-    """Load a frozen reference, so that it computes what the untrained policy computes."""
+    """Load a frozen reference with the numerics of the untrained policy.
+
+    config: settings of the run
+    run: decisions of the run
+    """
     policy = load_policy(
         config.model,
         dtype=run.compute,

@@ -1,11 +1,11 @@
 """The statistics of the study: KL bins, selection of settings, intervals over seeds, and verdicts.
 
-candidate    a setting (lr, beta) of a method at one of the steps where its runs are evaluated
-selection    per method and KL bin: the candidate with the best mean gold over the selection seeds, of those whose
-             mean KL there lies in the bin
-frontier     gold and KL of the chosen candidates on the reporting seeds, which selection never sees
-interval     mean +- t s / sqrt(n), 90 %
-verdict      on the differences in gold to another method, seed by seed, in one bin
+candidate   a setting (lr, beta) of a method at one of the steps with an evaluation
+selection   per method and KL bin: the candidate with the best mean gold over the selection
+            seeds, among candidates with a mean KL in the bin
+frontier    gold and KL of the chosen candidates on the reporting seeds, never seen by selection
+interval    mean +- t s / sqrt(n), 90 %
+verdict     on the differences in gold to another method, seed by seed, in one bin
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 MARGIN = 0.02  # of gold: less than this either way is no difference
@@ -26,17 +26,23 @@ Bin = tuple[float, float]
 
 
 class Candidate(NamedTuple):
+    """A setting, at one of the steps of its runs."""
+
     lr: float
     beta: float
     step: int
 
 
 class Point(NamedTuple):
+    """Gold and KL of a policy."""
+
     gold: float
     kl: float
 
 
 class Interval(NamedTuple):
+    """The mean of `count` values with its interval."""
+
     mean: float
     low: float
     high: float
@@ -44,7 +50,7 @@ class Interval(NamedTuple):
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """The mean with its 90 % interval; infinitely wide for one value."""
+    """Return the mean with a 90 % interval; infinitely wide for one value."""
     mean, count = statistics.fmean(values), len(values)
     if count == 1:
         return Interval(mean, -math.inf, math.inf, 1)
@@ -53,8 +59,11 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def verdict(differences: Sequence[float], margin: float = MARGIN) -> str:
-    """equivalent: the interval lies inside +-margin; better or worse: outside of it, on that side; else
-    inconclusive."""
+    """Return the verdict on differences in gold, seed by seed.
+
+    equivalent: the interval lies inside +-margin; better or worse: outside, on that side; else
+    inconclusive.
+    """
     if len(differences) < 2:
         return "inconclusive"
     found = interval(differences)
@@ -68,12 +77,12 @@ def verdict(differences: Sequence[float], margin: float = MARGIN) -> str:
 
 
 def bin_of(kl: float, bins: Sequence[Bin]) -> Bin | None:
-    """The bin (low, high] that a KL lies in."""
+    """Return the bin (low, high] of a KL."""
     return next((b for b in bins if b[0] < kl <= b[1]), None)
 
 
 def candidates(runs: Iterable[Run], what: str) -> dict[Candidate, dict[int, Point]]:
-    """candidate -> {seed: gold and KL}, of the runs of one method that were made for `what`."""
+    """Return {candidate: {seed: gold and KL}} of one method's runs made for `what`."""
     found: dict[Candidate, dict[int, Point]] = defaultdict(dict)
     for run in runs:
         if run["what"] == what and "failed" not in run:
@@ -84,60 +93,69 @@ def candidates(runs: Iterable[Run], what: str) -> dict[Candidate, dict[int, Poin
 
 
 def select(runs: Iterable[Run], bins: Sequence[Bin]) -> dict[Bin, Candidate]:
-    """The chosen candidate of every bin that has one; a setting must have finished on all selection seeds."""
+    """Return the chosen candidate of every bin.
+
+    A setting must have finished on all selection seeds.
+    """
     found = candidates(runs, "select")
-    seeds = {seed for points in found.values() for seed in points}
+    seeds = set().union(*found.values())
     best: dict[Bin, tuple[float, Candidate]] = {}
     for candidate, points in found.items():
-        own = bin_of(statistics.fmean(p.kl for p in points.values()), bins)
+        mean = mean_point(points.values())
+        own = bin_of(mean.kl, bins)
         if own is None or points.keys() != seeds:
             continue
-        gold = statistics.fmean(p.gold for p in points.values())
-        best[own] = max(best.get(own, (-math.inf, candidate)), (gold, candidate))
+        best[own] = max(best.get(own, (-math.inf, candidate)), (mean.gold, candidate))
     return {b: best[b][1] for b in bins if b in best}
 
 
 def frontier(runs: Sequence[Run], bins: Sequence[Bin]) -> dict[Bin, dict[int, Point]]:
-    """bin -> {reporting seed: gold and KL of the chosen candidate}."""
+    """Return {bin: {reporting seed: gold and KL of the chosen candidate}}."""
     reported = candidates(runs, "report")
-    return {
-        b: dict(sorted(reported[c].items())) for b, c in select(runs, bins).items() if c in reported
-    }
+    chosen = select(runs, bins)
+    return {b: dict(sorted(reported[c].items())) for b, c in chosen.items() if c in reported}
 
 
 def paired(ours: dict[int, Point], theirs: dict[int, Point]) -> list[float]:
-    """Differences in gold over the seeds that both have."""
+    """Return the differences in gold over the common seeds."""
     return [ours[seed].gold - theirs[seed].gold for seed in sorted(ours.keys() & theirs.keys())]
 
 
 def slope(line: dict[Bin, dict[int, Point]], at: Bin) -> float:
-    """Gold per nat of a frontier around a bin: between the means of its neighbours, or the bin and the nearest."""
+    """Return the gold per nat of a frontier around a bin.
+
+    Between the means of the neighbours of the bin, or of the bin and the nearest bin.
+    """
     bins = list(line)
     k = bins.index(at)
     first, last = bins[max(k - 1, 0)], bins[min(k + 1, len(bins) - 1)]
     if first == last:
         return 0.0
-    (gold_0, kl_0), (gold_1, kl_1) = (
-        (
-            statistics.fmean(p.gold for p in line[b].values()),
-            statistics.fmean(p.kl for p in line[b].values()),
-        )
-        for b in (first, last)
-    )
-    return (gold_1 - gold_0) / (kl_1 - kl_0) if kl_1 > kl_0 else 0.0
+    low, high = mean_point(line[first].values()), mean_point(line[last].values())
+    return (high.gold - low.gold) / (high.kl - low.kl) if high.kl > low.kl else 0.0
+
+
+def mean_point(points: Collection[Point]) -> Point:
+    """Return the mean gold and the mean KL."""
+    gold = statistics.fmean(p.gold for p in points)
+    return Point(gold, statistics.fmean(p.kl for p in points))
 
 
 def at_equal_kl(ours: dict[int, Point], theirs: dict[int, Point], per_nat: float) -> list[float]:
-    """`paired`, less what the difference in KL accounts for at so much gold per nat."""
-    return [
-        ours[s].gold - theirs[s].gold - per_nat * (ours[s].kl - theirs[s].kl)
-        for s in sorted(ours.keys() & theirs.keys())
-    ]
+    """Return `paired`, less the share of the difference in KL at so much gold per nat."""
+    found = []
+    for seed in sorted(ours.keys() & theirs.keys()):
+        a, b = ours[seed], theirs[seed]
+        found.append(a.gold - b.gold - per_nat * (a.kl - b.kl))
+    return found
 
 
 def overall(verdicts: Iterable[str]) -> str:
-    """One word for a comparison over all bins: better or worse where that is so in some bin and the other in none;
-    equivalent where that is all there is beside inconclusive bins."""
+    """Return one verdict for a comparison over all bins.
+
+    better or worse: the verdict of some bin, and the opposite of no bin; mixed: both verdicts
+    appear; equivalent: the only verdict beside inconclusive bins.
+    """
     found = set(verdicts) - {"inconclusive"}
     if {"better", "worse"} <= found:
         return "mixed"

@@ -1,15 +1,16 @@
-"""What the method is worth: the study of UNA beside DPO, KTO, PPO, RLOO and GRPO, on a CPU.
+"""The study of UNA beside DPO, KTO, PPO, RLOO and GRPO, on a CPU.
 
-    python bench/study/study.py --jobs 2            # everything, 50 minutes; bench/results/study.json, then the report
+    python bench/study/study.py --jobs 2            # all parts, 50 minutes, then the report
     python bench/study/study.py --only E1 --jobs 2  # one part: E0 | E1 | E2 | E3 | time
-    python bench/study/study.py --quick             # the same at toy sizes, into build/study/quick
-    python bench/study/report.py                    # docs/STUDY.md and the plots, from the stored results
+    python bench/study/study.py --quick             # toy sizes, into build/study/quick
+    python bench/study/report.py                    # docs/STUDY.md and the plots, from the results
 
-Protocol. Every method sweeps the same grid of lr x beta with the same samples on the selection seeds. What was chosen
-there, per KL bin, runs again on the reporting seeds, and only those runs are reported (stats.py). A finished run is a
-line of build/study/runs.jsonl and is not repeated, so that an interrupted study goes on where it was; runs of other
-sizes, seeds or versions of this folder do not count. Wall times are from runs of their own: one process, one thread,
-methods taking turns, nothing evaluated.
+Protocol. Every method sweeps the same grid of lr x beta with the same samples on the selection
+seeds. The settings chosen on these seeds, per KL bin, run again on the reporting seeds, and only
+runs on reporting seeds are reported (stats.py). A finished run is a line of build/study/runs.jsonl
+and is not repeated, so that an interrupted study continues; runs of other sizes, seeds or versions
+of this folder do not count. Wall times are from separate runs: one process, one thread, methods
+taking turns, without evaluation. Results: bench/results/study.json.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import json
 import multiprocessing
 import os
 import shlex
-import subprocess
 import sys
 import time
 import traceback
@@ -29,10 +29,14 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # of harness.py
+
 import exact
+import harness
 import methods
 import report
 import stats
@@ -61,6 +65,7 @@ class Plan:
 
 
 def bins(*edges: float) -> tuple[stats.Bin, ...]:
+    """Return the bins between neighbouring edges."""
     return tuple(zip(edges, edges[1:], strict=False))
 
 
@@ -89,7 +94,7 @@ QUICK_SIZE = Size(
 )
 
 
-# ------------------------------------------------------------------------------------------------- runs and their store
+# ----------------------------------------------------------------------------- runs and their store
 
 
 class Store:
@@ -114,7 +119,7 @@ SHOP: methods.Workshop
 
 
 def start_worker(base: Path, size: Size, log: Path) -> None:
-    """One thread, and everything that anybody prints goes to the log."""
+    """Use one thread, and send all output of the process to the log."""
     global SHOP
     torch.set_num_threads(1)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -124,6 +129,7 @@ def start_worker(base: Path, size: Size, log: Path) -> None:
 
 
 def run_one(spec: Spec) -> dict[str, Any]:
+    """Make a run; a run that fails has no points and a reason."""
     start = time.perf_counter()
     try:
         run = SHOP.run(spec)
@@ -134,8 +140,11 @@ def run_one(spec: Spec) -> dict[str, Any]:
 
 
 class Study:
+    """The runs of a plan: makes the runs that are not stored, part by part."""
+
     def __init__(self, plan: Plan, size: Size, work: Path, jobs: int) -> None:
-        self.plan, self.size, self.work, self.jobs = plan, size, work, jobs
+        self.plan, self.size = plan, size
+        self.work, self.jobs = work, jobs
         work.mkdir(parents=True, exist_ok=True)
         sources = b"".join((HERE / name).read_bytes() for name in OF_RUNS)
         self.version = hashlib.sha256(sources + repr(size).encode()).hexdigest()[:16]
@@ -143,7 +152,7 @@ class Study:
         self.base = self.make_base()
 
     def make_base(self) -> dict[str, Any]:
-        """The base model and what it scores, made once."""
+        """Make the base model once, and return the model's description and evaluation."""
         self.directory = self.work / f"base-{self.version}"
         described = self.directory / "study.json"
         if not described.exists():
@@ -151,117 +160,94 @@ class Study:
                 made = task.make_base(self.directory, self.size.base_steps)
                 shop = methods.Workshop(self.directory, self.size)
                 model = shop.reference
-                found = task.evaluate(
-                    model, model, shop.tokenizer, task.held_out(self.size.held_out), seed=0
-                )
+                prompts = task.held_out(self.size.held_out)
+                found = task.evaluate(model, model, shop.tokenizer, prompts, seed=0)
                 parameters = sum(p.numel() for p in model.parameters())
-                described.write_text(
-                    json.dumps({**made, **found, "parameters": parameters}), encoding="utf-8"
-                )
+                description = {**made, **found, "parameters": parameters}
+                described.write_text(json.dumps(description), encoding="utf-8")
         return json.loads(described.read_text(encoding="utf-8"))
 
     def run_all(self, specs: Iterable[Spec], name: str, *, jobs: int | None = None) -> None:
-        """Those that are not stored yet, in order of submission."""
+        """Make the runs that are not stored, in order of submission."""
         wanted = [spec for spec in dict.fromkeys(specs) if spec.key not in self.store.runs]
         if not wanted:
             return
         sources, log = digest(), self.work / "workers.log"
-        with (
-            stage(f"{name}: {len(wanted)} runs"),
-            ProcessPoolExecutor(
-                min(jobs or self.jobs, len(wanted)),
-                mp_context=multiprocessing.get_context("spawn"),
-                initializer=start_worker,
-                initargs=(self.directory, self.size, log),
-            ) as pool,
-        ):
+        workers = ProcessPoolExecutor(
+            min(jobs or self.jobs, len(wanted)),
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=start_worker,
+            initargs=(self.directory, self.size, log),
+        )
+        with stage(f"{name}: {len(wanted)} runs"), workers as pool:
             waiting = {pool.submit(run_one, spec): spec for spec in wanted}
             for done, future in enumerate(as_completed(waiting), start=1):
                 run = future.result()
                 self.store.add(waiting[future].key, {**run, "sources": sources})
                 if "failed" in run:
-                    say(
-                        f"  {run['method']} lr {run['lr']} beta {run['beta']} seed {run['seed']}: {run['failed']}"
-                    )
+                    setting = f"lr {run['lr']} beta {run['beta']} seed {run['seed']}"
+                    say(f"  {run['method']} {setting}: {run['failed']}")
                 if done % 20 == 0:
                     say(f"  {done} of {len(wanted)}")
 
     def planned(self) -> list[dict[str, Any]]:
-        """The stored runs that this plan asks for: those of other grids and seeds are left out."""
+        """Return the stored runs of this plan's grids and seeds."""
         plan = self.plan
 
         def wanted(run: dict[str, Any]) -> bool:
             if run["what"] == "time":
                 return (run["lr"], run["beta"]) == plan.timing and run["seed"] <= plan.rounds
             seeds = plan.select_seeds if run["what"] == "select" else plan.report_seeds
-            in_grid = run["lr"] in plan.lrs[run["part"]] and run["beta"] in plan.betas[run["part"]]
-            return (
-                in_grid
-                and run["seed"] in seeds
-                and (run["part"] != "E2" or run["mean"] in plan.means)
-            )
+            part = run["part"]
+            in_grid = run["lr"] in plan.lrs[part] and run["beta"] in plan.betas[part]
+            of_mean = part != "E2" or run["mean"] in plan.means
+            return in_grid and run["seed"] in seeds and of_mean
 
         return [run for run in self.store.runs.values() if wanted(run)]
 
-    # --- the parts ---------------------------------------------------------------------------------------------------
+    # --- the parts --------------------------------------------------------------------------------
 
     def frontiers(self, part: str, names: Iterable[str]) -> None:
-        """The grid on the selection seeds, then what was chosen on the reporting seeds."""
+        """Run the grid on the selection seeds, then the chosen settings on the reporting seeds."""
         plan, names = self.plan, list(names)
-        grid = [(lr, beta) for lr in plan.lrs[part] for beta in plan.betas[part]]
-        self.run_all(
-            (
-                Spec(part, "select", n, *cell, seed)
-                for seed in plan.select_seeds
-                for cell in grid
-                for n in names
-            ),
-            f"{part} selection",
-        )
+        specs = []
+        for seed, lr, beta, name in product(
+            plan.select_seeds, plan.lrs[part], plan.betas[part], names
+        ):
+            specs.append(Spec(part, "select", name, lr, beta, seed))
+        self.run_all(specs, f"{part} selection")
         runs = [run for run in self.planned() if run["part"] == part]
-        chosen = {
-            n: stats.select([r for r in runs if r["method"] == n], plan.bins[part]) for n in names
-        }
-        self.run_all(
-            (
-                Spec(part, "report", n, c.lr, c.beta, seed)
-                for seed in plan.report_seeds
-                for n in names
-                for c in chosen[n].values()
-            ),
-            f"{part} report",
-        )
+        chosen = []
+        for name in names:
+            own = stats.select([run for run in runs if run["method"] == name], plan.bins[part])
+            chosen += [(name, candidate) for candidate in own.values()]
+        specs = []
+        for seed, (name, candidate) in product(plan.report_seeds, chosen):
+            specs.append(Spec(part, "report", name, candidate.lr, candidate.beta, seed))
+        self.run_all(specs, f"{part} report")
 
     def means(self) -> None:
-        """E2: all settings on the reporting seeds; nothing is chosen."""
+        """Run all settings of E2 on the reporting seeds; no setting is chosen."""
         plan = self.plan
-        self.run_all(
-            (
-                Spec("E2", "report", n, lr, beta, seed, mean)
-                for seed in plan.report_seeds
-                for mean in plan.means
-                for n in methods.E2
-                for lr in plan.lrs["E2"]
-                for beta in plan.betas["E2"]
-            ),
-            "E2",
-        )
+        specs = []
+        for seed, mean, name, lr, beta in product(
+            plan.report_seeds, plan.means, methods.E2, plan.lrs["E2"], plan.betas["E2"]
+        ):
+            specs.append(Spec("E2", "report", name, lr, beta, seed, mean))
+        self.run_all(specs, "E2")
 
     def timing(self) -> None:
-        """One process, one thread, methods in turn; the first round warms up and is not counted."""
+        """Time the methods in turn, in one process with one thread; the first round warms up."""
         plan = self.plan
-        names = methods.E3
-        specs = [
-            Spec("E3", "time", n, *plan.timing, seed)
-            for seed in range(plan.rounds + 1)
-            for n in names
-        ]
+        turns = product(range(plan.rounds + 1), methods.E3)
+        specs = [Spec("E3", "time", name, *plan.timing, seed) for seed, name in turns]
         if any(spec.key not in self.store.runs for spec in specs):  # all of them in one go
             for spec in specs:
                 self.store.runs.pop(spec.key, None)
         self.run_all(specs, "time", jobs=1)
 
     def exact(self) -> None:
+        """Run E0, once."""
         path = self.work / "exact.json"
         if not path.exists():
             with stage("E0"):
@@ -269,6 +255,7 @@ class Study:
             path.write_text(json.dumps(found), encoding="utf-8")
 
     def results(self) -> dict[str, Any]:
+        """Return the content of study.json."""
         path = self.work / "exact.json"
         runs = self.planned()
         return {
@@ -289,7 +276,7 @@ def own(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def compact(run: dict[str, Any]) -> dict[str, Any]:
-    """A run with its numbers rounded to what they are worth."""
+    """Return a run with all numbers rounded to five digits."""
 
     def short(value: Any) -> Any:
         if isinstance(value, float):
@@ -307,6 +294,7 @@ def say(text: str) -> None:
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
+    """Print the name of a stage and the stage's seconds."""
     say(name)
     start = time.perf_counter()
     yield
@@ -314,51 +302,39 @@ def stage(name: str) -> Iterator[None]:
 
 
 def digest() -> str:
-    """Of the library as it is: runs of different versions are told apart."""
-    files = sorted(
-        path for folder in ("una_fast", "kernels") for path in (ROOT / folder).rglob("*.py")
-    )
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+    """Return a digest of the library, to tell runs of different versions apart."""
+    return harness.digest_of("una_fast", "kernels")
 
 
 def environment() -> dict[str, Any]:
-    def git(*arguments: str) -> str | None:
-        done = subprocess.run(
-            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-        )
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    changes = git("status", "--porcelain", "--", "una_fast", "kernels", "bench/study")
+    """Return the versions, the machine and the command of the results."""
     return {
         **{name: metadata.version(name) for name in ("torch", "transformers", "trl", "numpy")},
         "python": sys.version.split()[0],
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "command": shlex.join(["python", "bench/study/study.py", *sys.argv[1:]]),
-        "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": None if changes is None else bool(changes),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **harness.commit_of("una_fast", "kernels", "bench/study"),
+        "date": harness.utc_time(),
     }
 
 
 def main() -> int:
+    """Make the runs and write the results and the report."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run")
     parser.add_argument("--quick", action="store_true", help="toy sizes: does everything work?")
     parser.add_argument("--jobs", type=int, default=1, help="processes for runs that are not timed")
-    parser.add_argument(
-        "--seeds", type=int, help="reporting seeds, at least 5 for a verdict that counts"
-    )
+    seeds = "reporting seeds, at least 5 for a verdict that counts"
+    parser.add_argument("--seeds", type=int, help=seeds)
     parser.add_argument("--work", type=Path, help="where runs are stored; default build/study")
     parser.add_argument("--no-report", action="store_true")
     arguments = parser.parse_args()
-    os.environ |= {
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-    }  # of the workers
+    # Of the workers.
+    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
     plan, size = (QUICK, QUICK_SIZE) if arguments.quick else (FULL, Size())
     if arguments.seeds:
@@ -380,7 +356,8 @@ def main() -> int:
     out.write_text(json.dumps(study.results()) + "\n", encoding="utf-8")
     say(f"{out}: {len(study.store.runs)} runs, {time.perf_counter() - start:.0f} s")
     if not arguments.no_report:
-        report.write(out, work / "STUDY.md" if arguments.quick else report.PAGE)
+        page = work / "STUDY.md" if arguments.quick else report.PAGE
+        report.write(out, page)
     return 0
 
 

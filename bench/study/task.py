@@ -1,24 +1,27 @@
-"""The task of the study: a small language with a verifiable reward, and a base model that speaks it badly.
+"""The task of the study: a small language with a verifiable reward, and a poor base model.
 
-    prompt     topic : word word word            "animals : axe rain cat"
-    answer     4 to 8 words, then EOS            "cat dog axe fox rain cow"
-    gold       0.75 * share of the answer's words that are on topic (a word said twice in a row counts once)
-             + 0.25 * share of the prompt's three words that the answer mentions; halved if the answer had no end
+    prompt   topic : word word word            "animals : axe rain cat"
+    answer   4 to 8 words, then EOS            "cat dog axe fox rain cow"
+    gold     0.75 * share of the answer's words on topic (a repeated word counts once)
+             + 0.25 * share of the prompt's three words in the answer; halved without an end
 
-The base model is trained on answers that are on topic, or mention the prompt, only some of the time. It sees what the
-reward asks for and does too little of it: the gold of its answers is near 0.4, and 0.8 costs several nats.
+The base model is trained on answers that are on topic, or mention the prompt, only some of the
+time. The model knows both habits and follows them too seldom: the gold of the answers is near 0.4,
+and 0.8 costs several nats.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 TOPICS = {
@@ -28,17 +31,15 @@ TOPICS = {
     "foods": "rice bread soup cake plum fig",
 }
 WORDS_OF = {topic: words.split() for topic, words in TOPICS.items()}
-WORDS = [word for words in WORDS_OF.values() for word in words]
+WORDS = list(chain.from_iterable(WORDS_OF.values()))
 MAX_NEW_TOKENS = 12
-ON_TOPIC, MENTION = (
-    0.25,
-    0.25,
-)  # how often a word of the base model's training text is so, beside by chance
+# How often a word of the training text is on topic, or a word of the prompt, beside by chance.
+ON_TOPIC, MENTION = 0.25, 0.25
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
 
 def gold(prompt: str, completion: str) -> float:
-    """The reward of an answer, in [0, 1]."""
+    """Return the reward of an answer, in [0, 1]."""
     topic, _, wanted = prompt.partition(" : ")
     answer = completion.split()
     if not answer:
@@ -46,27 +47,24 @@ def gold(prompt: str, completion: str) -> float:
     fresh = [word for before, word in zip(["", *answer], answer, strict=False) if word != before]
     on_topic = sum(word in WORDS_OF[topic] for word in fresh) / len(answer)
     mentioned = np.mean([word in answer for word in wanted.split()])
-    return float(0.75 * on_topic + 0.25 * mentioned) * (
-        0.5 if len(answer) >= MAX_NEW_TOKENS else 1.0
-    )
+    endless = len(answer) >= MAX_NEW_TOKENS
+    return float(0.75 * on_topic + 0.25 * mentioned) * (0.5 if endless else 1.0)
 
 
 def reward(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
-    """Gold of a batch, as una_fast and TRL call a reward function."""
-    return [
-        gold(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)
-    ]
+    """Return the gold of a batch, as una_fast and TRL call a reward function."""
+    answered = zip(prompts, completions, strict=True)
+    return [gold(prompt, completion) for prompt, completion in answered]
 
 
 def make_prompts(count: int, seed: Sequence[int], without: Collection[str] = ()) -> list[str]:
-    """Distinct prompts, none of them in `without`."""
+    """Return distinct prompts outside of `without`."""
     rng = np.random.default_rng(seed)
     found: dict[str, None] = {}
     while len(found) < count:
         words = rng.choice(WORDS, size=3, replace=False)
-        prompt = (
-            f"{rng.choice(list(TOPICS))} : {' '.join(words)} "  # TRL puts an answer right behind it
-        )
+        topic = rng.choice(list(TOPICS))
+        prompt = f"{topic} : {' '.join(words)} "  # TRL puts an answer right behind
         if prompt not in without:
             found[prompt] = None
     return list(found)
@@ -74,28 +72,29 @@ def make_prompts(count: int, seed: Sequence[int], without: Collection[str] = ())
 
 @functools.cache
 def held_out(count: int) -> tuple[str, ...]:
-    """The prompts that everything is evaluated on."""
+    """Return the prompts of all evaluations."""
     return tuple(make_prompts(count, [0, 0]))
 
 
 def plain_answer(prompt: str, rng: np.random.Generator) -> str:
-    """An answer of the text that the base model is trained on."""
+    """Return an answer for the base model's training text."""
     topic, _, wanted = prompt.partition(" : ")
 
     def word() -> str:
         kind = rng.uniform()
         if kind < ON_TOPIC:
             return rng.choice(WORDS_OF[topic])
-        return rng.choice(wanted.split() if kind < ON_TOPIC + MENTION else WORDS)
+        words = wanted.split() if kind < ON_TOPIC + MENTION else WORDS
+        return rng.choice(words)
 
     return " ".join(word() for _ in range(rng.integers(4, 9)))
 
 
-# ------------------------------------------------------------------------------------------------- the base model
+# ----------------------------------------------------------------------------------- the base model
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word; <s> before a text."""
+    """Build a tokenizer with one token per word, and <s> before a text."""
     vocabulary = [BOS, EOS, PAD, ":", *TOPICS, *WORDS]
     raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=PAD))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -108,6 +107,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(vocabulary: int) -> LlamaForCausalLM:
+    """Build the Llama of the study, its weights drawn."""
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=64,
@@ -126,7 +126,7 @@ def make_model(vocabulary: int) -> LlamaForCausalLM:
 
 
 def make_base(directory: Path, steps: int, seed: int = 0) -> dict[str, float]:
-    """Train the base model on its text and save it with its tokenizer; returns the last mean loss per token."""
+    """Train and save the base model, and return the last mean loss per token."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     model = make_model(len(tokenizer))
@@ -138,16 +138,10 @@ def make_base(directory: Path, steps: int, seed: int = 0) -> dict[str, float]:
         prompts = make_prompts(64, [seed, 2, step])
         asked = tokenizer(prompts, return_tensors="pt")["input_ids"]
         answers = [f"{plain_answer(prompt, rng)} {EOS}" for prompt in prompts]
-        said = tokenizer(
-            answers,
-            padding=True,
-            padding_side="right",
-            add_special_tokens=False,
-            return_tensors="pt",
-        )["input_ids"]
-        labels = torch.cat(
-            [torch.full_like(asked, -100), said.where(said != tokenizer.pad_token_id, -100)], 1
-        )
+        layout = {"padding": True, "padding_side": "right", "add_special_tokens": False}
+        said = tokenizer(answers, return_tensors="pt", **layout)["input_ids"]
+        unscored = torch.full_like(asked, -100)
+        labels = torch.cat([unscored, said.where(said != tokenizer.pad_token_id, -100)], 1)
         loss = model(input_ids=torch.cat([asked, said], 1), labels=labels).loss
         loss.backward()
         optimizer.step()
@@ -160,11 +154,16 @@ def make_base(directory: Path, steps: int, seed: int = 0) -> dict[str, float]:
     return {"steps": steps, "loss": float(np.mean(losses[-20:]))}
 
 
-# ------------------------------------------------------------------------------------------------------ evaluation
+# --------------------------------------------------------------------------------------- evaluation
 
 
 class Samples(NamedTuple):
-    """Answers to prompts. texts: [S]; tokens: of each, EOS included; log_ratio: [S] log pi - log pi_ref, summed."""
+    """Answers to prompts.
+
+    texts: [S]
+    lengths: [S] tokens of each answer, EOS included
+    log_ratio: [S] log pi - log pi_ref, summed
+    """
 
     prompts: list[str]
     texts: list[str]
@@ -182,10 +181,18 @@ def sample(
     each: int,
     seed: int,
 ) -> Samples:
-    """`each` answers to every prompt at temperature 1. The global random state is as it was afterwards."""
+    """Sample `each` answers to every prompt at temperature 1, and restore the global random state.
+
+    model: the policy
+    reference: scores the answers for log_ratio
+    tokenizer: of both models
+    prompts: of one length in tokens
+    each: answers to a prompt
+    seed: of the samples
+    """
     training = model.training
     model.eval()
-    prompts = [prompt for prompt in prompts for _ in range(each)]
+    prompts = list(chain.from_iterable([prompt] * each for prompt in prompts))
     asked = tokenizer(prompts, return_tensors="pt")["input_ids"]  # all of one length
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -202,18 +209,15 @@ def sample(
     said = ids[:, asked.shape[1] :]
     ended = (said == tokenizer.eos_token_id).cumsum(1)
     real = (ended - (said == tokenizer.eos_token_id).long()) == 0  # up to and with the first EOS
-    logps = [
-        one(input_ids=ids[:, :-1])
-        .logits[:, asked.shape[1] - 1 :]
-        .float()
-        .log_softmax(-1)
-        .gather(-1, said[..., None])
-        for one in (model, reference)
-    ]
-    log_ratio = ((logps[0] - logps[1]).squeeze(-1).double() * real).sum(1)
-    texts = tokenizer.batch_decode(
-        said.where(real, tokenizer.pad_token_id), skip_special_tokens=True
-    )
+
+    def logps(scorer: LlamaForCausalLM) -> Tensor:
+        """Return [S, T] log-probs of the answers' tokens."""
+        logits = scorer(input_ids=ids[:, :-1]).logits[:, asked.shape[1] - 1 :]
+        return logits.float().log_softmax(-1).gather(-1, said[..., None]).squeeze(-1)
+
+    log_ratio = ((logps(model) - logps(reference)).double() * real).sum(1)
+    answers = said.where(real, tokenizer.pad_token_id)
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     return Samples(prompts, texts, real.sum(1).numpy(), log_ratio.numpy())
 
 
@@ -225,7 +229,7 @@ def evaluate(
     *,
     seed: int,
 ) -> dict[str, float]:
-    """Mean gold and mean KL of one answer per prompt, and the standard error of that gold."""
+    """Return mean gold and mean KL of one answer per prompt, and the standard error of the gold."""
     found = sample(model, reference, tokenizer, prompts, each=1, seed=seed)
     golds = np.array(reward(found.prompts, found.texts))
     return {

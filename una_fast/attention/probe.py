@@ -1,21 +1,27 @@
-"""Can the rows of this model be packed? A numerical probe, because no list of families stays true."""
+"""Find out by a numerical probe whether a model can be packed: no list of families stays true."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import accumulate
+from itertools import accumulate, chain, pairwise
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from una_fast.attention.packed import PACKED, packed_attention, ran_packed
-from una_fast.attention.rows import Segment
+from una_fast.attention.rows import Segment, Segments
 
 PROBE_TOLERANCE = 1e-4  # of the largest hidden state; fp32 gives 1e-6, a wrong mask 1e-1
-_PROMPT = 30  # tokens of the probe's prompt
+# Tokens of the probe's row; all are longer than the windows of the reduced config.
+_PROMPT = 30
+_RESPONSES = (23, 29, 19)
+
 _WINDOWS = re.compile(
     r"sliding_window(_size|s)?|attention_chunk_size|attention_window(_size)?|window_size|index_topk"
 )
@@ -25,26 +31,31 @@ _KV_HEADS = re.compile(r"(.*_)?num_(.*_)?(key_value|kv)_heads")
 _VOCABULARIES = re.compile(r"vocab_size(_.*)?")
 _TOKENS = re.compile(r".*_token_id")
 
+_Rules = dict[re.Pattern[str], Callable[[int], int]]
+
 
 def packing_refusal(model: PreTrainedModel) -> str | None:
-    """None if `model` can be packed exactly, otherwise the reason in a sentence.
+    """Return the reason why a model cannot be packed exactly, or None.
 
-    A copy of the model's decoder with the same config, but fewer layers (every layer type is kept), heads and experts,
-    a narrow MLP, a small vocabulary and short windows, is filled with random weights; one packed row of three ragged
-    responses is compared with the three separate sequences under the model's own implementation, on the CPU in fp32.
-    Every layer must also have called the packed attention, which refuses to run without segments.
-    The reduced copy serves every model, however large, on whatever device and in whatever dtype: the loaded weights
-    would need prompts longer than their windows. Takes well under a second for usual models, never raises, and leaves
-    random state, default dtype and default device alone. Call it on the loaded model before it is sharded.
+    A copy of the model's decoder with the same config, but fewer layers (every layer type is kept),
+    heads and experts, a narrow MLP, a small vocabulary and short windows, is filled with random
+    weights. A packed row of three ragged responses is compared with the three separate sequences
+    under the model's own implementation, on the CPU in fp32. Every layer must also have called the
+    packed attention, with segments.
+
+    The reduced copy serves every model, however large, on any device and in any dtype; the loaded
+    weights would need prompts longer than the model's windows. The probe takes well under a second
+    for usual models, never raises, and leaves random state, default dtype and default device alone.
+    Probe a model before sharding.
     """
     try:
         with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
             return _probe(_reduced_decoder(model))
-    except (
-        Exception
-    ) as error:  # an unknown model may fail in any way, and each is a reason not to pack it
-        return f"the packing probe of {type(model).__name__} failed with {type(error).__name__}: {error}"
+    # An unknown model may fail in any way, and each is a reason not to pack it.
+    except Exception as error:
+        failure = f"{type(error).__name__}: {error}"
+        return f"the packing probe of {type(model).__name__} failed with {failure}"
 
 
 def _reduced_decoder(model: PreTrainedModel) -> PreTrainedModel:
@@ -53,41 +64,75 @@ def _reduced_decoder(model: PreTrainedModel) -> PreTrainedModel:
     config = decoder.config
     if config.is_encoder_decoder:
         raise ValueError("encoder-decoder models have no packed layout")
-    of_the_model = {
-        type(m) for m in decoder.modules() if type(m).__module__ == type(decoder).__module__
-    }
+    family = type(decoder).__module__
+    all_types = _module_types(decoder, family)
+    for layers in _layer_counts(config):
+        reduced = type(decoder)(_reduced_config(config, layers)).float().eval()
+        if all_types <= _module_types(reduced, family):
+            return randomize_weights(reduced)
+    names = ", ".join(sorted(kind.__name__ for kind in all_types))
+    raise ValueError(f"its reduced copy lacks {names}")
+
+
+def _module_types(model: nn.Module, family: str) -> set[type]:
+    """Return the types of a model's modules that the Python module `family` defines."""
+    types = set(map(type, model.modules()))
+    return {kind for kind in types if kind.__module__ == family}
+
+
+def _layer_counts(config: PreTrainedConfig) -> list[int]:
+    """Return the numbers of layers to try, ascending; all types of layers are covered."""
     types = getattr(config, "layer_types", None) or [None]
     covering = 1 + max(types.index(kind) for kind in set(types))
     if getattr(config, "num_kv_shared_layers", 0):
         covering *= 2  # once with keys of their own, once with shared ones
     total = config.num_hidden_layers
-    for layers in sorted({min(total, max(covering, n)) for n in (2, 4, 8, total)}):
-        reduced = type(decoder)(_reduced_config(config, layers)).float().eval()
-        if of_the_model <= {type(m) for m in reduced.modules()}:
-            return _randomize(reduced)
-    raise ValueError(
-        "its reduced copy lacks " + ", ".join(sorted(t.__name__ for t in of_the_model))
-    )
+    return sorted({min(total, max(covering, n)) for n in (2, 4, 8, total)})
 
 
 def _reduced_config(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
-    """The same architecture, small. Head sizes stay, so that every rope parameter still fits."""
+    """Return the config of the same architecture, small.
+
+    Head sizes stay, so that every rope parameter still fits.
+    """
     config = copy.deepcopy(config)
     overrides = {}  # of single layers, in configs that allow them
     if getattr(config, "is_heterogeneous", False):
         overrides = config.to_dict()["per_layer_config"]
         config.per_layer_config = None
-    total, heads = config.num_hidden_layers, config.num_attention_heads
+    total = config.num_hidden_layers
+    heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    fields = {k: v for k, v in vars(config).items() if v is not None and not isinstance(v, bool)}
-    windows = sorted({w for k, v in fields.items() if _WINDOWS.fullmatch(k) for w in _ints(v)})
+    fields = {}
+    for name, value in vars(config).items():
+        if value is not None and not isinstance(value, bool):
+            fields[name] = value
+    rules = _reducing_rules(fields, heads)
+    for name, value in fields.items():
+        if isinstance(value, list | tuple) and len(value) == total:
+            value = value[:layers]  # one entry per layer
+        setattr(config, name, _reduce(rules, name, value))
+    config.num_attention_heads = 4
+    config.hidden_size = 4 * head_dim
+    config.num_hidden_layers = layers
+    if getattr(config, "num_kv_shared_layers", 0):
+        config.num_kv_shared_layers = layers // 2
+    if overrides:
+        config.per_layer_config = _reduced_overrides(overrides, rules, layers)
+    if config._attn_implementation not in ("eager", "sdpa"):
+        config._attn_implementation_internal = "eager"  # the flash kernels' result, on a CPU
+    return config
+
+
+def _reducing_rules(fields: dict[str, Any], heads: int) -> _Rules:
+    """Return name of fields -> function of every integer in such a field."""
+    named = [value for name, value in fields.items() if _WINDOWS.fullmatch(name)]
+    windows = sorted(set(chain.from_iterable(map(_ints, named))))
     short = {window: 5 + 3 * rank for rank, window in enumerate(windows)}  # their order is kept
-    experts = (
-        2
-        * max(_ints(fields.get("n_group")) + [1])
-        * max(_ints(fields.get("num_experts_per_tok")) + [1])
-    )
-    rules = {
+    groups = max([*_ints(fields.get("n_group")), 1])
+    chosen_experts = max([*_ints(fields.get("num_experts_per_tok")), 1])
+    experts = 2 * groups * chosen_experts
+    return {
         _WINDOWS: lambda window: short.get(window, window),
         _WIDTHS: lambda width: min(width, 64),
         _EXPERTS: lambda count: min(count, experts),
@@ -96,47 +141,47 @@ def _reduced_config(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
         _TOKENS: lambda token: 0,
     }
 
-    def reduced(name: str, value: object) -> object:
-        for pattern, rule in rules.items():
-            if pattern.fullmatch(name):
-                return _map_ints(value, rule)
-        return value
 
-    for name, value in fields.items():
-        if isinstance(value, (list, tuple)) and len(value) == total:
-            value = value[:layers]  # one entry per layer
-        setattr(config, name, reduced(name, value))
-    config.num_attention_heads = 4
-    config.hidden_size = 4 * head_dim
-    config.num_hidden_layers = layers
-    if getattr(config, "num_kv_shared_layers", 0):
-        config.num_kv_shared_layers = layers // 2
-    if overrides:
-        config.per_layer_config = {
-            int(layer): {name: reduced(name, value) for name, value in changes.items()}
-            for layer, changes in overrides.items()
-            if int(layer) < layers
-        }
-    if config._attn_implementation not in ("eager", "sdpa"):
-        config._attn_implementation_internal = "eager"  # what the flash kernels compute, on a CPU
-    return config
+def _reduce(rules: _Rules, name: str, value: object) -> object:
+    """Return the value of a field in the reduced config."""
+    for pattern, rule in rules.items():
+        if pattern.fullmatch(name):
+            return _map_ints(value, rule)
+    return value
+
+
+def _reduced_overrides(
+    overrides: dict[Any, dict[str, Any]], rules: _Rules, layers: int
+) -> dict[int, dict[str, Any]]:
+    """Return the settings of single layers in the reduced config."""
+    reduced = {}
+    for layer, changes in overrides.items():
+        if int(layer) < layers:
+            reduced[int(layer)] = {k: _reduce(rules, k, v) for k, v in changes.items()}
+    return reduced
 
 
 def _ints(value: object) -> list[int]:
-    """The integers of a config field that is one, a list with some, or neither."""
-    values = value if isinstance(value, (list, tuple)) else [value]
+    """Return the integers of a config field: an integer, a list with some, or neither."""
+    values = value if isinstance(value, list | tuple) else [value]
     return [v for v in values if isinstance(v, int)]
 
 
 def _map_ints(value: object, change: Callable[[int], int]) -> object:
-    """`change` applied to an integer, or to the integers of a list."""
-    if isinstance(value, (list, tuple)):
+    """Apply `change` to an integer, or to the integers of a list."""
+    if isinstance(value, list | tuple):
         return type(value)(change(v) if isinstance(v, int) else v for v in value)
-    return change(value) if isinstance(value, int) else value
+    if isinstance(value, int):
+        return change(value)
+    return value
 
 
-def _randomize(model: PreTrainedModel) -> PreTrainedModel:
-    """Weights that reach every term: sharp scores, and sinks, biases and norms that are not their defaults."""
+@torch.no_grad()
+def randomize_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """Fill a model, in place, with weights that reach every term of the formulas.
+
+    Scores become sharp; sinks, biases and norms leave the default values. Returns the model.
+    """
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.normal_(std=1.5 * parameter.shape[-1] ** -0.5)
@@ -146,42 +191,47 @@ def _randomize(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _probe(model: PreTrainedModel) -> str | None:
+    name, layers = type(model).__name__, model.config.num_hidden_layers
     with _windows_in_masks() as windows:
         error = _packing_error(model)
     longest = max(windows, default=0)
     if longest >= _PROMPT:
-        return f"{type(model).__name__} has windows of {longest} tokens that its packing probe found no name for"
+        return f"{name} has windows of {longest} tokens that its packing probe found no name for"
     if PROBE_TOLERANCE < error < 100 * PROBE_TOLERANCE:
-        error = _packing_error(
-            model.double()
-        )  # a model that amplifies rounding; a real difference stays
-    name, layers = type(model).__name__, model.config.num_hidden_layers
+        # The model may amplify rounding; a real difference stays.
+        error = _packing_error(model.double())
     ran = sum(map(ran_packed, model.modules()))
     if ran != layers:
-        return f"{name} called the packed attention in {ran} of {layers} layers; the others are computed in another way"
+        return (
+            f"{name} called the packed attention in {ran} of {layers} layers; the others are "
+            "computed in another way"
+        )
     if error <= PROBE_TOLERANCE:
         return None
     reason = f"{name} gives other hidden states packed than separate (relative error {error:.1e})"
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("eager")
-        if (
-            _packing_error(model) <= PROBE_TOLERANCE
-        ):  # sdpa drops the softcap in some releases of transformers
-            reason += (
-                '; its sdpa attention differs from its eager attention too, load it with "eager"'
+        # sdpa drops the softcap in some releases of transformers.
+        if _packing_error(model) <= PROBE_TOLERANCE:
+            return (
+                f"{reason}; its sdpa attention differs from its eager attention too, load it with "
+                '"eager"'
             )
     return reason
 
 
 @contextmanager
 def _windows_in_masks() -> Iterator[set[int]]:
-    """The windows and chunks that a model asks masks for while it runs packed. They should be the shortened ones: a
-    longer window is not told from none in the probe's short row."""
+    """Collect the windows and chunks in a model's requests for masks of packed rows.
+
+    All should be shortened windows: in the short row of the probe a longer window hides no token.
+    """
     windows: set[int] = set()
     own = AttentionMaskInterface()[PACKED]
 
     def record(*args: object, local_size: int | None = None, **kwargs: object) -> object:
-        windows.update([local_size] if local_size else [])
+        if local_size:
+            windows.add(local_size)
         return own(*args, **kwargs)
 
     AttentionMaskInterface.register(PACKED, record)
@@ -192,25 +242,34 @@ def _windows_in_masks() -> Iterator[set[int]]:
 
 
 def _packing_error(model: PreTrainedModel) -> float:
-    """The largest difference between one packed row and its sequences, relative to the largest hidden state."""
-    prompt, lengths = _PROMPT, (23, 29, 19)  # all longer than the windows of the reduced config
-    bounds = [0, *accumulate((prompt, *lengths))]
-    responses = tuple(zip(bounds[1:-1], bounds[2:], strict=True))
-    ids = torch.randint(1, model.get_input_embeddings().num_embeddings, (1, bounds[-1]))
-    positions = torch.cat([torch.arange(prompt), *(prompt + torch.arange(n) for n in lengths)])[
-        None
-    ]
+    """Compare a packed row with the same responses as separate sequences.
 
+    Returns the largest difference, relative to the largest hidden state.
+    """
+    segments, positions = _probe_row()
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = torch.randint(1, vocabulary, (1, positions.shape[1]))
+    run = functools.partial(model, use_cache=False)
+    prompt = ids[:, :_PROMPT]
     separate = []
-    for start, stop in responses:
-        row = torch.cat([ids[:, :prompt], ids[:, start:stop]], dim=1)
-        hidden = model(input_ids=row, use_cache=False)[0]
-        separate.append(hidden[:, prompt:] if separate else hidden)
+    for start, stop in segments[0].responses:
+        sequence = torch.cat([prompt, ids[:, start:stop]], dim=1)
+        hidden = run(input_ids=sequence)[0]
+        if separate:  # the prompt once
+            hidden = hidden[:, _PROMPT:]
+        separate.append(hidden)
     expected = torch.cat(separate, dim=1)
-
-    segments = (Segment((0, prompt), responses),)
     with packed_attention(model):
-        packed = model(
-            input_ids=ids, position_ids=positions, use_cache=False, una_segments=segments
-        )[0]
-    return ((packed - expected).abs().max() / expected.abs().max()).item()
+        packed = run(input_ids=ids, position_ids=positions, una_segments=segments)[0]
+    error = (packed - expected).abs().max()
+    return (error / expected.abs().max()).item()
+
+
+def _probe_row() -> tuple[Segments, Tensor]:
+    """Return the segments and the position_ids [1, T] of the probe's row."""
+    ends = list(accumulate((_PROMPT, *_RESPONSES)))
+    responses = tuple(pairwise(ends))
+    positions = [torch.arange(_PROMPT)]
+    for size in _RESPONSES:
+        positions.append(_PROMPT + torch.arange(size))
+    return (Segment((0, _PROMPT), responses),), torch.cat(positions)[None]

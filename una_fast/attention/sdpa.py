@@ -1,8 +1,13 @@
-"""A packed row by scaled_dot_product_attention, chunk by chunk."""
+"""A packed row by scaled_dot_product_attention, chunk of queries by chunk.
+
+Each chunk meets only the keys that its queries can see: no mask of the size of the row is built.
+SDPA has neither softcaps nor attention sinks: such a softmax is written out.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -10,163 +15,236 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from una_fast.attention.rows import RowRanges, visible_prompt
+from una_fast.attention.rows import RowLayout, visible_prompt_tokens
 
-CHUNK = 512  # queries per call on the SDPA path
+CHUNK = 512  # queries per call
 
 
-class Scores(NamedTuple):
-    """How a score is made from q . k."""
+class ScoreRule(NamedTuple):
+    """The way from a product q . k to a weight of the softmax.
+
+    scaling: factor on q . k
+    window: a query sees itself and the window - 1 keys before; without a window all keys before
+    softcap: c of c * tanh(score / c)
+    sinks: [H], an extra logit per head in the denominator of the softmax
+    """
 
     scaling: float
-    window: int | None  # a query sees itself and the window - 1 keys before it
+    window: int | None
     softcap: float | None
-    sinks: Tensor | None  # [H], one extra logit per head in the softmax's denominator
+    sinks: Tensor | None
 
     @property
     def explicit(self) -> bool:
-        """No fused kernel has it: the softmax is written out."""
+        """Return whether the softmax must be written out, because fused kernels lack a term."""
         return self.softcap is not None or self.sinks is not None
 
+    def for_keys(self, keys: int) -> ScoreRule:
+        """Return the rule for a range of so many keys: a window as long as the range is dropped."""
+        if self.window is None or self.window < keys:
+            return self
+        return self._replace(window=None)
 
-def keys_per_range(
-    states: Tensor, row: RowRanges, window: int | None, dim: int
+
+def pieces_per_range(
+    states: Tensor,
+    layout: RowLayout,
+    window: int | None,
+    dim: int,
 ) -> list[list[Tensor]]:
-    """For each range the parts that, concatenated along `dim`, are its keys (or values)."""
+    """Return, for every range of a row, the tensors to concatenate along `dim` to the keys.
+
+    states: keys or values of the whole row
+    layout: the row
+    window: sliding window of the attention, if any
+    dim: dimension of the tokens
+    """
     # One split, not one slice per range: its backward is a single concatenation.
-    ranges = states.split(row.sizes, dim=dim)
-    parts, prompts = [], {}
-    for own, prompt in zip(ranges, row.prompt_of, strict=True):
+    ranges = states.split(layout.sizes, dim=dim)
+    prompts: dict[tuple[int, int], Tensor] = {}
+    pieces = []
+    for tokens, prompt in zip(ranges, layout.prompt_of, strict=True):
         if prompt is None:
-            parts.append([own])
+            pieces.append([tokens])
             continue
         if prompt not in prompts:
-            first, size = prompt
-            visible = visible_prompt(size, window)
-            prompts[prompt] = ranges[first].narrow(dim, size - visible, visible)
-        parts.append([prompts[prompt], own])
-    return parts
+            first_range, size = prompt
+            visible = visible_prompt_tokens(size, window)
+            prompts[prompt] = ranges[first_range].narrow(dim, size - visible, visible)
+        pieces.append([prompts[prompt], tokens])
+    return pieces
 
 
-def join(parts: list[Tensor], dim: int) -> Tensor:
-    """Concatenated; a single part as it is, without the copy."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-
-
-# ---- scaled_dot_product_attention, chunk by chunk --------------------------------------------------------------------
+def concatenate(pieces: Iterable[Tensor], dim: int) -> Tensor:
+    """Concatenate tensors; a single tensor is returned without a copy."""
+    pieces = list(pieces)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
 
 
 @functools.lru_cache(maxsize=8)
 def mask_table(
-    columns: int, window: int | None, dtype: torch.dtype, device: torch.device
+    columns: int,
+    window: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor:
-    """Additive mask [CHUNK, columns] of the last CHUNK of `columns` positions; smaller chunks are corners of it."""
-    with torch.inference_mode(
-        False
-    ):  # kept between calls: a later call may save it for its backward
+    """Build the additive causal mask [CHUNK, columns] of the last CHUNK of `columns` positions.
+
+    columns: keys, at least CHUNK
+    window: sliding window, if any
+    dtype: dtype of the scores
+    device: device of the scores
+
+    The masks of smaller chunks are the lower right corners of the table.
+    """
+    # The table is kept between calls: a later call may save it for backward.
+    with torch.inference_mode(False):
         query = torch.arange(columns - CHUNK, columns, device=device)[:, None]
         key = torch.arange(columns, device=device)[None, :]
         hidden = key > query
         if window is not None:
             hidden |= key <= query - window
-        return torch.zeros(CHUNK, columns, dtype=dtype, device=device).masked_fill_(
-            hidden, float("-inf")
-        )
+        table = torch.zeros(CHUNK, columns, dtype=dtype, device=device)
+        return table.masked_fill_(hidden, float("-inf"))
 
 
-def _mask(queries: int, keys: int, window: int | None, like: Tensor) -> Tensor:
-    """Additive lower-right causal mask [queries, keys], a view of a table shared by chunks, ranges and layers."""
+def _mask(
+    queries: int,
+    keys: int,
+    window: int | None,
+    like: Tensor,
+) -> Tensor:
+    """Return the additive lower-right causal mask [queries, keys], a view of a shared table."""
     columns = 1 << (max(keys, CHUNK) - 1).bit_length()
     table = mask_table(columns, window, like.dtype, like.device)
     return table[CHUNK - queries :, columns - keys :]
 
 
 def _explicit_softmax(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scores: Scores
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    rule: ScoreRule,
 ) -> Tensor:
-    """Attention written out, for what fused kernels lack; the softmax is in fp32 at least."""
-    batch, heads, queries, _ = query.shape
+    """Compute attention with the softmax written out, in float32 at least.
+
+    query: [1, H, R, D]
+    key, value: [1, H_kv, E, D]
+    mask: [R, E], added to the scores
+    """
+    batch, heads, queries, head_size = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
-    grouped = query.reshape(
-        batch, kv_heads, -1, query.shape[-1]
-    )  # the heads of one group stand below each other
-    z = (grouped @ key.transpose(2, 3)).view(batch, heads, queries, keys) * scores.scaling
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
-    if scores.softcap is not None:
-        z = scores.softcap * torch.tanh(z / scores.softcap)
-    z = z + mask
-    if scores.sinks is not None:
-        z = torch.cat(
-            [z, scores.sinks.to(z.dtype).view(1, heads, 1, 1).expand(batch, heads, queries, 1)],
-            dim=-1,
-        )
-    weights = z.softmax(dim=-1)[..., :keys].to(value.dtype)
-    return (weights.reshape(batch, kv_heads, -1, keys) @ value).view(batch, heads, queries, -1)
+    # The heads of one group stand below each other: [1, H_kv, H / H_kv * R, D].
+    grouped = query.reshape(batch, kv_heads, -1, head_size)
+    products = grouped @ key.transpose(2, 3)
+    scores = products.view(batch, heads, queries, keys) * rule.scaling
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if rule.softcap is not None:
+        scores = rule.softcap * torch.tanh(scores / rule.softcap)
+    scores = scores + mask
+    if rule.sinks is not None:
+        sinks = rule.sinks.to(scores.dtype).view(1, heads, 1, 1)
+        scores = torch.cat([scores, sinks.expand(batch, heads, queries, 1)], dim=-1)
+    weights = scores.softmax(dim=-1)[..., :keys].to(value.dtype)
+    grouped_weights = weights.reshape(batch, kv_heads, -1, keys)
+    out = grouped_weights @ value
+    return out.view(batch, heads, queries, -1)
 
 
-def _attend_chunk(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
-    mask = _mask(query.shape[2], key.shape[2], scores.window, query)
-    if not scores.explicit:
-        return F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            scale=scores.scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+def _attend_chunk(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rule: ScoreRule,
+) -> Tensor:
+    """Compute the attention of a chunk of queries; the last query stands at the last key."""
+    mask = _mask(query.shape[2], key.shape[2], rule.window, query)
+    if not rule.explicit:
+        return _fused(query, key, value, rule, attn_mask=mask)
     if not torch.is_grad_enabled():
-        return _explicit_softmax(query, key, value, mask, scores)
-    # Recomputed in backward: otherwise several copies of [H, chunk, keys] stay alive for every chunk of the row.
+        return _explicit_softmax(query, key, value, mask, rule)
+    # Recomputed in backward: several copies of [H, chunk, keys] would live for every chunk.
     return checkpoint(
         _explicit_softmax,
         query,
         key,
         value,
         mask,
-        scores,
+        rule,
         use_reentrant=False,
         preserve_rng_state=False,
     )
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
-    """One range: `query` [1, H, R, D] are the last R of the positions of `key`, `value` [1, H_kv, E, D]."""
-    queries, keys = query.shape[2], key.shape[2]
-    if scores.window is not None and scores.window >= keys:
-        scores = scores._replace(window=None)
-    fused = (
-        query.shape[-1] == value.shape[-1]
-    )  # with other shapes SDPA writes the scores out, so chunks are needed
-    if queries == keys and scores.window is None and not scores.explicit and fused:
-        return F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            is_causal=True,
-            scale=scores.scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+def _fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rule: ScoreRule,
+    **mask: Tensor | bool,
+) -> Tensor:
+    shared_keys = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(
+        query, key, value, scale=rule.scaling, enable_gqa=shared_keys, **mask
+    )
+
+
+def attend_range(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rule: ScoreRule,
+) -> Tensor:
+    """Compute the attention of a range, the last R of E positions: [1, H, R, D_v].
+
+    query: [1, H, R, D]
+    key: [1, H_kv, E, D]
+    value: [1, H_kv, E, D_v]
+    rule: the way from products to weights
+    """
+    queries = query.shape[2]
+    keys = key.shape[2]
+    rule = rule.for_keys(keys)
+    # With values of another size SDPA writes all scores out, so that chunks are needed.
+    same_size = query.shape[-1] == value.shape[-1]
+    fused = same_size and not rule.explicit
+    if queries == keys and rule.window is None and fused:
+        return _fused(query, key, value, rule, is_causal=True)
     outputs = []
     last = keys - queries
     for chunk in query.split(CHUNK, dim=2):
-        first = 0 if scores.window is None else max(0, last - scores.window + 1)
+        first = 0 if rule.window is None else max(0, last - rule.window + 1)
         last += chunk.shape[2]
-        outputs.append(_attend_chunk(chunk, key[:, :, first:last], value[:, :, first:last], scores))
+        visible_keys = key[:, :, first:last]
+        visible_values = value[:, :, first:last]
+        outputs.append(_attend_chunk(chunk, visible_keys, visible_values, rule))
     return torch.cat(outputs, dim=2)
 
 
 def attend_sdpa(
-    query: Tensor, key: Tensor, value: Tensor, row: RowRanges, scores: Scores
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: RowLayout,
+    rule: ScoreRule,
 ) -> Tensor:
-    """The whole row, range after range: [1, T, H, D]."""
-    queries = query.split(row.sizes, dim=2)
-    keys = keys_per_range(key, row, scores.window, dim=2)
-    values = keys_per_range(value, row, scores.window, dim=2)
-    outputs = [
-        _attend(q, join(k, dim=2), join(v, dim=2), scores).transpose(1, 2)
-        for q, k, v in zip(queries, keys, values, strict=True)
-    ]
-    return torch.cat(
-        outputs, dim=1
-    )  # always a copy: some models take a view of it, as of a contiguous tensor
+    """Compute the attention of a whole packed row, range after range: [1, T, H, D_v].
+
+    query: [1, H, T, D]
+    key: [1, H_kv, T, D]
+    value: [1, H_kv, T, D_v]
+    layout: the row
+    rule: the way from products to weights
+    """
+    queries = query.split(layout.sizes, dim=2)
+    key_pieces = pieces_per_range(key, layout, rule.window, dim=2)
+    value_pieces = pieces_per_range(value, layout, rule.window, dim=2)
+    outputs = []
+    for q, k, v in zip(queries, key_pieces, value_pieces, strict=True):
+        keys = concatenate(k, dim=2)
+        values = concatenate(v, dim=2)
+        out = attend_range(q, keys, values, rule)
+        outputs.append(out.transpose(1, 2))
+    # Always a copy: some models take a view of the result, as of a contiguous tensor.
+    return torch.cat(outputs, dim=1)

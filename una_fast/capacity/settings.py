@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+from una_fast.checks import check_at_least
 from una_fast.config import RunConfig
-
-if TYPE_CHECKING:
-    pass
+from una_fast.head.settings import HeadCallOptions
 
 GPU_GIB = {
     "H200": 139.8,
@@ -19,30 +17,28 @@ GPU_GIB = {
     "L40S": 44.4,
     "RTX4090": 23.5,
 }
-"""Memory that torch sees."""
+"""GPU -> GiB that torch sees."""
 
 
 @dataclass
-class RunPlanConfig(RunConfig):
-    """A run to be planned: its settings, or one call of the fused head with --op."""
+class PlanOptions:
+    """Plan: the batch, and the device."""
 
     prompt: int = 0
     """Tokens of the prompt of the planned row; 0: the largest batch that data gives."""
     responses: list[int] = field(default_factory=list)
-    """Tokens of each of its responses; two are a pair."""
+    """Tokens of each response of the planned row; two are a pair."""
     gpu: str | None = None
-    """Plan for this GPU (H200, H100, B200, A100, A100-40GB, L40S, RTX4090) where memory_gib is null."""
+    """GPU if memory_gib is null: H200, H100, B200, A100, A100-40GB, L40S, RTX4090."""
     world_size: int = 1
     """Ranks of FSDP2 to plan for."""
     measure: bool = False
-    """Run two steps of the batch, and print what was measured beside the plan."""
+    """Run two steps of the batch, and print the measured peak beside the plan."""
 
-    pairs: int = 1
-    """With --op: pairs of two responses of N / (2 pairs) tokens each; 0: one scored response of N tokens."""
-    train_head: bool = True
-    """With --op: whether the head is trained (LoRA and a tied, frozen head: false)."""
-    cached_reference: bool = False
-    """Whether the reference log-probs are given, and cost no pass."""
+
+@dataclass
+class RunPlanConfig(RunConfig, HeadCallOptions, PlanOptions):
+    """A run to be planned, or, with --op, a call of the fused head to be planned."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,16 +46,22 @@ class RunPlanConfig(RunConfig):
             raise ValueError(
                 f"gpu={self.gpu!r} is not one of {', '.join(GPU_GIB)}; give memory_gib instead"
             )
-        if self.world_size < 1:
-            raise ValueError(f"world_size={self.world_size} must be at least 1")
+        check_at_least(1, self, ["world_size"])
         if bool(self.prompt) != bool(self.responses):
             raise ValueError("a planned row needs both --prompt and --responses")
         if self.gpu is not None and self.device == "cpu":
             raise ValueError(f"gpu={self.gpu} and device=cpu: plan for one of them")
         if self.measure and (self.world_size > 1 or self.cached_reference):
             raise ValueError(
-                "measure=true takes its steps in one process, with the reference that the run computes"
+                "measure=true takes its steps in one process, with the reference that the run "
+                "computes"
+            )
+        if self.measure and self.mode != "offline":
+            raise ValueError(
+                f"measure=true takes steps on records, and mode={self.mode} samples; "
+                "set mode: offline"
             )
 
     def required_settings(self) -> tuple[str, ...]:
+        """Return the names of the fields without a usable default."""
         return ("model",)

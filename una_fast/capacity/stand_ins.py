@@ -16,91 +16,105 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from una_fast.attention import packed, rows
+from una_fast.attention.varlen import VarlenKernel
 from una_fast.config import RunConfig
 from una_fast.counters import memory_category
 from una_fast.data.batch import Batch
 from una_fast.head.plan import (
-    DEFAULT_WORKSPACE_MB,
     HeadSize,
     Tile,
+    cast_bytes,
     cost,
     forward_pass,
-    forward_tile,
+    forward_plan,
     head_size,
     make_plan,
+    tile_budget,
 )
 from una_fast.head.torch_engine import CACHE_BLOCK_BYTES
 
 
 class PlannedHead:
-    """The fused head: its block plan as always, and the tensors that it allocates; no numbers."""
+    """Stand in for the fused head: the block plan and the tensors of a real one, no numbers.
 
-    def __init__(self, config: RunConfig, device: str, batch: Batch) -> None:
-        self.device, self.feedback, self.normalize = device, batch.feedback, config.length_normalize
+    flop: work of all calls so far
+    """
+
+    def __init__(self, config: RunConfig, workspace: int, device: str, batch: Batch) -> None:
+        """Prepare the calls of one batch.
+
+        config: settings of the run
+        workspace: bytes of the fused head
+        device: "cpu" or "cuda"
+        batch: with its feedback and lengths on the CPU
+        """
+        self.device, self.workspace = device, workspace
+        self.feedback, self.normalize = batch.feedback, config.length_normalize
         self.lengths = batch.cu_seqlens.diff().tolist()
-        megabytes = (
-            DEFAULT_WORKSPACE_MB[device] if config.workspace_mb is None else config.workspace_mb
-        )
-        self.workspace = int(megabytes * 2**20)
         self.flop = 0.0
 
-    def _size(self, weight: Tensor) -> tuple[HeadSize, int]:
-        """Of this head, and the budget of its tiles."""
-        size = head_size(*weight.shape, self.device, weight.itemsize)
-        return size, self.workspace - (self.workspace // 8 if size.cast else 0)
+    def size(self, weight: Tensor) -> HeadSize:
+        """Return the size of the head of a weight."""
+        return head_size(*weight.shape, self.device, weight.itemsize)
 
-    def _tensors(self, size: HeadSize, tile: Tile, gathered: bool) -> list[Tensor]:
-        """Logits, copies of hidden rows, a slice of the weight where operands are cast, temporaries."""
+    def budget(self, size: HeadSize) -> int:
+        """Return the bytes for tiles."""
+        return tile_budget(self.workspace, cast=size.cast)
+
+    def allocate(self, size: HeadSize, tile: Tile, *, gathered: bool) -> list[Tensor]:
+        """Allocate the workspace of a pass: logits, copies of hidden rows, casts, temporaries."""
         logits = tile.rows * size.stride(tile.vocab) * size.acc_bytes
         copies = tile.rows * size.copied_bytes(gathered, tile.vocab < size.vocab)
-        cast = (
-            min(self.workspace // 8, size.vocab * size.hidden * size.acc_bytes) if size.cast else 0
-        )
-        block = (
-            min(CACHE_BLOCK_BYTES, logits) if self.device == "cpu" else 0
-        )  # of the row operations
+        cast = block = 0
+        if size.cast:
+            whole = size.vocab * size.hidden * size.acc_bytes
+            cast = min(cast_bytes(self.workspace), whole)
+        if self.device == "cpu":
+            block = min(CACHE_BLOCK_BYTES, logits)  # of the row operations
         return [torch.empty(n, dtype=torch.int8) for n in (logits, copies, cast, block)]
 
     def logps(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        weight = _autocast_copy(weight)
-        size, budget = self._size(weight)
-        tile = forward_tile(size, len(hidden), budget)
-        self.flop += forward_pass(size, len(hidden), tile).flop
+        """Stand in for sequence_logps: a scalar without a number."""
+        size = self.size(_autocast_copy(weight))
+        plan = forward_plan(size, len(hidden), self.budget(size))
+        self.flop += forward_pass(size, len(hidden), plan.tile).flop
         with memory_category("head"):
-            self._tensors(size, tile, gathered=False)
+            self.allocate(size, plan.tile, gathered=False)
         return hidden.new_zeros(())
 
     def loss(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Stand in for linear_una_loss: a scalar with a graph."""
         return _PlannedLoss.apply(hidden, weight, bias, self)
 
 
 class _PlannedLoss(torch.autograd.Function):
-    """What passes.OnePass and head._LinearUna keep and make."""
+    """The tensors that passes.OnePass makes, and ops._LinearUna keeps."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: PlannedHead
     ) -> Tensor:
         with memory_category("head"):
-            operand = _autocast_copy(weight)
-            size, budget = head._size(operand)
+            size = head.size(_autocast_copy(weight))
             trained = ctx.needs_input_grad[1]
             width = size.hidden if trained else 0
-            with unset_fake_temporarily():  # it reads the feedback
+            with unset_fake_temporarily():  # the plan reads the feedback
                 plan = make_plan(
                     head.feedback,
                     head.lengths,
                     size,
-                    budget=budget,
+                    budget=head.budget(size),
                     accumulator_width=width,
                     length_normalize=head.normalize,
                 )
             head.flop += cost(plan, head.lengths, size, width).flop
-            workspace = head._tensors(size, plan.tile, gathered=len(head.lengths) > 2)  # noqa: F841
-            scratch = [torch.empty(weight.shape, dtype=torch.float32) for _ in range(plan.scratch)]  # noqa: F841
+            live = head.allocate(size, plan.tile, gathered=plan.gathered)
+            live += [torch.empty(weight.shape, dtype=torch.float32) for _ in range(plan.scratch)]
             ctx.hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
             ctx.weight = torch.empty(weight.shape, dtype=torch.float32) if trained else None
-        ctx.dtype, ctx.bias = weight.dtype, None if bias is None else torch.empty_like(bias)
+            del live  # the workspace is freed once the gradients are there
+        ctx.dtype = weight.dtype
+        ctx.bias = None if bias is None else torch.empty_like(bias)
         return hidden.new_zeros((), dtype=torch.float32)
 
     @staticmethod
@@ -112,22 +126,20 @@ class _PlannedLoss(torch.autograd.Function):
 
 
 def _autocast_copy(weight: Tensor) -> Tensor:
-    return (
-        weight.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else weight
-    )
+    if not torch.is_autocast_enabled("cpu"):
+        return weight
+    return weight.to(torch.get_autocast_dtype("cpu"))
 
 
 class PlannedKernel:
-    """Counts the flop of packed attention; called, it is a GPU's varlen kernel that makes tensors and no numbers."""
+    """Packed attention of a planned device: makes tensors without numbers, and counts the flop."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
+        """Stand in for the varlen kernel of a GPU ("cuda"); a CPU ("cpu") runs SDPA."""
         self.flop = 0.0
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *_: Any, scores: Any) -> Tensor:
-        return _PlannedAttention.apply(q, k, v)
-
-    def count(self, flop: float) -> None:
-        self.flop += flop
+        self._kernel = None
+        if device == "cuda":
+            self._kernel = VarlenKernel("planned", _planned_varlen, softcap=True)
 
     def packed(
         self,
@@ -137,63 +149,81 @@ class PlannedKernel:
         value: Tensor,
         *args: Any,
         **options: Any,
-    ) -> Any:
-        """packed_attention_forward, its parts and its flop counted."""
+    ) -> tuple[Tensor, None]:
+        """Run packed_attention_forward; its memory and its flop are counted."""
         pairs = rows.attended_pairs(options["una_segments"], options.get("sliding_window"))
         flop = 2.0 * pairs * query.shape[1] * (query.shape[-1] + value.shape[-1])
-        self.count(flop)
+        self._count(flop)
         with memory_category("attention"):
-            out, _ = packed.packed_attention_forward(module, query, key, value, *args, **options)
-        if (
-            out.requires_grad
-        ):  # five products where forward has two; not called for what checkpointing runs again
-            out.register_hook(lambda grad: self.count(2.5 * flop))
+            out, _ = packed.packed_attention_forward(
+                module, query, key, value, *args, kernel=self._kernel, **options
+            )
+        if out.requires_grad:
+            # Five products where forward has two; not called for a pass that is repeated.
+            out.register_hook(lambda grad: self._count(2.5 * flop))
         return out, None
+
+    def _count(self, flop: float) -> None:
+        self.flop += flop
 
 
 @contextmanager
 def planned_attention(device: str, unpadded: bool) -> Iterator[PlannedKernel]:
-    """Attention as a device of this kind runs it, on tensors without numbers: packed, and SDPA's of padded batches,
-    which builds a mask only where something is hidden. transformers looks for that in the numbers."""
-    kernel = PlannedKernel()
+    """Run attention as a kind of device runs it, on tensors without numbers, inside the block.
+
+    device: "cpu" or "cuda"
+    unpadded: padded batches have no padding
+
+    Packed rows go through the kernel that is yielded. SDPA of padded batches gets a mask only where
+    something is hidden; transformers would look for padding in the numbers.
+    """
+    kernel = PlannedKernel(device)
     masks = AttentionMaskInterface()
-    sdpa = masks["sdpa"]
+    sdpa_mask = masks["sdpa"]
 
     def mask(*args: Any, **options: Any) -> Tensor | None:
         window = options.get("local_size")
         if unpadded and (window is None or options["kv_length"] < window):
             return None
-        return sdpa(*args, **options)
+        return sdpa_mask(*args, **options)
 
-    with packed.traced_attention(kernel if device == "cuda" else None):
+    with packed.fresh_tables():
         AttentionInterface.register(packed.PACKED, kernel.packed)
         AttentionMaskInterface.register("sdpa", mask)
         try:
             yield kernel
         finally:
             AttentionInterface.register(packed.PACKED, packed.packed_attention_forward)
-            AttentionMaskInterface.register("sdpa", sdpa)
+            AttentionMaskInterface.register("sdpa", sdpa_mask)
+
+
+def _planned_varlen(q: Tensor, k: Tensor, v: Tensor, *_: Any, rule: Any) -> Tensor:
+    return _PlannedAttention.apply(q, k, v)
 
 
 class _PlannedAttention(torch.autograd.Function):
-    """[T, H, D] queries: saves them, keys, values, the output and a logsumexp per query and head."""
+    """The tensors that a varlen kernel keeps and makes.
+
+    Saved are queries [T, H, D], keys, values, the output, and a logsumexp per query and head.
+    """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = q.new_empty(*q.shape[:-1], v.shape[-1])
-        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, lse)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         q, k, v, *_ = ctx.saved_tensors
         with memory_category("attention"):
-            float_dq = torch.empty(q.shape, dtype=torch.float32)  # noqa: F841  the kernel's accumulator
-            # Keys and values shared by a group of heads are expanded for their gradients, then summed over the group.
+            accumulator = torch.empty(q.shape, dtype=torch.float32)  # noqa: F841  of dQ
+            # Keys and values shared by a group of heads are expanded for their gradients, which
+            # are then summed over the group.
             group = q.shape[1] // k.shape[1]
-            expanded = (
-                [x.new_empty(x.shape[0], x.shape[1] * group, x.shape[2]) for x in (k, v)]
-                if group > 1
-                else []
-            )  # noqa: F841
+            expanded = []
+            if group > 1:
+                for x in (k, v):
+                    expanded.append(x.new_empty(x.shape[0], x.shape[1] * group, x.shape[2]))
             return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)

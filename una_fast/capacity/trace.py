@@ -1,13 +1,17 @@
-"""What a training step will need, before anything is loaded: peak memory by part, and flop.
+"""Plan the memory and the flop of a training step, before anything is loaded.
 
-The step itself is run, on tensors that have shapes and no memory (torch's fake tensors): the model is built from its
-config alone, and its own forward, checkpointing, tiles and backward decide what lives when. LiveBytes counts it. So
-there is no formula per architecture to go stale. Three things are stood in for, because they differ between devices or
-look at numbers: the fused head (its plan is made as always; what it allocates is allocated), the attention kernel of a
-GPU, and the optimizer (sizes of its state).
+The step itself is run, on tensors with shapes and without memory (torch's fake tensors): the model
+is built from a config alone, and the model's own forward, checkpointing, tiles and backward decide
+about the life of every tensor. LiveBytes counts the tensors. So no formula per architecture can go
+stale.
 
-    peak = weights + optimizer state + max over the phases of the step of what it holds, the optimizer's own being
-           gradients + temporaries
+Stand-ins (stand_ins.py) replace the pieces with code per device, or with a look at numbers: the
+fused head (block plan and allocations as always), the attention kernel of a GPU, and the optimizer
+(sizes of the state).
+
+    peak = weights + optimizer state + max over the phases of a step of the bytes held by a phase
+    phases: reference, forward, first layers, middle layers and last layers of backward, optimizer
+            (the optimizer's phase holds gradients + temporaries)
 """
 
 from __future__ import annotations
@@ -23,11 +27,7 @@ import torch
 from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import (
-    AutoConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, PreTrainedConfig
 
 from una_fast.capacity.stand_ins import PlannedHead, planned_attention
 from una_fast.config import RunConfig
@@ -40,11 +40,14 @@ from una_fast.model.head_probe import HeadSpec
 from una_fast.model.loading import model_and_adapter, outline, remove_dropout
 from una_fast.model.lora import add_lora
 from una_fast.model.policy import Policy, make_policy
+from una_fast.model.reference import without_cached_logps
 from una_fast.model.scoring import match_autocast
 from una_fast.optim import state_bytes, step_bytes
-from una_fast.resolved import Facts, outline_of, resolve
+from una_fast.resolved import Facts, ResolvedRun, outline_of, resolve
 
-PARTS = (
+Categories = dict[str, int]
+"""Bytes of each of CATEGORIES."""
+CATEGORIES = (
     "weights",
     "gradients",
     "optimizer",
@@ -55,13 +58,16 @@ PARTS = (
     "reference",
     "gathered",
 )
-"""Parts of the peak. activations: kept from forward to backward. layer: the one at work. gathered: FSDP's whole
-weights of the layers at work."""
+"""Categories of memory. activations: kept from forward to backward. layer: temporaries of the layer
+at work. gathered: whole weights and gradients of the layers at work, under FSDP2."""
+_CATEGORY_OF = {"forward": "activations", "backward": "layer", "": "layer"}
+
+MIDDLE = "middle layers"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt and its responses, in tokens."""
+    """A prompt and the responses to it, in tokens."""
 
     prompt: int
     responses: tuple[int, ...]
@@ -72,272 +78,298 @@ class Row:
 
     @property
     def tokens(self) -> int:
-        """Of the packed row."""
+        """Return the tokens of the packed row."""
         return self.prompt + sum(self.responses)
 
     def scaled(self, factor: float) -> Row:
-        """The same proportions, `factor` times as long."""
-        return Row(
-            max(round(self.prompt * factor), 1),
-            tuple(max(round(n * factor), 1) for n in self.responses),
-        )
+        """Return a row of the same proportions, `factor` times as long."""
+        responses = tuple(max(round(n * factor), 1) for n in self.responses)
+        return Row(max(round(self.prompt * factor), 1), responses)
 
     def example(self) -> Example:
-        """A record of this shape: a pair for two responses, scores otherwise."""
+        """Return a record of the row's shape: a pair for two responses, scores otherwise."""
         count = len(self.responses)
-        feedback = (
-            Feedback.pairs([0], [1]) if count == 2 else Feedback.scores(range(count), [0.5] * count)
-        )
-        empty = [np.zeros(n, dtype=np.int32) for n in (self.prompt, *self.responses)]
-        return Example(empty[0], tuple(empty[1:]), feedback, None, "planned")
-
-
-Parts = dict[str, int]
+        feedback = Feedback.scores(range(count), [0.5] * count)
+        if count == 2:
+            feedback = Feedback.pairs([0], [1])
+        prompt = np.zeros(self.prompt, dtype=np.int32)
+        responses = tuple(np.zeros(n, dtype=np.int32) for n in self.responses)
+        return Example(prompt, responses, feedback, None, "planned")
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """One forward and backward of a batch, with the optimizer behind it, on one device."""
+    """Memory and work of a forward and backward pass with the optimizer's step, on a device."""
 
-    moments: dict[str, Parts]
-    """Bytes of each of PARTS where each phase of the step holds most: reference, forward, backward of the first layers
-    that it meets, of the last ones and of those between, and the optimizer's step."""
+    moments: dict[str, Categories]
+    """Phase of the step -> bytes by category where the phase holds most."""
     host: int
     """Bytes in host memory at the most: offloaded activations and optimizer state."""
     flop: float
-    """Of matrix products and packed attention, recomputation included; NaN where some are not counted: attention of
-    padded batches, grouped products."""
+    """Flop of matrix products and packed attention, with recomputation; NaN where some products
+    are not counted: attention of padded batches, grouped products."""
     tokens: int
-    """In the batch."""
+    """Tokens in the batch."""
     packed: bool
 
     @property
-    def parts(self) -> Parts:
-        """Bytes of each of PARTS at the peak."""
-        return max(self.moments.values(), key=lambda parts: sum(parts.values()))
+    def categories(self) -> Categories:
+        """Return the bytes by category at the peak."""
+        return max(self.moments.values(), key=lambda held: sum(held.values()))
 
     @property
     def peak(self) -> int:
-        """Bytes on the device at the most."""
-        return sum(self.parts.values())
+        """Return the bytes on the device at the most."""
+        return sum(self.categories.values())
 
 
 class StepTracer:
-    """Plans steps of one run, from the config of its model."""
+    """Planner of the steps of a run, from the config of the model."""
 
     def __init__(self, config: RunConfig, facts: Facts) -> None:
-        """config: settings of the run. facts: device (which need not be there), ranks, model and records."""
-        self.config, self.facts = config, facts
-        self.device, self.world_size = facts.device, facts.ranks
+        """Read the model's config, and build the model's outline to count the weights.
+
+        config: settings of the run
+        facts: device (planned for, present or not), ranks, model and records
+        """
+        self.config = config
+        self.facts = facts
+        self.run = resolve(config, facts)
         path, self.adapter = model_and_adapter(config.model)
         self.model_config = AutoConfig.from_pretrained(
             path, trust_remote_code=config.trust_remote_code
         )
         self.parameters = sum(p.numel() for p in outline_of(config).parameters())
 
-    @property
-    def packed(self) -> bool:
-        """Whether batches are packed rows."""
-        return resolve(self.config, self.facts).packed
-
     def rough_bytes(self, examples: Sequence[Example]) -> float:
-        """Surely enough for a batch of a usual model, without looking: to spare small runs the plan."""
+        """Return surely enough bytes for a batch of a usual model, without tracing.
+
+        Small runs are spared the plan by the bound; infinity for a model without a bound.
+        """
         config = self.model_config.get_text_config()
         if self.config.attn_implementation == "eager" or not hasattr(config, "hidden_size"):
             return math.inf
-        width = 64 * config.hidden_size + 16 * max(
-            getattr(config, "intermediate_size", 0) or 0, 4 * config.hidden_size
-        )
+        inner_size = getattr(config, "intermediate_size", 0) or 0
+        width = 64 * config.hidden_size + 16 * max(inner_size, 4 * config.hidden_size)
         tokens = layout_tokens(examples, packed=False)
-        workspace = resolve(self.config, self.facts).workspace
-        return 24 * self.parameters + 4 * tokens * config.num_hidden_layers * width + workspace
+        activations = 4 * tokens * config.num_hidden_layers * width
+        return 24 * self.parameters + activations + self.run.workspace
 
-    def estimate(self, examples: Sequence[Example], **options: Any) -> StepMemory:
-        """`step` from two shallower models of the same layers, each moment continued in a straight line: faster."""
-        total, period = (
-            self.model_config.get_text_config().num_hidden_layers,
-            _period(self.model_config),
-        )
-        few, more = (min(n * period, total) for n in (4, 6))  # fewer are all beginning and end
+    def estimate(
+        self, examples: Sequence[Example], *, accumulate: bool = False, **switches: Any
+    ) -> StepMemory:
+        """Plan as `step` does, from two shallower models with layers of the same kinds; faster.
+
+        Every moment is continued in a straight line over the number of layers.
+        """
+        total = self.model_config.get_text_config().num_hidden_layers
+        period = _period(self.model_config)
+        few = min(4 * period, total)  # fewer layers are all beginning and end
+        more = min(6 * period, total)
         if more >= total:
-            return self.step(examples, **options)
-        a, b = (self.step(examples, layers=n, **options) for n in (few, more))
+            return self.step(examples, accumulate=accumulate, **switches)
+        shallow = self.step(examples, accumulate=accumulate, layers=few, **switches)
+        deeper = self.step(examples, accumulate=accumulate, layers=more, **switches)
 
-        def at(x: float, y: float) -> float:
+        def extend(x: float, y: float) -> float:
             return y + (y - x) / (more - few) * (total - more)
 
-        moments = {
-            name: {
-                kind: max(round(at(a.moments[name][kind], held)), 0) for kind, held in parts.items()
+        moments = {}
+        for phase, held in deeper.moments.items():
+            if phase == MIDDLE:  # the peak is at one of the ends
+                continue
+            before = shallow.moments[phase]
+            moments[phase] = {
+                category: max(round(extend(before[category], size)), 0)
+                for category, size in held.items()
             }
-            for name, parts in b.moments.items()
-            if name != MIDDLE
-        }
-        return StepMemory(
-            moments, round(at(a.host, b.host)), at(a.flop, b.flop), a.tokens, a.packed
-        )
+        host = round(extend(shallow.host, deeper.host))
+        flop = extend(shallow.flop, deeper.flop)
+        return StepMemory(moments, host, flop, shallow.tokens, shallow.packed)
 
     def step(
         self,
         examples: Sequence[Example],
         *,
-        cached_reference: bool = False,
         accumulate: bool = False,
         layers: int | None = None,
         **switches: Any,
     ) -> StepMemory:
-        """The step of one batch. cached_reference: the records bring ref_logps. accumulate: the batch is not the first
-        of its step, so that all gradients are there already. layers: of a shallower model of the same kind. switches:
-        fields of the run to plan with instead."""
+        """Plan the step of a batch.
+
+        examples: records of the batch
+        accumulate: the batch follows another batch of the step, and all gradients exist
+        layers: plan a shallower model of the same kind; default: all layers
+        switches: fields of the run to plan with instead
+        """
         config = replace(self.config, **switches) if switches else self.config
-        facts = replace(self.facts, has_ref_logps=cached_reference)
-        run = resolve(config, facts)
-        compute, sharded = run.compute, run.ranks > 1
-        batch = collate(examples, packed=self.packed, device=torch.device("cpu"), pad_id=0)
+        run = resolve(config, self.facts)
+        # Cached log-probs have no part in the memory, and rollouts have none beside records.
+        batch = collate(without_cached_logps(examples), packed=run.packed)
         unpadded = batch.attention_mask is None or bool(batch.attention_mask.all())
-        cached = cached_reference or run.reference == "cached"
-        frozen_copy = not cached and run.reference == "frozen"
-        head = PlannedHead(config, self.device, batch)
+        head = PlannedHead(config, run.workspace, run.device, batch)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        policy = self._policy(
-            config, run.weights, mode, layers, cast=compute if sharded else None, trained=True
-        )
-        reference = (
-            self._policy(config, compute, mode, layers, trained=False) if frozen_copy else None
-        )
-        with mode, planned_attention(self.device, unpadded) as kernel:
-            on_device = {name: getattr(batch, name) for name in _ON_DEVICE}
-            fakes = {k: None if x is None else mode.from_tensor(x) for k, x in on_device.items()}
-            autocast = run.autocast
+        policy, reference = self._models(config, run, mode, layers)
+        passes = 1 + accumulate
+        with mode, planned_attention(run.device, unpadded) as kernel:
+            fake_batch = _fake_batch(batch, mode)
             if reference is not None and run.imitates_autocast:
                 match_autocast(reference)
             with FlopCounter(strict=False) as products, LiveBytes() as live:
-                for _ in range(1 + accumulate):
+                for _ in range(passes):
                     live.marks.clear()
-                    _run(policy, reference, replace(batch, **fakes), head, autocast, cached, live)
+                    _run(policy, reference, fake_batch, head, run, live)
             trained = policy.trainable_parameters()
             live.assign("gradients", [p.grad for p in trained if p.grad is not None])
-            moments = self._moments(config, policy, reference, live, compute)
-            host = (
-                live.peak_parts(without=set(live.parts) - {"host"}).total()
-                + state_bytes(trained, config)[1]
-            )
-        counted = self.packed and not products.uncounted
-        flop = (products.flop + head.flop + kernel.flop) / (1 + accumulate) if counted else math.nan
-        return StepMemory(moments, host, flop, batch.num_tokens, self.packed)
+            moments = self._moments(config, run, policy, reference, live)
+            not_host = set(live.categories) - {"host"}
+            offloaded = live.peak_by_category(without=not_host).total()
+            host = offloaded + state_bytes(trained, config)[1]
+        flop = math.nan
+        if run.packed and not products.uncounted:
+            flop = (products.flop + head.flop + kernel.flop) / passes
+        return StepMemory(moments, host, flop, batch.num_tokens, run.packed)
 
-    def _moments(
-        self,
-        config: RunConfig,
-        policy: Policy,
-        reference: Policy | None,
-        live: LiveBytes,
-        compute: torch.dtype,
-    ) -> dict[str, Parts]:
-        """The parts of each phase at its peak, with what is there all the time; of FSDP's ranks each holds a share."""
-        ranks = self.world_size
-        trained = policy.trainable_parameters()
-        # What is loaded: under FSDP2 the traced weights are those that were gathered, in the dtype of the computation.
-        wide = ranks > 1 and (
-            config.master_weights or config.lora is not None or self.adapter is not None
-        )
-
-        def loaded(parameters: Iterable[Tensor]) -> int:
-            return sum(
-                p.numel() * (4 if wide and p.requires_grad else p.itemsize) for p in parameters
-            )
-
-        gradients = loaded(trained) // ranks
-        buffers = sum(x.numel() * x.itemsize for x in policy.model.buffers())
-        always = dict.fromkeys(PARTS, 0)
-        always["weights"] = (loaded(policy.model.parameters()) + buffers) // ranks
-        always["optimizer"] = state_bytes(trained, config)[0] // ranks
-        if reference is not None:
-            always["reference"] = (
-                sum(p.numel() * p.itemsize for p in reference.model.parameters()) // ranks
-            )
-        if ranks > 1:
-            always["gathered"] = _gathered(policy, reference, compute)
-        start, referred, forward, *layers, end = live.marks
-        # From layer to layer what is kept falls and what is built grows, both in straight lines: in models with more
-        # layers too, the peak is at one of the ends.
-        ends = _period(self.model_config)
-        late, early = (layers[-ends], layers[ends]) if len(layers) > 2 * ends else (end, end)
-        spans = {
-            "reference": (start, referred),
-            "forward": (referred, forward),
-            "first layers": (forward, early),
-        }
-        spans |= {MIDDLE: (early, late), "last layers": (late, end)}
-        left_out = ("host", "gradients") if ranks > 1 else ("host",)
-        moments = {}
-        for name, (first, last) in spans.items():
-            parts = dict(always)
-            for origin, size in live.peak_parts(left_out, first, last).items():
-                parts[_PART_OF.get(origin, origin)] += size
-            if ranks > 1:
-                parts["gradients"] = gradients
-            moments[name] = parts
-        stepping = step_bytes(trained, config)
-        moments["optimizer"] = always | {
-            "gradients": gradients,
-            "optimizer": always["optimizer"] + stepping,
-        }
-        return moments
-
-    def _model(self, dtype: torch.dtype, layers: int | None = None) -> PreTrainedModel:
-        model_config = self.model_config
-        return outline(
-            model_config if layers is None else _shallow(model_config, layers),
-            dtype=dtype,
-            attn_implementation=self.config.attn_implementation,
-            trust_remote_code=self.config.trust_remote_code,
-        )
+    def _models(
+        self, config: RunConfig, run: ResolvedRun, mode: FakeTensorMode, layers: int | None
+    ) -> tuple[Policy, Policy | None]:
+        """Build the policy, and a frozen copy if the run has one; no numbers."""
+        policy = self._policy(config, run, mode, layers, trained=True)
+        if run.reference != "frozen":
+            return policy, None
+        return policy, self._policy(config, run, mode, layers, trained=False)
 
     def _policy(
         self,
         config: RunConfig,
-        dtype: torch.dtype,
+        run: ResolvedRun,
         mode: FakeTensorMode,
         layers: int | None,
         *,
         trained: bool,
-        cast: torch.dtype | None = None,
     ) -> Policy:
-        """cast: turn all weights to this dtype, adapters too, as FSDP2 gathers them."""
+        model_config = self.model_config
+        if layers is not None:
+            model_config = _shallow(model_config, layers)
+        dtype = run.weights if trained else run.compute
         with torch.device("meta"):
-            model: Any = self._model(dtype, layers)
+            model: Any = outline(
+                model_config,
+                dtype=dtype,
+                attn_implementation=config.attn_implementation,
+                trust_remote_code=config.trust_remote_code,
+            )
             remove_dropout(model)
             head = HeadSpec(model)
-            if trained and config.lora is not None:
-                model = add_lora(model, config.lora)
-            elif trained and self.adapter is not None:
-                adapter = PeftConfig.from_pretrained(self.adapter)
-                adapter.inference_mode = False
-                model = get_peft_model(model, adapter)
-            if cast is not None:
-                model.to(cast)
+            if trained:
+                model = self._with_adapter(model, config)
+            if trained and run.ranks > 1:
+                model.to(run.compute)  # adapters too: FSDP2 casts all weights that it gathers
         _make_fake(model, mode)
-        # liger's kernels take no tensors without memory; without them the plan is an estimate from above.
+        # liger's kernels take no tensors without memory; without them the plan is an upper bound.
+        options = replace(config.memory_options(trained=trained), liger=False)
         with mode:
-            policy = make_policy(
-                model, head, replace(config.memory_options(trained=trained), liger=False)
-            )
-        policy.packed = self.packed
+            policy = make_policy(model, head, options)
+        policy.packed = run.packed
         if not trained:
             model.requires_grad_(False).eval()
         return policy
 
+    def _with_adapter(self, model: Any, config: RunConfig) -> Any:
+        if config.lora is not None:
+            return add_lora(model, config.lora)
+        if self.adapter is None:
+            return model
+        adapter = PeftConfig.from_pretrained(self.adapter)
+        adapter.inference_mode = False
+        return get_peft_model(model, adapter)
+
+    def _moments(
+        self,
+        config: RunConfig,
+        run: ResolvedRun,
+        policy: Policy,
+        reference: Policy | None,
+        live: LiveBytes,
+    ) -> dict[str, Categories]:
+        """Return the bytes by category at the peak of every phase, on a rank."""
+        trained = policy.trainable_parameters()
+        always = self._resident(config, run, policy, reference)
+        gradients = self._loaded_bytes(run, trained) // run.ranks
+        left_out = ("host", "gradients") if run.ranks > 1 else ("host",)
+        moments = {}
+        for phase, (first, last) in self._phases(live.marks).items():
+            held = dict(always)
+            for category, size in live.peak_by_category(left_out, first, last).items():
+                held[_CATEGORY_OF.get(category, category)] += size
+            if run.ranks > 1:
+                held["gradients"] = gradients
+            moments[phase] = held
+        stepping = always["optimizer"] + step_bytes(trained, config)
+        moments["optimizer"] = always | {"gradients": gradients, "optimizer": stepping}
+        return moments
+
+    def _resident(
+        self, config: RunConfig, run: ResolvedRun, policy: Policy, reference: Policy | None
+    ) -> Categories:
+        """Return the bytes by category held through all phases, on a rank."""
+        held = dict.fromkeys(CATEGORIES, 0)
+        weights = self._loaded_bytes(run, policy.model.parameters())
+        buffers = _bytes(policy.model.buffers())
+        held["weights"] = (weights + buffers) // run.ranks
+        held["optimizer"] = state_bytes(policy.trainable_parameters(), config)[0] // run.ranks
+        if reference is not None:
+            held["reference"] = _bytes(reference.model.parameters()) // run.ranks
+        if run.ranks > 1:
+            held["gathered"] = _gathered(policy, reference, run.compute)
+        return held
+
+    def _loaded_bytes(self, run: ResolvedRun, parameters: Iterable[Tensor]) -> int:
+        """Return the bytes of weights as loaded.
+
+        Traced weights of FSDP2 are gathered weights, in the dtype of the products; trained weights
+        may be loaded wider.
+        """
+        total = 0
+        for p in parameters:
+            gathered = run.ranks > 1 and p.requires_grad
+            total += p.numel() * (run.trained.itemsize if gathered else p.itemsize)
+        return total
+
+    def _phases(self, marks: Sequence[int]) -> dict[str, tuple[int, int]]:
+        """Return the first and the last event of every phase.
+
+        From layer to layer of backward kept activations fall and gradients grow, both in straight
+        lines: in models with more layers, too, the peak is in the first or the last layers.
+        """
+        start, referred, forward, *layers, end = marks
+        period = _period(self.model_config)
+        early, late = end, end
+        if len(layers) > 2 * period:
+            early, late = layers[period], layers[-period]
+        return {
+            "reference": (start, referred),
+            "forward": (referred, forward),
+            "first layers": (forward, early),
+            MIDDLE: (early, late),
+            "last layers": (late, end),
+        }
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(x.numel() * x.itemsize for x in tensors)
+
 
 def _period(config: PreTrainedConfig) -> int:
-    """After how many layers their kinds come again."""
+    """Return the number of layers until the kinds of layers repeat."""
     config = config.get_text_config()
-    kinds = list(getattr(config, "layer_types", None) or [None] * config.num_hidden_layers)
+    layers = config.num_hidden_layers
+    kinds = list(getattr(config, "layer_types", None) or [None] * layers)
     return next(n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[: len(kinds) - n])
 
 
 def _shallow(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
-    """The same model with its first layers alone."""
+    """Return the config of the same model with the first layers alone."""
     whole = copy.deepcopy(config)
     config = whole.get_text_config()
     for name, value in list(vars(config).items()):
@@ -348,27 +380,35 @@ def _shallow(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
 
 
 def _make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Turn the parameters and buffers of a model on the meta device into fake tensors that say they are on the CPU:
-    unlike meta tensors they take part in autocast, and mix with real ones."""
-    made: dict[int, Tensor] = {}
+    """Turn a model's parameters and buffers from meta tensors into fake tensors on the CPU.
+
+    Unlike meta tensors, fake tensors take part in autocast, and mix with real tensors.
+    """
+    made: dict[int, Tensor] = {}  # by the meta tensor, so that tied weights stay tied
+
+    def fake(x: Tensor) -> Tensor:
+        if id(x) not in made:
+            new = mode.fake_tensor_converter.from_meta_and_device(
+                mode, x.detach(), torch.device("cpu")
+            )
+            is_parameter = isinstance(x, nn.Parameter)
+            made[id(x)] = nn.Parameter(new, x.requires_grad) if is_parameter else new
+        return made[id(x)]
+
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, x in tensors.items():
-                if x is None:
-                    continue
-                if id(x) not in made:  # tied ones stay tied
-                    fake = mode.fake_tensor_converter.from_meta_and_device(
-                        mode, x.detach(), torch.device("cpu")
-                    )
-                    made[id(x)] = (
-                        nn.Parameter(fake, x.requires_grad) if isinstance(x, nn.Parameter) else fake
-                    )
-                tensors[name] = made[id(x)]
+                if x is not None:
+                    tensors[name] = fake(x)
 
 
-MIDDLE = "middle layers"
-_ON_DEVICE = ("input_ids", "position_ids", "attention_mask", "rows", "targets", "ref_logps")
-_PART_OF = {"forward": "activations", "backward": "layer", "": "layer"}
+def _fake_batch(batch: Batch, mode: FakeTensorMode) -> Batch:
+    """Return the batch with fake tensors in place of the tensors on the device."""
+    fakes = {}
+    for name in ("input_ids", "position_ids", "attention_mask", "rows", "targets"):
+        x = getattr(batch, name)
+        fakes[name] = None if x is None else mode.from_tensor(x)
+    return replace(batch, **fakes)
 
 
 def _run(
@@ -376,14 +416,13 @@ def _run(
     reference: Policy | None,
     batch: Batch,
     head: PlannedHead,
-    autocast: torch.dtype | None,
-    cached: bool,
+    run: ResolvedRun,
     live: LiveBytes,
 ) -> None:
-    """Forward and backward of one batch, as the trainer runs them, with marks between the phases."""
-    casts = {"dtype": autocast, "enabled": autocast is not None}
+    """Run forward and backward of a batch, as the trainer does, with marks between the phases."""
+    casts = {"dtype": run.autocast, "enabled": run.autocast is not None}
     live.mark()
-    if not cached:
+    if run.reference != "cached":
         with memory_category("reference"), torch.no_grad(), torch.autocast("cpu", **casts):
             if reference is not None:
                 reference.score(batch, head.logps)
@@ -397,7 +436,7 @@ def _run(
     ]
     with memory_category("forward"), torch.autocast("cpu", **casts):
         loss = policy.score(batch, head.loss)
-    for hook in hooks:  # a layer that checkpointing runs again is not met again
+    for hook in hooks:  # a layer that checkpointing runs again leaves no second mark
         hook.remove()
     live.mark()
     with memory_category("backward"):
@@ -412,20 +451,24 @@ def _when_backward_reaches(out: Tensor | tuple[Tensor, ...], do: Callable[[], No
 
 
 def _gathered(policy: Policy, reference: Policy | None, compute: torch.dtype) -> int:
-    """FSDP2: whole weights of the roots (embedding, norm, head), of which the reference's too stay gathered after its
-    forward, and of two layers, one of them fetched ahead; the whole gradients of one group, in the dtype of the
-    computation and in float32 to be reduced."""
+    """Return the bytes of the whole weights and gradients held at a time under FSDP2.
 
-    def sizes(trained: bool) -> tuple[int, int]:
-        """Numbers in the root and in the largest layer."""
-        layers = [
-            sum(p.numel() for p in layer.parameters() if p.requires_grad or not trained)
-            for layer in decoder_layers(policy.causal_lm)
-        ]
-        total = sum(p.numel() for p in policy.model.parameters() if p.requires_grad or not trained)
-        return total - sum(layers), max(layers, default=0)
+    weights: the root (embedding, norm, head), of the reference too, whose root stays gathered after
+        forward; and two layers, the second fetched ahead
+    gradients: the largest group, in the dtype of the products, and in float32 to be reduced
+    """
+    root, layer = _group_sizes(policy, trained=False)
+    roots = root * (1 + (reference is not None))
+    weights = (roots + 2 * layer) * compute.itemsize
+    gradients = max(_group_sizes(policy, trained=True)) * (compute.itemsize + 4)
+    return weights + gradients
 
-    root, layer = sizes(trained=False)
-    return (root * (1 + (reference is not None)) + 2 * layer) * compute.itemsize + max(
-        sizes(trained=True)
-    ) * (compute.itemsize + 4)
+
+def _group_sizes(policy: Policy, *, trained: bool) -> tuple[int, int]:
+    """Return the numbers in the root and in the largest layer, of all or of trained weights."""
+
+    def count(module: nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
+
+    layers = [count(layer) for layer in decoder_layers(policy.causal_lm)]
+    return count(policy.model) - sum(layers), max(layers, default=0)

@@ -1,10 +1,17 @@
-"""Batches: examples side by side, packed or padded, as a model reads them."""
+"""Batches: examples laid out for a forward pass of a model, packed or padded.
+
+Both layouts hold the same responses, targets and feedback in the same order:
+
+    packed   one row [1, T]: prompt | response 1 | ... | response K, example after example; the
+             prompt stands once
+    padded   a sequence prompt + response per response, padded on the right
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,19 +21,22 @@ from una_fast.attention.rows import Segment
 from una_fast.data.examples import Example
 from una_fast.feedback import Feedback
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows of T tokens for the model, and for the loss N response tokens of S responses.
+    """B rows of T tokens for the model, and N response tokens of S responses for the loss.
 
-    input_ids, position_ids: [B, T] int64. attention_mask: [B, T] int64 in the padded layout, None in the packed one.
-    segments: token ranges in the packed layout (B = 1), None in the padded one. rows: [N] int64, flat index into
-    B * T of the position that predicts each response token; the last prompt token stands once per response.
-    targets: [N] int64. cu_seqlens: [S+1] int64, always on the CPU, as is feedback. ref_logps: [S] float64, or None if
-    the examples have none or there are no examples. num_tokens: tokens of examples that go through the model.
+    input_ids: [B, T] int64
+    position_ids: [B, T] int64
+    attention_mask: [B, T] int64, 1 for tokens and 0 for padding; None in the packed layout
+    segments: token ranges of the packed layout, B = 1; None in the padded layout
+    rows: [N] int64, flat index into B * T of the position before a response token, where the model
+        predicts the token; the last prompt token stands once per response
+    targets: [N] int64, the response tokens
+    cu_seqlens: [S+1] int64, always on the CPU: response s has rows cu_seqlens[s]:cu_seqlens[s+1]
+    feedback: units over the S responses, on the CPU
+    ref_logps: [S] float64, cached reference log-probs; None without a cache or without examples
+    num_tokens: tokens of the examples, padding left out
     """
 
     input_ids: Tensor
@@ -48,43 +58,76 @@ def collate(
     device: torch.device | str = "cpu",
     pad_id: int = 0,
 ) -> Batch:
-    """The batch of some examples; both layouts hold the same responses in the same order.
+    """Lay out examples as one batch.
 
-    Without responses (a rank that ran out of examples) the batch is a dummy row of two tokens with N = 0 and S = 0:
-    it runs through a model, so that collectives happen.
+    examples: an example without responses (a prompt) is left out
+    packed: the layout
+    device: of all tensors but cu_seqlens and feedback
+    pad_id: token id of the padding
+
+    Without responses (a rank ran out of examples) the batch is a dummy row of two tokens with N = 0
+    and S = 0: the row runs through a model, and collectives happen.
     """
     examples = [example for example in examples if example.responses]
-    responses = [response for example in examples for response in example.responses]
     if not examples:
         layout = _dummy(packed, pad_id)
+    elif packed:
+        layout = _pack(examples)
     else:
-        layout = _pack(examples) if packed else _pad(examples, pad_id)
-    counts = np.cumsum([0, *(len(example.responses) for example in examples)])
-    on_device = {
-        "input_ids": layout.input_ids,
-        "position_ids": layout.position_ids,
-        "attention_mask": layout.attention_mask,
-        "rows": np.concatenate([np.empty(0, dtype=np.int64), *layout.rows]),
-        "targets": np.concatenate([np.empty(0, dtype=np.int64), *responses]),
-        "ref_logps": _ref_logps(examples),
-    }
+        layout = _pad(examples, pad_id)
+
+    def on_device(array: np.ndarray | None) -> Tensor | None:
+        if array is None:
+            return None
+        return torch.from_numpy(array).to(device, non_blocking=True)
+
+    responses = list(itertools.chain.from_iterable(example.responses for example in examples))
+    cu_seqlens = np.cumsum([0, *map(len, responses)], dtype=np.int64)
     return Batch(
-        **{
-            k: None if v is None else torch.from_numpy(v).to(device, non_blocking=True)
-            for k, v in on_device.items()
-        },
+        input_ids=on_device(layout.input_ids),
+        position_ids=on_device(layout.position_ids),
+        attention_mask=on_device(layout.attention_mask),
         segments=layout.segments,
-        cu_seqlens=torch.from_numpy(np.cumsum([0, *map(len, responses)], dtype=np.int64)),
-        feedback=Feedback.merge(
-            [e.feedback.shift(int(n)) for e, n in zip(examples, counts[:-1], strict=True)]
-        ),
+        rows=on_device(_concatenate(layout.rows)),
+        targets=on_device(_concatenate(responses)),
+        cu_seqlens=torch.from_numpy(cu_seqlens),
+        feedback=_merged_feedback(examples),
+        ref_logps=on_device(_ref_logps(examples)),
         num_tokens=layout.num_tokens,
     )
 
 
+def footprint(example: Example, *, packed: bool) -> tuple[int, int]:
+    """Return (rows, width): a batch of examples takes sum(rows) * max(width) tokens.
+
+    padded: rows are the responses, and the width is the longest sequence
+    packed: examples stand one after another; rows are the tokens, and the width is 1
+
+    An example without responses is left out of batches, and takes (0, 0).
+    """
+    lengths = [len(response) for response in example.responses]
+    if not lengths:
+        return 0, 0
+    prompt = len(example.prompt_ids)
+    if packed:
+        return prompt + sum(lengths), 1
+    return len(lengths), prompt + max(lengths)
+
+
+def layout_tokens(examples: Sequence[Example], *, packed: bool) -> int:
+    """Return the tokens of the layout of `collate`, padding included; 0 for the dummy row."""
+    sizes = [footprint(example, packed=packed) for example in examples]
+    rows = sum(rows for rows, _ in sizes)
+    width = max((width for _, width in sizes), default=0)
+    return rows * width
+
+
 @dataclass(frozen=True)
 class _Layout:
-    """Where the tokens stand: the parts of a batch in which packed and padded differ, as int64 arrays."""
+    """The layout of a batch, packed or padded, as int64 arrays; fields as in `Batch`.
+
+    rows: an array per response
+    """
 
     input_ids: np.ndarray
     position_ids: np.ndarray
@@ -95,76 +138,100 @@ class _Layout:
 
 
 def _pack(examples: Sequence[Example]) -> _Layout:
-    ids, positions, segments, rows, start = [], [], [], [], 0
+    ids, positions = [], []
+    segments, rows = [], []
+    end = 0
     for example in examples:
-        length = len(example.prompt_ids)
-        prompt, start = (start, start + length), start + length
+        prompt_size = len(example.prompt_ids)
+        prompt = (end, end + prompt_size)
+        end += prompt_size
         ids.append(example.prompt_ids)
-        positions.append(np.arange(length))
+        positions.append(np.arange(prompt_size))
         spans = []
         for response in example.responses:
-            stop = start + len(response)
+            start = end
+            end += len(response)
             ids.append(response)
-            positions.append(np.arange(length, length + len(response)))
-            rows.append(np.concatenate([[prompt[1] - 1], np.arange(start, stop - 1)]))
-            spans.append((start, stop))
-            start = stop
+            # Every response goes on from the prompt's last position.
+            positions.append(np.arange(prompt_size, prompt_size + len(response)))
+            # The prompt's last token predicts the first token of the response.
+            rows.append(np.concatenate([[prompt[1] - 1], np.arange(start, end - 1)]))
+            spans.append((start, end))
         segments.append(Segment(prompt, tuple(spans)))
-    input_ids = np.concatenate(ids, dtype=np.int64)[None]
-    return _Layout(input_ids, np.concatenate(positions)[None], None, tuple(segments), rows, start)
+    return _Layout(
+        input_ids=np.concatenate(ids, dtype=np.int64)[None],
+        position_ids=np.concatenate(positions)[None],
+        attention_mask=None,
+        segments=tuple(segments),
+        rows=rows,
+        num_tokens=end,
+    )
 
 
 def _pad(examples: Sequence[Example], pad_id: int) -> _Layout:
-    pairs = [
-        (example.prompt_ids, response) for example in examples for response in example.responses
-    ]
-    width = max(len(prompt) + len(response) for prompt, response in pairs)
-    input_ids = np.full((len(pairs), width), pad_id, dtype=np.int64)
+    sequences = []
+    first_rows = []  # of each sequence, the position that predicts its first response token
+    for example in examples:
+        for response in example.responses:
+            sequences.append(np.concatenate([example.prompt_ids, response]))
+            first_rows.append(len(example.prompt_ids) - 1)
+    width = max(len(sequence) for sequence in sequences)
+    input_ids = np.full((len(sequences), width), pad_id, dtype=np.int64)
     mask = np.zeros_like(input_ids)
     rows = []
-    for b, (prompt, response) in enumerate(pairs):
-        length = len(prompt) + len(response)
-        input_ids[b, :length] = np.concatenate([prompt, response])
+    for b, sequence in enumerate(sequences):
+        length = len(sequence)
+        input_ids[b, :length] = sequence
         mask[b, :length] = 1
-        rows.append(b * width + np.arange(len(prompt) - 1, length - 1))
-    positions = np.tile(np.arange(width), (len(pairs), 1))
-    return _Layout(input_ids, positions, mask, None, rows, int(mask.sum()))
-
-
-def footprint(example: Example, *, packed: bool) -> tuple[int, int]:
-    """(rows, width) such that a batch of examples takes sum(rows) * max(width) tokens in a layout.
-
-    Padded, these are the responses and the longest sequence. Packed examples stand one after another: what adds up is
-    their tokens, and the width is 1. An example without responses is left out of batches, and takes (0, 0).
-    """
-    lengths = [len(response) for response in example.responses]
-    if not lengths:
-        return 0, 0
-    prompt = len(example.prompt_ids)
-    return (prompt + sum(lengths), 1) if packed else (len(lengths), prompt + max(lengths))
-
-
-def layout_tokens(examples: Sequence[Example], *, packed: bool) -> int:
-    """Tokens that `collate` lays out for examples, padding included; 0 for its dummy row."""
-    sizes = [footprint(example, packed=packed) for example in examples]
-    return sum(rows for rows, _ in sizes) * max((width for _, width in sizes), default=0)
+        rows.append(b * width + np.arange(first_rows[b], length - 1))
+    return _Layout(
+        input_ids=input_ids,
+        position_ids=np.tile(np.arange(width), (len(sequences), 1)),
+        attention_mask=mask,
+        segments=None,
+        rows=rows,
+        num_tokens=int(mask.sum()),
+    )
 
 
 def _dummy(packed: bool, pad_id: int) -> _Layout:
+    """Return a row of two tokens, without responses for the loss."""
     segments = (Segment((0, 1), ((1, 2),)),) if packed else None
     mask = None if packed else np.ones((1, 2), dtype=np.int64)
-    return _Layout(np.full((1, 2), pad_id), np.arange(2)[None], mask, segments, [], 0)
+    return _Layout(
+        input_ids=np.full((1, 2), pad_id),
+        position_ids=np.arange(2)[None],
+        attention_mask=mask,
+        segments=segments,
+        rows=[],
+        num_tokens=0,
+    )
+
+
+def _concatenate(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the arrays as a single int64 array, perhaps empty."""
+    return np.concatenate([np.empty(0, dtype=np.int64), *arrays])
+
+
+def _merged_feedback(examples: Sequence[Example]) -> Feedback:
+    """Return the units of all examples over the responses of the batch."""
+    units = []
+    first_response = 0
+    for example in examples:
+        units.append(example.feedback.shift(first_response))
+        first_response += len(example.responses)
+    return Feedback.merge(units)
 
 
 def _ref_logps(examples: Sequence[Example]) -> np.ndarray | None:
+    """Return [S] float64 cached log-probs; None without any."""
     without = [example.origin for example in examples if example.ref_logps is None]
     if len(without) == len(examples):
         return None
     if without:
         raise ValueError(
-            f"{without[0]} has no ref_logps while other records of the batch have; give them for every record "
-            "(una-fast precompute-ref), or for none"
+            f"{without[0]} has no ref_logps while other records of the batch have; give them for "
+            "every record (una-fast precompute-ref), or for none"
         )
-    return np.array(
-        [value for example in examples for value in example.ref_logps], dtype=np.float64
-    )
+    values = itertools.chain.from_iterable(example.ref_logps for example in examples)
+    return np.array(list(values), dtype=np.float64)

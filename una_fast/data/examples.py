@@ -1,9 +1,6 @@
-"""Data: sources -> rows -> records -> `Example` (token ids and feedback) -> `Batch` (what the model and the loss take).
+"""Examples: the rows of a source as token ids and feedback, with a report of the rows left out.
 
-A batch has one of two layouts, with the same responses, targets and feedback in the same order:
-
-    packed   one row [1, T]: prompt | response 1 | ... | response K, example after example; the prompt stands once
-    padded   one sequence prompt + response per response, padded on the right
+Source -> row -> `Record` -> `Example` (token ids and feedback) -> `Batch` (laid out for a model)
 """
 
 from __future__ import annotations
@@ -15,32 +12,35 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from una_fast.data.encode import Encoder
+from una_fast.data.encode import Encoded, Encoder
 from una_fast.data.records import (
     Record,
     RecordError,
-    RecordOptions,
+    Text,
     as_object,
     parse_prompt,
     parse_record,
 )
+from una_fast.data.settings import RecordOptions
 from una_fast.data.sources import Source, read_rows
+from una_fast.data.units import record_feedback, score_offset, source_scores
 from una_fast.feedback import KIND_NAMES, Feedback
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
 
 KEPT_MESSAGES = 5
 
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt, its responses, and what is known about them.
+    """A prompt, K responses, and the feedback on the responses.
 
-    prompt_ids: int32 [P], P >= 1, with BOS where the tokenizer or the template has one. responses: int32 [R_k] each,
-    ending with EOS or the template's end of turn. feedback: units over responses 0..K-1. ref_logps: cached reference
-    log-probs, sums over tokens, one per response. origin: where the record stands, for messages.
+    prompt_ids: [P] int32, P >= 1, with BOS if the tokenizer or the template has a BOS
+    responses: [R_k] int32 for every response k, ending with EOS or the template's end of turn
+    feedback: units over responses 0..K-1
+    ref_logps: [K] cached reference log-probs, sums over tokens, in nats; None without a cache
+    origin: the place of the record for messages, such as "file.jsonl:17"
     """
 
     prompt_ids: np.ndarray
@@ -52,20 +52,33 @@ class Example:
 
 @dataclass(frozen=True)
 class Prompt(Example):
-    """An example that has no responses yet. text: the prompt of the record, as text or as chat messages; columns: the
-    other columns of the record; weight: of the loss of its responses."""
+    """An example without responses so far.
 
-    text: str | list[dict[str, Any]] = ""
+    text: the prompt of the record, as text or as chat messages
+    columns: the other columns of the record, for the rewards
+    weight: factor on the loss of the responses
+    """
+
+    text: Text = ""
     columns: dict[str, Any] = field(default_factory=dict)
     weight: float = 1.0
 
 
 @dataclass
 class SourceReport:
-    """What became of the records of one source.
+    """Counts of a source: records read, examples made, and the losses on the way.
 
-    units: feedback units by kind. unlabelled: records without a label, taken as label True. ignored_columns: records
-    that had the column, by name. score_center: the centre that the offsets of the score units were computed from.
+    path: the source
+    records: rows read, empty lines left out
+    examples: records with a usable unit
+    units: feedback units by kind
+    skipped: malformed records left out
+    skip_messages: the first KEPT_MESSAGES refusals
+    truncated_prompts: prompts cut on the left
+    ties_dropped: pairs of equal ratings without a unit
+    unlabelled: records without a label, taken as label True
+    ignored_columns: unused column -> records with the column
+    score_center: centre of the scores, the source of the offset of score units
     """
 
     path: str
@@ -80,92 +93,127 @@ class SourceReport:
     ignored_columns: Counter[str] = field(default_factory=Counter)
     score_center: float | None = None
 
-    def of(self, examples: Sequence[Example]) -> SourceReport:
-        """The report, with the examples counted; ValueError if there are none."""
+    def skip(self, message: str) -> None:
+        """Count a malformed record."""
+        self.skipped += 1
+        if len(self.skip_messages) < KEPT_MESSAGES:
+            self.skip_messages.append(message)
+
+    def finish(self, examples: Sequence[Example]) -> None:
+        """Count the examples; ValueError if the source gave no example."""
         self.examples = len(examples)
         if not examples:
             raise ValueError(f"no usable record: {self}")
-        return self
 
     def __str__(self) -> str:
         units = ", ".join(f"{self.units[kind]} {kind}" for kind in KIND_NAMES if self.units[kind])
         notes = [
-            f"{count} {what}"
-            for count, what in (
-                (self.truncated_prompts, "prompts truncated on the left"),
-                (self.ties_dropped, "ties dropped"),
-                (self.unlabelled, "without a label, taken as good"),
-            )
-            if count
+            f"{self.path}: {self.records} records -> {self.examples} examples "
+            f"({units or 'no'} units)"
         ]
+        if self.truncated_prompts:
+            notes.append(f"{self.truncated_prompts} prompts truncated on the left")
+        if self.ties_dropped:
+            notes.append(f"{self.ties_dropped} ties dropped")
+        if self.unlabelled:
+            notes.append(f"{self.unlabelled} without a label, taken as good")
         if self.skipped:
             notes.append(f"{self.skipped} skipped (first: {self.skip_messages[0]})")
         if self.ignored_columns:
-            notes.append(
-                "ignored columns "
-                + ", ".join(f"{name} ({n})" for name, n in self.ignored_columns.items())
-            )
+            columns = ", ".join(f"{name} ({n})" for name, n in self.ignored_columns.items())
+            notes.append(f"ignored columns {columns}")
         if self.score_center is not None:
             notes.append(f"score centre {self.score_center:.6g}")
-        head = f"{self.path}: {self.records} records -> {self.examples} examples ({units or 'no'} units)"
-        return "; ".join([head, *notes])
+        return "; ".join(notes)
 
 
 def load_examples(
     source: Source, tokenizer: PreTrainedTokenizerBase, *, require_unit_scores: bool
 ) -> tuple[list[Example], SourceReport]:
-    """Every record of a source, tokenised, and the report of what became of them.
+    """Return every record of a source as an example, and the report of the source.
 
-    require_unit_scores: the objective compares scores with sigmoid(r), so they must lie in [0, 1]. Raises ValueError
-    at the first malformed record, naming where it stands, or leaves such records out and counts them
-    (`on_bad_record=skip`).
+    source: files or a dataset, and the settings of the records
+    tokenizer: of the policy
+    require_unit_scores: the objective compares scores with sigmoid(r), and scores must lie in
+        [0, 1]
+
+    Raises ValueError at the first malformed record, by place and field; with
+    on_bad_record=skip, malformed records are left out and counted.
     """
-    options, report = source.options.resolved(), SourceReport(source.path)
+    options = source.options.resolved()
+    report = SourceReport(source.path)
     encoder = Encoder(tokenizer, options)
 
-    def read(row: dict[str, Any]) -> tuple[Record, np.ndarray, tuple[np.ndarray, ...]]:
+    def read(row: dict[str, Any]) -> tuple[Record, Encoded]:
         record, ignored = parse_record(row, options, require_unit_scores=require_unit_scores)
-        prompt, responses, truncated = encoder.encode(record)
-        report.truncated_prompts += truncated
+        encoded = encoder.encode(record)
+        report.truncated_prompts += encoded.truncated
         report.unlabelled += record.label_implied
         report.ignored_columns.update(ignored)
-        return record, prompt, responses
+        return record, encoded
 
-    kept = list(_usable(source, options, report, read))
-    scores = _source_scores([record for _, (record, _, _) in kept], options)
-    report.score_center, offset = _score_center(scores, options, require_unit_scores, source.path)
+    found = list(_usable(source, options, report, read))
+    # Quantiles and the centre need the scores of the whole source.
+    scores = source_scores([record for _, (record, _) in found], options)
+    report.score_center, offset = score_offset(
+        scores, options, require_unit_scores=require_unit_scores, path=source.path
+    )
     examples = []
-    for (origin, (record, prompt, responses)), own_scores in zip(kept, scores, strict=True):
-        feedback, ties = _feedback(record, own_scores, options, offset)
-        report.ties_dropped += ties
-        if feedback.num_units:
-            examples.append(Example(prompt, responses, feedback, record.ref_logps, origin))
-            report.units.update(KIND_NAMES[kind] for kind in feedback.kind.tolist())
-    return examples, report.of(examples)
+    for (origin, (record, encoded)), own_scores in zip(found, scores, strict=True):
+        feedback, ties_dropped = record_feedback(record, own_scores, options, offset)
+        report.ties_dropped += ties_dropped
+        if not feedback.num_units:  # ratings with nothing but dropped ties
+            continue
+        report.units.update(KIND_NAMES[kind] for kind in feedback.kind.tolist())
+        example = Example(
+            prompt_ids=encoded.prompt,
+            responses=encoded.responses,
+            feedback=feedback,
+            ref_logps=record.ref_logps,
+            origin=origin,
+        )
+        examples.append(example)
+    report.finish(examples)
+    return examples, report
 
 
 def load_prompts(
     source: Source, tokenizer: PreTrainedTokenizerBase, *, max_new_tokens: int = 0
 ) -> tuple[list[Prompt], SourceReport]:
-    """The prompts of a source, tokenised, and the report. Whatever else the records hold goes to the rewards.
+    """Return the prompts of a source, and the report; other columns are kept for the rewards.
 
-    max_new_tokens: room that `max_tokens` must leave for a response. Errors as those of load_examples.
+    source: files or a dataset, and the settings of the records
+    tokenizer: of the policy
+    max_new_tokens: room for a response within `max_tokens`
+
+    Errors as in `load_examples`.
     """
-    options, report = source.options.resolved(), SourceReport(source.path)
+    options = source.options.resolved()
+    report = SourceReport(source.path)
     encoder = Encoder(tokenizer, options)
-    nothing = Feedback.merge([])
+    no_feedback = Feedback.merge([])
 
-    def read(row: dict[str, Any]) -> tuple[Record, np.ndarray, dict[str, Any]]:
-        record, columns = parse_prompt(row, options)
-        prompt, _, truncated = encoder.encode(record, room=max_new_tokens)
-        report.truncated_prompts += truncated
-        return record, prompt, {name: row[name] for name in columns}
+    def read(row: dict[str, Any]) -> tuple[Record, Encoded, dict[str, Any]]:
+        record, others = parse_prompt(row, options)
+        encoded = encoder.encode(record, room=max_new_tokens)
+        report.truncated_prompts += encoded.truncated
+        return record, encoded, {name: row[name] for name in others}
 
-    prompts = [
-        Prompt(ids, (), nothing, None, origin, record.prompt, columns, record.weight)
-        for origin, (record, ids, columns) in _usable(source, options, report, read)
-    ]
-    return prompts, report.of(prompts)
+    prompts = []
+    for origin, (record, encoded, columns) in _usable(source, options, report, read):
+        prompt = Prompt(
+            prompt_ids=encoded.prompt,
+            responses=(),
+            feedback=no_feedback,
+            ref_logps=None,
+            origin=origin,
+            text=record.prompt,
+            columns=columns,
+            weight=record.weight,
+        )
+        prompts.append(prompt)
+    report.finish(prompts)
+    return prompts, report
 
 
 def _usable(
@@ -174,7 +222,10 @@ def _usable(
     report: SourceReport,
     read: Callable[[dict[str, Any]], Any],
 ) -> Iterator[tuple[str, Any]]:
-    """(origin, what `read` makes of the row) of every row that it does not refuse."""
+    """Yield (origin, read(row)) for every row, unless `read` refuses the row.
+
+    A refused row stops the run, with the origin in the message, or is counted in the report.
+    """
     for origin, row in read_rows(source):
         report.records += 1
         try:
@@ -184,84 +235,6 @@ def _usable(
                 raise ValueError(
                     f"{origin}: {error} (on_bad_record: skip leaves such records out)"
                 ) from None
-            report.skipped += 1
-            if len(report.skip_messages) < KEPT_MESSAGES:
-                report.skip_messages.append(f"{origin}: {error}")
+            report.skip(f"{origin}: {error}")
             continue
         yield origin, found
-
-
-def _source_scores(records: list[Record], options: RecordOptions) -> list[tuple[float, ...]]:
-    """Final scores of every record, () where it has none; "quantile" needs all the ratings of the source at once."""
-    if options.score_map != "quantile":
-        return [record.scores or () for record in records]
-    ranked = np.sort([rating for record in records for rating in record.ratings or ()])
-
-    def mid_rank(rating: float) -> float:
-        below, upto = (
-            np.searchsorted(ranked, rating, "left"),
-            np.searchsorted(ranked, rating, "right"),
-        )
-        return float(below + upto) / (2 * len(ranked))
-
-    return [tuple(mid_rank(rating) for rating in record.ratings or ()) for record in records]
-
-
-def _score_center(
-    scores: list[tuple[float, ...]], options: RecordOptions, require_unit_scores: bool, path: str
-) -> tuple[float | None, float]:
-    """The centre c, and the offset f(x) + c of the UNA paper that puts an unchanged policy (r = 0) at score c."""
-    values = [score for own in scores if _gives_scores(own, options) for score in own]
-    if options.score_center == "none" or not values:
-        return None, 0.0
-    center = (
-        float(np.mean(values)) if options.score_center == "dataset" else float(options.score_center)
-    )
-    if not require_unit_scores:
-        return center, center
-    if not 0 < center < 1:
-        raise ValueError(
-            f"{path}: score_center={options.score_center} gives {center}, but it must lie strictly between 0 and 1, "
-            "as scores are compared with sigmoid(r); give another score_center or none"
-        )
-    return center, float(np.log(center) - np.log1p(-center))
-
-
-def _gives_scores(scores: tuple[float, ...], options: RecordOptions) -> bool:
-    return options.feedback != "pairs" or len(scores) == 1
-
-
-def _feedback(
-    record: Record, scores: tuple[float, ...], options: RecordOptions, offset: float
-) -> tuple[Feedback, int]:
-    """The units of one record, and how many tied pairs were dropped. The order within pairs is that of the ratings:
-    a score map may round two of them to the same number."""
-    weight, margin = record.weight, record.margin
-    if not scores:
-        if record.label is not None:
-            return Feedback.binary([0], [record.label], weight=weight), 0
-        pair = [(0, 1, 1.0, margin or 0.0)] if record.responses else []
-        return _pairs(pair, weight), 0
-    parts, ties = [], 0
-    if options.feedback != "scores" and len(scores) > 1:
-        pairs = []
-        for i in range(len(scores)):
-            for j in range(i + 1, len(scores)):
-                tied = record.ratings[i] == record.ratings[j]
-                if tied and options.ties == "drop":
-                    ties += 1
-                    continue
-                better, worse = (i, j) if record.ratings[i] >= record.ratings[j] else (j, i)
-                gap = scores[better] - scores[worse] if options.margin == "rating_gap" else 0.0
-                pairs.append(
-                    (better, worse, 0.5 if tied else 1.0, gap if margin is None else margin)
-                )
-        parts.append(_pairs(pairs, weight))
-    if _gives_scores(scores, options):
-        parts.append(Feedback.scores(range(len(scores)), scores, weight=weight, offset=offset))
-    return Feedback.merge(parts), ties
-
-
-def _pairs(pairs: list[tuple[int, int, float, float]], weight: float) -> Feedback:
-    chosen, rejected, target, margin = zip(*pairs, strict=True) if pairs else ((), (), (), ())
-    return Feedback.pairs(chosen, rejected, target=target, margin=margin, weight=weight)

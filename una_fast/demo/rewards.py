@@ -1,6 +1,8 @@
-"""Rewards of the online demo: what a program can check of a docstring, given the prompt that it follows (demo_text.py).
+"""Rewards of the online demo: checks of a docstring by a program, given the prompt (text.py).
 
-Each is a function as the setting `rewards` takes them: f(prompts, completions) -> one number in [0, 1] per completion.
+Every reward is a function for the setting `rewards`:
+
+    f(prompts, completions) -> one number in [0, 1] per completion
 """
 
 from __future__ import annotations
@@ -11,51 +13,14 @@ import re
 
 WORDS = (4, 15)
 """Shortest and longest docstring that is well formed, in words."""
-VERBS = frozenset(
-    (
-        *(
-            "add",
-            "build",
-            "call",
-            "check",
-            "clear",
-            "close",
-            "compare",
-            "compute",
-            "convert",
-            "copy",
-            "create",
-        ),
-        *(
-            "decode",
-            "delete",
-            "display",
-            "encode",
-            "find",
-            "format",
-            "generate",
-            "get",
-            "handle",
-            "initialize",
-        ),
-        *(
-            "insert",
-            "load",
-            "make",
-            "open",
-            "parse",
-            "print",
-            "raise",
-            "read",
-            "register",
-            "remove",
-            "return",
-            "run",
-        ),
-        *("save", "send", "set", "start", "stop", "test", "update", "wait", "write"),
-    )
-)
-"""What an imperative of PEP 257 is likely to begin with."""
+_VERBS = """
+    add build call check clear close compare compute convert copy create decode delete
+    display encode find format generate get handle initialize insert load make open parse
+    print raise read register remove return run save send set start stop test update wait
+    write
+"""
+VERBS = frozenset(_VERBS.split())
+"""First words of likely docstrings in the imperative of PEP 257."""
 _WORD = re.compile(r"[a-z0-9]+")
 
 
@@ -65,23 +30,27 @@ def _words(text: str) -> list[str]:
 
 @functools.cache
 def _vocabulary() -> frozenset[str]:
-    """Words of Python's own documentation, which is part of the standard library."""
+    """Return the words of Python's own documentation, a part of the standard library."""
     from pydoc_data.topics import topics
 
     return frozenset(_words(" ".join(topics.values())))
 
 
 def known_words(prompts: list[str], completions: list[str]) -> list[float]:
-    """Share of the docstring's words that Python's documentation or the prompt uses too."""
+    """Return the share of a docstring's words in Python's documentation or in the prompt."""
     rewards = []
     for prompt, completion in zip(prompts, completions, strict=True):
-        words, known = _words(completion), _vocabulary() | set(_words(prompt))
+        words = _words(completion)
+        known = _vocabulary() | set(_words(prompt))
         rewards.append(sum(word in known for word in words) / max(len(words), 1))
     return rewards
 
 
 def names_the_object(prompts: list[str], completions: list[str]) -> list[float]:
-    """Share of the words of the object's name, as the prompt's first line spells it out, that the docstring has."""
+    """Return the share of the words of the object's name that the docstring has.
+
+    The first line of the prompt spells the name out.
+    """
     rewards = []
     for prompt, completion in zip(prompts, completions, strict=True):
         name = _words(prompt.split("\n")[0].rpartition(":")[2])
@@ -91,27 +60,29 @@ def names_the_object(prompts: list[str], completions: list[str]) -> list[float]:
 
 
 def well_formed(prompts: list[str], completions: list[str]) -> list[float]:
-    """A quarter each for a capital letter and an imperative at the start, a full stop, and a usual length."""
-    del prompts
-    rewards = []
-    for text in completions:
-        verb = (_words(text) or [""])[0] in VERBS
-        checks = (
-            text[:1].isupper(),
-            verb,
-            text.endswith("."),
-            WORDS[0] <= len(text.split()) <= WORDS[1],
-        )
-        rewards.append(sum(checks) / 4)
-    return rewards
-
-
-def repeats_nothing(prompts: list[str], completions: list[str]) -> list[float]:
-    """Distinct words over words; and 0 where a word follows itself."""
+    """Return a quarter for each of: capital letter, imperative, full stop, usual length."""
     del prompts
     rewards = []
     for text in completions:
         words = _words(text)
-        stutters = any(a == b for a, b in itertools.pairwise(words))
-        rewards.append(0.0 if stutters or not words else len(set(words)) / len(words))
+        checks = [
+            text[:1].isupper(),
+            bool(words) and words[0] in VERBS,
+            text.endswith("."),
+            WORDS[0] <= len(text.split()) <= WORDS[1],
+        ]
+        rewards.append(sum(checks) / len(checks))
+    return rewards
+
+
+def repeats_nothing(prompts: list[str], completions: list[str]) -> list[float]:
+    """Return distinct words over words; 0 where a word follows itself."""
+    del prompts
+    rewards = []
+    for text in completions:
+        words = _words(text)
+        reward = len(set(words)) / max(len(words), 1)
+        if any(a == b for a, b in itertools.pairwise(words)):
+            reward = 0.0
+        rewards.append(reward)
     return rewards

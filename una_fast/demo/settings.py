@@ -7,21 +7,21 @@ from dataclasses import dataclass
 
 @dataclass
 class DemoConfig:
-    """The demo: text, base model, alignment, and what changed. Runs on the CPU, so that it needs nothing else."""
+    """The demo, on the CPU: text, base model, alignment, and a comparison of both models."""
 
     output_dir: str = "runs/demo"
-    """Run directory. If it is not empty, the first free one of output_dir-2, output_dir-3, ... is used instead."""
+    """Run directory; if not empty, the first free of output_dir-2, output_dir-3, ... instead."""
     seed: int = 0
     """Seed of the split, the records, the weights and the samples."""
     online: bool = False
     """Align with rewards of the model's own samples instead of records."""
     quick: bool = False
-    """A few modules and steps: shows that everything works, in seconds, and aligns nothing worth looking at."""
+    """A few modules and steps, in seconds: shows that all works, and aligns next to nothing."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What `quick` changes."""
+    """Sizes of the demo: text, model, training; `quick` makes all of them small."""
 
     max_modules: int | None = None
     vocab_size: int = 2048

@@ -1,4 +1,8 @@
-"""Small tensors that a call needs on its device, copied once per content and kept."""
+"""Small tensors that a call needs on its device, copied once per content and kept.
+
+A call repeated with the same cu_seqlens and feedback copies nothing and, where the loss kernel
+runs, can be captured in a CUDA graph.
+"""
 
 from __future__ import annotations
 
@@ -11,24 +15,29 @@ from torch import Tensor
 
 Made = TypeVar("Made")
 
-
-_captured: list[object] = []  # what a CUDA graph points to lives as long as the process
+_captured: list[object] = []  # tensors that a CUDA graph points to live as long as the process
 
 
 def capturing(device: torch.device) -> bool:
+    """Return whether a CUDA graph is being captured on the current stream of a device."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def kept_on_device(make: Callable[..., Made]) -> Callable[..., Made]:
-    """make(*content, device), called once per content: its tensors are shared, and never to be written to. They belong
-    to the stream of the first call; another one must wait for it, as for any tensor."""
+    """Cache make(*content, device) by content.
+
+    The tensors are shared by all callers, and never written to. They belong to the stream of the
+    first call; another stream must wait for them, as for any tensor. RuntimeError for new content
+    while a CUDA graph is captured.
+    """
 
     @functools.lru_cache(maxsize=1024)
     def cached(*content: Any) -> Made:
-        if capturing(content[-1]):  # a copy from the CPU cannot be part of a graph
+        # A copy from the CPU cannot be part of a graph.
+        if capturing(content[-1]):
             raise RuntimeError(
-                "while a CUDA graph is captured, lengths, feedback and objective must be those of an earlier call: run "
-                "the call once before the capture"
+                "while a CUDA graph is captured, lengths, feedback and objective must be those of "
+                "an earlier call: run the call once before the capture"
             )
         with torch.inference_mode(False):
             return make(*content)
@@ -46,5 +55,5 @@ def kept_on_device(make: Callable[..., Made]) -> Callable[..., Made]:
 
 @kept_on_device
 def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A one-dimensional tensor of a few numbers."""
+    """Return a one-dimensional tensor of a few numbers."""
     return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)

@@ -1,6 +1,6 @@
-"""The truth: the same functions as head.py with all logits in memory and autograd for every gradient.
+"""The truth: the functions of ops.py with all logits in memory, and autograd for every gradient.
 
-Short enough to check by eye; used by tests and benchmarks only, in float64 for the former.
+Short enough to check by eye. Used by tests (in float64) and benchmarks only.
 """
 
 from __future__ import annotations
@@ -13,7 +13,11 @@ from una_fast.losses import Objective, UnaOutput, una_loss
 
 
 def gather_logps(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax(logits / temperature) at the targets; 0 where a target is -100. [..., V], [...] -> [...]"""
+    """Return log softmax(logits / temperature) at the targets; 0 where a target is -100.
+
+    logits: [..., V]
+    targets: [...]
+    """
     logps = torch.log_softmax(logits / temperature, dim=-1)
     picked = logps.gather(-1, targets.clamp_min(0).unsqueeze(-1)).squeeze(-1)
     return torch.where(targets == -100, torch.zeros_like(picked), picked)
@@ -28,7 +32,7 @@ def token_logps(
     logit_scale: float = 1.0,
     temperature: float = 1.0,
 ) -> Tensor:
-    """[N] log-probs of the targets, from [N, V] logits."""
+    """Return the [N] log-probs of the targets, from [N, V] logits."""
     logits = torch.nn.functional.linear(hidden, weight, bias) * logit_scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -54,16 +58,14 @@ def linear_una_loss(
     reduction: str = "mean",
     num_units: int | Tensor | None = None,
 ) -> UnaOutput:
-    """See head.linear_una_loss."""
+    """Compute the loss of ops.linear_una_loss."""
     lengths = cu_seqlens.diff()
 
     def sums(h: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         logps = token_logps(h, w, targets, b, softcap, logit_scale, temperature).double()
-        return (
-            torch.stack([part.sum() for part in logps.split(lengths.tolist())])
-            if len(lengths)
-            else logps
-        )
+        if not len(lengths):
+            return logps
+        return torch.stack([response.sum() for response in logps.split(lengths.tolist())])
 
     if ref_logps is None:
         with torch.no_grad():

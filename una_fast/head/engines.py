@@ -14,7 +14,14 @@ ENGINES = ("auto", "torch", "triton")
 
 
 def choose_engine(name: str, device: torch.device, dtype: torch.dtype) -> type[TorchEngine]:
-    """The engine class for operands of `dtype` on a device; asking for one that cannot run there is an error."""
+    """Return the engine class for operands on a device.
+
+    name: "auto", "torch" or "triton"
+    device: device of the operands
+    dtype: dtype of the operands
+
+    ValueError for an unknown name, and for "triton" where the kernels cannot run.
+    """
     if name not in ENGINES:
         raise ValueError(f"engine={name!r} is not one of {ENGINES}")
     if name == "torch":
@@ -35,7 +42,7 @@ def choose_engine(name: str, device: torch.device, dtype: torch.dtype) -> type[T
 
 
 def triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the Triton kernels cannot run there; None if they can."""
+    """Return the reason why the Triton kernels cannot run; None if they can."""
     if device.type != "cuda":
         return f"tensors are on the {device.type.upper()}"
     if dtype == torch.float64:

@@ -1,19 +1,25 @@
-"""The fused head: from hidden states and the lm_head weight to log-probs and the UNA loss, without [N, V] logits.
+"""The fused head: hidden states and lm_head weight -> log-probs and UNA loss; no [N, V] logits.
 
-    logp_t = z_t[y_t] - logsumexp(z_t)          z_t = transform(W h_t + bias), see engine.LogitTransform
+    logp_t = z_t[y_t] - logsumexp(z_t)          z_t = transform(W h_t + bias), see LogitTransform
     Delta_i = sum over t in response i of (logp_t - ref_logp_t)
     L = losses.una_loss(Delta, feedback)
-    dL/dlogp_t = c_i                            one scalar per response, known once its component is summed
+    dL/dlogp_t = c_i                            one scalar per response, known once all responses of
+                                                its component are summed
 
-Because c_i does not depend on t, the gradient is built in the forward, chunk by chunk, either with c_i (known when
-the whole component is in the chunk) or without it, to be scaled at the end (plan.py decides):
+Because c_i does not depend on t, the gradient is built in the forward, chunk by chunk, either with
+c_i (known when the whole component is in the chunk) or without c_i, to be scaled at the end
+(plan.py decides):
 
-    for each chunk of C rows:   u = H W^T -> logp;  du = a (onehot - softmax) dz/du;  dH = du W;  dW += du^T H
+    for each chunk of C rows:   u = H W^T -> logp;  du = a (onehot - softmax) dz/du;
+                                dH = du W;  dW += du^T H
 
-One GEMM pass = 2 N D V flop. Policy: 3 passes with a trained head, 2 with a frozen one; reference: 1, or 0 when
-its log-probs are cached. Per-token losses with arbitrary upstream gradients (token_logps) recompute: 4 and 3.
-Stored between forward and backward: dH [N, D] in the dtype of hidden (float32 for float16), dW [V, D] in the
-accumulator dtype.
+One GEMM pass = 2 N D V flop. Policy: 3 passes with a trained head, 2 with a frozen one; reference:
+    1,
+or 0 when its log-probs are cached. Per-token losses with arbitrary upstream gradients (token_logps)
+recompute: 4 and 3.
+Stored between forward and backward: dH [N, D] in the dtype of hidden (float32 for float16), dW [V,
+    D]
+in the accumulator dtype.
 Never stored: logits of more rows than the workspace holds.
 """
 
@@ -21,7 +27,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -30,8 +36,7 @@ from torch.autograd.function import once_differentiable
 
 from una_fast.feedback import Feedback
 from una_fast.head.engines import choose_engine
-from una_fast.head.passes import Grads, Head, OnePass, Workspace, empty_hidden_grad, recompute
-from una_fast.head.plan import chunks
+from una_fast.head.passes import Grads, Head, OnePass, empty_hidden_grad, recompute
 from una_fast.head.segment_loss import Lengths
 from una_fast.head.torch_engine import IGNORE, LogitTransform, accumulator_dtype
 from una_fast.losses import Objective, UnaOutput, check_units, denominator
@@ -40,19 +45,25 @@ Result = TypeVar("Result")
 
 
 def _outside_compile(function: Callable[..., Result]) -> Callable[..., Result]:
-    """A compiled model calls `function` as it is: its loop over chunks is no graph. torch.compiler.disable, without its
-    import of the compiler (seconds) for those who do not compile."""
+    """Let a compiled model call a function as it is: a loop over chunks is no graph.
+
+    The same as torch.compiler.disable, without importing the compiler (seconds) for callers that do
+    not compile.
+    """
+    disabled: list[Callable[..., Result]] = []
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Result:
         if "torch._dynamo" not in sys.modules:
             return function(*args, **kwargs)
-        if call.eager is None:
-            call.eager = torch.compiler.disable(function)
-        return call.eager(*args, **kwargs)
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*args, **kwargs)
 
-    call.eager = None
     return call
+
+
+# --- public functions -----------------------------------------------------------------------------
 
 
 @_outside_compile
@@ -77,27 +88,42 @@ def linear_una_loss(
     workspace_mb: float | None = None,
     engine: str = "auto",
 ) -> UnaOutput:
-    """UNA loss of N response tokens in S responses, from hidden states.
+    """Compute the UNA loss of N response tokens in S responses, from hidden states.
 
-    hidden: [N, D], the states that predict the targets (gathered: no prompt, no padding). weight: [V, D], same dtype.
-    targets: [N] int64. cu_seqlens: [S+1] integers from 0 to N, on the CPU (on a GPU reading it costs a sync).
-    feedback: units over the S responses; responses in no unit get log-probs but no gradient.
+    Logits are z = softcap * tanh(logit_scale * (W h + bias) / softcap) / temperature, policy and
+    reference alike. The losses on the implicit reward (UNA paper, eq. 6) are in losses.py.
 
-    Reference, one of: ref_logps [S], cached sums over tokens; or ref_hidden [N, D'] with ref_weight [V, D'] and
-    ref_bias [V] (default: the policy's weight and bias, detached; with a ref_weight of its own, no bias unless
-    ref_bias gives one). No gradient reaches the reference.
+    hidden: [N, D], states that predict the targets (gathered: no prompt, no padding)
+    weight: [V, D], dtype of hidden
+    targets: [N] integers
+    cu_seqlens: [S + 1] integers from 0 to N, on the CPU (on a GPU reading them costs a sync)
+    feedback: units over the S responses; responses in no unit get log-probs but no gradient
+    objective: forms of the losses, and beta; None: Objective()
+    ref_logps: [S], cached sums over tokens; instead of ref_hidden
+    ref_hidden: [N, D'], states of the reference
+    ref_weight: [V, D']; None: the weight of the policy, detached
+    bias: [V]
+    ref_bias: [V]; None: the bias of the policy, or no bias beside a ref_weight
+    softcap: cap of the logits; None: no cap
+    logit_scale: factor of the raw logits
+    temperature: divisor of the logits
+    reduction: "mean" (weighted sum of unit losses / num_units) or "sum"
+    num_units: denominator of "mean"; None: the units of this call
+    workspace_mb: MiB for everything that is neither input nor gradient; None: 2048 on a GPU, 256 on
+        a CPU
+    engine: "auto", "torch" or "triton"
 
-    Logits are z = softcap * tanh(logit_scale * (W h + bias) / softcap) / temperature, policy and reference alike.
-    reduction: "mean" = weighted sum of unit losses / num_units (default: the units of this call), or "sum".
-    workspace_mb: budget for everything that is neither input nor gradient (default 2048 on a GPU, 256 on a CPU).
-    engine: "auto" | "torch" | "triton".
+    Returns UnaOutput: float64 loss (scalar), logps, ref_logps, rewards [S] and unit_losses [U].
+        Only
+    the loss carries a gradient: to hidden, weight and bias where they require a gradient. No
+        gradient
+    reaches the reference.
 
-    Returns UnaOutput: float64 loss (scalar), logps, ref_logps, rewards [S] and unit_losses [U]; only loss carries a
-    gradient: to hidden, weight and bias where they require one. Raises ValueError for inconsistent shapes, an empty
-    response, feedback on missing responses and targets outside the vocabulary (on a GPU those give NaN instead).
+    ValueError for inconsistent shapes, an empty response, feedback on missing responses, and
+    targets outside the vocabulary (on a GPU such targets give NaN instead).
     """
     objective = objective or Objective()
-    leaves = hidden, weight, bias
+    leaves = (hidden, weight, bias)
     hidden, weight, bias = _autocast(*leaves)
     transform = LogitTransform(softcap, logit_scale, temperature)
     _check_head("", hidden, weight, targets, bias)
@@ -105,56 +131,41 @@ def linear_una_loss(
     cu = _check_cu_seqlens(cu_seqlens, hidden.shape[0])
     check_units(feedback, objective, len(cu) - 1)  # before any GEMM
     denominator(reduction, num_units, feedback.num_units)
-    workspace = Workspace.of(hidden.device, workspace_mb)
     lengths = Lengths(cu, hidden.device)
-    head = Head(weight, bias, transform, workspace, engine)
+    head = Head(weight, bias, transform, workspace_mb, engine)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in leaves]
-    sums = head.engine.loss.sums
 
-    logps = None  # of the policy, where no gradient is wanted
+    logps = None  # of the policy, where one pass without gradients gives both
     if ref_logps is not None:
-        for name, value in (
-            ("ref_hidden", ref_hidden),
-            ("ref_weight", ref_weight),
-            ("ref_bias", ref_bias),
-        ):
-            if value is not None:
-                raise ValueError(
-                    f"give ref_logps or ref_hidden, not both: {name} is not read beside ref_logps"
-                )
-        if ref_logps.shape != (len(cu) - 1,):
-            raise ValueError(
-                f"ref_logps is {tuple(ref_logps.shape)}; expected [{len(cu) - 1}], one sum per response"
-            )
-        ref_logps = (
-            ref_logps.detach().to(hidden.device, torch.float64, non_blocking=True).contiguous()
-        )
+        others = {"ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
+        ref_logps = _cached_reference(ref_logps, len(cu) - 1, hidden.device, others)
     elif ref_hidden is not None:
         if ref_weight is None:
-            ref_weight, ref_bias = weight, bias if ref_bias is None else ref_bias
-        elif ref_weight.shape[:1] != weight.shape[:1]:
-            raise ValueError(
-                f"ref_weight {tuple(ref_weight.shape)} and weight {tuple(weight.shape)} must have the same vocabulary"
-            )
+            ref_weight = weight
+            ref_bias = bias if ref_bias is None else ref_bias
+        _check_vocabularies(ref_weight, weight)
         ref_hidden, ref_weight, ref_bias = _autocast(ref_hidden, ref_weight, ref_bias)
         _check_head("ref_", ref_hidden, ref_weight, targets, ref_bias)
         with torch.no_grad():
             if not any(needs) and ref_weight is weight and ref_bias is bias:
-                logps, ref_logps = head.logps_of_both(hidden, ref_hidden, targets)
-                ref_logps = sums(lengths, ref_logps)
+                logps, ref_tokens = head.logps_of_both(hidden, ref_hidden, targets)
             else:
-                ref = Head(ref_weight, ref_bias, transform, workspace, engine)
-                ref_logps = sums(lengths, ref.logps(ref_hidden, targets)[0])
-                del ref  # its logits buffer
+                ref_head = Head(ref_weight, ref_bias, transform, workspace_mb, engine)
+                ref_tokens, _ = ref_head.logps(ref_hidden, targets)
+                del ref_head  # frees its logits buffer
+            ref_logps = head.sums(lengths, ref_tokens)
     else:
         raise ValueError("the loss needs a reference: give ref_logps (cached sums) or ref_hidden")
 
-    loss = head.engine.loss(lengths, ref_logps, feedback, objective, reduction, num_units)
+    loss = head.engine.segment_loss(lengths, ref_logps, feedback, objective, reduction, num_units)
     if not any(needs):
         with torch.no_grad():
-            return loss.output(head.logps(hidden, targets)[0] if logps is None else logps)
+            if logps is None:
+                logps, _ = head.logps(hidden, targets)
+            return loss.output(logps)
     plan = head.plan(feedback, lengths, needs[1], needs[2], objective.length_normalize)
-    return UnaOutput(*_LinearUna.apply(*leaves, OnePass(head, plan, hidden, targets, loss, needs)))
+    job = OnePass(head, plan, hidden, targets, loss, needs)
+    return UnaOutput(*_LinearUna.apply(*leaves, job))
 
 
 @_outside_compile
@@ -172,16 +183,30 @@ def sequence_logps(
     workspace_mb: float | None = None,
     engine: str = "auto",
 ) -> Tensor:
-    """[S] float64 sums of log-probs over each response, in 1 GEMM pass and without gradient: what a reference gives.
+    """Return the [S] float64 sums of log-probs over each response, without gradient.
 
-    Arguments as in linear_una_loss."""
+    The log-probs of a reference, in 1 GEMM pass. Parameters, logits and errors are those of
+    linear_una_loss:
+
+    hidden: [N, D], states that predict the targets
+    weight: [V, D], dtype of hidden
+    targets: [N] integers
+    cu_seqlens: [S + 1] integers from 0 to N, on the CPU
+    bias: [V]
+    softcap: cap of the logits; None: no cap
+    logit_scale: factor of the raw logits
+    temperature: divisor of the logits
+    workspace_mb: MiB for logits; None: 2048 on a GPU, 256 on a CPU
+    engine: "auto", "torch" or "triton"
+    """
     hidden, weight, bias = _autocast(hidden, weight, bias)
     _check_head("", hidden, weight, targets, bias)
     targets = _int64_targets(targets, weight.shape[0])
     lengths = Lengths(_check_cu_seqlens(cu_seqlens, hidden.shape[0]), hidden.device)
-    workspace = Workspace.of(hidden.device, workspace_mb)
-    head = Head(weight, bias, LogitTransform(softcap, logit_scale, temperature), workspace, engine)
-    return head.engine.loss.sums(lengths, head.logps(hidden, targets)[0])
+    transform = LogitTransform(softcap, logit_scale, temperature)
+    head = Head(weight, bias, transform, workspace_mb, engine)
+    logps, _ = head.logps(hidden, targets)
+    return head.sums(lengths, logps)
 
 
 @_outside_compile
@@ -195,17 +220,26 @@ def token_logps(
     temperature: float = 1.0,
     engine: str = "auto",
 ) -> Tensor:
-    """[N] log-probs of the targets, float32 (float64 for float64 operands), for any per-token loss.
+    """Return the [N] log-probs of the targets, for any per-token loss.
 
-    hidden: [N, D]; weight: [V, D], same dtype; targets: [N] int64, -100 gives 0 and no gradient. The logits follow
-    the formula of linear_una_loss. Backward recomputes them: 4 GEMM passes, 3 with a frozen head.
+    float32 (float64 for float64 operands). Backward recomputes the logits: 4 GEMM passes, 3 with a
+    frozen head. Logits and errors are those of linear_una_loss.
+
+    hidden: [N, D], states that predict the targets
+    weight: [V, D], dtype of hidden
+    targets: [N] integers; -100 gives 0 and no gradient
+    bias: [V]
+    softcap: cap of the logits; None: no cap
+    logit_scale: factor of the raw logits
+    temperature: divisor of the logits
+    engine: "auto", "torch" or "triton"
     """
-    leaves = hidden, weight, bias
+    leaves = (hidden, weight, bias)
     hidden, weight, bias = _autocast(*leaves)
     _check_head("", hidden, weight, targets, bias)
     targets = _int64_targets(targets, weight.shape[0], ignore=True)
-    workspace = Workspace.of(hidden.device, None)
-    head = Head(weight, bias, LogitTransform(softcap, logit_scale, temperature), workspace, engine)
+    transform = LogitTransform(softcap, logit_scale, temperature)
+    head = Head(weight, bias, transform, None, engine)
     return _TokenLogps.apply(*leaves, hidden.detach(), targets, head)
 
 
@@ -213,30 +247,39 @@ def token_logps(
 def gather_logps(
     logits: Tensor, targets: Tensor, temperature: float = 1.0, *, inplace_backward: bool = False
 ) -> Tensor:
-    """log softmax(logits / temperature) at the targets, for callers that already hold logits.
+    """Return log softmax(logits / temperature) at the targets, for callers that hold logits.
 
-    logits: [..., V] float; targets: [...] int64, -100 gives 0 and no gradient. Returns [...] float32 (float64 for
-    float64 logits). Keeps no softmax: backward reads the logits again and writes their gradient once: into a new
-    tensor, or with `inplace_backward` over the logits, which nothing else may need by then (autograd raises where it
-    knows of it).
+    Keeps no softmax: backward reads the logits again, and writes their gradient once.
+
+    logits: [..., V] float
+    targets: [...] integers; -100 gives 0 and no gradient
+    temperature: divisor of the logits
+    inplace_backward: write the gradient over the logits, which no other operation may need by then
+        (autograd raises where the other operation is known to autograd)
+
+    Returns [...] float32 (float64 for float64 logits). ValueError for targets of another shape, and
+    for targets outside the vocabulary (on a GPU such targets give NaN instead).
     """
     if targets.shape != logits.shape[:-1]:
         raise ValueError(
-            f"targets {tuple(targets.shape)} must have the shape of logits {tuple(logits.shape)} less V"
+            f"targets {tuple(targets.shape)} must have the shape of logits "
+            f"{tuple(logits.shape)} less V"
         )
     targets = _int64_targets(targets, logits.shape[-1], ignore=True)
-    return _GatherLogps.apply(
-        logits, targets, LogitTransform(temperature=temperature), inplace_backward
-    )
+    transform = LogitTransform(temperature=temperature)
+    return _GatherLogps.apply(logits, targets, transform, inplace_backward)
 
 
-# ---------------------------------------------------------------------------------------------------- input checks
+# --- input checks ---------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Under autocast, operands take its dtype as a linear layer's would. Gradients do not flow through the cast: they
-    are made in the dtype of what was given, so that a float32 weight gets the float32 accumulator itself."""
+    """Cast operands under autocast, as a linear layer would.
+
+    Gradients do not flow through the cast. They are made in the dtype of the leaves, so that a
+    float32 weight gets the float32 accumulator itself.
+    """
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return list(tensors)
@@ -247,35 +290,76 @@ def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
 def _check_head(
     prefix: str, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None
 ) -> None:
+    """Raise ValueError where shapes, dtypes or devices do not go together."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
-            f"{prefix}hidden {tuple(hidden.shape)} and {prefix}weight {tuple(weight.shape)} must be [N, D] and [V, D]"
+            f"{prefix}hidden {tuple(hidden.shape)} and {prefix}weight {tuple(weight.shape)} must "
+            "be [N, D] and [V, D]"
         )
     if hidden.dtype != weight.dtype or not hidden.is_floating_point():
         raise ValueError(
-            f"{prefix}hidden is {hidden.dtype} and {prefix}weight {weight.dtype}; cast one, or run under autocast"
+            f"{prefix}hidden is {hidden.dtype} and {prefix}weight {weight.dtype}; cast one, or run "
+            "under autocast"
         )
     if targets.shape != hidden.shape[:1]:
         raise ValueError(
-            f"targets {tuple(targets.shape)} must be [{hidden.shape[0]}] integers, one per row of {prefix}hidden"
+            f"targets {tuple(targets.shape)} must be [{hidden.shape[0]}] integers, one per row of "
+            f"{prefix}hidden"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(
-            f"{prefix}bias {tuple(bias.shape)} must be [{weight.shape[0]}], one per vocabulary entry"
+            f"{prefix}bias {tuple(bias.shape)} must be [{weight.shape[0]}], one per vocabulary "
+            "entry"
         )
     devices = {x.device for x in (hidden, weight, targets, bias) if x is not None}
     if len(devices) > 1:
         raise ValueError(
-            f"{prefix}hidden, weight, targets and bias are on different devices: {sorted(map(str, devices))}"
+            f"{prefix}hidden, weight, targets and bias are on different devices: "
+            f"{sorted(map(str, devices))}"
         )
 
 
+def _check_vocabularies(ref_weight: Tensor, weight: Tensor) -> None:
+    if ref_weight.shape[:1] != weight.shape[:1]:
+        raise ValueError(
+            f"ref_weight {tuple(ref_weight.shape)} and weight {tuple(weight.shape)} must have the "
+            "same vocabulary"
+        )
+
+
+def _cached_reference(
+    ref_logps: Tensor, responses: int, device: torch.device, others: Mapping[str, Tensor | None]
+) -> Tensor:
+    """Return cached log-probs as the loss reads them: [S] float64 on the device.
+
+    others: name -> reference that must not be given beside ref_logps
+    """
+    for name, value in others.items():
+        if value is not None:
+            raise ValueError(
+                f"give ref_logps or ref_hidden, not both: {name} is not read beside ref_logps"
+            )
+    if ref_logps.shape != (responses,):
+        raise ValueError(
+            f"ref_logps is {tuple(ref_logps.shape)}; expected [{responses}], one sum per response"
+        )
+    return ref_logps.detach().to(device, torch.float64, non_blocking=True).contiguous()
+
+
 def _int64_targets(targets: Tensor, vocab: int, ignore: bool = False) -> Tensor:
-    """Targets of any integer type as int64. Their values are checked on the CPU only: on a GPU a look would wait, and
-    what is none of the vocabulary gives NaN."""
+    """Return targets of any integer type as int64.
+
+    Values are checked on the CPU only: on a GPU a check would wait, and targets outside the
+    vocabulary give NaN there.
+
+    targets: [...] integers
+    vocab: V
+    ignore: -100 is allowed
+    """
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise ValueError(
-            f"targets {tuple(targets.shape)} must be {list(targets.shape)} integers, not {targets.dtype}"
+            f"targets {tuple(targets.shape)} must be {list(targets.shape)} integers, not "
+            f"{targets.dtype}"
         )
     targets = targets.long().contiguous()
     if targets.device.type == "cpu":
@@ -285,14 +369,16 @@ def _int64_targets(targets: Tensor, vocab: int, ignore: bool = False) -> Tensor:
         if wrong.any():
             bad = int(wrong.flatten().nonzero()[0])
             raise ValueError(
-                f"targets[{bad}] is {int(targets.flatten()[bad])}, outside the vocabulary [0, {vocab})"
+                f"targets[{bad}] is {int(targets.flatten()[bad])}, outside the vocabulary "
+                f"[0, {vocab})"
             )
     elif not ignore:
-        targets = torch.where(targets < 0, -1, targets)  # -100 too is none of the vocabulary here
+        targets = torch.where(targets < 0, -1, targets)  # -100 too is outside the vocabulary here
     return targets
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, rows: int) -> list[int]:
+    """Return the row offsets of the responses as integers; ValueError for wrong ones."""
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0 or cu_seqlens.is_floating_point():
         raise ValueError(
             f"cu_seqlens {tuple(cu_seqlens.shape)} must be [S+1] integers, starting at 0"
@@ -300,7 +386,8 @@ def _check_cu_seqlens(cu_seqlens: Tensor, rows: int) -> list[int]:
     cu = cu_seqlens.tolist()
     if cu[0] != 0 or cu[-1] != rows:
         raise ValueError(
-            f"cu_seqlens must start at 0 and end at N={rows}; it starts at {cu[0]} and ends at {cu[-1]}"
+            f"cu_seqlens must start at 0 and end at N={rows}; it starts at {cu[0]} and ends at "
+            f"{cu[-1]}"
         )
     for i in range(len(cu) - 1):
         if cu[i + 1] == cu[i]:
@@ -312,21 +399,25 @@ def _check_cu_seqlens(cu_seqlens: Tensor, rows: int) -> list[int]:
     return cu
 
 
+# --- autograd -------------------------------------------------------------------------------------
+
+
 def _graph_is_kept() -> bool:
-    """Whether this backward may be followed by another one over the same graph (retain_graph=True)."""
+    """Return whether another backward may follow over the same graph (retain_graph=True)."""
     probe = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if probe is None else probe()
 
 
 class _LinearUna(torch.autograd.Function):
-    """Forward computes the gradients; backward multiplies them by the upstream scalar."""
+    """Forward computes the gradients; backward multiplies the missing factors and upstream in."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: OnePass
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        out, grads, late = job.run()
-        ctx.grads = (grads.hidden, grads.weight, grads.bias, late, grads.scale)
+        out, grads = job.run()
+        ctx.grads = (grads.hidden, grads.weight, grads.bias)
+        ctx.missing = grads.missing
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*out[1:])
@@ -337,41 +428,47 @@ class _LinearUna(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
             raise RuntimeError(
-                "the gradients of this loss were handed out already; use backward(retain_graph=True)"
+                "the gradients of this loss were handed out already; use "
+                "backward(retain_graph=True)"
             )
-        hidden, weight, bias, late, scale = ctx.grads
+        grads = ctx.grads
         if upstream is None:
             return None, None, None, None
         keep = _graph_is_kept()
         if not keep:
             ctx.grads = None
-
-        def scaled(grad: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
-            if grad is None:
-                return None
-            if (
-                grad.is_cuda and grad.dtype != dtype
-            ):  # one trip through memory; a CPU would make a copy in between
-                return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
-            # out= keeps the factor unrounded where the gradient is narrower.
-            return torch.mul(grad, factor, out=torch.empty_like(grad) if keep else grad).to(dtype)
-
-        rows = upstream if late is None else (upstream * late).unsqueeze(1)
-        whole = upstream if scale is None else upstream * scale
-        return (
-            scaled(hidden, rows, ctx.dtypes[0]),
-            scaled(weight, whole, ctx.dtypes[1]),
-            scaled(bias, whole, ctx.dtypes[2]),
-            None,
-        )
+        rows, head = ctx.missing.rows, ctx.missing.head
+        row_factors = upstream if rows is None else (upstream * rows).unsqueeze(1)
+        head_factor = upstream if head is None else upstream * head
+        factors = (row_factors, head_factor, head_factor)
+        scaled = map(_scaled, grads, factors, ctx.dtypes, (keep, keep, keep))
+        return *scaled, None
 
 
-# --------------------------------------------------------------------------------------- any upstream gradient
+def _scaled(
+    grad: Tensor | None, factor: Tensor, dtype: torch.dtype | None, keep: bool
+) -> Tensor | None:
+    """Return factor * grad in a dtype.
+
+    grad: a gradient; None where none is wanted
+    factor: broadcast over grad, not rounded where grad is narrower
+    dtype: of the leaf
+    keep: grad is needed again, and must not be written to
+    """
+    if grad is None:
+        return None
+    # One trip through memory; a CPU would make a copy in between.
+    if grad.is_cuda and grad.dtype != dtype:
+        return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
+    out = torch.empty_like(grad) if keep else grad
+    return torch.mul(grad, factor, out=out).to(dtype)
 
 
 class _TokenLogps(torch.autograd.Function):
-    """Forward keeps the logsumexp; backward recomputes the logits. hidden: in the dtype of the head; the leaves, as
-    given, get the gradients."""
+    """Forward keeps the logsumexp; backward recomputes the logits.
+
+    The leaves get the gradients; `hidden` is the leaf in the dtype of the head.
+    """
 
     @staticmethod
     def forward(
@@ -384,7 +481,7 @@ class _TokenLogps(torch.autograd.Function):
         head: Head,
     ) -> Tensor:
         logps, lse = head.logps(hidden, targets)
-        # The weight of the head too, so that autograd sees it change; under autocast the head has a copy.
+        # The weight too, so that autograd sees it change; under autocast the head has a copy.
         ctx.save_for_backward(hidden_leaf, weight_leaf, bias_leaf, hidden, targets, lse)
         ctx.head = head.drop_buffer()
         return logps
@@ -393,25 +490,24 @@ class _TokenLogps(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         *leaves, hidden, targets, lse = ctx.saved_tensors
-        head, count = ctx.head, hidden.shape[0]
+        head = ctx.head
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        tile = head.tile(count)
-        into = empty_hidden_grad(hidden, head, all_rows=True) if need_hidden else None
-        grads = Grads(head, tile, need_weight, need_bias, into)
+        plan = head.forward_plan(len(hidden))
+        rows = empty_hidden_grad(hidden, head, all_rows=True) if need_hidden else None
+        grads = Grads(head, plan.tile, need_weight, need_bias, rows)
         coef = torch.where(targets == IGNORE, 0.0, upstream.to(lse.dtype))
-        cuts = list(chunks([0], [0, count], tile.rows, head.size.quantum))
-        recompute(head, tile, cuts, hidden, targets, coef, lse, grads)
+        cuts = [[span] for span in plan.cuts]
+        recompute(head, plan.tile, cuts, hidden, targets, coef, lse, grads)
         grads.finish()
         head.drop_buffer()
-        made = (grads.hidden, grads.weight, grads.bias)
-        found = (
-            None if x is None else x.to(leaf.dtype) for x, leaf in zip(made, leaves, strict=True)
-        )
+        found: list[Tensor | None] = []
+        for grad, leaf in zip((grads.hidden, grads.weight, grads.bias), leaves, strict=True):
+            found.append(None if grad is None else grad.to(leaf.dtype))
         return *found, None, None, None
 
 
 def _matrices(logits: Tensor) -> Iterator[Tensor]:
-    """[..., V] as [M, V] views in row order; never a copy, since callers pass logits[:, :-1]."""
+    """Yield [..., V] as [M, V] views in row order; never a copy: callers pass logits[:, :-1]."""
     if logits.dim() < 2:
         yield logits.unsqueeze(0)
     elif logits.dim() == 2:
@@ -419,16 +515,24 @@ def _matrices(logits: Tensor) -> Iterator[Tensor]:
     elif logits.is_contiguous():
         yield logits.view(-1, logits.shape[-1])
     else:
-        for part in logits:
-            yield from _matrices(part)
+        for inner in logits:
+            yield from _matrices(inner)
 
 
 def _places(matrices: Iterable[Tensor]) -> Iterator[slice]:
-    """Where the rows of each matrix stand among all rows."""
+    """Yield the place of the rows of each matrix among all rows."""
     stop = 0
     for matrix in matrices:
         start, stop = stop, stop + len(matrix)
         yield slice(start, stop)
+
+
+def _matrices_like(grad: Tensor, matrices: list[Tensor]) -> Iterable[Tensor]:
+    """Return the rows of `grad`, cut as `matrices` are."""
+    rows = list(_matrices(grad))
+    if len(rows) == len(matrices):
+        return rows
+    return rows[0].split([len(matrix) for matrix in matrices])
 
 
 class _GatherLogps(torch.autograd.Function):
@@ -442,9 +546,9 @@ class _GatherLogps(torch.autograd.Function):
         labels = targets.reshape(-1)
         lse = torch.empty(labels.shape, dtype=accumulator_dtype(logits.dtype), device=logits.device)
         logps = torch.empty_like(lse)
-        parts = list(_matrices(logits))
-        for part, rows in zip(parts, _places(parts), strict=True):
-            logps[rows], lse[rows] = engine.gather(part, labels[rows], transform)
+        matrices = list(_matrices(logits))
+        for matrix, rows in zip(matrices, _places(matrices), strict=True):
+            logps[rows], lse[rows] = engine.gather(matrix, labels[rows], transform)
         ctx.save_for_backward(logits, targets, lse)
         ctx.engine, ctx.transform, ctx.inplace = engine, transform, inplace
         return logps.view(targets.shape)
@@ -453,25 +557,18 @@ class _GatherLogps(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None, None, None]:
         logits, targets, lse = ctx.saved_tensors
-        labels, upstream = targets.reshape(-1), upstream.reshape(-1).to(lse.dtype)
-        grad = (
-            logits.detach()
-            if ctx.inplace
-            else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        )
-        parts = list(_matrices(logits))
-        for part, into, rows in zip(
-            parts, _matrices_like(grad, parts), _places(parts), strict=True
-        ):
+        labels = targets.reshape(-1)
+        upstream = upstream.reshape(-1).to(lse.dtype)
+        if ctx.inplace:
+            grad = logits.detach()
+        else:
+            grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        matrices = list(_matrices(logits))
+        outs = _matrices_like(grad, matrices)
+        for matrix, out, rows in zip(matrices, outs, _places(matrices), strict=True):
             ctx.engine.gather_grad(
-                part, labels[rows], lse[rows], upstream[rows], ctx.transform, into
+                matrix, labels[rows], lse[rows], upstream[rows], ctx.transform, out
             )
         if ctx.inplace:
             torch.autograd.graph.increment_version(logits)
         return grad, None, None, None
-
-
-def _matrices_like(grad: Tensor, parts: Sequence[Tensor]) -> Iterable[Tensor]:
-    """The rows of `grad` cut as `parts` are."""
-    rows = list(_matrices(grad))
-    return rows if len(rows) == len(parts) else rows[0].split([len(part) for part in parts])

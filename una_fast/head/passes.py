@@ -1,14 +1,13 @@
-"""The chunk loop of the fused head: what every engine and every public function of head.py runs.
+"""The chunk loop of the fused head, below every public function of ops.py and above every engine.
 
-Legend: N rows, D hidden, V vocab, S responses, C rows of a chunk. All of it works without autograd, on detached
-tensors; head.py puts the autograd functions on top.
+Legend: N rows, D hidden, V vocab, S responses, C rows of a chunk. All of it works without autograd,
+on detached tensors; ops.py puts the autograd functions on top.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,67 +17,64 @@ from una_fast.feedback import Feedback
 from una_fast.head.constants import constant
 from una_fast.head.engines import choose_engine
 from una_fast.head.plan import (
-    DEFAULT_WORKSPACE_MB,
     FEW_ROWS,
+    ForwardPlan,
     Plan,
     Span,
     Tile,
-    chunks,
-    fit_tile,
-    forward_tile,
+    cast_bytes,
+    forward_plan,
+    holds_both,
     make_plan,
+    span_rows,
+    tile_budget,
+    workspace_bytes,
 )
-from una_fast.head.segment_loss import BOOSTED, CallLoss, Lengths
+from una_fast.head.segment_loss import Lengths, SegmentLoss
 from una_fast.head.torch_engine import LogitTransform, TorchEngine, log_probs
 from una_fast.logs import say_once
 from una_fast.losses import UnaOutput
 
 
-@dataclass(frozen=True)
-class Workspace:
-    budget: int  # bytes
-
-    @classmethod
-    def of(cls, device: torch.device, workspace_mb: float | None) -> Workspace:
-        if workspace_mb is None:
-            workspace_mb = DEFAULT_WORKSPACE_MB.get(device.type, DEFAULT_WORKSPACE_MB["cuda"])
-        if not 0 < workspace_mb < math.inf:
-            raise ValueError(f"workspace_mb={workspace_mb} must be positive and finite")
-        return cls(int(workspace_mb * 2**20))
-
-    @property
-    def cast_bytes(self) -> int:
-        """The part set aside for slices of a narrow weight in the accumulator dtype, where those are needed."""
-        return self.budget // 8
-
-    def tile_bytes(self, cast: bool) -> int:
-        return self.budget - (self.cast_bytes if cast else 0)
-
-
 class Head:
-    """One head (weight, bias, transform) with the engine that runs it and the one buffer of logits it reuses."""
+    """One head with the engine that runs it, and the one buffer of logits that all chunks reuse."""
 
     def __init__(
         self,
         weight: Tensor,
         bias: Tensor | None,
         transform: LogitTransform,
-        workspace: Workspace,
+        workspace_mb: float | None,
         engine: str,
     ) -> None:
+        """Choose the engine and divide the workspace.
+
+        weight: [V, D]
+        bias: [V], or None
+        transform: from raw logits to logits
+        workspace_mb: budget in MiB; None: the default of the device
+        engine: "auto", "torch" or "triton"
+        """
         chosen = choose_engine(engine, weight.device, weight.dtype)
         if engine == "auto":
             say_once(logging.INFO, f"fused head on {weight.device.type}: engine {chosen.name}")
-        self.engine: TorchEngine = chosen(weight, bias, transform, workspace.cast_bytes)
-        self.workspace = workspace
+        if weight.is_cuda and weight.dtype == torch.float16:
+            say_once(
+                logging.WARNING,
+                "fused head: float16 operands are cast to float32, which is slow; use bfloat16",
+            )
+        self.workspace = workspace_bytes(weight.device.type, workspace_mb)
+        self.engine: TorchEngine = chosen(weight, bias, transform, cast_bytes(self.workspace))
         self.vocab, self.dim = weight.shape
         self.size = self.engine.size()
-        self.budget = workspace.tile_bytes(self.engine.cast)
+        self.budget = tile_budget(self.workspace, cast=self.engine.cast)
         self._buffer: Tensor | None = None
 
-    def tile(self, rows: int) -> Tile:
-        """The tile of a pass without a plan, over rows that lie together."""
-        return forward_tile(self.size, rows, self.budget)
+    # --- plans ---
+
+    def forward_plan(self, rows: int) -> ForwardPlan:
+        """Plan a pass without a block plan, over rows that lie together."""
+        return forward_plan(self.size, rows, self.budget)
 
     def plan(
         self,
@@ -88,7 +84,13 @@ class Head:
         train_bias: bool,
         length_normalize: bool,
     ) -> Plan:
-        """The block plan of a call with gradients."""
+        """Make the block plan of a call with gradients; say once where the workspace costs time.
+
+        feedback: units over the responses
+        lengths: bounds of the responses
+        train_weight, train_bias: gradients that are wanted
+        length_normalize: log-ratios are means over tokens
+        """
         plan = make_plan(
             feedback,
             lengths.ints,
@@ -97,185 +99,250 @@ class Head:
             accumulator_width=self.dim if train_weight else int(train_bias),
             length_normalize=length_normalize,
         )
+        megabytes = f"{self.workspace / 2**20:g} MiB"
         if plan.tile.vocab < self.vocab:
             say_once(
                 logging.WARNING,
-                f"the workspace of {self.workspace.budget / 2**20:g} MiB holds too few rows of {self.vocab} logits: "
-                "slices of the vocabulary, for one more pass; raise workspace_mb for speed",
+                f"the workspace of {megabytes} holds too few rows of {self.vocab} logits: slices "
+                "of the vocabulary, for one more pass; raise workspace_mb for speed",
             )
         elif plan.tile.rows < min(FEW_ROWS, sum(lengths.ints)):
+            rest = " and reads and writes its gradient" if train_weight else ""
             say_once(
                 logging.WARNING,
-                f"the workspace of {self.workspace.budget / 2**20:g} MiB holds {plan.tile.rows} rows of "
-                f"{plan.tile.vocab} logits: every such chunk reads the head"
-                f"{' and reads and writes its gradient' if train_weight else ''} once; raise workspace_mb for speed",
+                f"the workspace of {megabytes} holds {plan.tile.rows} rows of {plan.tile.vocab} "
+                f"logits: every such chunk reads the head{rest} once; raise workspace_mb for speed",
             )
         return plan
 
+    # --- logits ---
+
     def drop_buffer(self) -> Head:
-        """Free the logits."""
+        """Free the logits, and return the head."""
         self._buffer = None
         return self
 
     def buffer(self, tile: Tile, rows: int, width: int) -> Tensor:
-        """A [rows, width] view of the logits buffer, its row stride padded to what the engine wants."""
+        """Return a [rows, width] view of the logits buffer, with the row stride of the engine."""
         if self._buffer is None:
             size = tile.rows * self.size.stride(tile.vocab)
-            self._buffer = torch.empty(
-                size, dtype=self.engine.acc, device=self.engine.weight.device
-            )
+            device = self.engine.weight.device
+            self._buffer = torch.empty(size, dtype=self.engine.acc, device=device)
         stride = self.size.stride(width)
         return self._buffer[: rows * stride].view(rows, stride)[:, :width]
 
     def slices(self, tile: Tile) -> list[Span]:
-        return [(v, min(v + tile.vocab, self.vocab)) for v in range(0, self.vocab, tile.vocab)]
+        """Return the vocabulary ranges of the tiles of a row."""
+        starts = range(0, self.vocab, tile.vocab)
+        return [(start, min(start + tile.vocab, self.vocab)) for start in starts]
 
     def logits(self, hidden: Tensor, vocab: Span, tile: Tile) -> Tensor:
-        """Raw logits of a chunk, in the buffer: valid until the next call."""
+        """Return the raw logits of a chunk, in the buffer: valid until the next call."""
         u = self.buffer(tile, hidden.shape[0], vocab[1] - vocab[0])
         self.engine.logits(hidden, vocab, u)
         return u
 
-    def chunk_stats(
-        self, hidden: Tensor, targets: Tensor, tile: Tile, *, keep_logits: bool = True
-    ) -> tuple[Tensor, Tensor]:
-        """([C] logsumexp, [C] target logit) of one chunk. keep_logits: of a full-width tile, in the buffer."""
-        sliced = tile.vocab < self.vocab
-        if sliced or not keep_logits:
-            if sliced:
-                self.drop_buffer()  # its room is for the partial sums
-            stats = self.engine.linear_logps(
-                hidden, targets, self.budget, only_if_faster=not sliced
-            )
+    # --- log-probs ---
+
+    def chunk_stats(self, hidden: Tensor, targets: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+        """Return ([C] logsumexp, [C] target logit) of one chunk.
+
+        The logits of a tile over all V stay in the buffer.
+        """
+        if tile.vocab < self.vocab:
+            self.drop_buffer()  # makes room for partial sums
+            stats = self.engine.linear_logps(hidden, targets, self.budget)
             if stats is not None:
                 return stats
         lse = target_logit = None
         for vocab in self.slices(tile):
             u = self.logits(hidden, vocab, tile)
-            part_lse, part_target = self.engine.row_logps(u, targets, vocab)
-            lse = part_lse if lse is None else torch.logaddexp(lse, part_lse)
-            target_logit = part_target if target_logit is None else target_logit + part_target
+            slice_lse, slice_target = self.engine.row_logps(u, targets, vocab)
+            if lse is None:
+                lse, target_logit = slice_lse, slice_target
+            else:
+                lse = torch.logaddexp(lse, slice_lse)
+                target_logit = target_logit + slice_target
         return lse, target_logit
 
     def logps(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """([N] log-probs, [N] logsumexp): forward only, 1 pass."""
-        tile = self.tile(len(hidden))
-        lse = torch.empty(hidden.shape[0], dtype=self.engine.acc, device=hidden.device)
+        """Return ([N] log-probs, [N] logsumexp): forward only, 1 pass."""
+        plan = self.forward_plan(len(hidden))
+        lse = torch.empty(len(hidden), dtype=self.engine.acc, device=hidden.device)
         target_logit = torch.empty_like(lse)
-        for ((start, stop),) in chunks([0], [0, len(lse)], tile.rows, self.size.quantum):
+        for start, stop in plan.cuts:
             rows = slice(start, stop)
-            stats = self.chunk_stats(hidden[rows], targets[rows], tile, keep_logits=False)
+            stats = self.chunk_stats(hidden[rows], targets[rows], plan.tile)
             lse[rows], target_logit[rows] = stats
         return log_probs(target_logit, lse, targets, self.vocab), lse
 
     def logps_of_both(
         self, hidden: Tensor, ref_hidden: Tensor, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """[N] log-probs of policy and reference, which share this head: stacked where one chunk holds both."""
+        """Return the [N] log-probs of policy and reference, which share this head.
+
+        Both are stacked where one chunk holds them.
+        """
         rows = len(hidden)
-        if 2 * rows > fit_tile(self.size, 2 * rows, self.budget, gathered=True).rows:
+        if not holds_both(self.size, rows, self.budget):
             return self.logps(hidden, targets)[0], self.logps(ref_hidden, targets)[0]
         logps, _ = self.logps(torch.cat([hidden, ref_hidden]), targets.repeat(2))
         return logps[:rows], logps[rows:]
 
+    def sums(self, lengths: Lengths, tokens: Tensor) -> Tensor:
+        """Return the [S] float64 sums of [N] token log-probs over each response."""
+        return self.engine.segment_loss.sums(lengths, tokens)
+
+
+# --- gradients ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Missing:
+    """Factors that finished gradients still lack; the backward pass multiplies them in.
+
+    rows: [N] factors of the rows of the hidden gradient; None: 1
+    head: one factor of the gradients of weight and bias; None: 1
+    """
+
+    rows: Tensor | None = None
+    head: Tensor | None = None
+
 
 class Grads:
-    """Gradients under construction: hidden [N, D]; weight [V, D] and bias [V] in the accumulator dtype."""
+    """Gradients under construction.
+
+    hidden: [N, D]
+    weight, bias: [V, D] and [V] in the accumulator dtype
+    missing: factors that are not multiplied in yet
+    """
 
     def __init__(
         self, head: Head, tile: Tile, weight: bool, bias: bool, hidden: Tensor | None = None
     ) -> None:
+        """Allocate the gradients of the head.
+
+        head: the head
+        tile: logits that exist at once
+        weight, bias: gradients that are wanted
+        hidden: [N, D] to be written row by row; None: not wanted
+        """
         device, acc = head.engine.weight.device, head.engine.acc
         self.engine = head.engine
         self.sliced = tile.vocab < head.vocab
         self.hidden = hidden
-        self.weight = (
-            torch.empty(head.vocab, head.dim, dtype=acc, device=device) if weight else None
-        )
-        self.bias = torch.empty(head.vocab, dtype=acc, device=device) if bias else None
-        self.head_parts = [x for x in (self.weight, self.bias) if x is not None]
-        self.started = False  # whether weight and bias hold anything yet
-        self.scale: Tensor | float | None = None  # a factor that weight and bias still lack
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+        if weight:
+            self.weight = torch.empty(head.vocab, head.dim, dtype=acc, device=device)
+        if bias:
+            self.bias = torch.empty(head.vocab, dtype=acc, device=device)
+        self.of_head = [x for x in (self.weight, self.bias) if x is not None]
+        self.started = False  # whether the gradients of the head hold anything yet
+        self.missing = Missing()
 
     def add(
-        self, spans: Sequence[Span], hidden: Tensor, tiles: Iterator[tuple[Span, Tensor]]
+        self, spans: Sequence[Span], hidden: Tensor, tiles: Iterable[tuple[Span, Tensor]]
     ) -> None:
-        """The gradients of one chunk. hidden: [C, D], the rows of the spans. tiles: (vocabulary range, du [C, T])."""
+        """Add the gradients of one chunk.
+
+        spans: rows of the chunk
+        hidden: [C, D], the rows of the spans
+        tiles: (vocabulary range, du [C, T]) of every tile of the chunk
+        """
         self._settle()
-        into = None
+        rows = None
         for vocab, du in tiles:
             if self.hidden is not None:
-                into = self._rows_to_write(spans) if into is None else into
-                self.engine.hidden_grad(du, vocab, into, vocab[0] > 0)
+                rows = self._rows_to_write(spans) if rows is None else rows
+                self.engine.hidden_grad(du, vocab, rows, vocab[0] > 0)
             if self.weight is not None:
-                self.engine.weight_grad(du, hidden, self.weight[slice(*vocab)], self.started)
+                weight = self.weight[slice(*vocab)]
+                self.engine.weight_grad(du, hidden, weight, self.started)
             if self.bias is not None:
-                total = du.sum(0, dtype=self.bias.dtype)
-                self.bias[slice(*vocab)] = (
-                    self.bias[slice(*vocab)] + total if self.started else total
-                )
+                self._add_bias(vocab, du)
         self.started = True
-        if into is not None and not self._in_place(spans):
-            _put(self.hidden, spans, into)
+        if rows is not None and not self._in_place(spans):
+            _put(self.hidden, spans, rows)
+
+    def _add_bias(self, vocab: Span, du: Tensor) -> None:
+        bias = self.bias[slice(*vocab)]
+        total = du.sum(0, dtype=bias.dtype)
+        bias.copy_(bias + total if self.started else total)
 
     def _in_place(self, spans: Sequence[Span]) -> bool:
-        whole = self.engine.writes(self.hidden.dtype) and (
-            self.hidden.dtype == self.engine.acc or not self.sliced
-        )
-        return len(spans) == 1 and whole
+        """Return whether GEMMs can write the rows of the hidden gradient themselves."""
+        if len(spans) > 1 or not self.engine.writes(self.hidden.dtype):
+            return False
+        # Over slices the rows are a running sum, kept in the accumulator dtype.
+        return self.hidden.dtype == self.engine.acc or not self.sliced
 
     def _rows_to_write(self, spans: Sequence[Span]) -> Tensor:
-        """[C, D] for the GEMM to write, and to add to over slices: the gradient itself, or an accumulator beside it."""
+        """Return [C, D] for GEMMs to write, and to add to over slices.
+
+        The rows of the gradient itself, or an accumulator beside the gradient.
+        """
         if self._in_place(spans):
             return self.hidden[slice(*spans[0])]
-        rows = sum(stop - start for start, stop in spans)
-        return torch.empty(
-            rows, self.hidden.shape[1], dtype=self.engine.acc, device=self.hidden.device
-        )
+        shape = (span_rows(spans), self.hidden.shape[1])
+        return torch.empty(shape, dtype=self.engine.acc, device=self.hidden.device)
 
-    def fold(self, other: Grads, scale: Tensor) -> None:
-        """weight and bias += scale * other's."""
+    def fold(self, other: Grads, factor: Tensor) -> None:
+        """Add factor * (gradients of the head in `other`)."""
         self._settle()
-        for mine, theirs in zip(self.head_parts, other.head_parts, strict=True):
+        for mine, theirs in zip(self.of_head, other.of_head, strict=True):
             if self.started:
-                mine.addcmul_(theirs, scale.to(mine.dtype))
+                mine.addcmul_(theirs, factor.to(mine.dtype))
             else:
-                torch.mul(theirs, scale, out=mine)
+                torch.mul(theirs, factor, out=mine)
         self.started = True
 
     def _settle(self) -> None:
-        """Multiply by the factor that is due, before anything is added."""
-        if self.scale is not None:
-            for part in self.head_parts:
-                part.mul_(self.scale)
-            self.scale = None
+        """Multiply the missing factor of the head in, before anything is added."""
+        if self.missing.head is not None:
+            for gradient in self.of_head:
+                gradient.mul_(self.missing.head)
+            self.missing.head = None
 
     def finish(self) -> None:
+        """Fill gradients of the head that no chunk has written."""
         if not self.started:
-            for part in self.head_parts:
-                part.zero_()
+            for gradient in self.of_head:
+                gradient.zero_()
 
 
 def empty_hidden_grad(hidden: Tensor, head: Head, all_rows: bool) -> Tensor:
-    """[N, D] to be written row by row: zeros if some rows never are; in the accumulator dtype for float16, which cannot
-    hold what a loss scale is yet to multiply."""
+    """Return [N, D] to be written row by row; zeros if some rows are never written.
+
+    The dtype is the dtype of hidden; float32 for float16, which underflows before a loss scale is
+    multiplied in.
+    """
     dtype = head.engine.acc if hidden.dtype == torch.float16 else hidden.dtype
-    return (torch.empty if all_rows else torch.zeros)(
-        hidden.shape, dtype=dtype, device=hidden.device
-    )
+    make = torch.empty if all_rows else torch.zeros
+    return make(hidden.shape, dtype=dtype, device=hidden.device)
 
 
 def recompute(
     head: Head,
     tile: Tile,
-    cuts: Sequence[Sequence[Span]],
+    cuts: Iterable[Sequence[Span]],
     hidden: Tensor,
     targets: Tensor,
     coef: Tensor,
     lse: Tensor,
     grads: Grads,
 ) -> None:
-    """Gradients of rows whose coefficient and logsumexp [N] are known: the logits once more, tile by tile."""
+    """Add the gradients of rows with known coefficient: the logits once more, tile by tile.
+
+    head: the head
+    tile: logits that exist at once
+    cuts: spans of every chunk
+    hidden: [N, D]
+    targets: [N]
+    coef: [N] gradients of the loss by the log-probs
+    lse: [N] logsumexp
+    grads: gradients to add to
+    """
 
     def tiles(rows: Tensor, spans: Sequence[Span]) -> Iterator[tuple[Span, Tensor]]:
         labels, factors, sums = (_take(x, spans) for x in (targets, coef, lse))
@@ -289,16 +356,21 @@ def recompute(
 
 
 def _take(x: Tensor, spans: Sequence[Span]) -> Tensor:
-    """The rows of x in the spans: a view for one span, a copy for several."""
-    parts = [x[a:b] for a, b in spans]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    """Return the rows of x in the spans: a view for one span, a copy for several."""
+    pieces = [x[start:stop] for start, stop in spans]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def _put(x: Tensor, spans: Sequence[Span], values: Tensor) -> None:
+    """Write rows into the spans of x."""
     offset = 0
-    for a, b in spans:
-        x[a:b] = values[offset : offset + b - a]
-        offset += b - a
+    for start, stop in spans:
+        count = stop - start
+        x[start:stop] = values[offset : offset + count]
+        offset += count
+
+
+# --- one pass -------------------------------------------------------------------------------------
 
 
 class OnePass:
@@ -310,27 +382,35 @@ class OnePass:
         plan: Plan,
         hidden: Tensor,
         targets: Tensor,
-        loss: CallLoss,
+        loss: SegmentLoss,
         needs: Sequence[bool],
     ) -> None:
-        """hidden: [N, D] in the dtype of the head. needs: whether hidden, weight and bias want a gradient."""
+        """Prepare a call.
+
+        head: the head of the policy
+        plan: block plan of the call
+        hidden: [N, D] in the dtype of the head
+        targets: [N]
+        loss: from token log-probs to the loss
+        needs: whether hidden, weight and bias want a gradient
+        """
         self.head, self.plan, self.targets, self.loss = head, plan, targets, loss
         self.hidden = hidden.detach()
         self.lengths = loss.lengths
         self.need_hidden, self.need_weight, self.need_bias = needs
-        self.boosted = head.engine.operand == torch.float16
-        self.boost = (
-            loss.boost() if self.boosted else 1.0
-        )  # every gradient but a streamed one is built times this
+        self.whole = (0, head.vocab)
 
-    def run(self) -> tuple[UnaOutput, Grads, Tensor | None]:
-        """Loss, gradients, and the [N] factors that the rows of the hidden gradient still lack (None: none)."""
+    def run(self) -> tuple[UnaOutput, Grads]:
+        """Return the result, and the gradients with the factors that they still lack."""
         plan, hidden = self.plan, self.hidden
         self.logps = torch.zeros(hidden.shape[0], dtype=self.head.engine.acc, device=hidden.device)
         self.lse = torch.zeros_like(self.logps) if plan.recomputed else None
-        into = empty_hidden_grad(hidden, self.head, not plan.unscored) if self.need_hidden else None
-        self.grads = self._gradients(into)
-        late = self._stream() if plan.streamed else None
+        rows = None
+        if self.need_hidden:
+            rows = empty_hidden_grad(hidden, self.head, all_rows=not plan.unscored)
+        self.grads = self._make_grads(rows)
+        if plan.streamed:
+            self._stream()
         for block in plan.resident:
             self._resident(block)
         if plan.recomputed:
@@ -338,95 +418,108 @@ class OnePass:
         for spans in self._cuts(plan.unscored):
             self._forward(spans)
         self.grads.finish()
-        if self.boosted:
-            self.grads.scale = (1.0 if self.grads.scale is None else self.grads.scale) / self.boost
-            late = torch.ones_like(self.logps) / self.boost if late is None else late
         self.head.drop_buffer()
-        return self.loss.output(self.logps), self.grads, late
+        return self.loss.output(self.logps), self.grads
 
     def _cuts(self, responses: Sequence[int]) -> list[list[Span]]:
         return self.plan.cuts(responses, self.lengths.cu)
 
-    def _gradients(self, hidden: Tensor | None) -> Grads:
+    def _make_grads(self, hidden: Tensor | None) -> Grads:
         return Grads(self.head, self.plan.tile, self.need_weight, self.need_bias, hidden)
 
-    def _row_factors(self, per_response: Tensor) -> Tensor:
+    def _per_row(self, per_response: Tensor) -> Tensor:
         return self.lengths.per_row(per_response.to(self.logps.dtype))
 
     def _forward(self, spans: Sequence[Span]) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probs of a chunk into place; returns its hidden rows, targets and logsumexp."""
+        """Write the log-probs of a chunk; return its hidden rows, targets and logsumexp."""
         hidden, targets = _take(self.hidden, spans), _take(self.targets, spans)
         lse, target_logit = self.head.chunk_stats(hidden, targets, self.plan.tile)
         _put(self.logps, spans, log_probs(target_logit, lse, targets, self.head.vocab))
         return hidden, targets, lse
 
     def _resident(self, block: Sequence[int]) -> None:
+        """Compute whole components in one chunk: coefficients are known before du is formed."""
         (spans,) = self._cuts(block)
         hidden, targets, lse = self._forward(spans)
-        factors = _take(self._row_factors(self.loss.coefficients(self.logps) * self.boost), spans)
-        vocab = (0, self.head.vocab)
+        coef = _take(self._per_row(self.loss.coefficients(self.logps)), spans)
         u = self.head.buffer(self.plan.tile, len(hidden), self.head.vocab)
-        self.grads.add(
-            spans,
-            hidden,
-            iter([(vocab, self.head.engine.row_grad_(u, targets, vocab, factors, lse))]),
-        )
+        du = self.head.engine.row_grad_(u, targets, self.whole, coef, lse)
+        self.grads.add(spans, hidden, [(self.whole, du)])
 
-    def _stream(self) -> Tensor:
-        units, streamed = [1.0] * len(self.lengths.ints), [0.0] * len(self.lengths.ints)
+    def _stream(self) -> None:
+        """Build the gradients of streamed responses without their coefficients.
+
+        c_i = scalar * factor_i: du is built times factor_i, and lacks the scalar of its group.
+        """
+        count = len(self.lengths.ints)
+        factors, streamed = [1.0] * count, [0.0] * count
         for component in self.plan.streamed:
             for group in component.groups:
-                for i, unit in zip(group.responses, group.units, strict=True):
-                    units[i], streamed[i] = unit, 1.0
+                for i, factor in zip(group.responses, group.factors, strict=True):
+                    factors[i], streamed[i] = factor, 1.0
         device = self.hidden.device
-        if self.boosted:
-            most = max(abs(unit) for unit, used in zip(units, streamed, strict=True) if used)
-            units = [unit * BOOSTED / most for unit in units]
-        units = constant(tuple(units), torch.float64, device)
-        streamed = constant(tuple(streamed), torch.float64, device) > 0
-        factors = self._row_factors(units)
-        scratch = (
-            [self._gradients(self.grads.hidden) for _ in range(self.plan.scratch)]
-            if self.grads.head_parts
-            else []
-        )
-        for k, component in enumerate(self.plan.streamed):
-            if not self.grads.head_parts:
-                self._stream_rows(component.responses, factors, self.grads)
-                continue
-            # The first component builds its first group in the gradient itself, to be scaled later.
-            into = [self.grads, *scratch] if k == 0 else scratch
-            for group, accumulators in zip(component.groups, into, strict=False):
-                accumulators.started = False
-                self._stream_rows(group.responses, factors, accumulators)
-            scalars = (self.loss.coefficients(self.logps) / units * self.boost).to(self.logps.dtype)
-            for group, accumulators in zip(component.groups, into, strict=False):
-                scalar = scalars[group.responses[0]]
-                if accumulators is self.grads:
-                    self.grads.scale = scalar
-                else:
-                    self.grads.fold(accumulators, scalar)
-        return self._row_factors(
-            torch.where(streamed, self.loss.coefficients(self.logps) / units, 1.0 / self.boost)
-        )
+        factors_S = constant(tuple(factors), torch.float64, device)
+        streamed_S = constant(tuple(streamed), torch.float64, device) > 0
+        if self.grads.of_head:
+            self._stream_trained_head(factors_S)
+        else:
+            self._stream_frozen_head(factors_S)
+        scalars_S = self.loss.coefficients(self.logps) / factors_S
+        self.grads.missing.rows = self._per_row(torch.where(streamed_S, scalars_S, 1.0))
 
-    def _stream_rows(self, responses: Sequence[int], factors: Tensor, grads: Grads) -> None:
-        """Log-probs and gradients of rows whose coefficient is yet to be multiplied in."""
+    def _stream_frozen_head(self, factors_S: Tensor) -> None:
+        """Stream all rows: nothing is summed across rows, so each row is scaled last."""
+        factors_N = self._per_row(factors_S)
+        for component in self.plan.streamed:
+            self._stream_rows(component.responses, factors_N, self.grads)
+
+    def _stream_trained_head(self, factors_S: Tensor) -> None:
+        """Stream component after component: sums over the rows of a group wait for its scalar."""
+        factors_N = self._per_row(factors_S)
+        scratch = [self._make_grads(self.grads.hidden) for _ in range(self.plan.scratch)]
+        for k, component in enumerate(self.plan.streamed):
+            accumulators = scratch
+            # Nothing is in the gradient yet: the first group is built there, and scaled later.
+            if k == 0:
+                accumulators = [self.grads, *scratch]
+            pairs = list(zip(component.groups, accumulators[: len(component.groups)], strict=True))
+            for group, sums in pairs:
+                sums.started = False
+                self._stream_rows(group.responses, factors_N, sums)
+            # All responses of the component are summed: its scalars are known.
+            scalars_S = (self.loss.coefficients(self.logps) / factors_S).to(self.logps.dtype)
+            for group, sums in pairs:
+                scalar = scalars_S[group.responses[0]]
+                # A last scaling saves a trip through [V, D]; any later addition scales before.
+                if sums is self.grads:
+                    self.grads.missing.head = scalar
+                else:
+                    self.grads.fold(sums, scalar)
+
+    def _stream_rows(self, responses: Sequence[int], factors_N: Tensor, grads: Grads) -> None:
+        """Write log-probs, and add gradients that lack the scalar of their group."""
         for spans in self._cuts(responses):
             hidden, targets = _take(self.hidden, spans), _take(self.targets, spans)
-            u = self.head.logits(hidden, (0, self.head.vocab), self.plan.tile)
-            lse, target_logit, du = self.head.engine.row_logps_grad_(
-                u, targets, _take(factors, spans)
-            )
+            u = self.head.logits(hidden, self.whole, self.plan.tile)
+            factors = _take(factors_N, spans)
+            lse, target_logit, du = self.head.engine.row_logps_grad_(u, targets, factors)
             _put(self.logps, spans, log_probs(target_logit, lse, targets, self.head.vocab))
-            grads.add(spans, hidden, iter([((0, self.head.vocab), du)]))
+            grads.add(spans, hidden, [(self.whole, du)])
 
     def _recompute(self) -> None:
+        """Compute log-probs first, then the logits again with known coefficients."""
         cuts = self._cuts(self.plan.recomputed)
         for spans in cuts:
             _, _, lse = self._forward(spans)
             _put(self.lse, spans, lse)
-        coef = self._row_factors(self.loss.coefficients(self.logps) * self.boost)
+        coef = self._per_row(self.loss.coefficients(self.logps))
         recompute(
-            self.head, self.plan.tile, cuts, self.hidden, self.targets, coef, self.lse, self.grads
+            self.head,
+            self.plan.tile,
+            cuts,
+            self.hidden,
+            self.targets,
+            coef,
+            self.lse,
+            self.grads,
         )

@@ -1,48 +1,50 @@
-"""Which rows are computed when: the block plan of the fused head. Plain Python, decided before any GEMM runs.
+"""The block plan of the fused head: which rows are computed when, decided before any GEMM runs.
 
-The gradient of the loss is dL/dlogp_t = c_i for every token t of response i, and c_i is known only once every
-response of its *component* (the responses that pairs link to it) is summed. Per component the plan picks the
-cheapest way that fits the budget; one GEMM pass is 2 N D V flop:
+The gradient of the loss is dL/dlogp_t = c_i for every token t of response i, and c_i is known only
+once every response of the *component* (the responses that units link to i) is summed. Per component
+the plan picks the cheapest way that fits the budget; one GEMM pass is 2 N D V flop:
 
-    resident     the component fits in one chunk: its logits are all there when c_i becomes known      3 passes
-    streamed     gradients are built without c_i and multiplied by it at the end. A component that depends on one
-                 number (one response, or one pair) needs one accumulator, any other one per response. The first
-                 streamed component uses the weight gradient itself; later ones need scratch            3 passes
-    recomputed   log-probs first, then the logits again with c_i known                                  4 passes
+    resident     the component fits in one chunk: all logits are in memory when c_i becomes known
+                                                                                        3 passes
+    streamed     gradients are built without c_i and multiplied by c_i at the end. A component that
+                 depends on one number (one response, or one pair) needs one accumulator, any other
+                 component one per response. The first streamed component uses the weight gradient
+                 itself; later ones need scratch                                        3 passes
+    recomputed   log-probs first, then the logits again with c_i known                  4 passes
 
-With a frozen head there is nothing to accumulate across rows: everything streams, each row scaled last, in 2 passes.
+With a frozen head nothing is accumulated across rows: everything streams, each row scaled last, in
+2 passes.
 
-Every chunk of a trained head reads and writes the [V, D] gradient. When the budget holds few rows of logits, tiles of
-many rows and a slice of the vocabulary do better although they recompute: the logsumexp of a row needs all slices.
-Such a plan is *sliced*. It is chosen where the cost model says so, and where not even one row of logits fits.
+Every chunk of a trained head reads and writes the [V, D] gradient. When the budget holds few rows
+    of
+logits, tiles of many rows and a slice of the vocabulary do better although they recompute: the
+logsumexp of a row needs all slices. Such a plan is *sliced*. A plan is sliced where the cost model
+says so, and where not even one row of logits fits.
 
-Cost model (`cost`): a GEMM takes the longer of its flop and its operands' bytes; what it writes, and what the row
-operations read and write, comes on top. Rates are those of a `Machine`.
+Cost model (`cost`): a GEMM takes the longer of flop and operand bytes; bytes that GEMMs write, and
+bytes that row operations read and write, come on top. Rates are the rates of a `Machine`.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 
 from una_fast.feedback import PAIR, Feedback
 
-logger = logging.getLogger(__name__)
-
-
 DEFAULT_WORKSPACE_MB = {"cpu": 256, "cuda": 2048}
-CAST_SHARE = 8  # one in so many bytes of the workspace is for slices of a weight that GEMMs need cast
-
-FEW_ROWS = (
-    1024  # below this many rows per chunk, rereading the weight and its gradient shows in the time
+CAST_SHARE = (
+    8  # one in so many bytes of the workspace is for slices of a weight that GEMMs need cast
 )
+FEW_ROWS = 1024  # below so many rows per chunk, rereading weight and gradient shows in the time
+
+Span = tuple[int, int]  # rows [start, stop)
 
 
-Span = tuple[int, int]
+# --- bytes and sizes ------------------------------------------------------------------------------
 
 
 def workspace_bytes(device: str, workspace_mb: float | None) -> int:
@@ -58,7 +60,7 @@ def workspace_bytes(device: str, workspace_mb: float | None) -> int:
 
 
 def cast_bytes(workspace: int) -> int:
-    """Return the bytes that are set aside for slices of a weight in the dtype of the accumulator."""
+    """Return the bytes set aside for slices of a weight in the dtype of the accumulator."""
     return workspace // CAST_SHARE
 
 
@@ -75,19 +77,24 @@ class Machine:
     bytes: float
 
 
-HOPPER = Machine(
-    700e12, 4e12
-)  # between an H100 and an H200; the choices below depend on the quotient alone
+# Between an H100 and an H200; the choices below depend on the quotient alone.
+HOPPER = Machine(700e12, 4e12)
 
 
 @dataclass(frozen=True)
 class HeadSize:
-    """What a plan must know of a head and of the engine that runs it.
+    """Sizes of a head, and of the engine that runs the head, as far as a plan depends on them.
 
-    acc_bytes: of a logit, and of a number of an accumulator. operand_bytes: of a number that a GEMM reads. cast: hidden
-    states are copied to the accumulator dtype first. align: the logits of a row are padded to a multiple of it.
-    quantum: chunks of more rows than that are multiples of it. machine: rates of the device; None: unknown, the
-    vocabulary is sliced only where a row does not fit."""
+    vocab: V
+    hidden: D
+    acc_bytes: bytes of a logit, and of a number of an accumulator
+    operand_bytes: bytes of a number that a GEMM reads
+    cast: hidden states are copied to the accumulator dtype first
+    align: the logits of a row are padded to a multiple of `align`
+    quantum: chunks of more than `quantum` rows are multiples of `quantum`
+    machine: rates of the device; None: unknown, and the vocabulary is sliced only where a row of
+        logits does not fit
+    """
 
     vocab: int
     hidden: int
@@ -99,44 +106,129 @@ class HeadSize:
     machine: Machine | None = None
 
     def stride(self, vocab: int) -> int:
-        """Logits per row of a buffer for `vocab` of them."""
+        """Return the logits per row of a buffer for `vocab` logits."""
         return -(-vocab // self.align) * self.align
 
     def copied_bytes(self, gathered: bool, sliced: bool) -> int:
-        """Bytes per row of copies of the hidden state and its gradient: where operands are cast, where the rows of a
-        chunk are gathered from several places, and where a gradient narrower than its sum over slices is built."""
-        if self.cast or gathered:
-            return self.hidden * (
-                (self.acc_bytes if self.cast else self.operand_bytes) + self.acc_bytes
-            )
-        return self.hidden * self.acc_bytes if sliced and self.operand_bytes < self.acc_bytes else 0
+        """Return the bytes per row of copies of the hidden state and of the hidden gradient.
+
+        Copies are made where operands are cast, where the rows of a chunk are gathered from several
+        places, and where a gradient narrower than the accumulator is summed over slices.
+        """
+        if self.cast:
+            return self.hidden * 2 * self.acc_bytes
+        if gathered:
+            return self.hidden * (self.operand_bytes + self.acc_bytes)
+        if sliced and self.operand_bytes < self.acc_bytes:
+            return self.hidden * self.acc_bytes
+        return 0
 
     def row_bytes(self, gathered: bool) -> int:
-        """Bytes of a row of a chunk over the whole vocabulary."""
+        """Return the bytes of a row of a chunk over the whole vocabulary."""
         return self.stride(self.vocab) * self.acc_bytes + self.copied_bytes(gathered, sliced=False)
 
 
 def head_size(vocab: int, hidden: int, device: str, operand_bytes: int) -> HeadSize:
-    """Of a head on a kind of device, "cuda" (the Triton engine) or "cpu"; operand_bytes: of a number of its weight."""
+    """Return the size of a head on a kind of device.
+
+    device: "cuda" (the Triton engine) or "cpu"
+    operand_bytes: bytes of a number of the weight
+    """
     if device == "cpu":
         return HeadSize(vocab, hidden, cast=operand_bytes < 4)
     return HeadSize(vocab, hidden, 4, operand_bytes, align=64, quantum=128, machine=HOPPER)
 
 
+# --- components -----------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Group:
-    """Responses whose gradient shares one unknown scalar: c_i = scalar * unit_i."""
+    """Responses with gradients that share one unknown scalar: c_i = scalar * factor_i."""
 
     responses: tuple[int, ...]
-    units: tuple[float, ...]
+    factors: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Component:
-    """Responses linked by pairs, in order, and the scalars their coefficients depend on."""
+    """Responses linked by units, in order, and the groups of equal scalar among them."""
 
     responses: tuple[int, ...]
     groups: tuple[Group, ...]
+
+    @property
+    def gaps(self) -> bool:
+        """Whether other responses stand between the responses of the component."""
+        return self.responses[-1] - self.responses[0] >= len(self.responses)
+
+
+def components(
+    feedback: Feedback, lengths: Sequence[int], length_normalize: bool
+) -> list[Component]:
+    """Split the scored responses of a call into components.
+
+    feedback: units over the responses
+    lengths: tokens of every response
+    length_normalize: log-ratios are means over tokens
+    """
+    pairs, alone = _links(feedback)
+    root: dict[int, int] = {}
+    for i in alone:
+        _find(root, i)
+    for first, second in pairs:
+        low, high = sorted((_find(root, first), _find(root, second)))
+        root[high] = low
+    members: dict[int, list[int]] = {}
+    for i in sorted(root):
+        members.setdefault(_find(root, i), []).append(i)
+    scored_alone = {_find(root, i) for i in alone}
+
+    found = []
+    for key, responses in members.items():
+        if len(responses) == 2 and key not in scored_alone:
+            groups = (_pair_group(responses, lengths, length_normalize),)
+        else:
+            groups = tuple(Group((i,), (1.0,)) for i in responses)
+        found.append(Component(tuple(responses), groups))
+    return found
+
+
+def _links(feedback: Feedback) -> tuple[list[tuple[int, int]], set[int]]:
+    """Return the pairs of responses, and the responses that have a unit to themselves."""
+    columns = (feedback.kind.tolist(), feedback.first.tolist(), feedback.second.tolist())
+    pairs, alone = [], set()
+    for kind, first, second in zip(*columns, strict=True):
+        if kind == PAIR:
+            pairs.append((first, second))
+        else:
+            alone.add(first)
+    return pairs, alone
+
+
+def _find(root: dict[int, int], i: int) -> int:
+    """Return the representative of i in a union-find forest, with path halving."""
+    root.setdefault(i, i)
+    while root[i] != i:
+        root[i] = root[root[i]]
+        i = root[i]
+    return i
+
+
+def _pair_group(responses: Sequence[int], lengths: Sequence[int], length_normalize: bool) -> Group:
+    """Return the group of two responses that only pairs link: opposite signs, one scalar."""
+    first, second = responses
+    if not length_normalize:
+        return Group((first, second), (1.0, -1.0))
+    return Group((first, second), (1.0 / lengths[first], -1.0 / lengths[second]))
+
+
+def tokens_of(component: Component, lengths: Sequence[int]) -> int:
+    """Return the tokens of all responses of a component."""
+    return sum(lengths[i] for i in component.responses)
+
+
+# --- tiles and chunks -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -147,85 +239,25 @@ class Tile:
     vocab: int
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The order is: streamed components, resident blocks, recomputed responses, then responses without feedback."""
-
-    tile: Tile
-    streamed: tuple[Component, ...] = ()
-    resident: tuple[tuple[int, ...], ...] = ()
-    recomputed: tuple[int, ...] = ()
-    unscored: tuple[int, ...] = ()
-    quantum: int = 1
-
-    @property
-    def scratch(self) -> int:
-        """[V, D] accumulators needed beside the weight gradient."""
-        return max((len(c.groups) - (k == 0) for k, c in enumerate(self.streamed)), default=0)
-
-    def cuts(self, responses: Sequence[int], cu: Sequence[int]) -> list[list[Span]]:
-        """The rows of `responses`, chunk by chunk."""
-        return list(chunks(responses, cu, self.tile.rows, self.quantum))
-
-
-def components(
-    feedback: Feedback, lengths: Sequence[int], length_normalize: bool
-) -> list[Component]:
-    """The scored responses of a call, split into components."""
-    kinds, firsts, seconds = (
-        feedback.kind.tolist(),
-        feedback.first.tolist(),
-        feedback.second.tolist(),
-    )
-    root: dict[int, int] = {}
-
-    def find(i: int) -> int:
-        root.setdefault(i, i)
-        while root[i] != i:
-            root[i] = root[root[i]]
-            i = root[i]
-        return i
-
-    pointwise = set()
-    for kind, first, second in zip(kinds, firsts, seconds, strict=True):
-        if kind == PAIR:
-            low, high = sorted((find(first), find(second)))
-            root[high] = low
-        else:
-            pointwise.add(find(first))
-    members: dict[int, list[int]] = {}
-    for i in sorted(root):
-        members.setdefault(find(i), []).append(i)
-    scored_alone = {find(i) for i in pointwise}
-
-    def unit(i: int) -> float:
-        return 1.0 / lengths[i] if length_normalize else 1.0
-
-    result = []
-    for key, members_of in members.items():
-        if len(members_of) == 2 and key not in scored_alone:
-            first, second = members_of
-            groups: tuple[Group, ...] = (Group((first, second), (unit(first), -unit(second))),)
-        else:
-            groups = tuple(Group((i,), (1.0,)) for i in members_of)
-        result.append(Component(tuple(members_of), groups))
-    return result
-
-
-def fit_tile(size: HeadSize, rows: int, budget: int, gathered: bool) -> Tile:
-    """The largest tile for at most `rows` rows that stays within `budget` bytes: whole rows of logits, or a slice."""
+def _fit_tile(size: HeadSize, rows: int, budget: int, gathered: bool) -> Tile:
+    """Return the largest tile for `rows` rows within `budget` bytes: whole rows, or a slice."""
     whole = budget // size.row_bytes(gathered)
     if whole < 1:
-        return sliced_tile(size, rows, budget, gathered)
+        return _sliced_tile(size, rows, budget, gathered)
     if rows > whole > size.quantum:
         whole -= whole % size.quantum
     return Tile(min(whole, max(rows, 1)), size.vocab)
 
 
-def sliced_tile(size: HeadSize, rows: int, budget: int, gathered: bool) -> Tile:
-    """A tile about as wide as high: sums over rows and sums over slices are then read and written equally often."""
-    # Where the copies of one row alone would take more than a quarter, so small a budget is exceeded.
-    copied, logit = min(size.copied_bytes(gathered, sliced=True), budget // 4), size.acc_bytes
+def _sliced_tile(size: HeadSize, rows: int, budget: int, gathered: bool) -> Tile:
+    """Return a tile about as wide as high.
+
+    Sums over rows and sums over slices are then read and written equally often.
+    """
+    # Where the copies of one row alone would take more than a quarter, so small a budget is
+    # exceeded.
+    copied = min(size.copied_bytes(gathered, sliced=True), budget // 4)
+    logit = size.acc_bytes
     side = (math.isqrt(copied * copied + 4 * logit * budget) - copied) // (2 * logit)
     if side > size.quantum:
         side -= side % size.quantum
@@ -236,14 +268,119 @@ def sliced_tile(size: HeadSize, rows: int, budget: int, gathered: bool) -> Tile:
     return Tile(height, min(width, size.vocab))
 
 
-def forward_tile(size: HeadSize, rows: int, budget: int) -> Tile:
-    """The tile of a pass without gradients over rows that lie together: whole rows, or slices where they are cheaper
-    (no pass is lost to them here)."""
-    whole = fit_tile(size, rows, budget, gathered=False)
-    if size.machine is None or whole.rows >= rows:
-        return whole
-    sliced = sliced_tile(size, rows, budget, gathered=False)
-    return min(whole, sliced, key=lambda tile: forward_pass(size, rows, tile).seconds(size.machine))
+def chunks(
+    responses: Sequence[int], cu: Sequence[int], rows: int, quantum: int = 1
+) -> Iterator[list[Span]]:
+    """Cut the rows of responses into the fewest chunks, of about equal size.
+
+    Spans that touch are joined.
+
+    responses: indices into cu
+    cu: row offsets of all responses
+    rows: rows of a chunk, at most
+    quantum: chunks are multiples of `quantum` where that fits
+    """
+    total = sum(cu[i + 1] - cu[i] for i in responses)
+    even = -(-total // max(-(-total // rows), 1))
+    if even > quantum:
+        even = -(-even // quantum) * quantum
+    rows = min(even, rows)
+    chunk: list[Span] = []
+    room = rows
+    for i in responses:
+        start, stop = cu[i], cu[i + 1]
+        while start < stop:
+            end = min(stop, start + room)
+            room -= end - start
+            if chunk and chunk[-1][1] == start:
+                start = chunk.pop()[0]
+            chunk.append((start, end))
+            start = end
+            if room == 0:
+                yield chunk
+                chunk, room = [], rows
+    if chunk:
+        yield chunk
+
+
+def span_rows(spans: Sequence[Span]) -> int:
+    """Return the number of rows in spans."""
+    return sum(stop - start for start, stop in spans)
+
+
+# --- a pass without gradients ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ForwardPlan:
+    """A pass without gradients over rows that lie together: tile, and rows of every chunk."""
+
+    tile: Tile
+    cuts: tuple[Span, ...]
+
+
+def forward_plan(size: HeadSize, rows: int, budget: int) -> ForwardPlan:
+    """Plan a pass without gradients: whole rows of logits, or slices where slices are cheaper.
+
+    size: of the head
+    rows: rows that lie together
+    budget: bytes for tiles
+    """
+    tile = _fit_tile(size, rows, budget, gathered=False)
+    if size.machine is not None and tile.rows < rows:
+        # No pass is lost to slices without gradients.
+        sliced = _sliced_tile(size, rows, budget, gathered=False)
+        seconds = [forward_pass(size, rows, each).seconds(size.machine) for each in (tile, sliced)]
+        tile = sliced if seconds[1] < seconds[0] else tile
+    cuts = chunks([0], [0, rows], tile.rows, size.quantum)
+    return ForwardPlan(tile, tuple(span for spans in cuts for span in spans))
+
+
+def holds_both(size: HeadSize, rows: int, budget: int) -> bool:
+    """Return whether one chunk holds copies of `rows` rows of policy and reference each."""
+    return 2 * rows <= _fit_tile(size, 2 * rows, budget, gathered=True).rows
+
+
+# --- a call with gradients ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The order is: streamed components, resident blocks, recomputed responses, then unscored ones.
+
+    tile: logits that exist at once
+    streamed: components with gradients that are scaled last
+    resident: responses of each block of whole components
+    recomputed: responses with logits that are computed twice
+    unscored: responses without a unit
+    quantum: see HeadSize
+    gathered: the rows of a chunk may come from several places
+    """
+
+    tile: Tile
+    streamed: tuple[Component, ...] = ()
+    resident: tuple[tuple[int, ...], ...] = ()
+    recomputed: tuple[int, ...] = ()
+    unscored: tuple[int, ...] = ()
+    quantum: int = 1
+    gathered: bool = False
+
+    @property
+    def scratch(self) -> int:
+        """[V, D] accumulators needed beside the weight gradient."""
+        return max(self.accumulators(), default=0)
+
+    def accumulators(self) -> list[int]:
+        """Return the [V, D] accumulators that each streamed component needs beside the gradient."""
+        return [len(c.groups) - (k == 0) for k, c in enumerate(self.streamed)]
+
+    def streamed_responses(self) -> list[int]:
+        """Return the responses of all streamed components."""
+        return list(chain.from_iterable(c.responses for c in self.streamed))
+
+    def cuts(self, responses: Sequence[int], cu: Sequence[int]) -> list[list[Span]]:
+        """Return the rows of responses, chunk by chunk."""
+        return list(chunks(responses, cu, self.tile.rows, self.quantum))
 
 
 def make_plan(
@@ -255,212 +392,192 @@ def make_plan(
     accumulator_width: int,
     length_normalize: bool,
 ) -> Plan:
-    """Plan one call. lengths: tokens per response. budget: workspace in bytes. accumulator_width: numbers per
-    vocabulary entry that an accumulator of the head's gradients takes: D for the weight, 1 for the bias alone, 0 for a
-    frozen head."""
+    """Plan one call with gradients.
+
+    feedback: units over the responses
+    lengths: tokens of every response
+    size: of the head
+    budget: bytes for tiles and scratch
+    accumulator_width: numbers per vocabulary entry in an accumulator of the head's gradients:
+        D for the weight, 1 for the bias alone, 0 for a frozen head
+    length_normalize: log-ratios are means over tokens
+    """
     rows = sum(lengths)
-    parts = components(feedback, lengths, length_normalize)
-    scored = sorted(i for part in parts for i in part.responses)
+    linked = components(feedback, lengths, length_normalize)
+    scored = sorted(chain.from_iterable(c.responses for c in linked))
     unscored = tuple(sorted(set(range(len(lengths))) - set(scored)))
-
-    def tokens(part: Component) -> int:
-        return sum(lengths[i] for i in part.responses)
-
-    gathered = bool(unscored) or any(
-        part.responses[-1] - part.responses[0] >= len(part.responses) for part in parts
-    )
-    tile = fit_tile(size, rows, budget, gathered)
-    if not gathered and len(parts) > 1 and any(tokens(part) > tile.rows for part in parts):
-        gathered = True  # blocks of what is left may have gaps
-        tile = fit_tile(size, rows, budget, gathered)
-    sliced = Plan(
-        sliced_tile(size, rows, budget, gathered), (), (), tuple(scored), unscored, size.quantum
-    )
+    gathered = bool(unscored) or any(component.gaps for component in linked)
+    tile = _fit_tile(size, rows, budget, gathered)
+    long = any(tokens_of(component, lengths) > tile.rows for component in linked)
+    if not gathered and len(linked) > 1 and long:
+        gathered = True  # the rows left over for resident blocks may have gaps
+        tile = _fit_tile(size, rows, budget, gathered)
+    common = {"unscored": unscored, "quantum": size.quantum, "gathered": gathered}
+    sliced = Plan(_sliced_tile(size, rows, budget, gathered), recomputed=tuple(scored), **common)
     if tile.vocab < size.vocab:
         return sliced
     if accumulator_width:
-        plan = _whole_rows(
-            parts, lengths, size, tile, budget, accumulator_width, gathered, unscored
-        )
+        accumulator = size.vocab * accumulator_width * size.acc_bytes
+        plan = _trained_plan(linked, lengths, size, Plan(tile, **common), budget, accumulator)
     else:
         groups = tuple(Group((i,), (1.0,)) for i in scored)
         streamed = (Component(tuple(scored), groups),) if scored else ()
-        plan = Plan(tile, streamed, unscored=unscored, quantum=size.quantum)
+        plan = Plan(tile, streamed, **common)
     if size.machine is None or tile.rows >= rows:
         return plan
-    return min(
-        plan, sliced, key=lambda p: cost(p, lengths, size, accumulator_width).seconds(size.machine)
-    )
+    work = [cost(each, lengths, size, accumulator_width) for each in (plan, sliced)]
+    whole_seconds, sliced_seconds = (each.seconds(size.machine) for each in work)
+    return sliced if sliced_seconds < whole_seconds else plan
 
 
-def _whole_rows(
-    parts: Sequence[Component],
+def _trained_plan(
+    linked: Sequence[Component],
     lengths: Sequence[int],
     size: HeadSize,
-    tile: Tile,
+    empty: Plan,
     budget: int,
-    accumulator_width: int,
-    gathered: bool,
-    unscored: tuple[int, ...],
+    accumulator: int,
 ) -> Plan:
-    """The plan of a trained head whose tiles span the vocabulary."""
-    rows = sum(lengths)
-    accumulator = size.vocab * accumulator_width * size.acc_bytes
+    """Return the plan of a trained head with tiles that span the vocabulary.
+
+    empty: the plan without the scored responses
+    accumulator: bytes of one accumulator of the head's gradients
+    """
+    # Scratch may take half of the budget, and must leave room for one row of logits.
+    room = min(budget // 2, budget - size.row_bytes(empty.gathered))
     streamed: list[Component] = []
     recomputed: list[int] = []
-    blocks: list[list[int]] = []
-    room = 0
-
-    def tokens(part: Component) -> int:
-        return sum(lengths[i] for i in part.responses)
-
-    # The first streamed component needs one accumulator less. Scratch may take half of the budget, and must leave room
-    # for one row of logits.
-    room_for_scratch = min(budget // 2, budget - size.row_bytes(gathered))
-    long = sorted(
-        (part for part in parts if tokens(part) > tile.rows), key=lambda part: len(part.groups)
-    )
-    for part in long:
-        if (len(part.groups) - (not streamed)) * accumulator <= room_for_scratch:
-            streamed.append(part)
+    long = [c for c in linked if tokens_of(c, lengths) > empty.tile.rows]
+    for component in sorted(long, key=lambda c: len(c.groups)):
+        # The first streamed component builds one of its groups in the gradient itself.
+        needed = len(component.groups) - (not streamed)
+        if needed * accumulator <= room:
+            streamed.append(component)
         else:
-            recomputed.extend(part.responses)
+            recomputed.extend(component.responses)
+    tile = empty.tile
     scratch = Plan(tile, tuple(streamed)).scratch * accumulator
     if scratch:
-        tile = fit_tile(size, rows, budget - scratch, gathered)
-    for part in parts:
-        if part in long:
-            continue
-        if tokens(part) > tile.rows:  # scratch took the room it would have been resident in
-            recomputed.extend(part.responses)
-            continue
-        if not blocks or tokens(part) > room:
+        tile = _fit_tile(size, sum(lengths), budget - scratch, empty.gathered)
+    short = [c for c in linked if c not in long]
+    # Scratch took the room in which these would have been resident.
+    crowded = [c for c in short if tokens_of(c, lengths) > tile.rows]
+    recomputed.extend(chain.from_iterable(c.responses for c in crowded))
+    resident = [c for c in short if c not in crowded]
+    return Plan(
+        tile,
+        tuple(streamed),
+        _resident_blocks(resident, lengths, tile.rows),
+        tuple(sorted(recomputed)),
+        empty.unscored,
+        empty.quantum,
+        empty.gathered,
+    )
+
+
+def _resident_blocks(
+    fitting: Sequence[Component], lengths: Sequence[int], rows: int
+) -> tuple[tuple[int, ...], ...]:
+    """Fill blocks of at most `rows` rows with whole components, in order."""
+    blocks: list[list[int]] = []
+    room = 0
+    for component in fitting:
+        tokens = tokens_of(component, lengths)
+        if not blocks or tokens > room:
             blocks.append([])
-            room = tile.rows
-        blocks[-1].extend(part.responses)
-        room -= tokens(part)
-    resident = tuple(tuple(sorted(block)) for block in blocks)
-    return Plan(tile, tuple(streamed), resident, tuple(sorted(recomputed)), unscored, size.quantum)
+            room = rows
+        blocks[-1].extend(component.responses)
+        room -= tokens
+    return tuple(tuple(sorted(block)) for block in blocks)
 
 
-def chunks(
-    responses: Sequence[int], cu: Sequence[int], rows: int, quantum: int = 1
-) -> Iterator[list[Span]]:
-    """Cut the rows of `responses` into the fewest chunks of at most `rows` rows, of about equal size and where that
-    fits in multiples of `quantum`; spans that touch are joined."""
-    total = sum(cu[i + 1] - cu[i] for i in responses)
-    even = -(-total // max(-(-total // rows), 1))
-    if even > quantum:
-        even = -(-even // quantum) * quantum
-    rows = min(even, rows)
-    chunk: list[Span] = []
-    room = rows
-    for i in responses:
-        start, stop = cu[i], cu[i + 1]
-        while start < stop:
-            take = min(stop - start, room)
-            if chunk and chunk[-1][1] == start:
-                chunk[-1] = (chunk[-1][0], start + take)
-            else:
-                chunk.append((start, start + take))
-            start, room = start + take, room - take
-            if room == 0:
-                yield chunk
-                chunk, room = [], rows
-    if chunk:
-        yield chunk
-
-
-def span_rows(spans: Sequence[Span]) -> int:
-    return sum(stop - start for start, stop in spans)
-
-
-# ------------------------------------------------------------------------------------------------------- cost model
+# --- cost model -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Work of one call. gemms: (flop, operand bytes) of every GEMM, of which each takes the longer time. traffic:
-    bytes on top, read and written by row operations, and written or accumulated by GEMMs."""
+    """Work of one call.
+
+    gemms: (flop, operand bytes) of every GEMM; a GEMM takes the longer of both times
+    traffic: bytes on top, read and written by row operations, and written or accumulated by GEMMs
+    """
 
     gemms: tuple[tuple[float, float], ...] = ()
     traffic: float = 0.0
 
     @property
     def flop(self) -> float:
+        """Flop of all GEMMs."""
         return sum(flop for flop, _ in self.gemms)
 
     def seconds(self, machine: Machine) -> float:
-        products = sum(
-            max(flop / machine.flops, operands / machine.bytes) for flop, operands in self.gemms
-        )
+        """Return the modelled time on a machine."""
+        products = 0.0
+        for flop, operands in self.gemms:
+            products += max(flop / machine.flops, operands / machine.bytes)
         return products + self.traffic / machine.bytes
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.gemms + other.gemms, self.traffic + other.traffic)
 
     def __mul__(self, times: float) -> Cost:
-        return Cost(
-            tuple((times * flop, times * operands) for flop, operands in self.gemms),
-            times * self.traffic,
-        )
+        gemms = tuple((times * flop, times * operands) for flop, operands in self.gemms)
+        return Cost(gemms, times * self.traffic)
 
 
 def forward_cost(size: HeadSize, rows: float, vocab: float) -> Cost:
-    """The logits of one tile written, and read once."""
-    flop, operands = (
-        2 * rows * vocab * size.hidden,
-        size.operand_bytes * size.hidden * (rows + vocab),
-    )
+    """Return the cost of the logits of one tile, written and read once."""
+    flop = 2 * rows * vocab * size.hidden
+    operands = size.operand_bytes * size.hidden * (rows + vocab)
     return Cost(((flop, operands),), 2 * size.acc_bytes * rows * vocab)
 
 
 def forward_pass(size: HeadSize, rows: int, tile: Tile) -> Cost:
-    """One pass over `rows` rows without gradients."""
-    cuts = chunks([0], [0, rows], tile.rows, size.quantum) if rows else ()
+    """Return the cost of one pass over `rows` rows without gradients."""
+    if not rows:
+        return Cost()
     slices = -(-size.vocab // tile.vocab)
-    pieces = (
-        forward_cost(size, height, size.vocab / slices) * (slices * times)
-        for height, times in Counter(map(span_rows, cuts)).items()
-    )
-    return sum(pieces, start=Cost())
+    heights = Counter(map(span_rows, chunks([0], [0, rows], tile.rows, size.quantum)))
+    total = Cost()
+    for height, times in heights.items():
+        total += forward_cost(size, height, size.vocab / slices) * (slices * times)
+    return total
 
 
 def backward_cost(size: HeadSize, rows: float, vocab: float, accumulator_width: int) -> Cost:
-    """The gradients of one tile whose logits are there: du over them, then dH, and dW where the head is trained."""
+    """Return the cost of the gradients of one tile: du, dH, and dW of a trained head."""
     narrow, wide, dim = size.operand_bytes, size.acc_bytes, size.hidden
-    flop, cells = 2 * rows * vocab * dim, rows * vocab
+    flop = 2 * rows * vocab * dim
+    cells = rows * vocab
     gemms = [(flop, narrow * (cells + vocab * dim))]
     if accumulator_width >= dim:
         gemms.append((flop, narrow * (cells + rows * dim)))
     sums = 2 * rows * dim if vocab < size.vocab else rows * dim
-    return Cost(
-        tuple(gemms), (wide + narrow) * cells + wide * (sums + 2 * vocab * accumulator_width)
-    )
+    traffic = (wide + narrow) * cells + wide * (sums + 2 * vocab * accumulator_width)
+    return Cost(tuple(gemms), traffic)
 
 
 def cost(plan: Plan, lengths: Sequence[int], size: HeadSize, accumulator_width: int) -> Cost:
-    """Work of the policy in one call with gradients."""
+    """Return the work of the policy in one call with gradients.
+
+    plan: of the call
+    lengths: tokens of every response
+    size: of the head
+    accumulator_width: see make_plan
+    """
     cu = [0, *accumulate(lengths)]
     slices = -(-size.vocab // plan.tile.vocab)
     width = size.vocab / slices
+    # (responses, forward passes, backward passes)
+    ways = [(plan.streamed_responses(), 1, 1)]
+    ways += [(block, 1, 1) for block in plan.resident]
+    ways += [(plan.recomputed, 2, 1), (plan.unscored, 1, 0)]
     total = Cost()
-
-    def add(responses: Sequence[int], forwards: int, backwards: int) -> None:
-        nonlocal total
+    for responses, forwards, backwards in ways:
         for rows, times in Counter(map(span_rows, plan.cuts(responses, cu))).items():
             tile = forward_cost(size, rows, width) * forwards
             if backwards:
                 tile += backward_cost(size, rows, width, accumulator_width)
             total += tile * (times * slices)
-
-    for responses in ([i for part in plan.streamed for i in part.responses], *plan.resident):
-        add(responses, 1, 1)
-    add(plan.recomputed, 2, 1)
-    add(plan.unscored, 1, 0)
-    folds = (
-        sum(len(part.groups) - (k == 0) for k, part in enumerate(plan.streamed))
-        if accumulator_width
-        else 0
-    )
+    folds = sum(plan.accumulators()) if accumulator_width else 0
     return total + Cost(traffic=3 * folds * size.vocab * accumulator_width * size.acc_bytes)

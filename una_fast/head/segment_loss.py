@@ -1,9 +1,7 @@
-"""The loss of one call as a function of its token log-probs: sums over responses, outputs, and coefficients.
+"""From the token log-probs of one call to its loss: sums over responses, outputs, and coefficients.
 
-The loss itself is losses.py. What stands here is how the fused head calls it: S numbers in float64, on the device,
-without waiting for it. Small tensors that a call needs there (lengths, units) are copied once per content and kept, so
-that a call repeated with the same cu_seqlens and feedback copies nothing and, where the loss kernel runs, can be
-captured in a CUDA graph.
+The loss itself is losses.py. This file is the way in which the fused head calls the loss: S numbers
+in float64, on the device, without waiting for the device. A response is a segment of the N rows.
 """
 
 from __future__ import annotations
@@ -16,13 +14,16 @@ from torch import Tensor
 
 from una_fast.feedback import Feedback
 from una_fast.head.constants import capturing, constant
-from una_fast.losses import Objective, UnaOutput, denominator, una_loss
-
-BOOSTED = 2.0**10
+from una_fast.losses import Objective, UnaOutput, una_loss
 
 
 class Lengths:
-    """cu_seqlens as Python integers, and on the device."""
+    """The bounds of the responses, as Python integers and on the device.
+
+    cu: S + 1 row offsets
+    ints: S tokens per response
+    cu_tensor, tensor: the same numbers as int64 tensors on the device
+    """
 
     def __init__(self, cu: Sequence[int], device: torch.device) -> None:
         self.cu = tuple(cu)
@@ -31,13 +32,21 @@ class Lengths:
         self.tensor = constant(self.ints, torch.int64, device)
 
     def per_row(self, per_response: Tensor) -> Tensor:
-        """[S] -> [N]."""
+        """Repeat [S] numbers of responses for every row: [N]."""
         return per_response.repeat_interleave(self.tensor, output_size=self.cu[-1])
 
 
 @dataclass
-class CallLoss:
-    """ref_logps: [S] float64 on the device. The rest as in linear_una_loss."""
+class SegmentLoss:
+    """The loss of one call as a function of its token log-probs.
+
+    lengths: bounds of the S responses
+    ref_logps: [S] float64 on the device, sums over tokens
+    feedback: units over the responses
+    objective: forms of the losses
+    reduction: "mean" or "sum"
+    num_units: denominator of "mean"; None: the units of this call
+    """
 
     lengths: Lengths
     ref_logps: Tensor
@@ -48,33 +57,24 @@ class CallLoss:
 
     @staticmethod
     def sums(lengths: Lengths, tokens: Tensor) -> Tensor:
-        """[N] -> [S] float64 sums over each response."""
+        """Return the [S] float64 sums of [N] token log-probs over each response."""
         if not lengths.ints:
             return tokens.double()
         return torch.segment_reduce(tokens.double(), "sum", lengths=lengths.tensor, unsafe=True)
 
     def output(self, tokens: Tensor) -> UnaOutput:
-        """The result of the call, without a graph."""
+        """Return the result of the call, without a graph."""
         return self._loss(self.sums(self.lengths, tokens))
 
     def coefficients(self, tokens: Tensor) -> Tensor:
-        """[S] float64 dL/dlogps, right for the responses whose component is summed."""
+        """Return the [S] float64 gradients dL/dlogps.
+
+        A coefficient is right once all responses of its component are among the tokens.
+        """
         leaf = self.sums(self.lengths, tokens).requires_grad_()
         with torch.enable_grad():
             loss = self._loss(leaf).loss
         return torch.autograd.grad(loss, leaf)[0]
-
-    def boost(self) -> float | Tensor:
-        """A factor that brings the coefficients up to some 2^10, for gradients of logits in float16: times a small
-        probability they would be zero, and no loss scale reaches what the forward pass has built."""
-        weights = torch.zeros(len(self.lengths.ints), dtype=torch.float64)
-        for column in (self.feedback.first, self.feedback.second):
-            weights.index_add_(0, column[column >= 0], self.feedback.weight[column >= 0])
-        if self.objective.length_normalize:
-            weights /= torch.tensor(self.lengths.ints)
-        most = self.objective.beta * weights.max().item() if len(weights) else 0.0
-        units = denominator(self.reduction, self.num_units, self.feedback.num_units)
-        return units * (BOOSTED / most) if most else 1.0
 
     def _loss(self, logps: Tensor) -> UnaOutput:
         if capturing(logps.device):

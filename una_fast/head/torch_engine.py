@@ -1,16 +1,19 @@
-"""The two things a device may do its own way: the GEMMs of the head, and the row operations on a tile of logits.
+"""The work that a device may do in its own way: GEMMs, and row operations on a tile of logits.
 
-The loop in passes.py is the same for every engine. Legend: C rows of a chunk, T vocabulary entries of a tile (all V,
-or a slice), D hidden.
+The loop in passes.py is the same for every engine. Legend: C rows of a chunk, T vocabulary entries
+of a tile (all V, or a slice), D hidden.
 
     raw logits   u = W h + bias                                        [C, T], accumulator dtype
     logits       z = softcap * tanh(logit_scale * u / softcap) / temperature
-    gradient     du = coef * (onehot - softmax(z)) * dz/du             over the storage of u, in the GEMMs' dtype
+    gradient     du = coef * (onehot - softmax(z)) * dz/du             over the storage of u, in the
+                                                                       dtype that GEMMs read
 
-A tile is an accumulator-dtype buffer (float32; float64 for float64 operands). GEMMs read bfloat16 and float16 as they
-are where the device can accumulate and return float32 from them (CUDA); elsewhere narrow operands are cast, the weight
-slice by slice. Row operations of this file walk a tile in blocks: on a CPU they stay in its cache, one trip to memory
-instead of one per operation; on a GPU they bound the temporaries.
+A tile is an accumulator-dtype buffer (float32; float64 for float64 operands). GEMMs read bfloat16
+as it is where the device can accumulate and return float32 from it (CUDA); elsewhere narrow
+operands are cast, the weight slice by slice, and float16 operands are cast everywhere: coefficients
+times small probabilities vanish in float16. Row operations of this file walk a tile in blocks: on a
+CPU blocks stay in the cache, one trip to memory instead of one per operation; on a GPU they bound
+the temporaries.
 """
 
 from __future__ import annotations
@@ -23,15 +26,14 @@ import torch
 from torch import Tensor
 
 from una_fast.head.plan import HeadSize, Machine
-from una_fast.head.segment_loss import CallLoss
+from una_fast.head.segment_loss import SegmentLoss
 
 IGNORE = -100  # the target of a row without one
 
 CACHE_BLOCK_BYTES = 1 << 20
-
 GPU_BLOCK_BYTES = 8 << 20
 
-Vocab = tuple[int, int]  # a range of vocabulary entries
+Vocab = tuple[int, int]  # vocabulary entries [start, stop)
 
 
 @dataclass(frozen=True)
@@ -51,44 +53,55 @@ class LogitTransform:
             raise ValueError(f"logit_scale={self.logit_scale} must be finite")
 
     def __call__(self, u: Tensor) -> Tensor:
-        """z of raw logits; u itself where there is nothing to do."""
+        """Return z of raw logits; u itself where z = u."""
         if self.softcap is None:
             scale = self.logit_scale / self.temperature
             return u if scale == 1.0 else u * scale
         return torch.tanh(u * (self.logit_scale / self.softcap)) * (self.softcap / self.temperature)
 
     def apply_(self, u: Tensor) -> Tensor | float:
-        """u becomes z in place; returns dz/du (a number unless there is a softcap)."""
+        """Turn u into z in place, and return dz/du: a number without a softcap, else a tensor."""
         scale = self.logit_scale / self.temperature
         if self.softcap is None:
             if scale != 1.0:
                 u.mul_(scale)
             return scale
-        u.mul_(self.logit_scale / self.softcap).tanh_()
-        slope = (1 - u * u).mul_(scale)
-        u.mul_(self.softcap / self.temperature)
-        return slope
+        # With t = exp(-2|x|), 1 - tanh(x)^2 = 4 t / (1 + t)^2: nothing cancels near the cap.
+        x = u.mul_(self.logit_scale / self.softcap)
+        t = x.abs().mul_(-2).exp_()
+        slope = t / (1 + t).square_()
+        x.tanh_().mul_(self.softcap / self.temperature)
+        return slope.mul_(4 * scale)
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of logits and sums: float64 for float64 operands, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+# --- row operations -------------------------------------------------------------------------------
+
+
 def row_blocks(rows: int, row_bytes: int, device: torch.device) -> Iterator[slice]:
-    """Row ranges whose logits take about one block's bytes."""
+    """Cut rows into ranges of logits that take about the bytes of one block."""
     block = CACHE_BLOCK_BYTES if device.type == "cpu" else GPU_BLOCK_BYTES
     step = max(block // max(row_bytes, 1), 1)
     for start in range(0, rows, step):
         yield slice(start, start + step)
 
 
+def _blocks_of(logits: Tensor) -> Iterator[slice]:
+    rows, vocab = logits.shape
+    return row_blocks(rows, vocab * logits.element_size(), logits.device)
+
+
 def overlay(u: Tensor, dtype: torch.dtype) -> Tensor:
-    """A [C, T] view of `dtype`, no wider than that of u, over the start of every row of u."""
+    """Return a [C, T] view in a narrower (or equal) dtype over the start of every row of u."""
     return u if dtype == u.dtype else u.view(dtype)[:, : u.shape[1]]
 
 
 def _local(targets: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """(which rows have their target in the vocabulary range, its [C, 1] index there or 0)."""
+    """Return which targets lie in a vocabulary range, and the [C, 1] indices there (0 outside)."""
     inside = (targets >= start) & (targets < stop)
     return inside, torch.where(inside, targets - start, 0).unsqueeze(1)
 
@@ -100,19 +113,25 @@ def row_logps(
     bias: Tensor | None = None,
     start: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """(logsumexp over the tile, target logit or 0 where the target lies outside it), both [C]; u is kept.
+    """Return ([C] logsumexp, [C] target logit) over the tile; 0 for a target outside the tile.
 
-    u: [C, T] raw logits of the vocabulary from `start` on; targets: [C] indices into the whole vocabulary;
-    bias: [T], dtype of u."""
+    u: [C, T] raw logits of the vocabulary from `start` on; not changed
+    targets: [C] indices into the whole vocabulary
+    transform: from u to z
+    bias: [T], dtype of u
+    start: first vocabulary entry of the tile
+    """
     inside, local = _local(targets, start, start + u.shape[1])
-    lse, target_logit = u.new_empty(len(u)), u.new_empty(len(u))
-    for rows in row_blocks(len(u), u.shape[1] * u.element_size(), u.device):
-        z = transform(u[rows] if bias is None else u[rows] + bias)
+    lse = u.new_empty(len(u))
+    target_logit = u.new_empty(len(u))
+    for rows in _blocks_of(u):
+        raw = u[rows] if bias is None else u[rows] + bias
+        z = transform(raw)
         top = z.amax(1, keepdim=True)
-        top.masked_fill_(
-            top == -torch.inf, 0.0
-        )  # a slice of masked entries alone: its logsumexp is -inf, not NaN
-        lse[rows] = (z - top).exp_().sum(1).log_().add_(top.squeeze(1))
+        # A slice of masked entries alone has a logsumexp of -inf, not NaN.
+        top.masked_fill_(top == -torch.inf, 0.0)
+        total = (z - top).exp_().sum(1)
+        lse[rows] = total.log_().add_(top.squeeze(1))
         target_logit[rows] = z.gather(1, local[rows]).squeeze(1)
     return lse, torch.where(inside, target_logit, 0.0)
 
@@ -127,60 +146,84 @@ def row_grad_(
     start: int = 0,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """du = coef * (onehot - softmax(z)) * dz/du over the storage of u, which is lost: [C, T] in `dtype` (u's own).
+    """Return du = coef * (onehot - softmax(z)) * dz/du, [C, T], over the storage of u.
 
-    coef, lse: [C], dtype of u; lse is the logsumexp of the whole row. The rest as in row_logps."""
+    u: [C, T] raw logits of the vocabulary from `start` on; lost
+    targets: [C] indices into the whole vocabulary
+    coef: [C] gradients of the loss by the log-probs, dtype of u
+    lse: [C] logsumexp of the whole rows, dtype of u
+    transform: from u to z
+    bias: [T], dtype of u
+    start: first vocabulary entry of the tile
+    dtype: dtype of du, no wider than the dtype of u; None: the dtype of u
+    """
     inside, local = _local(targets, start, start + u.shape[1])
     du = overlay(u, dtype or u.dtype)
-    for rows in row_blocks(len(u), u.shape[1] * u.element_size(), u.device):
+    for rows in _blocks_of(u):
         block = u[rows] if bias is None else u[rows].add_(bias)
         slope = transform.apply_(block)
         c = coef[rows].unsqueeze(1)
         block.sub_(lse[rows].unsqueeze(1)).exp_().mul_(-c)
-        block.scatter_add_(1, local[rows], torch.where(inside[rows].unsqueeze(1), c, 0.0))
+        at_target = torch.where(inside[rows].unsqueeze(1), c, 0.0)
+        block.scatter_add_(1, local[rows], at_target)
         if isinstance(slope, Tensor) or slope != 1.0:
             block.mul_(slope)
+        # The storage of both overlaps: the cast makes a copy in between.
         if du is not u:
-            du[rows] = block.to(du.dtype)  # by way of a copy: the two overlap
+            du[rows] = block.to(du.dtype)
     return du
 
 
 def log_probs(target_logit: Tensor, lse: Tensor, targets: Tensor, vocab: int) -> Tensor:
-    """target_logit - lse; 0 where the target is -100, NaN where it is none of the vocabulary (on a GPU nobody looks at
-    the targets beforehand: that would wait for it)."""
+    """Return target_logit - lse.
+
+    0 where the target is -100, NaN for any other target outside the vocabulary.
+    On a GPU targets are not checked beforehand: a check would wait for the device.
+    """
     outside = (targets < 0) | (targets >= vocab)
-    return torch.where(targets == IGNORE, 0.0, torch.where(outside, math.nan, target_logit - lse))
+    known = torch.where(outside, math.nan, target_logit - lse)
+    return torch.where(targets == IGNORE, 0.0, known)
+
+
+# --- the engine -----------------------------------------------------------------------------------
 
 
 class TorchEngine:
     """Plain PyTorch on any device."""
 
     name = "torch"
-    loss = CallLoss  # how token log-probs become a loss
+    segment_loss = SegmentLoss  # from token log-probs to loss and coefficients
     align = 1  # rows of a tile start at multiples of so many logits
-    quantum = 1  # chunks of more rows than this are multiples of it
+    quantum = 1  # chunks of more rows are multiples of the quantum
     machine: Machine | None = None  # rates of the cost model
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None, transform: LogitTransform, cast_bytes: int
     ) -> None:
-        """weight: [V, D]. bias: [V] or None. cast_bytes: room for a slice of the weight in the accumulator dtype, used
-        where GEMMs need their operands cast."""
+        """Hold a head.
+
+        weight: [V, D]
+        bias: [V], or None
+        transform: from raw logits to logits
+        cast_bytes: room for a slice of the weight in the accumulator dtype, used where operands of
+            GEMMs are cast
+        """
         self.weight = weight.detach()
         self.bias = None if bias is None else bias.detach()
         self.transform = transform
         self.acc = accumulator_dtype(weight.dtype)
-        self.operand = weight.dtype if self._native() else self.acc  # what GEMMs read, du included
+        native = self._native() and weight.dtype != torch.float16
+        self.operand = weight.dtype if native else self.acc  # dtype that GEMMs read, of du too
         self.cast = self.operand != weight.dtype
         row_bytes = weight.shape[1] * self.acc.itemsize
         self.cast_rows = max(cast_bytes // row_bytes, 1)
 
     def _native(self) -> bool:
-        """Whether GEMMs accumulate and return float32 from narrower operands as they are."""
+        """Return whether GEMMs accumulate and return float32 from narrower operands as they are."""
         return self.weight.is_cuda and torch.version.hip is None
 
     def size(self) -> HeadSize:
-        """What the block plan must know."""
+        """Return the sizes that the block plan depends on."""
         return HeadSize(
             *self.weight.shape,
             acc_bytes=self.acc.itemsize,
@@ -192,11 +235,11 @@ class TorchEngine:
         )
 
     def writes(self, dtype: torch.dtype) -> bool:
-        """Whether a GEMM can write this dtype."""
+        """Return whether a GEMM can write a dtype."""
         return dtype in (self.acc, self.operand)
 
     def _weight_slices(self, vocab: Vocab) -> Iterator[tuple[int, int, Tensor]]:
-        """The weight rows of a range in the dtype of the GEMM, with offsets relative to its start."""
+        """Yield rows of the weight in the dtype of GEMMs, with offsets within the range."""
         start, stop = vocab
         step = self.cast_rows if self.cast else max(stop - start, 1)
         for low in range(start, stop, step):
@@ -204,7 +247,7 @@ class TorchEngine:
             yield low - start, high - start, self.weight[low:high].to(self.operand)
 
     def _mm(self, a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
-        """out (+)= a @ b, accumulated in the accumulator dtype and stored in that of `out`."""
+        """Compute out (+)= a @ b, accumulated in the accumulator dtype."""
         widen = {} if out.dtype == a.dtype else {"out_dtype": out.dtype}
         if accumulate:
             torch.addmm(out, a, b, out=out, **widen)
@@ -212,61 +255,80 @@ class TorchEngine:
             torch.mm(a, b, out=out, **widen)
 
     def logits(self, hidden: Tensor, vocab: Vocab, out: Tensor) -> None:
-        """Raw logits without bias. hidden: [C, D]; out: [C, T] for the vocabulary range."""
+        """Write raw logits without bias.
+
+        hidden: [C, D]
+        vocab: range of T vocabulary entries
+        out: [C, T], accumulator dtype
+        """
         hidden = hidden.to(self.operand)
-        for low, high, part in self._weight_slices(vocab):
-            self._mm(hidden, part.T, out[:, low:high])
+        for low, high, weight in self._weight_slices(vocab):
+            self._mm(hidden, weight.T, out[:, low:high])
 
     def hidden_grad(self, du: Tensor, vocab: Vocab, out: Tensor, accumulate: bool = False) -> None:
-        """out [C, D] (+)= du @ W, in a dtype that `writes`."""
-        for low, high, part in self._weight_slices(vocab):
-            self._mm(du[:, low:high], part, out, accumulate or low > 0)
+        """Compute out [C, D] (+)= du @ W, in a dtype that the engine `writes`."""
+        for low, high, weight in self._weight_slices(vocab):
+            self._mm(du[:, low:high], weight, out, accumulate or low > 0)
 
     def weight_grad(
         self, du: Tensor, hidden: Tensor, out: Tensor, accumulate: bool = False
     ) -> None:
-        """out [T, D] (+)= du^T @ hidden, in the accumulator dtype."""
+        """Compute out [T, D] (+)= du^T @ hidden, in the accumulator dtype."""
         self._mm(du.T, hidden.to(self.operand), out, accumulate)
 
     def row_logps(self, u: Tensor, targets: Tensor, vocab: Vocab) -> tuple[Tensor, Tensor]:
-        """row_logps of a tile over the vocabulary range."""
+        """Return ([C] logsumexp, [C] target logit) of a tile over a vocabulary range."""
         return row_logps(u, targets, self.transform, self._bias(vocab), vocab[0])
 
     def row_grad_(
         self, u: Tensor, targets: Tensor, vocab: Vocab, coef: Tensor, lse: Tensor
     ) -> Tensor:
-        """du of a tile over the vocabulary range, for GEMMs to read, over the storage of u."""
-        return row_grad_(
-            u, targets, coef, lse, self.transform, self._bias(vocab), vocab[0], self.operand
-        )
+        """Return du of a tile over a vocabulary range, for GEMMs to read, over the storage of u."""
+        bias = self._bias(vocab)
+        return row_grad_(u, targets, coef, lse, self.transform, bias, vocab[0], self.operand)
 
     def row_logps_grad_(
         self, u: Tensor, targets: Tensor, coef: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(lse, target logit, du) of a tile over the whole vocabulary whose coef is known beforehand."""
-        lse, target_logit = u.new_empty(len(u)), u.new_empty(len(u))
+        """Return ([C] logsumexp, [C] target logit, du) of a tile over the whole vocabulary.
+
+        u: [C, V] raw logits; lost
+        targets: [C]
+        coef: [C], known beforehand
+        """
+        lse = u.new_empty(len(u))
+        target_logit = u.new_empty(len(u))
         vocab = (0, u.shape[1])
-        for rows in row_blocks(len(u), u.shape[1] * u.element_size(), u.device):
+        for rows in _blocks_of(u):
             lse[rows], target_logit[rows] = self.row_logps(u[rows], targets[rows], vocab)
             self.row_grad_(u[rows], targets[rows], vocab, coef[rows], lse[rows])
         return lse, target_logit, overlay(u, self.operand)
 
     def linear_logps(
-        self, hidden: Tensor, targets: Tensor, budget: int, *, only_if_faster: bool
+        self, hidden: Tensor, targets: Tensor, budget: int
     ) -> tuple[Tensor, Tensor] | None:
-        """(lse, target logit) of rows over the whole vocabulary without a tile of logits, in `budget` bytes; None where
-        the engine has no such way, or not one known to beat whole rows of logits."""
+        """Return ([C] logsumexp, [C] target logit) without a tile of logits, in `budget` bytes.
+
+        None where the engine has no such way.
+        """
         return None
 
     @staticmethod
     def gather(logits: Tensor, targets: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor]:
-        """(log-prob, logsumexp), both [M], of logits [M, V] that the caller holds; a target of -100 gives 0."""
+        """Return ([M] log-probs, [M] logsumexp) of logits that the caller holds.
+
+        logits: [M, V]
+        targets: [M]; -100 gives a log-prob of 0
+        transform: from logits to the logits of the softmax
+        """
+        rows, vocab = logits.shape
         acc = accumulator_dtype(logits.dtype)
-        logps = torch.empty(len(logits), dtype=acc, device=logits.device)
-        lse = torch.empty_like(logps)
-        for rows in row_blocks(len(logits), logits.shape[1] * acc.itemsize, logits.device):
-            lse[rows], logps[rows] = row_logps(logits[rows].to(acc), targets[rows], transform)
-        return log_probs(logps, lse, targets, logits.shape[1]), lse
+        target_logit = torch.empty(rows, dtype=acc, device=logits.device)
+        lse = torch.empty_like(target_logit)
+        for block in row_blocks(rows, vocab * acc.itemsize, logits.device):
+            wide = logits[block].to(acc)
+            lse[block], target_logit[block] = row_logps(wide, targets[block], transform)
+        return log_probs(target_logit, lse, targets, vocab), lse
 
     @staticmethod
     def gather_grad(
@@ -277,11 +339,20 @@ class TorchEngine:
         transform: LogitTransform,
         out: Tensor,
     ) -> None:
-        """out = upstream * d logp / d logits, [M, V]; out may be the logits."""
+        """Write out = upstream * d logp / d logits.
+
+        logits: [M, V]
+        targets: [M]
+        lse: [M] logsumexp that `gather` returned
+        upstream: [M] gradients of the log-probs
+        transform: as in `gather`
+        out: [M, V]; may be the logits
+        """
         coef = torch.where(targets == IGNORE, 0.0, upstream)
-        for rows in row_blocks(len(logits), logits.shape[1] * lse.element_size(), logits.device):
-            u = logits[rows].to(lse.dtype, copy=True)
-            out[rows] = row_grad_(u, targets[rows], coef[rows], lse[rows], transform)
+        rows, vocab = logits.shape
+        for block in row_blocks(rows, vocab * lse.element_size(), logits.device):
+            u = logits[block].to(lse.dtype, copy=True)
+            out[block] = row_grad_(u, targets[block], coef[block], lse[block], transform)
 
     def _bias(self, vocab: Vocab) -> Tensor | None:
         return None if self.bias is None else self.bias[slice(*vocab)].to(self.acc)

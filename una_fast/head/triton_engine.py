@@ -1,8 +1,9 @@
-"""The fused head on the Triton kernels: cuBLAS for the GEMMs, one launch per chunk for the row operations.
+"""The fused head on the Triton kernels: cuBLAS for GEMMs, one launch per chunk for row operations.
 
-Per chunk of C rows: a GEMM writes float32 logits u into the one buffer; a row kernel reads them for the logsumexp and
-again for the gradient du, which it writes over their storage in the dtype of the weight; two GEMMs read du. Nothing
-else has V columns. The loss and the coefficients of all responses are two launches. No step waits for the device.
+Per chunk of C rows: a GEMM writes float32 logits u into the one buffer; a row kernel reads u for
+the logsumexp and again for the gradient du, and writes du over the storage of u in the dtype of the
+weight; two GEMMs read du. Nothing else has V columns. The loss and the coefficients of all
+responses are two launches. No step waits for the device.
 """
 
 from __future__ import annotations
@@ -12,20 +13,24 @@ from torch import Tensor
 
 from una_fast.head.constants import kept_on_device
 from una_fast.head.plan import HOPPER
-from una_fast.head.segment_loss import CallLoss, Lengths
+from una_fast.head.segment_loss import Lengths, SegmentLoss
 from una_fast.head.torch_engine import LogitTransform, TorchEngine, Vocab
 from una_fast.kernels import gather, gemm, logp_partials, rowgrad, una_loss
 from una_fast.losses import UnaOutput, denominator
 
+COLUMNS = ("kind", "first", "second", "value", "margin", "weight", "offset")  # of Feedback
 
-class TritonCallLoss(CallLoss):
+
+class TritonSegmentLoss(SegmentLoss):
     """The loss kernel where it has every form of the objective; else losses.py on the [S] sums."""
 
     @staticmethod
     def sums(lengths: Lengths, tokens: Tensor) -> Tensor:
-        return una_loss.segment_sums(tokens, lengths.cu_tensor)[0]
+        """Return the [S] float64 sums of [N] token log-probs, in one launch."""
+        return una_loss.segment_sums(tokens, lengths.cu_tensor)
 
     def output(self, tokens: Tensor) -> UnaOutput:
+        """Return the result of the call, in two launches."""
         if not self._has_kernel:
             return super().output(tokens)
         logps = self.sums(self.lengths, tokens)
@@ -33,6 +38,7 @@ class TritonCallLoss(CallLoss):
         return UnaOutput(out.loss, logps, self.ref_logps.clone(), out.rewards, out.unit_losses)
 
     def coefficients(self, tokens: Tensor) -> Tensor:
+        """Return the [S] float64 gradients dL/dlogps, in two launches."""
         if not self._has_kernel:
             return super().coefficients(tokens)
         return self._losses(self.sums(self.lengths, tokens)).coef
@@ -47,18 +53,20 @@ class TritonCallLoss(CallLoss):
 
     def _losses(self, logps: Tensor) -> una_loss.UnaLosses:
         units = denominator(self.reduction, self.num_units, self.feedback.num_units)
-        on_device = units.to(logps.device, non_blocking=True) if isinstance(units, Tensor) else None
-        feedback = tuple(
-            tuple(getattr(self.feedback, name).tolist())
-            for name in ("kind", "first", "second", "value", "margin", "weight", "offset")
-        )
+        on_device = None
+        number = 1.0
+        # A denominator on the device is divided by there; reading it would wait.
+        if isinstance(units, Tensor):
+            on_device = units.to(logps.device, non_blocking=True)
+        else:
+            number = float(units)
         table = _unit_table(
-            feedback,
+            tuple(tuple(getattr(self.feedback, name).tolist()) for name in COLUMNS),
             self.lengths.ints,
             self.objective.beta,
             self.objective.offset,
             self.objective.length_normalize,
-            1.0 if on_device is not None else float(units),
+            number,
             logps.device,
         )
         return una_loss.una_losses(
@@ -76,6 +84,14 @@ def _unit_table(
     units: float,
     device: torch.device,
 ) -> una_loss.UnitTable:
+    """Build the kernel's table of units.
+
+    feedback: COLUMNS of the feedback
+    lengths: tokens per response
+    beta, constant, length_normalize: of the objective
+    units: denominator of the loss
+    device: of the table
+    """
     columns = [torch.tensor(values, dtype=torch.int64) for values in feedback[:3]]
     columns += [torch.tensor(values, dtype=torch.float64) for values in feedback[3:]]
     return una_loss.unit_table(
@@ -93,7 +109,7 @@ class TritonEngine(TorchEngine):
     """CUDA, and ROCm by construction; float32, bfloat16 and float16 operands."""
 
     name = "triton"
-    loss = TritonCallLoss
+    segment_loss = TritonSegmentLoss
     align = 64  # 16-byte loads of any row, and of the narrower gradient over it, whatever V is
     quantum = 128  # rows of a GEMM tile
     machine = HOPPER
@@ -102,45 +118,53 @@ class TritonEngine(TorchEngine):
         return True
 
     def _mm(self, a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
-        if torch.version.hip and out.dtype != a.dtype:  # its torch.mm has no out_dtype
+        # torch.mm has no out_dtype on ROCm.
+        if torch.version.hip and out.dtype != a.dtype:
             gemm.mm(a, b, out, accumulate=accumulate)
         else:
             super()._mm(a, b, out, accumulate)
 
     def row_logps(self, u: Tensor, targets: Tensor, vocab: Vocab) -> tuple[Tensor, Tensor]:
+        """Return ([C] logsumexp, [C] target logit) of a tile over a vocabulary range."""
         return rowgrad.row_logps(u, targets, **self._options(vocab))
 
     def row_grad_(
         self, u: Tensor, targets: Tensor, vocab: Vocab, coef: Tensor, lse: Tensor
     ) -> Tensor:
+        """Return du of a tile over a vocabulary range, over the storage of u."""
         return rowgrad.row_grad(u, targets, coef, lse, dtype=self.operand, **self._options(vocab))
 
     def row_logps_grad_(
         self, u: Tensor, targets: Tensor, coef: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return rowgrad.row_logps_grad(
-            u, targets, coef, dtype=self.operand, **self._options((0, u.shape[1]))
-        )
+        """Return ([C] logsumexp, [C] target logit, du) of a tile over all V, in one launch."""
+        options = self._options((0, u.shape[1]))
+        return rowgrad.row_logps_grad(u, targets, coef, dtype=self.operand, **options)
 
     def linear_logps(
-        self, hidden: Tensor, targets: Tensor, budget: int, *, only_if_faster: bool
+        self, hidden: Tensor, targets: Tensor, budget: int
     ) -> tuple[Tensor, Tensor] | None:
-        """The fused linear kernel, as many rows at a time as its partial sums allow."""
+        """Return ([C] logsumexp, [C] target logit) by the fused linear kernel.
+
+        As many rows at a time as the partial sums of `budget` bytes allow. None for a weight with
+        entries that do not lie together.
+        """
         if self.weight.stride(1) != 1:
             return None
-        if only_if_faster and not logp_partials.is_faster(hidden.device, hidden.shape[1]):
-            return None
+        bias = None if self.bias is None else self.bias.contiguous()
         step = max(budget // logp_partials.row_bytes(hidden.device, self.weight), 1)
-        parts = [
-            logp_partials.linear_logps(
-                rows.contiguous(), self.weight, labels, **self._options((0, len(self.weight)))
+        lse, target_logit = [], []
+        for rows, labels in zip(hidden.split(step), targets.split(step), strict=True):
+            stats = logp_partials.linear_logps(
+                rows.contiguous(), self.weight, labels, bias=bias, **vars(self.transform)
             )
-            for rows, labels in zip(hidden.split(step), targets.split(step), strict=True)
-        ]
-        return tuple(map(torch.cat, zip(*parts, strict=True)))
+            lse.append(stats[0])
+            target_logit.append(stats[1])
+        return torch.cat(lse), torch.cat(target_logit)
 
     @staticmethod
     def gather(logits: Tensor, targets: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor]:
+        """Return ([M] log-probs, [M] logsumexp) of logits that the caller holds."""
         return gather.gather_logps(_rows(logits), targets, transform.temperature)
 
     @staticmethod
@@ -152,13 +176,10 @@ class TritonEngine(TorchEngine):
         transform: LogitTransform,
         out: Tensor,
     ) -> None:
+        """Write out = upstream * d logp / d logits; out may be the logits."""
+        target = out if _rows(out) is out else None
         grad = gather.gather_logps_backward(
-            _rows(logits),
-            targets,
-            lse,
-            upstream,
-            transform.temperature,
-            out=out if _rows(out) is out else None,
+            _rows(logits), targets, lse, upstream, transform.temperature, out=target
         )
         if grad is not out:
             out.copy_(grad)
@@ -169,5 +190,7 @@ class TritonEngine(TorchEngine):
 
 
 def _rows(logits: Tensor) -> Tensor:
-    """Logits as the row kernels read them: one after another along the vocabulary."""
-    return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
+    """Return logits that lie together along the vocabulary, as the row kernels read them."""
+    if logits.stride(1) == 1 or logits.shape[1] == 1:
+        return logits
+    return logits.contiguous()

@@ -1,9 +1,9 @@
-"""How a model turns hidden states into logits, found by measurement.
+"""Find by measurement how a model turns hidden states into logits.
 
-    z = softcap * tanh(logit_scale * (W h + bias) / softcap)
+    z = softcap * tanh(logit_scale * (W h + bias) / softcap)        without a softcap: the argument
 
-A model is not trusted to be of this form. The probe compares candidates with the model's own logits, and refuses what
-does not fit.
+A model is not trusted to be of such a form. The probe compares candidates with the model's own
+logits, and refuses a model without a fitting candidate.
 """
 
 from __future__ import annotations
@@ -25,168 +25,222 @@ from transformers import PreTrainedModel
 _SOFTCAP_NAME = re.compile(r"soft_?cap")
 _SCALE_NAME = re.compile(r"scal|multiplier|mup")
 _PROBE_TOKENS = 16
+_ADAPTED = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 
 def backbone(causal_lm: PreTrainedModel) -> nn.Module:
+    """Return the model under the head; ValueError for a model class without one."""
     found = getattr(causal_lm, causal_lm.base_model_prefix or "_none", None)
     if not isinstance(found, nn.Module):
         raise ValueError(
-            f"{type(causal_lm).__name__} has no backbone (base_model_prefix is {causal_lm.base_model_prefix!r}); it "
-            "cannot be scored"
+            f"{type(causal_lm).__name__} has no backbone (base_model_prefix is "
+            f"{causal_lm.base_model_prefix!r}); it cannot be scored"
         )
     return found
 
 
 def hidden_states(causal_lm: PreTrainedModel, **inputs: Any) -> Tensor:
-    """[B, T, D]"""
+    """Return the last hidden states [B, T, D], the input of the head."""
     return backbone(causal_lm)(**inputs, use_cache=False, return_dict=True)[0]
 
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """How a model turns hidden states into logits: z = softcap * tanh(logit_scale * (W h + bias) / softcap)."""
+    """The form of a head: z = softcap * tanh(logit_scale * (W h + bias) / softcap)."""
 
     causal_lm: PreTrainedModel = field(repr=False)
-    """The model whose output embedding is read."""
+    """The model with the output embedding."""
     softcap: float | None = None
-    """Final softcap; None where there is none."""
+    """Final softcap; None: no cap."""
     logit_scale: float = 1.0
     """Factor on W h + bias."""
 
     # Read at every use: FSDP replaces the tensors.
     @property
     def weight(self) -> Tensor:
-        """[V, D], V the size of the logits."""
+        """Return W [V, D], V the size of the logits."""
         return self.causal_lm.get_output_embeddings().weight
 
     @property
     def bias(self) -> Tensor | None:
-        """[V], or None."""
+        """Return the bias [V], if any."""
         return getattr(self.causal_lm.get_output_embeddings(), "bias", None)
 
 
 @torch.no_grad()
 def probe_head(causal_lm: PreTrainedModel) -> HeadSpec:
-    """Find softcap and logit_scale among the numbers of the config by comparison with the model's own logits.
+    """Find softcap and logit_scale by comparison with the model's own logits.
 
-    The model runs on 16 random tokens; the hidden states that enter its head are stretched to logits from 0.3 to 300,
-    so that a softcap shows even in an untrained model, and a head bias is replaced by a random one for the probe.
-    Leaves weights, train/eval flags and random state as they were. Raises ValueError, naming the class, when no
-    candidate reproduces the logits.
+    Candidates are made from the numbers of the config. The model runs on 16 random tokens; the
+    hidden states are stretched, in front of the head, to logits from 0.3 to 300, so that a softcap
+    shows even in an untrained model, and a head bias is replaced by random numbers for the probe.
+    Weights, train/eval flags and random state are restored.
+
+    ValueError, by the name of the class, when no candidate reproduces the logits.
     """
-    name, head = type(causal_lm).__name__, _plain_head(causal_lm)
+    head = _plain_head(causal_lm)
     tolerance = max(1e-5, torch.finfo(head.weight.dtype).eps)
     devices = [head.weight.device] if head.weight.is_cuda else []
     with torch.random.fork_rng(devices=devices), _evaluating(causal_lm), _random_bias(head):
         hidden, logits, drift = _observe(causal_lm, head)
-        if logits.shape[-1] != head.weight.shape[0]:
-            raise ValueError(
-                f"{name} gives {logits.shape[-1]} logits from a head of {head.weight.shape[0]} rows (a trimmed "
-                "or padded vocabulary); this model class cannot be scored"
-            )
-        if not drift <= tolerance:
-            raise ValueError(
-                f"{name} does not give its backbone the plain inputs: hidden states differ by {drift:.1e} (relative, "
-                f"allowed {tolerance:.0e}); this model class cannot be scored"
-            )
+        _check_observed(causal_lm, head, logits, drift, tolerance)
         raw = F.linear(hidden, head.weight, getattr(head, "bias", None)).float()
-        errors = {
-            form: _row_error(_shape_logits(raw, *form), logits.float())
-            for form in _candidates(causal_lm.config)
-        }
-    (softcap, logit_scale), error = min(errors.items(), key=lambda item: item[1])
-    if error > tolerance:
+        errors = {}
+        for form in _candidates(causal_lm.config):
+            errors[form] = _row_error(_shape_logits(raw, *form), logits.float())
+    softcap, logit_scale = best = min(errors, key=errors.get)
+    if errors[best] > tolerance:
         raise ValueError(
-            f"{name} computes its logits in an unknown way: the closest of {len(errors)} forms, softcap={softcap} and "
-            f"logit_scale={logit_scale:g}, is off by {error:.1e} (relative, allowed {tolerance:.0e}); this model class "
-            "cannot be scored"
+            f"{type(causal_lm).__name__} computes its logits in an unknown way: the closest of "
+            f"{len(errors)} forms, softcap={softcap} and logit_scale={logit_scale:g}, is off by "
+            f"{errors[best]:.1e} (relative, allowed {tolerance:.0e}); this model class cannot be "
+            "scored"
         )
     return HeadSpec(causal_lm, softcap, logit_scale)
 
 
-def _plain_head(causal_lm: PreTrainedModel) -> nn.Module:
-    """The output embedding; refused when it is missing, adapted, or changed through a tied, adapted embedding."""
-    name, head = type(causal_lm).__name__, causal_lm.get_output_embeddings()
-    if getattr(head, "weight", None) is None and not isinstance(
-        head, (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    ):
+def _check_observed(
+    causal_lm: PreTrainedModel,
+    head: nn.Module,
+    logits: Tensor,
+    drift: float,
+    tolerance: float,
+) -> None:
+    """Check the number of logits, and the hidden states of the model's own forward."""
+    name = type(causal_lm).__name__
+    if logits.shape[-1] != head.weight.shape[0]:
         raise ValueError(
-            f"{name} has no output embedding (get_output_embeddings() is {head}); it cannot be scored"
+            f"{name} gives {logits.shape[-1]} logits from a head of {head.weight.shape[0]} rows "
+            "(a trimmed or padded vocabulary); this model class cannot be scored"
         )
-    embedding, tied = causal_lm.get_input_embeddings(), False
-    if isinstance(embedding, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-        tied = bool(causal_lm.config.get_text_config().tie_word_embeddings)
-    if tied or isinstance(head, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+    if not drift <= tolerance:
         raise ValueError(
-            f"{name} has an adapted head ({type(embedding if tied else head).__name__}{', tied' if tied else ''}); "
-            "leave the output embedding, and an input embedding tied to it, out of target_modules and modules_to_save"
+            f"{name} does not give its backbone the plain inputs: hidden states differ by "
+            f"{drift:.1e} (relative, allowed {tolerance:.0e}); this model class cannot be scored"
+        )
+
+
+def _plain_head(causal_lm: PreTrainedModel) -> nn.Module:
+    """Return the output embedding.
+
+    ValueError for a model without one, and for an adapter on it or on a tied input embedding.
+    """
+    name = type(causal_lm).__name__
+    head = causal_lm.get_output_embeddings()
+    if getattr(head, "weight", None) is None and not isinstance(head, _ADAPTED):
+        raise ValueError(
+            f"{name} has no output embedding (get_output_embeddings() is {head}); it cannot be "
+            "scored"
+        )
+    embedding = causal_lm.get_input_embeddings()
+    adapted = None
+    if isinstance(head, _ADAPTED):
+        adapted = type(head).__name__
+    if isinstance(embedding, _ADAPTED) and causal_lm.config.get_text_config().tie_word_embeddings:
+        adapted = f"{type(embedding).__name__}, tied"
+    if adapted is not None:
+        raise ValueError(
+            f"{name} has an adapted head ({adapted}); leave the output embedding, and an input "
+            "embedding tied to it, out of target_modules and modules_to_save"
         )
     return head
 
 
 def _observe(causal_lm: PreTrainedModel, head: nn.Module) -> tuple[Tensor, Tensor, float]:
-    """Stretched hidden states [16, D], the model's own logits of them [16, V'], and how far the hidden states of the
-    model's own forward are from those of scoring (relative)."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(
-        causal_lm.get_input_embeddings().weight.shape[0], (1, _PROBE_TOKENS), generator=generator
-    )
-    tokens = tokens.to(head.weight.device)
-    positions = torch.arange(_PROBE_TOKENS, device=tokens.device)[None]
-    inputs = {
-        "input_ids": tokens,
-        "attention_mask": torch.ones_like(tokens),
-        "position_ids": positions,
-    }
+    """Run the model on random tokens, with hidden states stretched in front of the head.
+
+    Returns the stretched hidden states [16, D], the model's own logits of the stretched states
+    [16, V'], and the relative distance between hidden states in the model's own forward and hidden
+    states in scoring.
+    """
+    inputs = _probe_inputs(causal_lm, head.weight.device)
     scored = hidden_states(causal_lm, **inputs)
-    seen: list[Tensor] = []
-
-    def stretch(module: nn.Module, args: tuple, output: Any) -> Any:
-        if seen:
-            return output
-        size = F.linear(output[0], head.weight).float().pow(2).mean(-1, keepdim=True).sqrt()
-        target = torch.logspace(-0.5, 2.5, _PROBE_TOKENS, device=size.device)[:, None]
-        seen.extend((output[0], output[0] * (target / size).to(output[0].dtype)))
-        if isinstance(output, tuple):
-            return (seen[1], *output[1:])
-        output.last_hidden_state = seen[1]
-        return output
-
-    # OPT calls the decoder inside its backbone, so both are watched, and the first to return is stretched.
-    handles = [
-        module.register_forward_hook(stretch)
-        for module in {backbone(causal_lm), causal_lm.get_decoder()}
-    ]
+    stretch = _Stretch(head.weight)
+    # OPT calls the decoder inside its backbone: both are watched, the first to return is stretched.
+    watched = {backbone(causal_lm), causal_lm.get_decoder()}
+    handles = [module.register_forward_hook(stretch) for module in watched]
     try:
         logits = causal_lm(**inputs, use_cache=False, return_dict=True).logits
     finally:
         for handle in handles:
             handle.remove()
-    if not seen:
+    if stretch.seen is None:
         raise ValueError(
-            f"{type(causal_lm).__name__} does not call its {causal_lm.base_model_prefix}; it cannot be scored"
+            f"{type(causal_lm).__name__} does not call its {causal_lm.base_model_prefix}; it "
+            "cannot be scored"
         )
-    return (
-        seen[1].flatten(0, 1),
-        logits.flatten(0, 1),
-        _row_error(scored[0].float(), seen[0][0].float()),
-    )
+    drift = _row_error(scored[0].float(), stretch.seen[0].float())
+    return stretch.stretched.flatten(0, 1), logits.flatten(0, 1), drift
+
+
+def _probe_inputs(causal_lm: PreTrainedModel, device: torch.device) -> dict[str, Tensor]:
+    """Return ids, mask and positions [1, 16] of a sequence of random tokens."""
+    vocabulary = causal_lm.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocabulary, (1, _PROBE_TOKENS), generator=generator).to(device)
+    return {
+        "input_ids": tokens,
+        "attention_mask": torch.ones_like(tokens),
+        "position_ids": torch.arange(_PROBE_TOKENS, device=device)[None],
+    }
+
+
+class _Stretch:
+    """A forward hook: the first output is stretched to logits from 0.3 to 300, row by row."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+        self.seen: Tensor | None = None
+        self.stretched: Tensor | None = None
+
+    def __call__(
+        self,
+        module: nn.Module,
+        args: tuple,
+        output: Any,
+    ) -> Any:
+        """Return the first output with stretched hidden states, later outputs unchanged."""
+        if self.seen is not None:
+            return output
+        self.seen = output[0]  # [1, 16, D]
+        size = F.linear(self.seen, self.weight).float().pow(2).mean(-1, keepdim=True).sqrt()
+        target = torch.logspace(-0.5, 2.5, _PROBE_TOKENS, device=size.device)[:, None]
+        self.stretched = self.seen * (target / size).to(self.seen.dtype)
+        if isinstance(output, tuple):
+            return (self.stretched, *output[1:])
+        output.last_hidden_state = self.stretched
+        return output
 
 
 def _candidates(config: Any) -> list[tuple[float | None, float]]:
-    """(softcap, logit_scale) from every number of the config with such a name; the plain form first. Families
-    disagree on the meaning of one name (Granite divides by logits_scaling, HyperCLOVA X multiplies), so both are
-    tried; MiniCPM divides the hidden state by hidden_size / dim_model_base."""
+    """Return (softcap, logit_scale) from every number of a config with such a name.
+
+    The plain form comes first. Families disagree on the meaning of a name (Granite divides by
+    logits_scaling, HyperCLOVA X multiplies), so both are tried. MiniCPM divides the hidden state by
+    hidden_size / dim_model_base.
+    """
     config = config.get_text_config()
-    numbers = {
-        k: float(v) for k, v in config.to_dict().items() if is_number(v) and 0 < v < math.inf
-    }
-    softcaps = [None, *(v for k, v in numbers.items() if _SOFTCAP_NAME.search(k))]
-    factors = [v for k, v in numbers.items() if _SCALE_NAME.search(k) or k == "logit_scale"]
-    if "dim_model_base" in numbers:
-        factors.append(numbers["dim_model_base"] / config.hidden_size)
-    scales = [1.0, *factors, *(1 / v for v in factors)]
-    return list(dict.fromkeys((softcap, scale) for scale in scales for softcap in softcaps))
+    softcaps: list[float | None] = [None]
+    factors: list[float] = []
+    fields = config.to_dict()
+    for name, value in fields.items():
+        if not _is_factor(value):
+            continue
+        if _SOFTCAP_NAME.search(name):
+            softcaps.append(float(value))
+        if _SCALE_NAME.search(name) or name == "logit_scale":
+            factors.append(float(value))
+    if _is_factor(fields.get("dim_model_base")):
+        factors.append(float(fields["dim_model_base"]) / config.hidden_size)
+    scales = [1.0, *factors, *(1 / factor for factor in factors)]
+    forms = {}  # in order, without repeats
+    for scale in scales:
+        forms |= {(softcap, scale): None for softcap in softcaps}
+    return list(forms)
+
+
+def _is_factor(value: object) -> bool:
+    return is_number(value) and 0 < value < math.inf
 
 
 def _shape_logits(raw: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
@@ -195,17 +249,19 @@ def _shape_logits(raw: Tensor, softcap: float | None, logit_scale: float) -> Ten
 
 
 def _row_error(ours: Tensor, truth: Tensor) -> float:
-    """The largest relative error of a row (2-norm); infinite where it is not a number."""
+    """Return the largest relative error of a row (2-norm); infinity for NaN."""
     error = (ours - truth).norm(dim=-1) / truth.norm(dim=-1)
     return float(error.nan_to_num(math.inf).max())
 
 
 def is_number(value: object) -> bool:
+    """Return whether a value is an int or a float, and no bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in eval mode inside the block, and restore the flags of all modules."""
     flags = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -217,7 +273,10 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _random_bias(head: nn.Module) -> Iterator[None]:
-    """A fresh head has a zero bias: replace it, so that one which is ignored or scaled by itself shows."""
+    """Replace the bias of a head inside the block: a fresh head has a zero bias.
+
+    A bias ignored by the model, or scaled by itself, shows then.
+    """
     bias = getattr(head, "bias", None)
     if bias is None:
         yield

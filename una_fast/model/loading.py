@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -20,81 +18,73 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from una_fast.logs import say_once
 from una_fast.model.head_probe import is_number
-
-if TYPE_CHECKING:
-    pass
-
 
 logger = logging.getLogger(__name__)
 
-
 _DROPOUT_NAME = re.compile(r"dropout|pdrop|drop_path|drop_rate|layerdrop|jitter")
-
-
-# --- loading ---------------------------------------------------------------------------------------------------------
-
-
-def _resolve(path: str | os.PathLike[str], what: str) -> str:
-    """The absolute path of a local directory, or the hub name as given. A local path must be a directory."""
-    text = str(path)
-    expanded = Path(text).expanduser()
-    if expanded.is_dir():
-        return str(expanded.resolve())
-    if (
-        expanded.is_absolute()
-        or text.startswith(("./", "../", "~"))
-        or Path(expanded.parts[0]).exists()
-    ):
-        raise ValueError(
-            f"{what} directory {text} does not exist; give a directory in Hugging Face form (config.json, tokenizer "
-            "files, *.safetensors), or a hub name such as org/name"
-        )
-    return text
-
-
-@functools.cache
-def _log_once(message: str) -> None:
-    logger.info(message)
 
 
 def load_tokenizer(
     path: str | os.PathLike[str], *, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory or hub name. Without a pad token, eos pads (lengths, not ids, mark padding).
+    """Load the tokenizer of a model directory or hub name.
 
-    Raises ValueError for a directory that does not exist and for a tokenizer without an end-of-sequence token.
+    Without a pad token, eos pads (lengths, not ids, mark padding). ValueError for a directory that
+    does not exist and for a tokenizer without an end-of-sequence token.
     """
     tokenizer = AutoTokenizer.from_pretrained(
-        _resolve(path, "tokenizer"), trust_remote_code=trust_remote_code
+        _find(path, "tokenizer"), trust_remote_code=trust_remote_code
     )
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            f"the tokenizer of {path} has no eos token, and every response must end with one; set eos_token in its "
-            "tokenizer_config.json to a token of its vocabulary"
+            f"the tokenizer of {path} has no eos token, and every response must end with one; set "
+            "eos_token in its tokenizer_config.json to a token of its vocabulary"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-        _log_once(
+        message = (
             f"the tokenizer of {path} has no pad token; its eos token {tokenizer.eos_token!r} pads"
         )
+        say_once(logging.INFO, message, logger)
     return tokenizer
 
 
+def _find(path: str | os.PathLike[str], kind: str) -> str:
+    """Return the absolute path of a local directory, or a hub name as given.
+
+    path: a directory or a hub name
+    kind: kind of the content, for the message
+
+    ValueError for a local path without a directory.
+    """
+    text = str(path)
+    expanded = Path(text).expanduser()
+    if expanded.is_dir():
+        return str(expanded.resolve())
+    looks_local = expanded.is_absolute() or text.startswith(("./", "../", "~"))
+    if looks_local or Path(expanded.parts[0]).exists():
+        raise ValueError(
+            f"{kind} directory {text} does not exist; give a directory in Hugging Face form "
+            "(config.json, tokenizer files, *.safetensors), or a hub name such as org/name"
+        )
+    return text
+
+
 def model_and_adapter(path: str | os.PathLike[str]) -> tuple[str, str | None]:
-    """(the model, the PEFT adapter directory that is on it, if `path` is one)."""
-    path = _resolve(path, "model")
+    """Return the model of a path, and the path itself if it is a PEFT adapter directory."""
+    path = _find(path, "model")
     if not (Path(path) / "adapter_config.json").is_file():
         return path, None
     config = PeftConfig.from_pretrained(path)
     if config.is_prompt_learning:
         raise ValueError(
-            f"{path} holds a {config.peft_type} adapter; adapters inside the layers (LoRA) are allowed"
+            f"{path} holds a {config.peft_type} adapter; adapters inside the layers (LoRA) are "
+            "allowed"
         )
-    return _resolve(
-        config.base_model_name_or_path,
-        f"{path}/adapter_config.json: base_model_name_or_path, model",
-    ), path
+    kind = f"{path}/adapter_config.json: base_model_name_or_path, model"
+    return _find(config.base_model_name_or_path, kind), path
 
 
 def outline(
@@ -129,10 +119,16 @@ def load_causal_lm(
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
 ) -> PreTrainedModel | PeftModel:
-    """A causal language model without dropout, or, from a PEFT adapter directory, its base with the adapter trainable.
+    """Load a causal language model without dropout.
 
-    Raises ValueError for a directory that does not exist and for adapters that are not inside the layers (prompt
-    tuning and the like).
+    path: model directory, hub name, or PEFT adapter directory (the base is loaded, and the adapter
+        is trainable)
+    dtype: dtype of the weights; adapters are float32
+    trust_remote_code: run model code that comes with the weights
+    attn_implementation: attention of transformers; default: the model's
+
+    ValueError for a directory that does not exist and for adapters that are not inside the layers
+    (prompt tuning and the like).
     """
     path, adapter = model_and_adapter(path)
     model = AutoModelForCausalLM.from_pretrained(
@@ -148,7 +144,10 @@ def load_causal_lm(
 
 
 def remove_dropout(model: nn.Module) -> None:
-    """Set every dropout (and router jitter) to 0: the implicit reward compares two deterministic log-probs."""
+    """Set every dropout (and router jitter) of a model to 0.
+
+    The implicit reward compares two deterministic log-probs.
+    """
     modules = list(model.modules())
     configs = {id(m.config): m.config for m in modules if hasattr(m, "config")}
     configs |= {id(c): c for c in getattr(model, "peft_config", {}).values()}

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
-if TYPE_CHECKING:
-    from una_fast.model.settings import LoraOptions
-
-
-# --- LoRA ------------------------------------------------------------------------------------------------------------
+from una_fast.model.settings import LoraOptions
 
 
 def add_lora(model: PreTrainedModel, options: LoraOptions) -> PeftModel:
-    """Freeze the model and add trainable adapters, in float32 whatever the dtype of the model."""
+    """Freeze a model of any dtype, and add trainable adapters in float32."""
     config = LoraConfig(
         r=options.r,
         lora_alpha=options.alpha,
@@ -34,7 +26,14 @@ def add_lora(model: PreTrainedModel, options: LoraOptions) -> PeftModel:
 def cast_outside_autocast(
     layer: BaseTunerLayer, x: Tensor | None, dtype: torch.dtype
 ) -> Tensor | None:
-    """For peft's layers: under autocast the product casts its operands; peft would first copy x, [T, D], to fp32."""
+    """Cast the input of an adapter, but not under autocast: a method for layers of peft.
+
+    layer: an adapted layer
+    x: input of the layer, [T, D]
+    dtype: dtype of the adapter
+
+    Under autocast products cast the operands, and peft's copy of x to float32 would be wasted.
+    """
     if x is not None and torch.is_autocast_enabled(x.device.type):
         return x
     return type(layer)._cast_input_dtype(layer, x, dtype)

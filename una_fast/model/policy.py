@@ -1,10 +1,10 @@
-"""The policy: a Hugging Face causal language model whose head is evaluated on response rows only.
+"""The policy: a Hugging Face causal language model; the head is evaluated on response rows alone.
 
     z = softcap * tanh(logit_scale * (W h + bias) / softcap)        h: last hidden state, W: [V, D]
 
-`probe.probe_head` finds softcap and logit_scale, or refuses the model. `install_scorer` then lets
-`causal_lm(..., scorer=fn, rows=rows)` hand the chosen rows of h to `fn` inside the model's own forward, where FSDP has
-the head's weight gathered.
+`head_probe.probe_head` finds softcap and logit_scale, or refuses the model. `install_scorer` then
+lets `causal_lm(..., scorer=fn, rows=rows)` hand the chosen rows of h to `fn` inside the model's own
+forward, where FSDP has the weight of the head gathered.
 """
 
 from __future__ import annotations
@@ -15,38 +15,32 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
+from una_fast.attention.packed import packed_attention
+from una_fast.data.batch import Batch
 from una_fast.model.activations import switch_on
 from una_fast.model.head_probe import HeadSpec, hidden_states, probe_head
 from una_fast.model.loading import load_causal_lm
 from una_fast.model.lora import add_lora, cast_outside_autocast
-from una_fast.model.settings import KEEP_ALL, MemoryOptions
-
-if TYPE_CHECKING:
-    from una_fast.data.batch import Batch
-    from una_fast.model.settings import LoraOptions
+from una_fast.model.settings import KEEP_ALL, LoraOptions, MemoryOptions
 
 Scorer = Callable[[Tensor, Tensor, Tensor | None], Any]
-"""(hidden rows [N, D], head weight [V, D], head bias [V] or None) -> anything, which the forward returns."""
-
-
-# --- scoring inside the model's forward ------------------------------------------------------------------------------
+"""(hidden rows [N, D], head weight [V, D], head bias [V] or None) -> result of the forward."""
 
 
 def install_scorer(causal_lm: PreTrainedModel) -> None:
-    """Let `causal_lm(input_ids=, position_ids=, attention_mask=, scorer=fn, rows=rows, ...)` return
-    fn(hidden rows [N, D], head weight, head bias), `rows` being [N] indices into the flattened [B * T] positions.
+    """Let a model's forward end in a scorer: `causal_lm(input_ids=..., scorer=fn, rows=rows)`.
 
-    Without `scorer` the model's own forward runs. Idempotent; survives copy.deepcopy and fully_shard.
+    The forward then returns fn(hidden rows [N, D], head weight, head bias), `rows` being [N] int64
+    indices into the flattened [B * T] positions. Without `scorer` the model's own forward runs.
+    Idempotent; survives copy.deepcopy and fully_shard.
     """
     if hasattr(causal_lm, "_una_model_forward"):
         return
@@ -70,17 +64,14 @@ def install_scorer(causal_lm: PreTrainedModel) -> None:
     causal_lm.forward = types.MethodType(forward, causal_lm)
 
 
-# --- the policy ------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Policy:
-    """A model that scores batches, with what is known about its head."""
+    """A model that scores batches."""
 
     model: PreTrainedModel | PeftModel
-    """What is saved."""
+    """The model as it is saved."""
     causal_lm: PreTrainedModel
-    """What is called and sharded; the model itself, or the one inside the PeftModel."""
+    """The model as it is called and sharded: `model`, or the model inside the PeftModel."""
     head: HeadSpec
     """The constants and tensors of the head."""
     packed: bool
@@ -88,12 +79,16 @@ class Policy:
 
     @property
     def is_adapter(self) -> bool:
-        """Whether an adapter is trained, and saved, instead of the whole model."""
+        """Return whether an adapter is trained, and saved, instead of the whole model."""
         return self.model is not self.causal_lm
 
     def score(self, batch: Batch, scorer: Scorer) -> Any:
-        """scorer(hidden rows, head weight, head bias) at the batch's rows, run inside the model's forward."""
-        score = functools.partial(
+        """Return scorer(hidden rows, head weight, head bias), run inside the model's forward.
+
+        batch: gives the tokens, and the rows
+        scorer: see Scorer
+        """
+        forward = functools.partial(
             self.causal_lm,
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
@@ -101,22 +96,22 @@ class Policy:
             scorer=scorer,
         )
         if batch.segments is None:
-            return score(attention_mask=batch.attention_mask)
+            return forward(attention_mask=batch.attention_mask)
         assert self.packed, "a packed batch for a policy that is not packed"
-        from una_fast.attention.packed import packed_attention
-
         with packed_attention(self.causal_lm):
-            return score(attention_mask=None, una_segments=batch.segments)
+            return forward(attention_mask=None, una_segments=batch.segments)
 
     @contextmanager
     def reference_mode(self) -> Iterator[None]:
-        """The model without its adapters, which is the reference of a LoRA run."""
+        """Run the model without its adapters inside the block: the reference of a LoRA run."""
         if not isinstance(self.model, PeftModel):
             raise ValueError(
-                "a fully trained policy has no adapter to switch off; use a frozen copy or cached ref_logps"
+                "a fully trained policy has no adapter to switch off; use a frozen copy or cached "
+                "ref_logps"
             )
         layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
-        # peft's own disable_adapter also freezes the adapters, which FSDP2 may see in its first forward.
+        # peft's own disable_adapter also freezes the adapters: FSDP2 may see that in its first
+        # forward.
         before = [layer._disable_adapters for layer in layers]
         try:
             for layer in layers:
@@ -127,7 +122,7 @@ class Policy:
                 layer._disable_adapters = disabled
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """Parameters that require a gradient, tied ones once."""
+        """Return the parameters that require a gradient, tied ones once."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
 
@@ -141,8 +136,19 @@ def load_policy(
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
 ) -> Policy:
-    """Load a model for training: dropout removed, adapters added, head probed, scoring installed, in train mode
-    (which activation checkpointing needs). packed: batches are packed rows, as a probe allowed (attention/probe.py). Raises ValueError for whatever cannot be trained truly."""
+    """Load a model for training: dropout removed, head probed, scoring installed.
+
+    path: model directory, hub name, or PEFT adapter directory
+    dtype: dtype of the weights; adapters are float32
+    lora: adapters to add; default: all weights, or the adapter of `path`, are trained
+    memory: switches that save memory
+    packed: batches are packed rows, as a probe allowed (attention/probe.py)
+    trust_remote_code: run model code that comes with the weights
+    attn_implementation: attention of unpacked batches; default: the model's
+
+    The model is in train mode, which activation checkpointing needs. ValueError for a model that
+    cannot be trained truly.
+    """
     model = load_causal_lm(
         path,
         dtype=dtype,
@@ -152,7 +158,8 @@ def load_policy(
     if lora is not None:
         if isinstance(model, PeftModel):
             raise ValueError(
-                f"{path} is an adapter already, and is trained on as it is; leave the lora options out"
+                f"{path} is an adapter already, and is trained on as it is; leave the lora "
+                "options out"
             )
         model = add_lora(model, lora)
     return make_policy(model, probe_head(_inside(model)), memory, packed=packed)
@@ -165,8 +172,15 @@ def make_policy(
     *,
     packed: bool = False,
 ) -> Policy:
-    """A policy from a model whose head is known: scoring installed, packing probed, then the switches of `memory` (in
-    this order: what they patch is not for a CPU)."""
+    """Build a policy from a model with a known head.
+
+    model: changed in place, and put in train mode
+    head: form of the head
+    memory: switches that save memory
+    packed: batches are packed rows
+
+    Scoring is installed before the switches: liger patches functions that a CPU cannot run.
+    """
     causal_lm = _inside(model)
     for layer in causal_lm.modules():
         if isinstance(layer, BaseTunerLayer):
@@ -178,4 +192,5 @@ def make_policy(
 
 
 def _inside(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """Return the causal language model inside a PeftModel, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model

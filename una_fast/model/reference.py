@@ -1,7 +1,7 @@
-"""Reference log-probs: a frozen copy of the starting model, the policy with its adapter off, or cached numbers.
+"""Reference log-probs: of a frozen model, of the policy with its adapter off, or cached numbers.
 
-The reference is always that of the start of the run: resuming from a checkpoint must not change the objective, so
-its identity is saved with every checkpoint and compared.
+The reference is always from the start of the run: resuming from a checkpoint must not change the
+objective, so the identity of the reference is saved with every checkpoint and compared.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Protocol
 
 import torch
@@ -23,22 +24,30 @@ from una_fast.model.scoring import Scoring
 
 
 class Reference(Protocol):
-    """Gives the [S] log-probs of a batch's responses. identity: the same for the same reference, in any process."""
+    """The source of reference log-probs.
+
+    identity: the same text for the same reference, in any process
+    """
 
     identity: str
 
-    def logps(self, batch: Batch) -> Tensor: ...
+    def logps(self, batch: Batch) -> Tensor:
+        """Return the log-probs [S] float64 of a batch's responses."""
+        ...
 
 
 class FrozenReference:
-    """A model of its own that is never trained."""
+    """A second model, which is never trained."""
 
     def __init__(self, policy: Policy, scoring: Scoring) -> None:
-        self.policy, self.scoring = policy, scoring
-        policy.model.requires_grad_(False).eval()
+        """Keep a frozen policy in eval mode, and the scoring of the trained policy."""
+        assert not policy.trainable_parameters(), "a reference that would be trained"
+        self.policy = policy
+        self.scoring = scoring
         self.identity = "frozen:" + fingerprint(policy.model.named_parameters())
 
     def logps(self, batch: Batch) -> Tensor:
+        """Return the log-probs [S] float64 of a batch's responses."""
         return self.scoring.logps(self.policy, batch)
 
     @torch.no_grad()
@@ -54,11 +63,13 @@ class AdapterReference:
     """The policy with its adapter switched off: no second copy of the weights."""
 
     def __init__(self, policy: Policy, scoring: Scoring) -> None:
-        self.policy, self.scoring = policy, scoring
+        self.policy = policy
+        self.scoring = scoring
         base = ((name, p) for name, p in policy.model.named_parameters() if not p.requires_grad)
         self.identity = "adapter:" + fingerprint(base)
 
     def logps(self, batch: Batch) -> Tensor:
+        """Return the log-probs [S] float64 of a batch's responses."""
         with self.policy.reference_mode():
             return self.scoring.logps(self.policy, batch)
 
@@ -69,6 +80,7 @@ class GivenReference:
     identity = "given"
 
     def logps(self, batch: Batch) -> Tensor:
+        """Return the log-probs [S] float64 of a batch's responses."""
         if batch.ref_logps is None:
             assert not batch.targets.numel(), "examples without reference log-probs"
             return torch.zeros(0, dtype=torch.float64, device=batch.input_ids.device)
@@ -79,20 +91,24 @@ class CachedReference(GivenReference):
     """The ref_logps column of the records."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
+        """Check that all records of a run bring ref_logps; ValueError by the record."""
         missing = [example.origin for example in examples if example.ref_logps is None]
         if missing:
             raise ValueError(
-                f"reference=cached, but {missing[0]} has no ref_logps ({len(missing)} of {len(examples)} records); "
-                "write them with una-fast precompute-ref, or use reference=frozen"
+                f"reference=cached, but {missing[0]} has no ref_logps ({len(missing)} of "
+                f"{len(examples)} records); write them with una-fast precompute-ref, or use "
+                "reference=frozen"
             )
-        values = [value for example in examples for value in example.ref_logps]
-        self.identity = (
-            "cached:" + hashlib.sha256(struct.pack(f"{len(values)}d", *values)).hexdigest()[:16]
-        )
+        values = list(chain.from_iterable(example.ref_logps for example in examples))
+        digest = hashlib.sha256(struct.pack(f"{len(values)}d", *values)).hexdigest()
+        self.identity = f"cached:{digest[:16]}"
 
 
 def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
-    """A hash of names, shapes and a sample of the values: cheap, and different for any two trained models."""
+    """Return a hash of names, shapes and a sample of the values.
+
+    The hash is cheap, and different for any two trained models.
+    """
     digest = hashlib.sha256()
     for name, parameter in parameters:
         flat = parameter.detach().reshape(-1)
@@ -103,17 +119,18 @@ def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def has_cached_logps(examples: Sequence[Example]) -> bool:
-    """Whether every record brings ref_logps; ValueError if only some do."""
+    """Return whether every record brings ref_logps; ValueError if only some do."""
     count = sum(example.ref_logps is not None for example in examples)
     if 0 < count < len(examples):
         without = next(example.origin for example in examples if example.ref_logps is None)
         raise ValueError(
-            f"{without} has no ref_logps while {count} of {len(examples)} records have; complete them with "
-            "una-fast precompute-ref, or set reference=frozen (or adapter) to compute all of them"
+            f"{without} has no ref_logps while {count} of {len(examples)} records have; complete "
+            "them with una-fast precompute-ref, or set reference=frozen (or adapter) to compute "
+            "all of them"
         )
     return bool(examples) and count == len(examples)
 
 
 def without_cached_logps(examples: Sequence[Example]) -> list[Example]:
-    """The same records, their ref_logps not used."""
+    """Return the same records, without their ref_logps."""
     return [replace(example, ref_logps=None) for example in examples]

@@ -1,10 +1,10 @@
-"""From a batch to log-probs or to the loss, through a policy: the fused head inside the model's forward."""
+"""From a batch to log-probs or to the loss, through a policy: the fused head in the forward."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,19 +14,14 @@ from una_fast.head.ops import linear_una_loss, sequence_logps
 from una_fast.losses import Objective, UnaOutput
 from una_fast.model.policy import Policy
 
-if TYPE_CHECKING:
-    pass
-
-
-def autocast_dtype(policy: Policy, compute: torch.dtype) -> torch.dtype | None:
-    """The dtype to run a policy under autocast in: that of the computation where trained weights, adapters too, are in
-    another; None where none is."""
-    return compute if any(p.dtype != compute for p in policy.trainable_parameters()) else None
-
 
 def match_autocast(policy: Policy) -> None:
-    """Let a frozen model of bf16 weights compute what fp32 weights of the same values compute under autocast: there
-    the embeddings, and with them the residual stream, are fp32, as are the norms."""
+    """Let a frozen bf16 model compute as float32 weights of the same values under autocast.
+
+    policy: changed in place
+
+    Under autocast embeddings are float32, and with them the residual stream, as are the norms.
+    """
     policy.causal_lm.get_input_embeddings().register_forward_hook(
         lambda module, given, out: out.float()
     )
@@ -38,16 +33,19 @@ def match_autocast(policy: Policy) -> None:
 
 @dataclass(frozen=True)
 class Scoring:
-    """How heads are run: workspace and engine (as in linear_una_loss), the autocast dtype of the model (None: the
-    model computes in the dtype of its weights), and the temperature that all log-probs are taken at."""
+    """How heads are run."""
 
     workspace_mb: float | None = None
+    """Workspace of the fused head in MiB, as in linear_una_loss."""
     engine: str = "auto"
+    """Engine of the fused head, as in linear_una_loss."""
     autocast: torch.dtype | None = None
+    """Autocast dtype of the model; default: the model computes in the dtype of its weights."""
     temperature: float = 1.0
+    """Temperature that all log-probs are taken at."""
 
     def logps(self, policy: Policy, batch: Batch) -> Tensor:
-        """[S] float64 log-probs of the responses, sums over tokens, without gradient."""
+        """Return the log-probs [S] float64 of the responses, sums over tokens, without gradient."""
 
         def scorer(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             return sequence_logps(
@@ -70,7 +68,14 @@ class Scoring:
         objective: Objective,
         num_units: int | None = None,
     ) -> UnaOutput:
-        """The loss of a batch against [S] reference log-probs, divided by `num_units` (the global batch's)."""
+        """Return the loss of a batch.
+
+        policy: is scored
+        batch: tokens and feedback
+        ref_logps: [S] float64, log-probs of the responses under the reference
+        objective: forms of the losses
+        num_units: divides the sum, the units of the global batch; default: the batch's own
+        """
 
         def scorer(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> UnaOutput:
             return linear_una_loss(
@@ -99,5 +104,5 @@ class Scoring:
         }
 
     def context(self, device: torch.device) -> AbstractContextManager:
-        """Autocast, where the policy needs it."""
+        """Return a context with autocast, where the policy needs it."""
         return torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None)

@@ -1,4 +1,4 @@
-"""Settings of a model: adapters, and the switches that save memory."""
+"""Settings of a model: adapters, and switches to save memory."""
 
 from __future__ import annotations
 
@@ -27,12 +27,16 @@ class LoraOptions:
 
 @dataclass(frozen=True)
 class MemoryOptions:
-    """Which switches are on; the fields of RunConfig of the same names."""
+    """Switches to save memory, named as the fields of RunConfig."""
 
     gradient_checkpointing: bool = False
+    """Keep one hidden state per layer and recompute the rest in backward."""
     offload_activations: bool = False
+    """Move the hidden states of gradient_checkpointing to pinned host memory until backward."""
     mlp_tile: int | None = None
+    """Run MLPs on so many tokens at a time; null: on all tokens at once."""
     liger: bool = False
+    """Use liger-kernel's RMSNorm, RoPE and gated MLPs."""
 
 
 KEEP_ALL = MemoryOptions()

@@ -1,10 +1,14 @@
-"""transformers' samplers: padded generation and continuous batching."""
+"""Sample by transformers: padded generation and continuous batching.
+
+Both samplers compute a prompt once for all samples of the prompt: `padded` repeats the prompt's
+cache, `continuous` shares the pages of the cache.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,20 +29,13 @@ from una_fast.model.policy import Policy
 from una_fast.model.scoring import Scoring
 from una_fast.online.sampling import Completion, SamplerError, Sampling
 
-if TYPE_CHECKING:
-    pass
-
-
-_PAGE = 32  # tokens per page of the cache of continuous batching
-
-
-# --- transformers ----------------------------------------------------------------------------------------------------
+PAGE = 32  # tokens per page of the cache of continuous batching
 
 
 class TransformersSampler:
-    """`model.generate` on left-padded batches: any model, LoRA, FSDP2 (every rank must call it equally often).
+    """Samples by `model.generate` on left-padded batches, of any model, with LoRA and FSDP2.
 
-    batch_size: sequences that are generated at a time; None: all.
+    Under FSDP2 all ranks must call `sample` equally often.
     """
 
     def __init__(
@@ -50,10 +47,22 @@ class TransformersSampler:
         scoring: Scoring | None = None,
         batch_size: int | None = None,
     ) -> None:
-        self.policy, self.tokenizer, self.sampling = policy, tokenizer, sampling
-        self.scoring, self.batch_size = scoring or Scoring(), batch_size
-        strings = list(sampling.stop_strings)
-        self.stop_strings = StopStringCriteria(tokenizer, strings) if strings else None
+        """Keep the policy.
+
+        policy: draws the samples
+        tokenizer: of the policy
+        sampling: settings of the samples
+        scoring: dtype of autocast
+        batch_size: sequences generated at a time; None: all
+        """
+        self.policy = policy
+        self.tokenizer = tokenizer
+        self.sampling = sampling
+        self.scoring = scoring or Scoring()
+        self.batch_size = batch_size
+        self.stop_strings = None
+        if sampling.stop_strings:
+            self.stop_strings = StopStringCriteria(tokenizer, list(sampling.stop_strings))
 
     def sample(
         self,
@@ -63,30 +72,35 @@ class TransformersSampler:
         samples: int | None = None,
         version: int = 0,
     ) -> list[list[Completion]]:
+        """Return the completions of every prompt; parameters as in `sampling.Sampler`."""
         samples = samples or self.sampling.samples
-        per_call = len(prompts) if self.batch_size is None else max(1, self.batch_size // samples)
+        per_call = len(prompts)
+        if self.batch_size is not None:
+            per_call = max(1, self.batch_size // samples)
+        # Prompts of similar length need little padding.
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        found: list[list[Completion]] = [[] for _ in prompts]
+        completions: list[list[Completion]] = [[] for _ in prompts]
         with _sampling_from(self.policy, self.scoring, seed):
             for start in range(0, len(prompts), per_call):
-                chunk = by_length[start : start + per_call]
-                drawn = iter(self._generate([prompts[i] for i in chunk], samples))
-                for i in chunk:
-                    found[i] = [Completion(*next(drawn), version) for _ in range(samples)]
-        return found
+                chosen = by_length[start : start + per_call]
+                drawn = iter(self._generate([prompts[i] for i in chosen], samples, version))
+                for i in chosen:
+                    completions[i] = [next(drawn) for _ in range(samples)]
+        return completions
 
-    def _generate(
-        self, prompts: list[np.ndarray], samples: int
-    ) -> list[tuple[np.ndarray, bool, float]]:
-        """(ids, finished, log-prob) of every sample, prompt after prompt."""
-        model, asked = self.policy.causal_lm, self.sampling
+    def _generate(self, prompts: list[np.ndarray], samples: int, version: int) -> list[Completion]:
+        """Return the samples of all prompts, prompt after prompt."""
+        model = self.policy.causal_lm
         ids, mask = self._padded_left(prompts, model.device)
-        config = _generation_config(asked, self.tokenizer)
+        config = _generation_config(self.sampling, self.tokenizer)
         with _own_generation_config(model, config):
             cache = _shared_prefill(model, ids, mask, samples)
-            ids, mask = ids.repeat_interleave(samples, 0), mask.repeat_interleave(samples, 0)
-            recorder = _Recorder(asked.temperature)
-            stops = [_StopStrings(self.stop_strings, ids.shape[1])] if self.stop_strings else []
+            ids = ids.repeat_interleave(samples, 0)
+            mask = mask.repeat_interleave(samples, 0)
+            recorder = _Recorder(self.sampling.temperature)
+            stops = []
+            if self.stop_strings is not None:
+                stops.append(_StopStrings(self.stop_strings, ids.shape[1]))
             output = model.generate(
                 ids,
                 generation_config=config,
@@ -97,24 +111,37 @@ class TransformersSampler:
             )
         logps = recorder.logps(output[:, -1]).cpu().numpy()
         rows = output[:, ids.shape[1] :].cpu().numpy()
-        ended = stops[0].ended.cpu().numpy() if stops else np.zeros(len(rows), dtype=np.int64)
-        drawn = []
-        for row, values, stopped in zip(rows, logps, ended, strict=True):
-            row = row[:stopped] if stopped > 0 else row
-            ends = np.flatnonzero(np.isin(row, asked.stop_ids))
-            kept = int(ends[0]) + 1 if ends.size else len(row)
-            drawn.append(
-                (
-                    row[:kept].astype(np.int32),
-                    bool(ends.size or stopped > 0),
-                    float(values[:kept].sum()),
-                )
-            )
-        return drawn
+        ended = np.zeros(len(rows), dtype=np.int64)
+        if stops:
+            ended = stops[0].ended.cpu().numpy()
+        return [
+            self._cut(row, row_logps, int(end), version)
+            for row, row_logps, end in zip(rows, logps, ended, strict=True)
+        ]
+
+    def _cut(self, row: np.ndarray, logps: np.ndarray, end: int, version: int) -> Completion:
+        """Return a generated row up to the end.
+
+        row: [T] token ids, with padding after the end
+        logps: [T] float64
+        end: tokens up to the end of a stop string; 0 without a stop string
+        version: of the policy
+        """
+        if end > 0:
+            row = row[:end]
+        stops = np.flatnonzero(np.isin(row, self.sampling.stop_ids))
+        kept = int(stops[0]) + 1 if stops.size else len(row)
+        return Completion(
+            ids=row[:kept].astype(np.int32),
+            finished=bool(stops.size or end > 0),
+            logp=float(logps[:kept].sum()),
+            version=version,
+        )
 
     def _padded_left(
         self, prompts: list[np.ndarray], device: torch.device
     ) -> tuple[Tensor, Tensor]:
+        """Return token ids and attention mask of prompts padded on the left, [B, P] int64 each."""
         width = max(map(len, prompts))
         ids = np.full((len(prompts), width), self.tokenizer.pad_token_id, dtype=np.int64)
         mask = np.zeros_like(ids)
@@ -125,9 +152,11 @@ class TransformersSampler:
 
 
 class ContinuousSampler(TransformersSampler):
-    """transformers' continuous batching: nothing is padded, and finished sequences make room at once. One process, a
-    model whose attention goes through transformers' attention interface, no stop_strings and no top_p (its log-probs
-    would be those of the cut distribution)."""
+    """Samples by transformers' continuous batching: no padding, finished sequences make room.
+
+    For one process, and for models with attention by transformers' attention interface. Without
+    stop_strings, and without top_p: log-probs would be of the cut distribution.
+    """
 
     def sample(
         self,
@@ -137,16 +166,17 @@ class ContinuousSampler(TransformersSampler):
         samples: int | None = None,
         version: int = 0,
     ) -> list[list[Completion]]:
+        """Return the completions of every prompt; parameters as in `sampling.Sampler`."""
         samples = samples or self.sampling.samples
         config = _generation_config(self.sampling, self.tokenizer)
         config.num_return_sequences = samples
         batching = ContinuousBatchingConfig(
-            return_logprobs=True, seed=seed, max_requests_per_batch=self.batch_size, page_size=_PAGE
+            return_logprobs=True, seed=seed, max_requests_per_batch=self.batch_size, page_size=PAGE
         )
         model = self.policy.causal_lm
-        if model.device.type == "cpu":  # what is not sized by the memory of a GPU
+        if model.device.type == "cpu":  # the sizes that transformers takes from a GPU's memory
             longest = max(map(len, prompts)) + self.sampling.max_new_tokens
-            batching.num_blocks = len(prompts) * samples * (longest // _PAGE + 1)
+            batching.num_blocks = len(prompts) * samples * (longest // PAGE + 1)
             batching.max_batch_tokens = sum(map(len, prompts)) + len(prompts) * samples
         with _sampling_from(self.policy, self.scoring, seed), _own_generation_config(model, config):
             outputs = model.generate_batch(
@@ -155,12 +185,12 @@ class ContinuousSampler(TransformersSampler):
                 continuous_batching_config=batching,
                 warmup=False,
             )
-        drawn = [
-            self._completion(output, version) for output in outputs.values()
-        ]  # prompt after prompt
+        # Prompt after prompt.
+        drawn = [self._completion(output, version) for output in outputs.values()]
         if len(drawn) != len(prompts) * samples:
             raise SamplerError(
-                f"continuous batching gave {len(drawn)} of {len(prompts) * samples} samples; set generation=padded"
+                f"continuous batching gave {len(drawn)} of {len(prompts) * samples} samples; "
+                "set generation=padded"
             )
         return [drawn[start : start + samples] for start in range(0, len(drawn), samples)]
 
@@ -170,22 +200,25 @@ class ContinuousSampler(TransformersSampler):
                 f"continuous batching failed ({output.error or 'no token'}); set generation=padded"
             )
         ids = np.array(output.generated_tokens, dtype=np.int32)
-        return Completion(
-            ids, int(ids[-1]) in self.sampling.stop_ids, float(sum(output.logprobs)), version
-        )
+        finished = int(ids[-1]) in self.sampling.stop_ids
+        return Completion(ids, finished, float(sum(output.logprobs)), version)
 
 
 @contextmanager
 def _sampling_from(policy: Policy, scoring: Scoring, seed: int) -> Iterator[None]:
-    """The policy in eval mode (checkpointing off, caches on), without gradient, drawing from a random stream of its
-    own that depends on the seed alone."""
+    """Prepare the policy for sampling: eval mode (checkpointing off, caches on), no gradient.
+
+    Samples come from a random stream of the seed alone; the run's random state stays unchanged.
+    SamplerError for a policy with probabilities that are not numbers.
+    """
     device = policy.causal_lm.device
+    devices = [device] if device.type == "cuda" else []
     training = policy.model.training
     policy.model.eval()
     try:
         with (
             torch.no_grad(),
-            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+            torch.random.fork_rng(devices=devices),
             scoring.context(device),
         ):
             torch.manual_seed(seed)
@@ -194,29 +227,34 @@ def _sampling_from(policy: Policy, scoring: Scoring, seed: int) -> Iterator[None
         if "probability tensor" not in str(error):
             raise
         raise SamplerError(
-            f"the policy gives no probabilities ({error}): it has diverged; lower learning_rate or raise beta"
+            f"the policy gives no probabilities ({error}): it has diverged; "
+            "lower learning_rate or raise beta"
         ) from error
     finally:
         policy.model.train(training)
 
 
-def _generation_config(asked: Sampling, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+def _generation_config(sampling: Sampling, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
     return GenerationConfig(
         do_sample=True,
-        temperature=asked.temperature,
+        temperature=sampling.temperature,
         top_k=0,  # unset, it would be 50
-        top_p=asked.top_p,
-        max_new_tokens=asked.max_new_tokens,
-        eos_token_id=list(asked.stop_ids) or None,
+        top_p=sampling.top_p,
+        max_new_tokens=sampling.max_new_tokens,
+        eos_token_id=list(sampling.stop_ids) or None,
         pad_token_id=tokenizer.pad_token_id,
     )
 
 
 @contextmanager
 def _own_generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Whatever the model's own generation config says (repetition penalties, top_k, suppressed tokens) would silently
-    make the samples those of another distribution."""
-    before, model.generation_config = model.generation_config, config
+    """Replace the model's generation config for a while.
+
+    Repetition penalties, top_k or suppressed tokens in the model's config would silently change
+    the distribution of the samples.
+    """
+    before = model.generation_config
+    model.generation_config = config
     try:
         yield
     finally:
@@ -226,68 +264,86 @@ def _own_generation_config(model: PreTrainedModel, config: GenerationConfig) -> 
 def _shared_prefill(
     model: PreTrainedModel, ids: Tensor, mask: Tensor, samples: int
 ) -> DynamicCache | None:
-    """The cache of all prompt tokens but the last, computed once per prompt and repeated for its samples; None where
-    generate has to do it (a model with another kind of cache, or nothing to share)."""
+    """Return the cache of all prompt tokens but the last, repeated for the samples of a prompt.
+
+    model: any causal language model
+    ids, mask: [B, P] int64, padded on the left
+    samples: per prompt
+
+    None where `generate` has to compute the prompts: a model with another kind of cache, or
+    nothing to share.
+    """
     if samples == 1:
         return None
     positions = (mask.cumsum(1) - 1).clamp_min(0)
-    most = max(
-        ids.shape[1] - 1, 1
-    )  # of a single token the call is for the ranks that have more, and wait
+    # With one token there is nothing to share; the call is for ranks with longer prompts, that
+    # wait for all ranks.
+    shared = max(ids.shape[1] - 1, 1)
     output = model(
-        input_ids=ids[:, :most],
-        attention_mask=mask[:, :most],
-        position_ids=positions[:, :most],
+        input_ids=ids[:, :shared],
+        attention_mask=mask[:, :shared],
+        position_ids=positions[:, :shared],
         use_cache=True,
         logits_to_keep=1,
     )
     cache = getattr(output, "past_key_values", None)
     if ids.shape[1] == 1 or type(cache) is not DynamicCache:
         return None
-    if not all(
-        hasattr(layer, "batch_repeat_interleave") for layer in cache.layers
-    ):  # states of recurrent layers
+    # States of recurrent layers cannot be repeated.
+    if not all(hasattr(layer, "batch_repeat_interleave") for layer in cache.layers):
         return None
     cache.batch_repeat_interleave(samples)
     return cache
 
 
 class _Recorder(LogitsProcessor):
-    """Log-probs of the drawn tokens under the logits as the model gives them, before any cut of the distribution: one
-    [B, V] at a time."""
+    """Records the log-probs of drawn tokens, before any cut of the distribution.
+
+    Holds one [B, V] tensor of logits at a time: the token drawn from the logits is seen in the
+    next call.
+    """
 
     def __init__(self, temperature: float) -> None:
         self.temperature = temperature
-        self.scores: Tensor | None = None
-        self.found: list[Tensor] = []
+        self._scores: Tensor | None = None
+        self._logps: list[Tensor] = []  # [B] of every token so far
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self.scores is not None:
+        """Take [B, V] logits of the next token; return them unchanged."""
+        if self._scores is not None:
             self._take(input_ids[:, -1])
-        self.scores = scores
+        self._scores = scores
         return scores
 
     def _take(self, drawn: Tensor) -> None:
-        self.found.append(gather_logps(self.scores, drawn, self.temperature).double())
+        self._logps.append(gather_logps(self._scores, drawn, self.temperature).double())
 
     def logps(self, last: Tensor) -> Tensor:
-        """[B, T] of all steps; last: [B] the tokens of the last one."""
+        """Return [B, T] log-probs of all tokens; last: [B], the tokens drawn last."""
         self._take(last)
-        return torch.stack(self.found, dim=1)
+        return torch.stack(self._logps, dim=1)
 
 
 class _StopStrings(StoppingCriteria):
-    """transformers' criterion, which also remembers where each sequence ended: padding may follow, and a policy can
-    draw the pad token too. It sees the completions alone, behind `prompt` columns. ended: [B] tokens of a completion
-    when a stop string was complete, 0 if never."""
+    """transformers' criterion for stop strings, with a record of every sequence's end.
 
-    def __init__(self, inner: StopStringCriteria, prompt: int) -> None:
-        self.inner, self.prompt = inner, prompt
+    The end must be recorded: padding may follow, and a policy can draw the pad token, too. A stop
+    string that begins in the prompt does not count.
+
+    ended: [B] tokens of the completion at the end of its first stop string; 0 without a stop string
+    """
+
+    def __init__(self, inner: StopStringCriteria, prompt_width: int) -> None:
+        self.inner = inner
+        self.prompt_width = prompt_width
         self.ended: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        drawn = input_ids[:, self.prompt :]
-        done = self.inner(drawn, scores, **kwargs)
-        ended = torch.where(done, drawn.shape[1], 0)
-        self.ended = ended if self.ended is None else torch.where(self.ended > 0, self.ended, ended)
+        """Return [B] bool, whether a sequence has ended."""
+        completions = input_ids[:, self.prompt_width :]
+        done = self.inner(completions, scores, **kwargs)
+        ended = torch.where(done, completions.shape[1], 0)
+        if self.ended is not None:
+            ended = torch.where(self.ended > 0, self.ended, ended)
+        self.ended = ended
         return done

@@ -1,22 +1,16 @@
-"""The choice of the sampler of a run."""
+"""Choose the sampler of a run."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from transformers import PreTrainedTokenizerBase
 
-from transformers import (
-    PreTrainedTokenizerBase,
-)
-
+from una_fast.config import RunConfig
 from una_fast.distributed import World
 from una_fast.model.loading import model_and_adapter
 from una_fast.model.policy import Policy
 from una_fast.model.scoring import Scoring
 from una_fast.online.generate import ContinuousSampler, TransformersSampler
 from una_fast.online.sampling import Sampler, Sampling, stop_ids
-
-if TYPE_CHECKING:
-    from una_fast.config import RunConfig
 
 
 def make_sampler(
@@ -26,7 +20,16 @@ def make_sampler(
     scoring: Scoring,
     world: World,
 ) -> Sampler:
-    """The sampler that the settings choose. Raises ValueError where it cannot serve this run."""
+    """Build the sampler that the settings name.
+
+    config: settings of the run
+    policy: draws the samples
+    tokenizer: of the policy
+    scoring: dtype of autocast, and the temperature of log-probs
+    world: the ranks
+
+    ValueError where the sampler cannot serve the run.
+    """
     sampling = Sampling(
         samples=config.samples_per_prompt,
         max_new_tokens=config.max_new_tokens,
@@ -37,14 +40,18 @@ def make_sampler(
     )
     if config.generation != "padded" and world.sharded:
         raise ValueError(
-            f"generation={config.generation} runs in one process, and this run has {world.size}; set generation: padded"
+            f"generation={config.generation} runs in one process, and this run has {world.size}; "
+            "set generation: padded"
         )
     if config.generation == "vllm":
         from una_fast.online.vllm_sampler import VllmSampler
 
-        model = model_and_adapter(config.model)[0]
         return VllmSampler(
-            policy, tokenizer, sampling, model=model, trust_remote_code=config.trust_remote_code
+            policy,
+            tokenizer,
+            sampling,
+            model=model_and_adapter(config.model)[0],
+            trust_remote_code=config.trust_remote_code,
         )
     kind = ContinuousSampler if config.generation == "continuous" else TransformersSampler
     return kind(

@@ -1,23 +1,18 @@
-"""Rollouts: prompts -> K sampled completions each, as token ids that are trained on as they are.
+"""Samples: prompts -> K completions per prompt, as token ids, trained on unchanged.
 
-A sampler draws from the policy as it stands; nothing is ever tokenised again. Both samplers of transformers compute a
-prompt once for all its samples: `padded` repeats its cache, `continuous` shares its pages.
+A sampler draws from the policy as the policy is at the call. Sampled ids are never tokenised again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-if TYPE_CHECKING:
-    pass
+from una_fast.data.encode import text_after_answer
 
 
 class SamplerError(RuntimeError):
@@ -26,9 +21,15 @@ class SamplerError(RuntimeError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn: from softmax(logits / temperature), cut to the smallest set of tokens that has
-    probability `top_p`; up to one of `stop_ids`, or the token that completes one of `stop_strings`, or
-    max_new_tokens."""
+    """Settings of the samples.
+
+    samples: completions per prompt
+    max_new_tokens: longest completion
+    temperature: tokens are drawn from softmax(logits / temperature)
+    top_p: the distribution is cut to the smallest set of tokens of this probability
+    stop_ids: a completion ends with any of these tokens
+    stop_strings: a completion ends with the token that completes any of these texts
+    """
 
     samples: int
     max_new_tokens: int
@@ -40,9 +41,14 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Completion:
-    """One sample. ids: int32 [R], R >= 1, with the token that stopped it. finished: it stopped by itself. logp: sum of
-    the log-probs of `ids` at the sampling temperature (whatever top_p is), as the sampler computed them. version: of
-    the policy that drew it, in optimizer steps."""
+    """One sample.
+
+    ids: [R] int32, R >= 1, stop token included
+    finished: the sample ended by a stop token or text, not by max_new_tokens
+    logp: sum of the sampler's log-probs of `ids`, at the sampling temperature and before any
+        cut by top_p
+    version: of the policy that drew the sample, in optimizer steps
+    """
 
     ids: np.ndarray
     finished: bool
@@ -51,11 +57,7 @@ class Completion:
 
 
 class Sampler(Protocol):
-    """Draws completions from the policy as it stands.
-
-    prompts: int32 [P] each. seed: the same seed, prompts and policy give the same samples. samples: per prompt, None
-    for those of the Sampling. version: optimizer steps that the policy has taken. Returns one list per prompt.
-    """
+    """Draws completions from the policy as the policy is at the call."""
 
     sampling: Sampling
 
@@ -66,29 +68,45 @@ class Sampler(Protocol):
         seed: int,
         samples: int | None = None,
         version: int = 0,
-    ) -> list[list[Completion]]: ...
+    ) -> list[list[Completion]]:
+        """Return the completions of every prompt.
+
+        prompts: [P] int32 token ids each
+        seed: equal seed, prompts and policy give equal samples
+        samples: per prompt; None: the number in `sampling`
+        version: optimizer steps that the policy has taken
+
+        SamplerError where sampling fails.
+        """
+        ...
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> tuple[int, ...]:
-    """Tokens that end a response: the tokenizer's EOS, those that the model's generation config names, and the end of
-    turn of the chat template where that is one token."""
+    """Return the tokens that end a response, sorted.
+
+    Namely the tokenizer's EOS, the EOS tokens of the model's generation config, and the end of turn
+    of the chat template if the end of turn is a single token.
+    """
     found = {tokenizer.eos_token_id}
     of_model = model.generation_config.eos_token_id
-    found.update(of_model if isinstance(of_model, list) else [] if of_model is None else [of_model])
+    if isinstance(of_model, list):
+        found.update(of_model)
+    elif of_model is not None:
+        found.add(of_model)
     if tokenizer.chat_template:
         ids = tokenizer(_end_of_turn(tokenizer), add_special_tokens=False)["input_ids"]
-        found.update(ids if len(ids) == 1 else [])
+        if len(ids) == 1:
+            found.update(ids)
     return tuple(sorted(found))
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the chat template puts after an answer, without white space."""
-    answer = "una-answer"
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
+    """Return the end of turn of the chat template, without white space, or ""."""
     try:
-        return tokenizer.apply_chat_template(turns, tokenize=False).rpartition(answer)[2].strip()
-    except Exception:  # a template that refuses these turns, for prompts that may be plain text
+        end, _ = text_after_answer(tokenizer, [{"role": "user", "content": "a"}])
+    except ValueError:  # a template that refuses these turns, for prompts that may be plain text
         return ""
+    return end.strip()
 
 
 def completion_text(
@@ -97,14 +115,22 @@ def completion_text(
     completion: Completion,
     sampling: Sampling,
 ) -> str:
-    """The text that rewards are given: what the completion adds to the prompt's text, without the stop token and
-    without special tokens. Decoded behind the prompt, since some decoders take a space from the start of a text."""
-    ids = completion.ids[:-1] if completion.ids[-1] in sampling.stop_ids else completion.ids
+    """Return the text that rewards get: the text that a completion adds to the prompt's text.
+
+    tokenizer: of the policy
+    prompt: [P] int32 token ids
+    completion: a sample of the prompt
+    sampling: names the stop tokens
+
+    The stop token and special tokens are left out. Prompt and completion are decoded together:
+    some decoders take a space from the start of a text.
+    """
+    ids = completion.ids
+    if ids[-1] in sampling.stop_ids:
+        ids = ids[:-1]
     before = tokenizer.decode(prompt, skip_special_tokens=True)
     whole = tokenizer.decode(np.concatenate([prompt, ids]), skip_special_tokens=True)
-    # A character that begins in the prompt's last token belongs to neither: then the completion is decoded alone.
-    return (
-        whole[len(before) :]
-        if whole.startswith(before)
-        else tokenizer.decode(ids, skip_special_tokens=True)
-    )
+    if whole.startswith(before):
+        return whole[len(before) :]
+    # A character that begins in the prompt's last token belongs to neither text.
+    return tokenizer.decode(ids, skip_special_tokens=True)

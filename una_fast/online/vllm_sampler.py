@@ -1,11 +1,10 @@
-"""Sampling by vLLM in this process, with the weights of the policy handed over before every rollout.
+"""Sample by vLLM in this process, with the policy's weights handed over before every call.
 
-Imported only when `generation: vllm` is chosen; vLLM is installed by the user.
+Imported only with `generation: vllm`; vLLM is installed by the user.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -18,15 +17,16 @@ from una_fast.model.export import whole_weights
 from una_fast.model.policy import Policy
 from una_fast.online.sampling import Completion, SamplerError, Sampling
 
-with contextlib.suppress(ImportError):
+try:
     import vllm
+except ImportError:
+    vllm = None
 
 GPU_MEMORY_SHARE = 0.3  # of the device, for vLLM's copy of the weights and its cache
 
 
 class VllmSampler:
-    """A `rollout.Sampler`. model: directory or hub name that vLLM builds the model from, before it gets the policy's
-    weights."""
+    """A `sampling.Sampler` by vLLM."""
 
     def __init__(
         self,
@@ -37,14 +37,25 @@ class VllmSampler:
         model: str,
         trust_remote_code: bool = False,
     ) -> None:
-        if "vllm" not in globals():
+        """Start vLLM.
+
+        policy: draws the samples
+        tokenizer: of the policy
+        sampling: settings of the samples
+        model: directory or hub name; vLLM builds the model from this before the first call
+        trust_remote_code: run code that comes with the model
+
+        ValueError without vLLM.
+        """
+        if vllm is None:
             raise ValueError(
-                "generation=vllm, but vllm is not installed; pip install vllm, or set generation: padded"
+                "generation=vllm, but vllm is not installed; pip install vllm, "
+                "or set generation: padded"
             )
-        self.policy, self.sampling = policy, sampling
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = (
-            "0"  # the model in this process, where weights can be given to it
-        )
+        self.policy = policy
+        self.sampling = sampling
+        # The model stays in this process, so that weights can be given to the model.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         self.llm = vllm.LLM(
             model=model,
             tokenizer=tokenizer.name_or_path,
@@ -62,34 +73,39 @@ class VllmSampler:
         samples: int | None = None,
         version: int = 0,
     ) -> list[list[Completion]]:
+        """Return the completions of every prompt; parameters as in `sampling.Sampler`."""
         self._hand_over()
-        asked = self.sampling
-        samples = samples or asked.samples
+        samples = samples or self.sampling.samples
+        # vLLM draws sample k of a prompt with seed + k.
         settings = [
-            vllm.SamplingParams(
-                n=samples,
-                temperature=asked.temperature,
-                top_p=asked.top_p,
-                top_k=0,
-                max_tokens=asked.max_new_tokens,
-                stop_token_ids=list(asked.stop_ids),
-                stop=list(asked.stop_strings) or None,
-                include_stop_str_in_output=True,
-                seed=(seed + number * samples)
-                % 2**31,  # sample k of a prompt is drawn with seed + k
-                logprobs=0,  # of the drawn tokens alone
-            )
+            self._settings(samples, (seed + number * samples) % 2**31)
             for number in range(len(prompts))
         ]
-        given = [{"prompt_token_ids": prompt.tolist()} for prompt in prompts]
-        outputs = self.llm.generate(given, settings, use_tqdm=False)
-        return [
-            [self._completion(sample, version) for sample in output.outputs] for output in outputs
-        ]
+        asked = [{"prompt_token_ids": prompt.tolist()} for prompt in prompts]
+        outputs = self.llm.generate(asked, settings, use_tqdm=False)
+        completions = []
+        for output in outputs:
+            completions.append([self._completion(sample, version) for sample in output.outputs])
+        return completions
+
+    def _settings(self, samples: int, seed: int) -> Any:
+        sampling = self.sampling
+        return vllm.SamplingParams(
+            n=samples,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=0,
+            max_tokens=sampling.max_new_tokens,
+            stop_token_ids=list(sampling.stop_ids),
+            stop=list(sampling.stop_strings) or None,
+            include_stop_str_in_output=True,
+            seed=seed,
+            logprobs=0,  # of the drawn tokens alone
+        )
 
     @torch.no_grad()
     def _hand_over(self) -> None:
-        """The weights of the policy, adapters added in, under the names of the model."""
+        """Give vLLM the policy's weights, adapters added in, under the names of the model."""
         runner = self.llm.llm_engine.model_executor.driver_worker.model_runner
         runner.model.load_weights(iter(whole_weights(self.policy).items()))
         self.llm.reset_prefix_cache()
@@ -98,7 +114,7 @@ class VllmSampler:
         ids = np.array(sample.token_ids, dtype=np.int32)
         if not len(ids):
             raise SamplerError("vLLM gave a response without tokens; set generation: padded")
-        logp = sum(
-            step[int(token)].logprob for step, token in zip(sample.logprobs, ids, strict=True)
-        )
+        logp = 0.0
+        for token, logprobs in zip(ids, sample.logprobs, strict=True):
+            logp += logprobs[int(token)].logprob
         return Completion(ids, sample.finish_reason == "stop", float(logp), version)

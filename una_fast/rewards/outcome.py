@@ -1,23 +1,24 @@
-"""Outcomes: a number, or the reason why a sample has no reward."""
+"""Outcomes of rewards: a number, or the reason for a missing number."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
-
+from typing import Any
 
 PromptText = str | list[dict[str, Any]]
+"""Plain text, or chat messages."""
 
 EXCERPT = 200  # characters of an answer in a message
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a sample has no reward: a short reason that is counted, and a detail that is logged the first time."""
+    """The reason for a sample without a reward.
+
+    reason: a short text; failures are counted by reason
+    detail: an excerpt of the answer, logged with the first failure of a reason
+    """
 
     reason: str
     detail: str = ""
@@ -27,19 +28,30 @@ Outcome = float | Failure
 
 
 class Reward:
-    """One reward: outcomes of samples, in their order."""
+    """A reward of a run, as a function of samples."""
 
     def __call__(
         self, prompts: list[PromptText], completions: list[str], columns: dict[str, list[Any]]
     ) -> list[Outcome]:
+        """Return [S] outcomes of S samples, in order.
+
+        prompts: [S] texts or chats
+        completions: [S] decoded texts
+        columns: name -> [S] values, the other columns of the records
+
+        Raises RewardError if the run cannot go on.
+        """
         raise NotImplementedError
 
     def close(self) -> None:
-        """Nothing to close, unless a kind says so."""
+        """Close connections, if the reward holds any."""
 
 
 def as_number(value: object) -> float | None:
-    """A number as a float; None for anything else, bool included: True is more often a slip than a reward."""
+    """Return a number as a float, and a value of another kind as None.
+
+    A bool is no number: True is more often a slip than a reward.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:

@@ -1,11 +1,13 @@
-"""Rewards of sampled completions: Python functions, reward models, judges and endpoints, summed with weights.
+"""Rewards of sampled completions: functions, reward models, judges and endpoints, summed.
 
-    prompts, completions, columns -> every reward -> one outcome per sample: a number, or why there is none
-      -> total = sum of weight * reward - missing_eos_penalty where a completion did not end -> RewardScale -> scores
+    prompts, completions, columns -> every reward -> per sample a number, or a failure
+      -> total = sum of weight * reward, less missing_eos_penalty if the completion did not end
+      -> RewardScale -> scores
 
-A sample whose reward is unknown has no total: it is left out and counted, never scored 0. What concerns one sample (a
-server that stays silent, a reply that is no number, NaN) is counted; what will not mend itself (a wrong key, a function
-that raises) is a `RewardError`. Settings that cannot work are a ValueError before the first sample.
+A sample with an unknown reward has no total: the sample is left out and counted, never scored 0.
+Trouble of a single sample (a silent server, a reply without a number, NaN) is counted; lasting
+trouble (a wrong key, an exception in a function) is a `RewardError`. Unusable settings are a
+ValueError before the first sample.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from una_fast.checks import check_number
 from una_fast.rewards.functions import FunctionReward
 from una_fast.rewards.http import Endpoint, Judge
 from una_fast.rewards.models import RewardModel
-from una_fast.rewards.outcome import Failure, Outcome, PromptText
+from una_fast.rewards.outcome import Failure, Outcome, PromptText, Reward
 from una_fast.rewards.settings import RewardSpec
 
 logger = logging.getLogger(__name__)
@@ -31,8 +33,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Rewarded:
-    """What a batch of samples was given. failures: how often each reason left a sample without a reward; a sample that
-    two rewards failed on is counted under both."""
+    """The rewards of a batch of S samples.
+
+    total: [S] weighted sums less the penalty; None for a sample without a reward
+    parts: name of the reward -> [S] unweighted rewards, None for a failure
+    failures: reason -> samples without a reward; a sample with two failures is counted twice
+    """
 
     total: list[float | None]
     parts: dict[str, list[float | None]]
@@ -40,11 +46,7 @@ class Rewarded:
 
 
 class Rewards:
-    """All rewards of a run.
-
-    device, dtype, trust_remote_code: of the reward models. missing_eos_penalty: subtracted once from the weighted sum
-    of a sample that did not end. Functions and models are loaded here; ValueError or OSError where that fails.
-    """
+    """All rewards of a run, and the weighted sum."""
 
     def __init__(
         self,
@@ -55,16 +57,23 @@ class Rewards:
         dtype: torch.dtype = torch.float32,
         trust_remote_code: bool = False,
     ) -> None:
+        """Load functions and reward models.
+
+        specs: the setting `rewards`, parsed
+        missing_eos_penalty: subtracted once from the weighted sum of an unfinished sample
+        device: of the reward models
+        dtype: of the reward models
+        trust_remote_code: run code that comes with the reward models
+
+        Raises ValueError or OSError for an unusable or missing function or model.
+        """
         self.penalty = check_number("missing_eos_penalty", missing_eos_penalty)
-        self.specs, self.sources, self.reported = list(specs), [], set()
-        kinds = {"function": FunctionReward, "judge": Judge, "endpoint": Endpoint}
+        self.specs = list(specs)
+        self.rewards: list[Reward] = []
+        self.logged: set[str] = set()  # reasons of failures
         try:
             for spec in self.specs:
-                if spec.kind == "model":
-                    source = RewardModel(spec, device, dtype, trust_remote_code)
-                else:
-                    source = kinds[spec.kind](spec)
-                self.sources.append(source)
+                self.rewards.append(_load(spec, device, dtype, trust_remote_code))
         except BaseException:
             self.close()
             raise
@@ -76,50 +85,72 @@ class Rewards:
         finished: Sequence[bool],
         columns: dict[str, list[Any]],
     ) -> Rewarded:
-        """Rewards of S samples.
+        """Return the rewards of S samples.
 
-        prompts: [S] texts, or chats as lists of messages. completions: [S] decoded texts. finished: [S], False where
-        the completion has no end-of-sequence token. columns: the other columns of the records, {name: [S] values}.
-        Raises RewardError.
+        prompts: [S] texts, or chats as lists of messages
+        completions: [S] decoded texts
+        finished: [S], False for a completion without an end-of-sequence token
+        columns: name -> [S] values, the other columns of the records
+
+        Raises RewardError if the run cannot go on.
         """
         count = len(completions)
-        lengths = {
-            "prompts": len(prompts),
-            "finished": len(finished),
-            **{k: len(v) for k, v in columns.items()},
-        }
+        lengths = {name: len(values) for name, values in columns.items()}
+        lengths["prompts"] = len(prompts)
+        lengths["finished"] = len(finished)
         assert set(lengths.values()) <= {count}, f"{count} completions, but {lengths}"
+
         failures: Counter[str] = Counter()
         parts: dict[str, list[float | None]] = {}
-        for spec, source in zip(self.specs, self.sources, strict=True):
-            outcomes = source(list(prompts), list(completions), columns) if count else []
+        for spec, reward in zip(self.specs, self.rewards, strict=True):
+            outcomes = reward(list(prompts), list(completions), columns) if count else []
             parts[spec.name] = [self._finite(spec.name, outcome, failures) for outcome in outcomes]
+
         total: list[float | None] = []
         for i in range(count):
-            values = [parts[spec.name][i] for spec in self.specs]
-            if None in values:
+            weighted = self._weighted_sum({name: values[i] for name, values in parts.items()})
+            if weighted is None:
                 total.append(None)
                 continue
-            value = sum(spec.weight * value for spec, value in zip(self.specs, values, strict=True))
-            total.append(self._finite("total", value - self.penalty * (not finished[i]), failures))
+            penalty = self.penalty * (not finished[i])
+            total.append(self._finite("total", weighted - penalty, failures))
         return Rewarded(total, parts, failures)
 
     def close(self) -> None:
         """Close the connections."""
-        for source in self.sources:
-            source.close()
+        for reward in self.rewards:
+            reward.close()
+
+    def _weighted_sum(self, rewards: dict[str, float | None]) -> float | None:
+        """Return the sum over the rewards of a sample, or None if any reward failed."""
+        if None in rewards.values():
+            return None
+        return sum(spec.weight * rewards[spec.name] for spec in self.specs)
 
     def _finite(self, name: str, outcome: Outcome, failures: Counter[str]) -> float | None:
+        """Return a finite outcome; count the rest as failures, and log a reason once."""
         if not isinstance(outcome, Failure):
             if math.isfinite(outcome):
                 return outcome
             outcome = Failure("not finite", repr(outcome))
         reason = f"{name}: {outcome.reason}"
         failures[reason] += 1
-        if reason not in self.reported:
-            self.reported.add(reason)
+        if reason not in self.logged:
+            self.logged.add(reason)
             detail = f" ({outcome.detail})" if outcome.detail else ""
             logger.warning(
                 "reward %s%s: such samples are left out; said once, counted always", reason, detail
             )
         return None
+
+
+def _load(
+    spec: RewardSpec, device: torch.device | str, dtype: torch.dtype, trust_remote_code: bool
+) -> Reward:
+    if spec.kind == "model":
+        return RewardModel(spec, device, dtype, trust_remote_code)
+    if spec.kind == "function":
+        return FunctionReward(spec)
+    if spec.kind == "judge":
+        return Judge(spec)
+    return Endpoint(spec)

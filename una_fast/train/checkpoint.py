@@ -1,11 +1,11 @@
-"""Checkpoints: everything a killed run needs to continue exactly, and nothing that looks complete before it is.
+"""Checkpoints: everything a killed run needs to continue exactly; complete, or ignored.
 
-checkpoint-N/   weights (safetensors, Hugging Face form) and tokenizer: usable as a model on its own
-                training/     optimizer state, random states of all ranks, and a reference that is no longer that of
-                              the start (torch.distributed.checkpoint)
-                state.json    step, learning rate schedule, metrics not reported yet, and what identifies the run:
-                              reference, data and settings
-                COMPLETE      written last; a directory without it is ignored and overwritten
+checkpoint-N/   weights (safetensors, Hugging Face form) and tokenizer: usable as a model by itself
+                training/     optimizer state, random states of all ranks, and a reference that has
+                              changed since the start (torch.distributed.checkpoint)
+                state.json    step, learning rate schedule, metrics not reported yet, the decisions
+                              of the run, and the identity: reference, data and settings
+                COMPLETE      written last; without this file a directory is ignored and overwritten
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -36,31 +37,42 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def complete_checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    found = [
-        (int(m[1]), p) for p in output_dir.glob("checkpoint-*") if (m := _NAME.fullmatch(p.name))
-    ]
-    return [path for _, path in sorted(found) if (path / MARKER).exists()]
+    """Return the complete checkpoints of a run, oldest first."""
+    by_step: dict[int, Path] = {}
+    for path in output_dir.glob("checkpoint-*"):
+        name = _NAME.fullmatch(path.name)
+        if name is not None and (path / MARKER).exists():
+            by_step[int(name[1])] = path
+    return [by_step[step] for step in sorted(by_step)]
 
 
 def save_model(
     directory: Path, policy: Policy, tokenizer: PreTrainedTokenizerBase, world: World
 ) -> None:
-    """Weights and tokenizer in Hugging Face form, gathered from all ranks, written by the first."""
-    state_dict = None
-    if world.sharded:
-        options = StateDictOptions(
-            full_state_dict=True, cpu_offload=True, ignore_frozen_params=policy.is_adapter
-        )
-        state_dict = get_model_state_dict(policy.model, options=options)
-        first: dict[int, str] = {}
-        for name, parameter in policy.model.named_parameters(remove_duplicate=False):
-            if (
-                name in state_dict
-            ):  # tied weights are gathered one by one; as one tensor they are written once
-                state_dict[name] = state_dict[first.setdefault(id(parameter), name)]
+    """Write weights and tokenizer in Hugging Face form.
+
+    directory: written by the main rank
+    policy: gathered from all ranks
+    tokenizer: of the policy
+    world: the ranks; all of them must call
+    """
+    state_dict = _whole_state_dict(policy) if world.sharded else None
     if world.is_main:
         save_pretrained(policy, directory, tokenizer, state_dict)
+
+
+def _whole_state_dict(policy: Policy) -> dict[str, Tensor]:
+    """Gather the weights of a sharded policy on the host of the main rank."""
+    options = StateDictOptions(
+        full_state_dict=True, cpu_offload=True, ignore_frozen_params=policy.is_adapter
+    )
+    state_dict = get_model_state_dict(policy.model, options=options)
+    # Tied weights are gathered one by one; as one tensor they are written once.
+    first_name: dict[int, str] = {}
+    for name, parameter in policy.model.named_parameters(remove_duplicate=False):
+        if name in state_dict:
+            state_dict[name] = state_dict[first_name.setdefault(id(parameter), name)]
+    return state_dict
 
 
 def save_checkpoint(
@@ -73,8 +85,19 @@ def save_checkpoint(
     keep: int,
     reference: Policy | None = None,
 ) -> Path:
-    """Write checkpoint-N, then delete the oldest complete ones beyond `keep`. state: what state.json holds, N its
-    "step". reference: a reference that is no longer that of the start."""
+    """Write checkpoint-N, then delete the oldest complete checkpoints.
+
+    output_dir: of the run
+    policy: the model to save
+    optimizer: of the policy
+    tokenizer: of the policy
+    world: the ranks; all of them must call
+    state: content of state.json, as JSON values; N is state["step"]
+    keep: complete checkpoints that stay
+    reference: a reference that has changed since the start of the run
+
+    Returns the directory of the checkpoint.
+    """
     directory = output_dir / f"checkpoint-{state['step']}"
     if world.is_main:
         shutil.rmtree(directory, ignore_errors=True)
@@ -100,6 +123,7 @@ def save_checkpoint(
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Return the content of state.json."""
     return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
 
 
@@ -110,18 +134,23 @@ def load_training_state(
     world: World,
     reference: Policy | None = None,
 ) -> None:
-    """Optimizer and random states into place, and the weights of a reference that had changed. The policy's weights
-    were loaded with the model, from the same directory."""
+    """Load the optimizer and random states, and the weights of a reference that had changed.
+
+    checkpoint: a complete checkpoint; the weights of the policy were loaded with the model
+    policy: with the weights of the checkpoint
+    optimizer: of the policy
+    world: the ranks; all of them must call
+    reference: a reference that changes during the run; its weights are overwritten
+    """
     directory = checkpoint / "training"
     saved = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
-    random = {
-        name: state for name, state in _random_states(world).items() if name in saved
-    }  # none for a new rank
+    # A rank that the saved run did not have finds no random state, and keeps its own.
+    states = _random_states(world)
+    random = {name: state for name, state in states.items() if name in saved}
     training = {"optimizer": get_optimizer_state_dict(policy.model, optimizer), **random}
     if reference is not None:
-        training["reference"] = get_model_state_dict(
-            reference.model
-        )  # its own tensors, which are loaded into
+        # The tensors of the reference itself: dcp.load writes into them.
+        training["reference"] = get_model_state_dict(reference.model)
     dcp.load(training, checkpoint_id=directory, no_dist=not world.sharded)
     set_optimizer_state_dict(policy.model, optimizer, training["optimizer"])
     for name in random:
@@ -131,7 +160,7 @@ def load_training_state(
             torch.set_rng_state(training[name])
 
 
-def _random_states(world: World) -> dict[str, torch.Tensor]:
+def _random_states(world: World) -> dict[str, Tensor]:
     states = {f"cpu_rng_{world.rank}": torch.get_rng_state()}
     if world.device.type == "cuda":
         states[f"cuda_rng_{world.rank}"] = torch.cuda.get_rng_state(world.device)

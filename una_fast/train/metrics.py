@@ -5,44 +5,41 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from una_fast.data.batch import Batch
 from una_fast.distributed import World
-from una_fast.feedback import PAIR, SCORE
+from una_fast.feedback import PAIR, SCORE, Feedback
 from una_fast.losses import Objective, UnaOutput
 
-BINS = 10
-
-_SUMS = (
-    *(
-        "loss",
-        "units",
-        "pairs",
-        "chosen",
-        "rejected",
-        "correct",
-        "decided",
-        "logps_chosen",
-        "logps_rejected",
-    ),
-    *(
-        "points",
-        "target",
-        "implicit",
-        "calibrated",
-        "log_ratio",
-        "responses",
-        "tokens",
-        "response_tokens",
-    ),
+# Sums of a meter, in the order of its tensor and of checkpoints.
+NAMES = (
+    "loss",
+    "units",
+    "pairs",
+    "chosen",
+    "rejected",
+    "correct",
+    "decided",
+    "logps_chosen",
+    "logps_rejected",
+    "points",
+    "target",
+    "implicit",
+    "calibrated",
+    "log_ratio",
+    "responses",
+    "tokens",
+    "response_tokens",
     "computed",
 )
+BINS = 10  # of sigmoid(r), for the calibration error
 
-# Dense bf16 tensor-core peak, TFLOP/s, by a part of the device name.
+# Dense bf16 tensor-core peak, TFLOP/s, by a substring of the device name.
 _PEAK_TFLOPS = {
     "H200": 989.0,
     "H100": 989.0,
@@ -56,111 +53,144 @@ _PEAK_TFLOPS = {
 class Meter:
     """Sums over units and responses since the last report, on the device; one read per report.
 
-    Metric `kl` is the mean of log pi - log pi_ref over the responses of the data, chosen and rejected: an estimate of
-    the KL only where the policy itself drew them, negative where it finds them less likely than the reference does.
+    Layout of `sums`, float64: NAMES | labels and scores per bin of sigmoid(r) [BINS] | sum of
+    sigmoid(r) - label per bin [BINS].
+
+    Metric `kl` is the mean of log pi - log pi_ref over the responses of the data, chosen and
+    rejected: an estimate of the KL only if the policy itself drew the responses, and negative if
+    the policy finds the responses less likely than the reference does.
     """
 
     def __init__(self, objective: Objective, device: torch.device) -> None:
         self.objective = objective
-        self.sums = torch.zeros(len(_SUMS) + 2 * BINS, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(len(NAMES) + 2 * BINS, dtype=torch.float64, device=device)
 
     def add(self, batch: Batch, out: UnaOutput) -> None:
-        feedback, device = batch.feedback, self.sums.device
+        """Add one micro-batch.
 
-        def of(units: Tensor, *columns: Tensor) -> list[Tensor]:
-            return [column[units].to(device, non_blocking=True) for column in columns]
-
-        pairs = feedback.kind == PAIR
-        first, second, target = of(pairs, feedback.first, feedback.second, feedback.value)
-        decided = target > 0.5  # a tie has no right order
-        points, predicted, wanted, bins = self._points(feedback, out, of)
-        (weight,) = of(torch.ones_like(pairs), feedback.weight)
+        batch: laid-out examples
+        out: their loss, log-probs and implicit rewards
+        """
+        feedback = batch.feedback
+        is_pair = feedback.kind == PAIR
+        chosen = self._selected(feedback.first, is_pair)
+        rejected = self._selected(feedback.second, is_pair)
+        decided = self._selected(feedback.value, is_pair) > 0.5  # a tie has no right order
+        points = self._points(feedback, out)
+        weight = feedback.weight.to(self.sums.device, non_blocking=True)
         values = {
             "loss": (out.unit_losses * weight).sum(),
             "units": feedback.num_units,
-            "pairs": first.numel(),
-            "chosen": out.rewards[first].sum(),
-            "rejected": out.rewards[second].sum(),
-            "correct": ((out.rewards[first] > out.rewards[second]) & decided).sum(),
+            "pairs": chosen.numel(),
+            "chosen": out.rewards[chosen].sum(),
+            "rejected": out.rewards[rejected].sum(),
+            "correct": ((out.rewards[chosen] > out.rewards[rejected]) & decided).sum(),
             "decided": decided.sum(),
-            "logps_chosen": out.logps[first].sum(),
-            "logps_rejected": out.logps[second].sum(),
-            "points": points,
-            "target": wanted.sum(),
-            "implicit": predicted.sum(),
-            "calibrated": bins[0].sum(),
+            "logps_chosen": out.logps[chosen].sum(),
+            "logps_rejected": out.logps[rejected].sum(),
+            "points": points.wanted.numel(),
+            "target": points.wanted.sum(),
+            "implicit": points.implied.sum(),
+            "calibrated": points.counts.sum(),
             "log_ratio": (out.logps - out.ref_logps).sum(),
             "responses": out.logps.numel(),
             "tokens": batch.num_tokens,
             "response_tokens": batch.targets.numel(),
             "computed": batch.input_ids.numel(),
         }
-        self.sums += torch.cat(
-            [
-                torch.stack(
-                    [torch.as_tensor(values[n], dtype=torch.float64, device=device) for n in _SUMS]
-                ),
-                bins.flatten(),
-            ]
-        )
+        named = [
+            torch.as_tensor(values[name], dtype=torch.float64, device=self.sums.device)
+            for name in NAMES
+        ]
+        self.sums += torch.cat([torch.stack(named), points.counts, points.gaps])
 
-    def _points(self, feedback: Any, out: UnaOutput, of: Any) -> tuple[int, Tensor, Tensor, Tensor]:
-        """Labels and scores: how many, what the policy implies (on the scale that is compared), what was wanted, and
-        (count, gap) per bin of sigmoid(r)."""
-        points = feedback.kind != PAIR
-        first, offset, wanted = of(points, feedback.first, feedback.offset, feedback.value)
-        raw = out.rewards[first] + offset + self.objective.offset
-        (on_rewards,) = of(
-            points, (feedback.kind == SCORE) & (not self.objective.scores_in_unit_interval)
-        )
+    def _selected(self, column: Tensor, units: Tensor) -> Tensor:
+        """Return a column of the feedback at some units, on the device. units: [U] bool."""
+        return column[units].to(self.sums.device, non_blocking=True)
+
+    def _points(self, feedback: Feedback, out: UnaOutput) -> _Points:
+        """Compare labels and scores with the policy's implicit rewards."""
+        is_point = feedback.kind != PAIR
+        response = self._selected(feedback.first, is_point)
+        offset = self._selected(feedback.offset, is_point)
+        wanted = self._selected(feedback.value, is_point)
+        raw = out.rewards[response] + offset + self.objective.offset
+        # Form reward_mse compares scores with r itself, every other form with sigmoid(r).
+        is_raw = (feedback.kind == SCORE) & (not self.objective.scores_in_unit_interval)
+        is_raw = self._selected(is_raw, is_point)
         probability = torch.sigmoid(raw)
-        # A policy that diverged has no bin, and must not stop the run before its gradient norm does, by name.
+        # A policy that diverged has no bin, and must not stop the run before the check of the
+        # gradient norm names the records.
         index = (probability.nan_to_num(0.0) * BINS).long().clamp_max(BINS - 1)
-        counted = (~on_rewards).double()
-        bins = raw.new_zeros(2, BINS)
-        bins[0].index_add_(0, index, counted)
-        bins[1].index_add_(0, index, counted * (probability - wanted))
-        return first.numel(), torch.where(on_rewards, raw, probability), wanted, bins
+        counted = (~is_raw).double()
+        counts = raw.new_zeros(BINS).index_add_(0, index, counted)
+        gaps = raw.new_zeros(BINS).index_add_(0, index, counted * (probability - wanted))
+        return _Points(wanted, torch.where(is_raw, raw, probability), counts, gaps)
 
     def pool(self, world: World) -> list[float]:
-        """The sums over all ranks, for a checkpoint; the first rank goes on with them, the others from zero."""
+        """Return the sums over all ranks, for a checkpoint.
+
+        The first rank goes on with the pooled sums, the others from zero.
+        """
         pooled = world.sum(self.sums)
         self.sums = pooled if world.is_main else torch.zeros_like(pooled)
         return pooled.tolist()
 
+    def load_state_dict(self, state: Sequence[float], world: World) -> None:
+        """Go on from the pooled sums of a checkpoint; the first rank holds all of them."""
+        if world.is_main:
+            self.sums += torch.tensor(state, dtype=torch.float64, device=self.sums.device)
+
     def take(self, world: World) -> dict[str, float]:
-        """Metrics over all ranks since the last call; what had no data is left out."""
-        values = world.sum(self.sums).tolist()
+        """Return the metrics over all ranks since the last call; no metric without its data."""
+        pooled = world.sum(self.sums).cpu()
+        named, _, gaps = pooled.split([len(NAMES), BINS, BINS])
         self.sums = torch.zeros_like(self.sums)
-        s = dict(zip(_SUMS, values, strict=False))
-        gaps = values[len(_SUMS) + BINS :]
-        metrics = {"loss": s["loss"] / max(s["units"], 1.0)}
-        if s["pairs"]:
-            chosen, rejected = s["chosen"] / s["pairs"], s["rejected"] / s["pairs"]
+        sums = dict(zip(NAMES, named.tolist(), strict=True))
+        metrics = {"loss": sums["loss"] / max(sums["units"], 1.0)}
+        if sums["pairs"]:
+            chosen = sums["chosen"] / sums["pairs"]
+            rejected = sums["rejected"] / sums["pairs"]
             metrics |= {
                 "rewards/chosen": chosen,
                 "rewards/rejected": rejected,
                 "rewards/margins": chosen - rejected,
+                "logps/chosen": sums["logps_chosen"] / sums["pairs"],
+                "logps/rejected": sums["logps_rejected"] / sums["pairs"],
             }
-            metrics |= {f"logps/{n}": s[f"logps_{n}"] / s["pairs"] for n in ("chosen", "rejected")}
-        if s["decided"]:
-            metrics["rewards/accuracies"] = s["correct"] / s["decided"]
-        if s["points"]:
-            metrics |= {
-                "una/target_mean": s["target"] / s["points"],
-                "una/implicit_mean": s["implicit"] / s["points"],
-            }
-        if s["calibrated"]:
-            metrics["una/calibration_error"] = sum(map(abs, gaps)) / s["calibrated"]
-        if s["responses"]:
-            metrics["kl"] = s["log_ratio"] / s["responses"]
-        metrics |= {n: s[n] for n in ("units", "tokens", "response_tokens")}
-        metrics["padding"] = 1.0 - s["tokens"] / max(s["computed"], 1.0)
+        if sums["decided"]:
+            metrics["rewards/accuracies"] = sums["correct"] / sums["decided"]
+        if sums["points"]:
+            metrics["una/target_mean"] = sums["target"] / sums["points"]
+            metrics["una/implicit_mean"] = sums["implicit"] / sums["points"]
+        if sums["calibrated"]:
+            metrics["una/calibration_error"] = sum(map(abs, gaps.tolist())) / sums["calibrated"]
+        if sums["responses"]:
+            metrics["kl"] = sums["log_ratio"] / sums["responses"]
+        for name in ("units", "tokens", "response_tokens"):
+            metrics[name] = sums[name]
+        metrics["padding"] = 1.0 - sums["tokens"] / max(sums["computed"], 1.0)
         return metrics
 
 
+@dataclass(frozen=True)
+class _Points:
+    """Labels and scores of a micro-batch, P units, on the device.
+
+    wanted: [P] label or score
+    implied: [P] the policy's value on the same scale, sigmoid(r) or r
+    counts: [BINS] units on the scale of sigmoid(r), by bin
+    gaps: [BINS] sum of sigmoid(r) - label, by bin
+    """
+
+    wanted: Tensor
+    implied: Tensor
+    counts: Tensor
+    gaps: Tensor
+
+
 def peak_gib(device: torch.device) -> float:
-    """Peak memory of this process: allocated on the GPU, or resident on the host."""
+    """Return the peak memory of this process: allocated on the GPU, or resident on the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
@@ -168,7 +198,7 @@ def peak_gib(device: torch.device) -> float:
 
 
 def peak_tflops(device: torch.device) -> float | None:
-    """Dense bf16 peak of a known GPU, else None."""
+    """Return the dense bf16 peak of a known GPU, else None."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -176,20 +206,27 @@ def peak_tflops(device: torch.device) -> float | None:
 
 
 class Clock:
-    """Wall time spent training, with pauses for evaluation and checkpoints left out."""
+    """Wall time spent training, with pauses for evaluation and checkpoints left out.
 
-    def __init__(self) -> None:
-        self.spent, self.since = 0.0, time.perf_counter()
+    spent: seconds since the last report, up to the last pause
+    """
+
+    def __init__(self, spent: float = 0.0) -> None:
+        self.spent = spent
+        self._since = time.perf_counter()
 
     def pause(self) -> None:
-        self.spent += time.perf_counter() - self.since
+        """Stop counting."""
+        self.spent += time.perf_counter() - self._since
 
     def go_on(self) -> None:
-        self.since = time.perf_counter()
+        """Count again after a pause."""
+        self._since = time.perf_counter()
 
     def take(self) -> float:
-        """Seconds since the last call."""
+        """Return the seconds since the last call."""
         self.pause()
         self.go_on()
-        spent, self.spent = self.spent, 0.0
+        spent = self.spent
+        self.spent = 0.0
         return spent

@@ -1,9 +1,10 @@
-"""What a run tells: metrics of a step, metrics.jsonl and logging back-ends, the progress bar, the model card."""
+"""Output of a run: metrics.jsonl, completions.jsonl, loggers, the progress bar, the model card."""
 
 from __future__ import annotations
 
+import importlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +12,36 @@ from una_fast.config import RunConfig
 from una_fast.data.examples import SourceReport
 from una_fast.distributed import World
 
+Writer = Callable[[int, dict[str, float]], None]
+"""A logging back-end: writes (step, metrics)."""
+
+SHOWN = ("loss", "reward", "rewards/accuracies", "kl", "grad_norm")  # in the progress bar
+
 
 class Reporter:
-    """Writes metrics of a run. Only the main rank writes; the others call the same methods to no effect."""
+    """Writes the metrics of a run on the main rank; calls on other ranks have no effect.
+
+    last: newest value of every metric, up to the step that the run goes on from
+    """
 
     def __init__(self, config: RunConfig, world: World, total_steps: int, first_step: int) -> None:
+        """Open the files, loggers and the progress bar.
+
+        config: settings of the run
+        world: the ranks
+        total_steps: optimizer steps of the whole run
+        first_step: steps taken already; lines of later steps leave the files
+        """
         self.world = world
-        self.writers: list[Any] = []
+        self.writers: list[Writer] = []
         self.bar = None
-        self.last: dict[str, float] = {}  # newest value of every metric of the steps that are kept
+        self.last: dict[str, float] = {}
         if not world.is_main:
             return
         output_dir = Path(config.output_dir)
-        self.path, self.completions_path = (
-            output_dir / "metrics.jsonl",
-            output_dir / "completions.jsonl",
-        )
-        for line in _keep_until(self.path, first_step):
+        self.metrics_path = output_dir / "metrics.jsonl"
+        self.completions_path = output_dir / "completions.jsonl"
+        for line in _keep_until(self.metrics_path, first_step):
             self.last |= {name: value for name, value in line.items() if name != "step"}
         if self.completions_path.exists():
             _keep_until(self.completions_path, first_step)
@@ -38,52 +52,51 @@ class Reporter:
             self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
-        """One line of metrics; the progress bar shows the most telling ones."""
+        """Write one line of metrics, and show the most telling metrics in the progress bar."""
         if not self.world.is_main:
             return
-        with self.path.open("a", encoding="utf-8") as file:
+        with self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         for write in self.writers:
             write(step, metrics)
         if self.bar is not None:
-            shown = {
-                n: f"{metrics[n]:.4g}"
-                for n in ("loss", "reward", "rewards/accuracies", "kl", "grad_norm")
-                if n in metrics
-            }
-            self.bar.set_postfix(shown)
+            self.bar.set_postfix({n: f"{metrics[n]:.4g}" for n in SHOWN if n in metrics})
 
     def completions(self, step: int, lines: Sequence[dict[str, Any]]) -> None:
-        """Sampled responses, one line each in completions.jsonl."""
+        """Write sampled responses, a line per response, to completions.jsonl."""
         if self.world.is_main and lines:
             with self.completions_path.open("a", encoding="utf-8") as file:
-                file.writelines(
-                    json.dumps({"step": step, **line}, ensure_ascii=False) + "\n" for line in lines
-                )
+                for line in lines:
+                    file.write(json.dumps({"step": step, **line}, ensure_ascii=False) + "\n")
 
     def advance(self) -> None:
+        """Move the progress bar by a step."""
         if self.bar is not None:
             self.bar.update()
 
     def say(self, text: str) -> None:
-        """A line for the reader of the terminal."""
-        if self.world.is_main:
-            if self.bar is not None:
-                self.bar.write(text)
-            else:
-                print(text, flush=True)
+        """Print a line on the terminal."""
+        if not self.world.is_main:
+            return
+        if self.bar is not None:
+            self.bar.write(text)
+        else:
+            print(text, flush=True)
 
     def close(self) -> None:
+        """Close the progress bar."""
         if self.bar is not None:
             self.bar.close()
 
 
-def _keep_until(path: Path, step: int) -> list[dict[str, float]]:
-    """The lines that a run resumed after `step` keeps. Those of steps that it takes again, and a line that was cut
-    off by a kill, leave the file."""
-    kept: list[dict[str, float]] = []
-    text = path.read_text(encoding="utf-8") if path.exists() and step > 0 else ""
+def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """Return the lines of a JSONL file up to a step, and remove the rest from the file.
+
+    Removed are the lines of steps that a resumed run takes again, and a line that a kill cut off.
+    """
+    kept: list[dict[str, Any]] = []
     lines = []
+    text = path.read_text(encoding="utf-8") if path.exists() and step > 0 else ""
     for line in text.split("\n"):  # not splitlines: texts hold other line separators
         try:
             parsed = json.loads(line)
@@ -96,23 +109,12 @@ def _keep_until(path: Path, step: int) -> list[dict[str, float]]:
     return kept
 
 
-def _make_writer(name: str, output_dir: Path, first_step: int) -> Any:
-    """A function (step, metrics) for a logging back-end of a run that continues after first_step."""
+def _make_writer(name: str, output_dir: Path, first_step: int) -> Writer:
+    """Return the back-end `name` of a run that goes on from first_step."""
     if name == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        board = SummaryWriter(
-            output_dir / "tensorboard", purge_step=first_step + 1 if first_step else None
-        )
-
-        def write(step: int, metrics: dict[str, float]) -> None:
-            for key, value in metrics.items():
-                board.add_scalar(key, value, step)
-            board.flush()
-
-        return write
+        return _tensorboard_writer(output_dir, first_step)
     try:
-        module = __import__(name)
+        module = importlib.import_module(name)
     except ImportError:
         raise ValueError(
             f"loggers: {name} is not installed; pip install {name}, or remove it from loggers"
@@ -121,32 +123,58 @@ def _make_writer(name: str, output_dir: Path, first_step: int) -> Any:
     return lambda step, metrics: run.log(metrics, step=step)
 
 
+def _tensorboard_writer(output_dir: Path, first_step: int) -> Writer:
+    from torch.utils.tensorboard import SummaryWriter
+
+    purge_step = first_step + 1 if first_step else None
+    board = SummaryWriter(output_dir / "tensorboard", purge_step=purge_step)
+
+    def write(step: int, metrics: dict[str, float]) -> None:
+        for key, value in metrics.items():
+            board.add_scalar(key, value, step)
+        board.flush()
+
+    return write
+
+
 def model_card(
     config: RunConfig, reports: Sequence[SourceReport], metrics: dict[str, float], is_adapter: bool
 ) -> str:
-    """README.md of the trained model."""
+    """Return README.md of the trained model.
+
+    config: settings of the run
+    reports: counts of every source
+    metrics: last metrics of the run
+    is_adapter: the model is an adapter directory
+    """
     mean = ", a mean over tokens" if config.length_normalize else ""
     offset = ""
     if config.offset:
-        shown = (
-            f"r + f(x), centred by {config.offset}"
-            if isinstance(config.offset, str)
-            else f"r + {config.offset:g}"
-        )
+        shown = f"r + f(x), centred by {config.offset}"
+        if not isinstance(config.offset, str):
+            shown = f"r + {config.offset:g}"
         offset = f", labels and scores compared with {shown}"
+    library = "peft" if is_adapter else "transformers"
     rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in metrics.items())
     data = "\n".join(f"- {report}" for report in reports)
+    about = [
+        f"{config.model} aligned with UNA ([arXiv 2408.15339](https://arxiv.org/abs/2408.15339)) "
+        "by una_fast: the implicit reward",
+        f"r = {config.beta} * (log pi - log pi_ref){mean} regressed on the feedback below "
+        f"(pairs: {config.pair}, labels:",
+        f"{config.binary}, scores: {config.score}{offset}). All settings: `config.yaml`; "
+        "every logged step: `metrics.jsonl`.",
+    ]
+    text = "\n".join(about)
     return f"""---
 base_model: {config.model}
-library_name: {"peft" if is_adapter else "transformers"}
+library_name: {library}
 tags: [una, alignment, preference-optimization]
 ---
 
 # {Path(config.output_dir).name}
 
-{config.model} aligned with UNA ([arXiv 2408.15339](https://arxiv.org/abs/2408.15339)) by una_fast: the implicit reward
-r = {config.beta} * (log pi - log pi_ref){mean} regressed on the feedback below (pairs: {config.pair}, labels:
-{config.binary}, scores: {config.score}{offset}). All settings: `config.yaml`; every logged step: `metrics.jsonl`.
+{text}
 
 ## Data
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -11,12 +13,21 @@ from una_fast.config import RunConfig
 from una_fast.data.examples import Example, Prompt, SourceReport, load_examples, load_prompts
 from una_fast.data.loader import hold_out
 from una_fast.data.sources import Source
+from una_fast.model.reference import without_cached_logps
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunData:
-    """The data of a run: records by source and the sources' weights, prompts to sample from likewise, what is held out
-    of both for evaluation, and what became of the records of every source."""
+    """All data of a run.
+
+    records: examples to train on, by source
+    weights: times per epoch that the records of a source are seen, by source
+    prompts: prompts to sample from, by source
+    prompt_weights: as `weights`, for prompts
+    eval_records: records held out for evaluation
+    eval_prompts: prompts held out for evaluation
+    reports: counts of every source, in the order of data and eval_data
+    """
 
     records: list[list[Example]] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
@@ -27,48 +38,99 @@ class RunData:
     reports: list[SourceReport] = field(default_factory=list)
 
     def examples(self) -> list[Example]:
-        """All records, without prompts."""
-        return [example for part in self.records for example in part] + self.eval_records
+        """Return all records, held-out records too, and no prompts."""
+        return [*itertools.chain.from_iterable(self.records), *self.eval_records]
 
     def all_prompts(self) -> list[Prompt]:
-        return [prompt for part in self.prompts for prompt in part] + self.eval_prompts
+        """Return all prompts, held-out prompts too."""
+        return [*itertools.chain.from_iterable(self.prompts), *self.eval_prompts]
+
+    def without_cached_logps(self) -> RunData:
+        """Return the same data without the ref_logps of the records."""
+        return replace(
+            self,
+            records=[without_cached_logps(source) for source in self.records],
+            eval_records=without_cached_logps(self.eval_records),
+        )
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A source that was read.
+
+    sampled: the source gives prompts to sample from, not records
+    """
+
+    weight: float
+    sampled: bool
+    examples: list[Any]
+    report: SourceReport
 
 
 def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> RunData:
-    """Everything that a run reads, tokenised. Raises ValueError for what cannot be used."""
-    unit_scores = config.objective().scores_in_unit_interval
-    found = RunData()
+    """Read and tokenise all sources of a run.
 
-    def load(entry: str | dict[str, Any]) -> tuple[Source, bool, list[Any]]:
-        source = Source.parse(entry, config.record_options())
-        online = config.mode == "online" if source.online is None else source.online
-        if online != (config.mode == "online") and config.mode != "mixed":
-            raise ValueError(
-                f"{source.path} is set to online: {str(online).lower()}, but the mode is {config.mode}; set mode: mixed"
-            )
-        if online:
-            examples, report = load_prompts(source, tokenizer, max_new_tokens=config.max_new_tokens)
-        else:
-            examples, report = load_examples(source, tokenizer, require_unit_scores=unit_scores)
-        found.reports.append(report)
-        return source, online, examples
+    config: settings of the run
+    tokenizer: of the policy
 
+    ValueError for malformed records, and for sources that do not go with the mode of the run.
+    """
+    data = RunData()
     for entry in config.data:
-        source, online, examples = load(entry)
-        if config.eval_fraction:
-            examples, held = hold_out(examples, config.eval_fraction, config.seed)
-            (found.eval_prompts if online else found.eval_records).extend(held)
-            if not examples:
-                raise ValueError(
-                    f"eval_fraction={config.eval_fraction} leaves a source without training records"
-                )
-        (found.prompts if online else found.records).append(examples)
-        (found.prompt_weights if online else found.weights).append(source.weight)
+        loaded = _load_source(config, tokenizer, entry)
+        data.reports.append(loaded.report)
+        training = _hold_out(config, data, loaded)
+        if loaded.sampled:
+            data.prompts.append(training)
+            data.prompt_weights.append(loaded.weight)
+        else:
+            data.records.append(training)
+            data.weights.append(loaded.weight)
     for entry in config.eval_data:
-        _, online, examples = load(entry)
-        (found.eval_prompts if online else found.eval_records).extend(examples)
-    if config.mode == "mixed" and not (found.records and found.prompts):
+        loaded = _load_source(config, tokenizer, entry)
+        data.reports.append(loaded.report)
+        _add_to_evaluation(data, loaded, loaded.examples)
+    if config.mode == "mixed" and not (data.records and data.prompts):
         raise ValueError(
-            "mode=mixed needs sources of both kinds: mark those that are to be sampled from, {path: ..., online: true}"
+            "mode=mixed needs sources of both kinds: mark those that are to be sampled from, "
+            "{path: ..., online: true}"
         )
-    return found
+    return data
+
+
+def _load_source(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, entry: str | dict[str, Any]
+) -> _Loaded:
+    source = Source.parse(entry, config.record_options())
+    sampled = config.mode == "online" if source.online is None else source.online
+    if sampled != (config.mode == "online") and config.mode != "mixed":
+        raise ValueError(
+            f"{source.path} is set to online: {str(sampled).lower()}, but the mode is "
+            f"{config.mode}; set mode: mixed"
+        )
+    if sampled:
+        examples, report = load_prompts(source, tokenizer, max_new_tokens=config.max_new_tokens)
+    else:
+        unit_scores = config.objective().scores_in_unit_interval
+        examples, report = load_examples(source, tokenizer, require_unit_scores=unit_scores)
+    return _Loaded(source.weight, sampled, examples, report)
+
+
+def _hold_out(config: RunConfig, data: RunData, loaded: _Loaded) -> list[Any]:
+    """Return the training examples of a source; the others join the evaluation set."""
+    if not config.eval_fraction:
+        return loaded.examples
+    training, held_out = hold_out(loaded.examples, config.eval_fraction, config.seed)
+    if not training:
+        raise ValueError(
+            f"eval_fraction={config.eval_fraction} leaves a source without training records"
+        )
+    _add_to_evaluation(data, loaded, held_out)
+    return training
+
+
+def _add_to_evaluation(data: RunData, loaded: _Loaded, examples: Sequence[Any]) -> None:
+    if loaded.sampled:
+        data.eval_prompts.extend(examples)
+    else:
+        data.eval_records.extend(examples)

@@ -1,0 +1,54 @@
+"""Shared by the tests of runs: a trainer with steps that a test takes itself, and comparisons."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+from two_ranks import saved_weights
+
+from una_fast.config import RunConfig
+from una_fast.data.examples import Example, load_examples
+from una_fast.data.sources import Source
+from una_fast.distributed import start_world
+from una_fast.model.settings import LoraOptions
+from una_fast.train.build import build_run
+from una_fast.train.loop import Trainer
+from una_fast.train.run_data import load_data
+
+LORA = LoraOptions(r=4, alpha=8)
+
+
+def open_trainer(config: RunConfig) -> Trainer:
+    """Build a run; the test takes its steps."""
+    world = start_world(config.device)
+    torch.manual_seed(config.seed)
+    Path(config.output_dir).mkdir(parents=True)
+    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    return Trainer(build_run(config, world, tokenizer, load_data(config, tokenizer)))
+
+
+def settings_of(config: RunConfig) -> dict[str, Any]:
+    """Return the settings of a run by name."""
+    return {field.name: getattr(config, field.name) for field in fields(config)}
+
+
+def again(config: RunConfig, output_dir: Path, **changes: Any) -> dict[str, Any]:
+    """Return the settings of a run in another directory, with changes."""
+    return settings_of(config) | {"output_dir": str(output_dir)} | changes
+
+
+def examples_of(data: str, model: str) -> list[Example]:
+    """Return the records of a file under the tokenizer of a model."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return load_examples(Source(data), tokenizer, require_unit_scores=True)[0]
+
+
+def assert_same_weights(one: str | Path, two: str | Path) -> None:
+    """Assert that two saved models are bitwise equal."""
+    first, second = saved_weights(Path(one)), saved_weights(Path(two))
+    assert first.keys() == second.keys()
+    assert not [name for name in first if not torch.equal(first[name], second[name])]

@@ -1,0 +1,361 @@
+"""Build the parts of a run: settings and data -> models, loaders, optimizer, state.
+
+    facts -> ResolvedRun (printed) -> memory check -> policy, reference -> loaders, online steps
+          -> [checkpoint] -> optimizer, schedule, metrics -> RunParts
+
+The reference is always from the start of the run; the policy is from the checkpoint, if any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedTokenizerBase, get_scheduler
+
+from una_fast.capacity.fit import longest_rollouts, refuse_too_large
+from una_fast.config import RunConfig
+from una_fast.data.examples import Example, Prompt
+from una_fast.data.loader import Loader, num_steps
+from una_fast.distributed import World, shard
+from una_fast.model.activations import decoder_layers
+from una_fast.model.policy import Policy
+from una_fast.model.reference import (
+    AdapterReference,
+    CachedReference,
+    FrozenReference,
+    Reference,
+)
+from una_fast.model.scoring import Scoring
+from una_fast.online.anchors import Anchors
+from una_fast.online.collect import RolloutCollector
+from una_fast.online.samplers import make_sampler
+from una_fast.online.steps import Online
+from una_fast.optim import make_optimizer
+from una_fast.resolved import (
+    ResolvedRun,
+    find_facts,
+    load_frozen,
+    load_trained,
+    resolve,
+    scoring_of,
+)
+from una_fast.rewards.settings import parse_rewards
+from una_fast.rewards.total import Rewards
+from una_fast.train.checkpoint import load_training_state, read_state
+from una_fast.train.metrics import Clock, Meter
+from una_fast.train.report import Reporter
+from una_fast.train.run_data import RunData
+
+
+@dataclass(frozen=True)
+class RunParts:
+    """The parts of a run, ready for the next step.
+
+    resolved: the decisions of the run
+    scoring: how heads are computed
+    source: gives the steps; the loader of the records, or `online`
+    online: steps that are sampled; None in an offline run
+    eval_loader: held-out records; None without records
+    eval_prompts: held-out prompts
+    refreshed: the reference, if its weights change during the run; saved in checkpoints
+    state: content of state.json of the next checkpoint, up to now
+    total_steps: optimizer steps of the whole run
+    """
+
+    config: RunConfig
+    world: World
+    tokenizer: PreTrainedTokenizerBase
+    resolved: ResolvedRun
+    policy: Policy
+    reference: Reference
+    scoring: Scoring
+    source: Loader | Online
+    online: Online | None
+    eval_loader: Loader | None
+    eval_prompts: list[Prompt]
+    refreshed: Policy | None
+    optimizer: Optimizer
+    scheduler: LRScheduler
+    meter: Meter
+    clock: Clock
+    reporter: Reporter
+    state: dict[str, Any]
+    total_steps: int
+
+
+def build_run(
+    config: RunConfig,
+    world: World,
+    tokenizer: PreTrainedTokenizerBase,
+    data: RunData,
+    checkpoint: Path | None = None,
+    *,
+    show: bool = False,
+) -> RunParts:
+    """Load the models of a run, and build the other parts.
+
+    config: settings of the run
+    world: the ranks
+    tokenizer: of the policy
+    data: records and prompts; not changed
+    checkpoint: a complete checkpoint to go on from; None starts anew
+    show: print the decisions of the run before a model is loaded
+
+    ValueError for a run that does not fit into memory, for data that does not go with the model,
+    and for a checkpoint of another run.
+    """
+    records, prompts = data.examples(), data.all_prompts()
+    facts = find_facts(config, records, device=world.device.type, ranks=world.size)
+    run = resolve(config, facts)
+    if show and world.is_main:
+        print("\n".join(run.lines()), flush=True)
+    if run.reference != "cached":
+        data = data.without_cached_logps()
+    refuse_too_large(config, facts, records + longest_rollouts(prompts, config))
+
+    loaders = _make_loaders(config, world, data, packed=run.packed)
+    state = _open_state(config, world, loaders, checkpoint)
+    models = _load_models(config, world, run, records, prompts, checkpoint)
+    reference = {"reference": models.reference.identity}
+    if checkpoint is not None:
+        refuse_another_run(checkpoint, state["run"], reference)
+    state["run"] |= reference
+    state["resolved"] = run.plain()
+    online = None
+    if config.mode != "offline":
+        online = _make_online(config, world, tokenizer, run, models, loaders, prompts)
+    source = online or loaders.records
+    total_steps = num_steps(source.steps_per_epoch, config.epochs, config.max_steps)
+
+    optimizer = make_optimizer(models.policy, config)
+    scheduler = _make_scheduler(config, optimizer, total_steps)
+    meter = Meter(config.objective(), world.device)
+    clock = Clock(state.get("seconds", 0.0))
+    refreshed = models.reference.policy if config.reference_refresh else None
+    if checkpoint is not None:
+        load_training_state(checkpoint, models.policy, optimizer, world, refreshed)
+        scheduler.load_state_dict(state["scheduler"])
+        meter.load_state_dict(state["meter"], world)
+        if online is not None:
+            online.load_state_dict(state["online"])
+    return RunParts(
+        config=config,
+        world=world,
+        tokenizer=tokenizer,
+        resolved=run,
+        policy=models.policy,
+        reference=models.reference,
+        scoring=models.scoring,
+        source=source,
+        online=online,
+        eval_loader=loaders.evaluation,
+        eval_prompts=data.eval_prompts,
+        refreshed=refreshed,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        meter=meter,
+        clock=clock,
+        reporter=Reporter(config, world, total_steps, state["step"]),
+        state=state,
+        total_steps=total_steps,
+    )
+
+
+# --- models --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Models:
+    policy: Policy
+    reference: Reference
+    scoring: Scoring
+
+
+def _load_models(
+    config: RunConfig,
+    world: World,
+    run: ResolvedRun,
+    records: list[Example],
+    prompts: list[Prompt],
+    checkpoint: Path | None,
+) -> _Models:
+    """Load policy and reference onto the device, sharded where the run has several ranks."""
+    policy = load_trained(config, run, checkpoint)
+    check_token_ids(records + prompts, policy)
+    check_room(prompts, policy, config.max_new_tokens)
+    scoring = scoring_of(config, run)
+    reference: Reference
+    if run.reference == "cached":
+        reference = CachedReference(records)
+    elif run.reference == "adapter":
+        reference = AdapterReference(policy, scoring)
+    else:
+        reference = FrozenReference(load_frozen(config, run), scoring)
+    # References take their fingerprints from whole weights: shard afterwards.
+    _place(policy, world, run)
+    if isinstance(reference, FrozenReference):
+        _place(reference.policy, world, run)
+    return _Models(policy, reference, scoring)
+
+
+def _place(policy: Policy, world: World, run: ResolvedRun) -> None:
+    if world.sharded:  # moves the model to the device, layer by layer
+        shard(policy.causal_lm, decoder_layers(policy.causal_lm), world, run.compute)
+    else:
+        policy.model.to(world.device)
+
+
+def check_token_ids(examples: Sequence[Example], policy: Policy) -> None:
+    """Raise ValueError for a tokenizer with more tokens than the model has embeddings."""
+    size = policy.causal_lm.get_input_embeddings().weight.shape[0]
+    for example in examples:
+        largest = max(int(ids.max()) for ids in (example.prompt_ids, *example.responses))
+        if largest >= size:
+            raise ValueError(
+                f"{example.origin}: the tokenizer gives token {largest}, but the model has "
+                f"{size} embeddings; set tokenizer to the model's own"
+            )
+
+
+def check_room(prompts: Sequence[Prompt], policy: Policy, max_new_tokens: int) -> None:
+    """Raise ValueError for a prompt without positions of the model for a whole response."""
+    positions = getattr(policy.causal_lm.config.get_text_config(), "max_position_embeddings", None)
+    if positions is None:
+        return
+    for prompt in prompts:
+        tokens = len(prompt.prompt_ids)
+        if tokens + max_new_tokens > positions:
+            raise ValueError(
+                f"{prompt.origin}: a prompt of {tokens} tokens and "
+                f"max_new_tokens={max_new_tokens} are over the {positions} positions of the "
+                f"model; lower max_new_tokens, or set max_tokens={positions} and "
+                "prompt_overflow: truncate_left"
+            )
+
+
+# --- steps ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Loaders:
+    """Loaders of the data of a run; None without data."""
+
+    records: Loader | None
+    prompts: Loader | None
+    evaluation: Loader | None
+
+
+def _make_loaders(config: RunConfig, world: World, data: RunData, *, packed: bool) -> _Loaders:
+    def loader(
+        sources: Sequence[Sequence[Example]], weights: Sequence[float], batch_size: int
+    ) -> Loader | None:
+        if not any(sources):
+            return None
+        return Loader(
+            sources,
+            weights,
+            batch_size=batch_size,
+            micro_batch_size=config.micro_batch_size,
+            max_tokens_per_batch=config.max_tokens_per_batch,
+            packed=packed,
+            seed=config.seed,
+            rank=world.rank,
+            world_size=world.size,
+        )
+
+    prompts_per_step = config.online_batch_size()
+    records_per_step = config.batch_size - prompts_per_step
+    return _Loaders(
+        records=loader(data.records, data.weights, records_per_step),
+        prompts=loader(data.prompts, data.prompt_weights, prompts_per_step),
+        evaluation=loader([data.eval_records], [1.0], config.batch_size),
+    )
+
+
+def _make_online(
+    config: RunConfig,
+    world: World,
+    tokenizer: PreTrainedTokenizerBase,
+    run: ResolvedRun,
+    models: _Models,
+    loaders: _Loaders,
+    prompts: Sequence[Prompt],
+) -> Online:
+    sampler = make_sampler(config, models.policy, tokenizer, models.scoring, world)
+    rewards = Rewards(
+        parse_rewards(config.rewards),
+        missing_eos_penalty=config.missing_eos_penalty,
+        device=world.device,
+        dtype=run.compute,
+        trust_remote_code=config.trust_remote_code,
+    )
+    anchors = Anchors(
+        config,
+        world,
+        models.policy,
+        models.reference,
+        models.scoring,
+        pad_id=tokenizer.pad_token_id,
+        compute=run.compute,
+    )
+    collector = RolloutCollector(world, tokenizer, sampler, rewards, prompts)
+    return Online(config, collector, anchors, loaders.prompts, loaders.records)
+
+
+# --- state ---------------------------------------------------------------------------------------
+
+
+def _open_state(
+    config: RunConfig, world: World, loaders: _Loaders, checkpoint: Path | None
+) -> dict[str, Any]:
+    """Return the state of a new run, or of the checkpoint.
+
+    Settings and data are compared with the checkpoint's before a model is loaded: another setting
+    may not go with the checkpoint's weights.
+    """
+    used = [loader for loader in (loaders.records, loaders.prompts) if loader is not None]
+    identity = {
+        "data": "+".join(loader.identity() for loader in used),
+        **config.trajectory(),
+    }
+    if config.mode != "offline":
+        identity["ranks"] = world.size  # each rank draws from a random stream of its number
+    if checkpoint is None:
+        return {"step": 0, "run": identity}
+    state = read_state(checkpoint)
+    refuse_another_run(checkpoint, state["run"], identity)
+    return state
+
+
+def refuse_another_run(checkpoint: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Raise ValueError, by name, if anything would change the course of a continued run.
+
+    checkpoint: for the message
+    saved, current: name -> value of everything that determines the steps of a run
+    """
+    changed = []
+    for name, value in current.items():
+        if saved.get(name) != value:
+            changed.append(f"{name} was {saved.get(name)} and is {value}")
+    if changed:
+        raise ValueError(
+            f"{checkpoint} belongs to another run: {'; '.join(changed)}. Restore these to "
+            "continue it, or set another output_dir to start anew"
+        )
+
+
+def _make_scheduler(config: RunConfig, optimizer: Optimizer, total_steps: int) -> LRScheduler:
+    name = config.lr_schedule
+    if name == "constant":
+        name = "constant_with_warmup"
+    return get_scheduler(
+        name,
+        optimizer,
+        num_warmup_steps=round(config.warmup_ratio * total_steps),
+        num_training_steps=total_steps,
+    )
