@@ -1,4 +1,4 @@
-"""Packaging. Ranges live here; the exact versions the project is tested with are in constraints.txt."""
+"""Packaging. Ranges live here; constraints.txt pins the versions that the project is tested with."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=[*find_packages(include=["una_fast", "una_fast.*"]), "una_fast.kernels"],
-    # Hugging Face's own package is called `kernels`: ours is only ever imported as una_fast.kernels.
+    # Hugging Face's own package is called `kernels`: ours is imported as una_fast.kernels alone.
     package_dir={"una_fast.kernels": "kernels"},
     install_requires=[
         "torch>=2.11",

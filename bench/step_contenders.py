@@ -462,7 +462,9 @@ def run_config(case: Case, setup: Setup, steps: int, folder: str) -> Any:
 @contextmanager
 def random_weights(case: Case, setup: Setup) -> Iterator[None]:
     """Make the trainer build models in place of reading files, and drift before the first step."""
+    from una_fast import resolved
     from una_fast.model import policy
+    from una_fast.model.loading import outline
     from una_fast.train import build as train
 
     make_optimizer = train.make_optimizer
@@ -474,12 +476,17 @@ def random_weights(case: Case, setup: Setup) -> Iterator[None]:
     def load(path: str, *, dtype: torch.dtype, **_: Any) -> PreTrainedModel:
         return build(case, setup, dtype)
 
+    def shapes(_: Any) -> PreTrainedModel:
+        return outline(case.config, dtype=torch.float32, attn_implementation=setup.attention)
+
+    def plan_nothing(*_: Any) -> None:
+        """Stand in for the memory check, which reads the model's files."""
+
     with (
         mock.patch.object(policy, "load_causal_lm", load),
+        mock.patch.object(resolved, "outline_of", shapes),
         mock.patch.object(train, "make_optimizer", drifted),
-        mock.patch.object(
-            train, "refuse_too_large", lambda *_, **__: None
-        ),  # it would look for the model's files
+        mock.patch.object(train, "refuse_too_large", plan_nothing),
     ):
         yield
 
@@ -487,21 +494,15 @@ def random_weights(case: Case, setup: Setup) -> Iterator[None]:
 def with_reference(case: Case, setup: Setup, config: Any, examples: list[Any]) -> list[Any]:
     """Return the examples with log-probs of the undrifted model, as `una-fast precompute-ref`."""
     from una_fast.data.batch import collate
-    from una_fast.model.policy import load_policy
-    from una_fast.model.scoring import Scoring
-    from una_fast.resolved import run_dtypes
+    from una_fast.resolved import find_facts, load_frozen, resolve, scoring_of
 
-    compute, dtype = run_dtypes(config, setup.device)
-    policy = load_policy(
-        "random weights", dtype=dtype, memory=config.memory_options(trained=False), packed=True
-    )
-    policy.model.eval()
-    scoring = Scoring(autocast=None if compute == dtype else compute)
+    run = resolve(config, find_facts(config, examples, device=setup.device.type))
+    reference, scoring = load_frozen(config, run), scoring_of(config, run)
     found = []
     for example in examples:
-        batch = collate([example], packed=policy.packed, device=setup.device, pad_id=PAD)
-        found.append(replace(example, ref_logps=tuple(scoring.logps(policy, batch).tolist())))
-    del policy, batch
+        batch = collate([example], packed=run.packed, device=setup.device, pad_id=PAD)
+        found.append(replace(example, ref_logps=tuple(scoring.logps(reference, batch).tolist())))
+    del reference, batch
     clean()
     return found
 

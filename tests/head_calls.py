@@ -1,7 +1,8 @@
-"""Calls of linear_una_loss that test_gpu.py repeats, watches for syncs and captures, each another way through the head.
+"""Calls of linear_una_loss that test_gpu.py repeats, watches for syncs and captures, each another
+way through the head.
 
-They are drawn at any size: large on a GPU, and tiny in Triton's interpreter, where test_triton_engine.py runs the same
-checks for what they can show there.
+They are drawn at any size: large on a GPU, and tiny in Triton's interpreter, where
+test_triton_engine.py runs the same checks for what they can show there.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ def drawn(
     dtype: torch.dtype,
     peak: float = 24.0,
 ) -> Problem:
-    """A problem made on the device: for shapes too large to make on a CPU. The largest |logit| is about `peak`."""
+    """A problem made on the device:
+    for shapes too large to make on a CPU. The largest |logit| is about `peak`.
+    """
     g = torch.Generator(device).manual_seed(0)
     rows = sum(lengths)
 
@@ -48,8 +51,11 @@ def drawn(
 
 @dataclass(frozen=True)
 class Call:
-    """A call whose way through the Triton engine's block plan is known. At size k its lengths and the rows of logits
-    that its budget holds are k times those given here. dim: hidden size on a CPU. kinds: as in Way."""
+    """A call whose way through the Triton engine's block plan is known.
+
+    At size k its lengths and the rows of logits that its budget holds are k times those given here.
+    dim: hidden size on a CPU. kinds: as in Way.
+    """
 
     feedback: Feedback
     lengths: tuple[int, ...]
@@ -82,7 +88,8 @@ class Call:
         }
 
 
-# 1700 to 9000 rows. As on a CPU in "mixed in every way", an accumulator takes what the logits of 3 x size rows do.
+# 1700 to 9000 rows. As on a CPU in "mixed in every way", an accumulator takes what the logits of 3
+# x size rows do.
 GPU_SIZE, GPU_DIM = 192, 576
 STREAMED = Call(PAIR, (5, 4), 4, 24, "streamed")
 CALLS = {
@@ -119,8 +126,9 @@ def check_under(
     arguments: dict[str, Any],
     times: int = 2,
 ) -> None:
-    """The call, and one without gradients whose reference shares its head, within guard(): the first time, and when
-    their constants are there."""
+    """The call, and one without gradients whose reference shares its head, within guard():
+    the first time, and when their constants are there.
+    """
     own = ("train", "bias", "ref_weight", "ref_bias")
     rest = {name: value for name, value in arguments.items() if name not in own}
     bias = p.bias if arguments["bias"] else None
@@ -139,7 +147,9 @@ Step = Callable[[], list[Tensor]]
 def check_capture(
     capture: Callable[[Step], tuple[Callable[[], None], list[Tensor]]], p: Problem, arguments
 ) -> None:
-    """capture(step) -> (replay, what step returned): replayed on other hidden states, it returns what a call does."""
+    """capture(step) -> (replay, what step returned):
+    replayed on other hidden states, it returns what a call does.
+    """
     bias = arguments["bias"]
     leaves = [p.hidden.clone(), p.weight.clone(), *([p.bias.clone()] if bias else [])]
     trained = [

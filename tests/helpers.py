@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from itertools import combinations
 from typing import Any
@@ -36,7 +37,9 @@ def ragged(responses: int, longest: int, generator: torch.Generator) -> Tensor:
 
 
 def mixed_feedback(generator: torch.Generator) -> Feedback:
-    """Over 8 responses: single pairs, a pair with both scores, all pairs of three, labels; response 7 in no unit."""
+    """Over 8 responses:
+    single pairs, a pair with both scores, all pairs of three, labels; response 7 in no unit.
+    """
 
     def rand(n: int) -> Tensor:
         return torch.rand(n, generator=generator, dtype=torch.float64)
@@ -66,7 +69,8 @@ def problem(
 ) -> Problem:
     """Hidden states and weights in `dtype`, scaled so that the largest |logit| is `peak`.
 
-    lengths: tokens per response; default: random ones, for `responses` responses of at most `longest` tokens."""
+    lengths: tokens per response; default: random ones, for `responses` responses of at most
+    `longest` tokens."""
     g = torch.Generator().manual_seed(seed)
     cu = (
         ragged(responses, longest, g)
@@ -136,7 +140,9 @@ def evaluate(
     upstream: float = 1.0,
     **arguments: Any,
 ) -> dict[str, Tensor]:
-    """Outputs of one call of linear_una_loss (eager's or ours) and, under "grad hidden" ..., the gradients."""
+    """Outputs of one call of linear_una_loss (eager's or ours) and, under "grad hidden" ..., the
+    gradients.
+    """
     leaves = {
         name: getattr(p, name).detach().clone().requires_grad_(name in train) for name in LEAVES
     }
@@ -174,14 +180,15 @@ def assert_close(value: dict[str, Tensor], expected: dict[str, Tensor], toleranc
     assert not wrong, f"over {tolerance}: {wrong}"
 
 
-# ------------------------------------------------------------------------------------------- ways through the head
+# --- ways through the head ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Way:
     """A call that takes a known way through the block plan when the head is trained.
 
-    rows: how many rows of logits the budget holds. kinds: which blocks the plan has. passes: GEMM passes of the
+    rows: how many rows of logits the budget holds. kinds: which blocks the plan has. passes: GEMM
+        passes of the
     policy over all rows of the call."""
 
     feedback: Feedback
@@ -197,8 +204,9 @@ class Way:
         )
 
     def workspace_mb(self, dtype: torch.dtype, vocab: int = 101) -> float:
-        """The budget that holds `rows` rows; narrow operands need room to be cast as well, as do several components
-        for rows gathered from several places."""
+        """The budget that holds `rows` rows; narrow operands need room to be cast as well, as do
+        several components for rows gathered from several places.
+        """
         narrow = dtype in (torch.bfloat16, torch.float16)
         acc_bytes = 8 if dtype == torch.float64 else 4
         copies = narrow or len(components(self.feedback, self.lengths, False)) > 1
@@ -280,3 +288,13 @@ def kinds(plan: Plan, vocab: int) -> frozenset[str]:
         "sliced": plan.tile.vocab < vocab,
     }
     return frozenset(name for name, present in has.items() if present)
+
+
+@contextmanager
+def naming(**case: object) -> Iterator[None]:
+    """Add the values of a case to any error of the block, for loops over many cases."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(", ".join(f"{name}={value!r}" for name, value in case.items()))
+        raise

@@ -1,4 +1,6 @@
-"""On a CUDA device: the fused head in bf16 and fp16, and packed rows through the variable-length attention kernel."""
+"""On a CUDA device:
+the fused head in bf16 and fp16, and packed rows through the variable-length attention kernel.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +83,7 @@ def sized(
     return drawn(lengths, dim, vocab, feedback, device=DEVICE, dtype=dtype, peak=peak)
 
 
-# --------------------------------------------------------------------------------------------------------- exactness
+# --- exactness ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -89,7 +91,9 @@ def sized(
 @pytest.mark.parametrize("workspace_mb", [1, 8, 512])
 @pytest.mark.parametrize("vocab", [4001, 4096])
 def test_no_worse_than_eager(workspace_mb, vocab, engine, dtype):
-    """Against float64 on the same rounded inputs: vocabulary slices, streamed and resident blocks."""
+    """Against float64 on the same rounded inputs:
+    vocabulary slices, streamed and resident blocks.
+    """
     p = problem(0, longest=700, dim=256, vocab=vocab, peak=24.0, dtype=dtype)
     exact = gradients(eager.linear_una_loss, cast(p, torch.float64))
     on_gpu = on_device(p, dtype)
@@ -130,8 +134,11 @@ def test_mixed_feedback_and_losses_equal_the_torch_engine():
 
 
 def test_sum_over_8192_tokens_of_peaked_logits():
-    """At |z| = 24, logits rounded to bf16 are 5 nat off over such a response. Ours: the products' own error, which is a
-    small bias if tensor cores round their sums towards zero; policy minus reference, scored alike, has next to none."""
+    """At |z| = 24, logits rounded to bf16 are 5 nat off over such a response.
+
+    Ours: the products' own error, which is a small bias if tensor cores round their sums towards
+    zero; policy minus reference, scored alike, has next to none.
+    """
     p = sized(8192, 1024, 32768, peak=24.0)
     cu = torch.tensor([0, 8192])
     both = (p.hidden, p.weight), (p.ref_hidden, p.ref_weight)
@@ -171,7 +178,7 @@ def test_fused_linear_kernel_in_bf16(rows, dim, vocab):
     )
 
 
-# --------------------------------------------------------------------------------------------------- shapes and layouts
+# --- shapes and layouts ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -279,12 +286,12 @@ def test_a_target_outside_the_vocabulary_is_nan(target, workspace_mb):
     assert out.loss.isnan() and out.logps[0].isnan() and out.logps[1].isfinite()
 
 
-# ------------------------------------------------------------------------------------------------ repeats, sync, memory
+# --- repeats, sync, memory ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_hundred_bitwise_repeats(name):
-    """A gradient written over logits that another thread has yet to read would differ now and then."""
+    """A gradient written over logits that another thread has yet to read would differ at times."""
     check_repeats(
         *CALLS[name].drawn(GPU_SIZE, GPU_DIM, 50_257, device=DEVICE, dtype=torch.bfloat16),
         times=100,
@@ -332,7 +339,7 @@ def test_workspace_bounds_the_peak(rows, workspace_mb, engine, trained):
     assert extra <= 1.05 * workspace_mb * MIB + slack
 
 
-# -------------------------------------------------------------------------------------------------------- integration
+# --- integration ----------------------------------------------------------------------------------
 
 
 def captured(step: Step) -> tuple[Callable[[], None], list[torch.Tensor]]:
@@ -410,14 +417,14 @@ def test_gradient_accumulation():
     assert relative_error(leaves[1].grad, total["weight"]) < 2e-2
 
 
-# ---------------------------------------------------------------------------------------------------------- attention
+# --- attention ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("window", [None, 64])
 def test_packed_rows_equal_separate_sequences(window):
     config = LlamaConfig(
-        vocab_size=128, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=2048,
+        vocab_size=128, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=2048,
     )  # fmt: skip
     if window:
         from transformers import MistralConfig, MistralForCausalLM
@@ -487,7 +494,9 @@ def kernel_named(name: str) -> varlen.VarlenKernel:
     ("name", "softcap"), [("flash-attn", None), ("flash-attn", 3.0), ("torch", None)]
 )
 def test_varlen_kernels_equal_the_sdpa_path(name, softcap, heads, dim, window, dtype):
-    """Forward and gradient of the kernel that is really there, against the path that the CPU tests show to be right."""
+    """Forward and gradient of the kernel that is really there, against the path that the CPU tests
+    show to be right.
+    """
     kernel = kernel_named(name)
     row, total = row_of((700, (130, 257, 64)), (90, (33,)), (5, (300, 1)))
     scores = sdpa.ScoreRule(2 * dim**-0.5, window, softcap, None)
@@ -516,8 +525,9 @@ def test_the_kernel_passes_its_check(name):
 
 
 def test_memory_of_a_prompt_that_four_responses_share():
-    """Three copies of the keys and values are kept, and backward's workspace is that of one response: about 6 copies in
-    all. The row in one kernel call would need about 25."""
+    """Three copies of the keys and values are kept, and backward's workspace is that of one
+    response: about 6 copies in all. The row in one kernel call would need about 25.
+    """
     prompt, heads, kv_heads, dim = 65_536, 8, 2, 128
     copy = 2 * prompt * kv_heads * dim * 2
     peaks = []

@@ -19,7 +19,7 @@ from una_fast import (
     token_logps,
 )
 from una_fast.counters import FlopCounter, LiveBytes
-from una_fast.head import eager, passes
+from una_fast.head import eager, plan
 from una_fast.head.ops import sequence_logps
 
 VOCAB = 101
@@ -39,7 +39,7 @@ def work(
     return counter.passes(len(p.hidden), way.dim, VOCAB)
 
 
-# ---------------------------------------------------------------------------------------------------------- passes
+# --- passes ---------------------------------------------------------------------------------------
 
 
 def test_the_counter_counts_eager():
@@ -50,7 +50,9 @@ def test_the_counter_counts_eager():
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_trained_head(way, dtype):
-    """3 passes, 4 where logits are recomputed, 1 for responses in no unit; the reference costs 1 or nothing."""
+    """3 passes, 4 where logits are recomputed, 1 for responses in no unit; the reference costs 1 or
+    nothing.
+    """
     way = WAYS[way]
     arguments = {"train": TRAINED, "dtype": dtype}
     assert work(way, **arguments) == pytest.approx(way.passes, abs=1e-9)
@@ -163,7 +165,7 @@ def test_bad_feedback_is_refused_before_any_pass():
     assert counter.flop == 0
 
 
-# ---------------------------------------------------------------------------------------------------------- memory
+# --- memory ---------------------------------------------------------------------------------------
 
 
 def measured(
@@ -197,7 +199,8 @@ def test_no_tensor_of_rows_by_vocabulary(workspace_mb):
     )
     budget = (workspace_mb or 256) * 2**20
     assert memory.largest(excluding=returned) <= budget < rows * vocab * 4
-    # Blocks of row operations and the rows of a chunk come on top of the budget, a few MiB whatever its size.
+    # Blocks of row operations and the rows of a chunk come on top of the budget, a few MiB whatever
+    # its size.
     assert memory.peak(excluding=returned) <= budget + 8 * 2**20
     assert memory.largest(excluding=returned) >= budget // 2, "the budget is there to be used"
 
@@ -248,7 +251,9 @@ def test_nothing_but_gradients_is_kept_for_backward(way):
 
 
 def test_peak_is_at_most_half_of_eager():
-    """One pair of 2 x 256 rows over 32,000 entries, policy and reference, the budget scaled with the rows."""
+    """One pair of 2 x 256 rows over 32,000 entries, policy and reference, the budget scaled with
+    the rows.
+    """
     p = problem(0, lengths=[256, 256], dim=64, vocab=32_000, dtype=torch.float32, feedback=PAIR)
     ref = {"ref_hidden": p.ref_hidden, "ref_weight": p.ref_weight}
     ours, theirs = (
@@ -263,7 +268,9 @@ def test_peak_is_at_most_half_of_eager():
 
 @pytest.mark.parametrize("layout", ["contiguous", "shifted"])
 def test_gather_logps_keeps_no_copy_of_the_logits(layout, monkeypatch):
-    """Callers hold [B, T, V] and pass logits[:, :-1]: copying that is as large as the softmax that it saves."""
+    """Callers hold [B, T, V] and pass logits[:, :-1]:
+    copying that is as large as the softmax that it saves.
+    """
     monkeypatch.setattr("una_fast.head.torch_engine.CACHE_BLOCK_BYTES", 1)
     logits = torch.randn(2, 65, 4001).requires_grad_()
     targets = torch.randint(0, 4001, (2, 64))
@@ -282,7 +289,7 @@ def test_gather_logps_keeps_no_copy_of_the_logits(layout, monkeypatch):
 
 
 def test_token_logps_stays_within_the_default_budget(monkeypatch):
-    monkeypatch.setitem(passes.DEFAULT_WORKSPACE_MB, "cpu", 1)
+    monkeypatch.setitem(plan.DEFAULT_WORKSPACE_MB, "cpu", 1)
     monkeypatch.setattr("una_fast.head.torch_engine.CACHE_BLOCK_BYTES", 1)
     p = problem(0, lengths=[4000], dim=8, vocab=1001, dtype=torch.float32, feedback=PAIR)
     leaves = [p.hidden.requires_grad_(), p.weight.requires_grad_()]

@@ -20,6 +20,7 @@ from tiny import TIMING, make_config, make_records, read_metrics, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from two_ranks import run_two_ranks, worst_error
 
+import una_fast.capacity.fit as fit_module
 import una_fast.train.build as build_module
 from una_fast import cli
 from una_fast.capacity.fit import largest_batch
@@ -257,16 +258,17 @@ def test_mixed_steps_hold_rollouts_and_records(model, mixed, prompts, tmp_path):
 
 
 def test_cached_log_probs_of_records_do_not_switch_off_the_check_of_a_mixed_run(
-    model, prompts, tmp_path, caplog
+    model, prompts, tmp_path, monkeypatch, caplog
 ):
     """Sampled responses have no cached log-probs: the reference is computed, and planned."""
     pairs = [record | {"ref_logps": [-9.0, -8.0]} for record in make_records("pairs", 12)]
     records = write_jsonl(tmp_path / "pairs.jsonl", pairs)
     data = [{"path": prompts, "online": True}, records]
-    settings = {"mode": "mixed", "batch_size": 8, "max_steps": 1}
+    settings = {"mode": "mixed", "batch_size": 8, "micro_batch_size": 1, "max_steps": 1}
     trainer, step = first_step(online(model, data, tmp_path / "fits", **settings))
     assert trainer.resolved.reference == "frozen"
     assert trainer.take_step(step)["grad_norm"] > 0
+    monkeypatch.setattr(fit_module, "switches", lambda *_: [])  # no plan of other settings
     with pytest.raises(ValueError, match="and .* may be filled"):
         train(online(model, data, tmp_path / "small", memory_gib=0.001, **settings))
     assert "not planned" not in caplog.text

@@ -382,8 +382,11 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(
     for text in ("the largest batch of the run", "pairs.jsonl:", "weights"):
         assert text in error
     assert "=" in error.split("It fits with")[1]
-    assert main([*words, "--memory_gib", "0.001"]) == 1
-    assert "it still needs" in capsys.readouterr().err
+    # All switches that go with LoRA are on.
+    flags = ["--lora.r", "4", "--gradient_checkpointing", "true"]
+    flags += ["--offload_activations", "true", "--mlp_tile", "64"]
+    assert main([*words, *flags, "--memory_gib", "0.0001"]) == 1
+    assert "No switch makes it smaller than" in capsys.readouterr().err
 
 
 def test_a_run_that_fits_with_the_named_switches_runs_with_them(models, records, tmp_path, capsys):
@@ -403,12 +406,12 @@ def test_a_run_that_fits_with_the_named_switches_runs_with_them(models, records,
 
 def test_plan_of_a_row_prints_decisions_memory_limits_and_switches(models, capsys):
     row = ["--prompt", "4000", "--responses", "[250, 250]"]
-    flags = ["--memory_gib", "2", "--batch_size", "1"]
+    flags = ["--memory_gib", "2", "--batch_size", "1", "--lora.r", "4"]
     assert main(["plan", "--model", models["config"], *row, *flags]) == 0
     text = capsys.readouterr().out
     lines = {line.split()[0]: line for line in text.splitlines()}
     assert "packed  [default: the packing probe passed]" in lines["rows"]
-    assert "cuda, 1 rank" in lines["device"] and "frozen  [default: lora is not set]" in text
+    assert "cuda, 1 rank" in lines["device"] and "adapter  [default: lora is set]" in text
     assert "4,500 tokens" in lines["batch"]
     for name in ("weights", "activations", "peak", "longest"):
         assert name in lines

@@ -1,8 +1,9 @@
 """The whole op on the Triton engine: in Triton's interpreter, or on a GPU where there is one.
 
-The interpreter runs the kernels; what CUDA's torch.mm does with narrow operands (float32 out of float16) is done here
-in float32. So the loop, the plan with padded rows, the gradient over the logits' storage and the loss kernel are those
-of a GPU; bfloat16 is left to tests/test_gpu.py, since the interpreter cannot multiply it.
+The interpreter runs the kernels; what CUDA's torch.mm does with narrow operands (float32 out of
+float16) is done here in float32. So the loop, the plan with padded rows, the gradient over the
+logits' storage and the loss kernel are those of a GPU; bfloat16 is left to tests/test_gpu.py, since
+the interpreter cannot multiply it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from helpers import (
     LEAVES,
     MIXED,
     PAIR,
-    WAYS,
     assert_close,
     errors,
     evaluate,
@@ -41,10 +41,10 @@ from una_fast import (
     linear_una_loss,
     token_logps,
 )
-from una_fast.head import constants, eager, ops, passes, segment_loss, torch_engine
+from una_fast.head import constants, eager, ops, passes, plan, segment_loss, torch_engine
 from una_fast.head.engines import choose_engine
 from una_fast.head.plan import Tile, head_size, make_plan
-from una_fast.head.triton_engine import TritonCallLoss, TritonEngine
+from una_fast.head.triton_engine import TritonEngine, TritonSegmentLoss
 from una_fast.losses import PAIR_FORMS
 
 CUDA = torch.cuda.is_available()
@@ -116,28 +116,23 @@ def test_every_way_in_float32(way, plans):
         feedback=call.feedback,
         dtype=torch.float32,
     )
-    for k, train in enumerate([LEAVES, ("hidden",), ("weight",)]):
-        arguments = {
-            **reference(p, ("own", "cached", "policy")[k]),
-            **({}, {"softcap": 30.0, "logit_scale": 1.7, "temperature": 1.3}, {"temperature": 0.7})[
-                k
-            ],
-            "objective": Objective(score="bce", offset=0.1, length_normalize=k == 1),
-            "upstream": 3.7,
-            "train": train,
-            "num_units": (None, 7, torch.tensor(5))[k],
-        }
-        out = evaluate(
-            linear_una_loss, p, workspace_mb=budget_mb(call.rows, 101, call.dim), **arguments
-        )
-        assert_close(out, truth(p, **arguments), 2e-5)
-        if k == 0:
-            assert kinds(plans[-1], 101) == frozenset(call.kinds.split())
+    arguments = {
+        **reference(p, "own"),
+        "objective": Objective(score="bce", offset=0.1),
+        "upstream": 3.7,
+        "softcap": 30.0,
+        "logit_scale": 1.7,
+        "temperature": 1.3,
+    }
+    budget = budget_mb(call.rows, 101, call.dim)
+    out = evaluate(linear_una_loss, p, workspace_mb=budget, **arguments)
+    assert_close(out, truth(p, **arguments), 2e-5)
+    assert kinds(plans[-1], 101) == frozenset(call.kinds.split())
 
 
-@pytest.mark.parametrize("way", [way for way in CALL_NAMES if way != "mixed feedback"])
-def test_float16_over_the_logits_is_no_worse_than_eager(way):
-    """The gradient is written over float32 logits in half their width; an odd vocabulary misaligns nothing."""
+@pytest.mark.parametrize("way", ["streamed pair", "mixed in every way"])
+def test_float16_is_no_worse_than_eager(way):
+    """float16 operands are cast to float32 slice by slice."""
     call = CALLS[way]
     budget = budget_mb(call.rows, 101, call.dim, torch.float16)
     ours, theirs = {}, {}
@@ -164,12 +159,10 @@ def test_float16_over_the_logits_is_no_worse_than_eager(way):
     assert not worse, f"(ours, eager): {worse}"
 
 
-@pytest.mark.parametrize(
-    ("rows", "normalize"), [(1000, False), (20, False), (20, True), (0.4, True)]
-)
+@pytest.mark.parametrize(("rows", "normalize"), [(20, True), (0.4, False)])
 def test_float16_with_small_coefficients(rows, normalize):
-    """A coefficient of a large batch times a small probability underflows in float16, and a loss scale comes too late
-    for what the forward pass has built: resident, streamed and sliced."""
+    """A coefficient of a large batch times a small probability underflows in float16, and a loss
+    scale comes too late for gradients that the forward pass has built: streamed and sliced."""
     p = problem(0, lengths=[13, 12], dim=8, vocab=400, feedback=PAIR, dtype=torch.float16, peak=3.0)
     scale = 65536.0
     arguments = {
@@ -195,14 +188,12 @@ def test_cached_reference_of_any_stride(layout):
 
 
 def test_rows_are_padded_and_gradients_lie_over_the_logits():
-    p = problem(0, vocab=101, dtype=torch.float16)
-    one = passes.Head(
-        p.weight, None, torch_engine.LogitTransform(), passes.Workspace(1 << 20), "triton"
-    )
+    p = problem(0, vocab=101, dtype=torch.bfloat16)
+    one = passes.Head(p.weight, None, torch_engine.LogitTransform(), 1.0, "triton")
     u = one.logits(p.hidden[:3], (0, 101), Tile(3, 101))
     assert u.shape == (3, 101) and u.stride() == (128, 1) and u.dtype == torch.float32
     du = one.engine.row_grad_(u, p.targets[:3], (0, 101), torch.ones(3), torch.logsumexp(u, 1))
-    assert du.dtype == torch.float16 and du.data_ptr() == u.data_ptr() and du.stride() == (256, 1)
+    assert du.dtype == torch.bfloat16 and du.data_ptr() == u.data_ptr() and du.stride() == (256, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -210,7 +201,7 @@ def test_rows_are_padded_and_gradients_lie_over_the_logits():
 def test_token_logps(rows, dtype, monkeypatch):
     p = problem(2, lengths=[17], dim=24, vocab=101, dtype=dtype, peak=10.0)
     monkeypatch.setitem(
-        passes.DEFAULT_WORKSPACE_MB, "cpu", budget_mb(rows, 101, 24, dtype, gathered=False)
+        plan.DEFAULT_WORKSPACE_MB, "cpu", budget_mb(rows, 101, 24, dtype, gathered=False)
     )
     p.targets[3] = -100
     leaves = [x.clone().requires_grad_() for x in (p.hidden, p.weight, p.bias)]
@@ -272,7 +263,7 @@ def test_the_loss_of_a_call_equals_that_of_pure_torch(reduction, units):
     objective = Objective(offset=0.2, length_normalize=True)
     both = [
         kind(lengths, ref, MIXED, objective, reduction, units)
-        for kind in (segment_loss.CallLoss, TritonCallLoss)
+        for kind in (segment_loss.SegmentLoss, TritonSegmentLoss)
     ]
     for a, b in zip(both[0].output(tokens), both[1].output(tokens), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
@@ -284,7 +275,9 @@ def test_the_loss_of_a_call_equals_that_of_pure_torch(reduction, units):
 
 
 def test_a_repeated_call_copies_nothing_to_the_device(monkeypatch):
-    """What makes CUDA graph capture possible: lengths and units come from the first call's tensors."""
+    """What makes CUDA graph capture possible:
+    lengths and units come from the first call's tensors.
+    """
     p = problem(0, dtype=torch.float32)
     arguments = reference(p, "cached")
     first = evaluate(linear_una_loss, p, **arguments)
@@ -326,7 +319,9 @@ def test_policy_and_reference_that_share_a_head_are_one_product_in_evaluation():
 
 
 def test_the_budget_holds_with_padded_rows():
-    """Row strides are multiples of 64 logits: at a vocabulary of 101 that is a quarter more than the logits."""
+    """Row strides are multiples of 64 logits:
+    at a vocabulary of 101 that is a quarter more than the logits.
+    """
     p = problem(0, lengths=[300, 200], dim=4, vocab=101, dtype=torch.float16, feedback=PAIR)
     budget = budget_mb(64, 101, 4, torch.float16, gathered=False)
     p.hidden.requires_grad_(), p.weight.requires_grad_()
@@ -341,15 +336,7 @@ def test_the_budget_holds_with_padded_rows():
     assert memory.largest(excluding=built) <= budget * 2**20
 
 
-def test_bitwise_repeatable():
-    p = WAYS["two pairs, scratch"].problem(dtype=torch.float32)
-    runs = [
-        evaluate(linear_una_loss, p, **reference(p, "own"), workspace_mb=0.008) for _ in range(2)
-    ]
-    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
-
-
-# ---------------------------------------------------------------------------------------- what test_gpu.py runs large
+# --- what test_gpu.py runs large ------------------------------------------------------------------
 
 
 def rerun(step):
@@ -391,7 +378,7 @@ def test_calls_of_the_gpu_tests_go_their_way_at_full_size(name, vocab):
     assert kinds(plan, vocab) >= frozenset(call.kinds.split())
 
 
-# ------------------------------------------------------------------------------------------------ GEMM without cuBLAS
+# --- GEMM without cuBLAS --------------------------------------------------------------------------
 
 
 def test_where_torch_cannot_widen_the_engine_multiplies_itself(monkeypatch):
@@ -406,7 +393,7 @@ def test_where_torch_cannot_widen_the_engine_multiplies_itself(monkeypatch):
     assert_close(out, truth(p, **arguments), 2e-3)
 
 
-# ------------------------------------------------------------------------------------------------- choosing an engine
+# --- choosing an engine ---------------------------------------------------------------------------
 
 
 def test_choice_of_the_engine(monkeypatch):

@@ -202,13 +202,25 @@ def savings(
 ) -> list[tuple[dict[str, Any], int]]:
     """Estimate (switch, bytes less at the peak) for every switch; largest saving first."""
     before = tracer.estimate(batch, accumulate=accumulate)
+    tried = switches(tracer.config, tracer.run, before.tokens)
+    return _savings(tracer, batch, tried, before.peak, accumulate=accumulate)
+
+
+def _savings(
+    tracer: StepTracer,
+    batch: Sequence[Example],
+    tried: list[dict[str, Any]],
+    peak: int,
+    *,
+    accumulate: bool,
+) -> list[tuple[dict[str, Any], int]]:
     found = []
-    for switch in switches(tracer.config, tracer.run, before.tokens):
+    for switch in tried:
         try:
             after = tracer.estimate(batch, accumulate=accumulate, **switch)
         except ValueError:
             continue  # the model or another setting excludes the switch
-        found.append((switch, before.peak - after.peak))
+        found.append((switch, peak - after.peak))
     return sorted(found, key=lambda entry: -entry[1])
 
 
@@ -226,14 +238,15 @@ def cheapest_way(
     LoRA, another training, is not chosen. Returns (fields of the run to change, step with the
     changes).
     """
-    ranked = []
-    for switch, saved in savings(tracer, batch, accumulate=accumulate):
-        if saved > 0 and "lora" not in switch:
-            ranked.append(switch)
+    before = tracer.estimate(batch, accumulate=accumulate)
+    known = switches(tracer.config, tracer.run, before.tokens)
+    tried = [switch for switch in known if "lora" not in switch]
+    found = _savings(tracer, batch, tried, before.peak, accumulate=accumulate)
+    ranked = [switch for switch, saved in found if saved > 0]
     if {"gradient_checkpointing": True} in ranked:
         ranked.append({"offload_activations": True})
     chosen: dict[str, Any] = {}
-    smallest = tracer.estimate(batch, accumulate=accumulate).peak
+    smallest = before.peak
     for switch in ranked:
         if smallest <= room:
             break

@@ -1,7 +1,8 @@
-"""What stands in for parts of a step when it is planned: they make the tensors that the real ones make, and no numbers.
+"""Stand-ins for the fused head and a GPU's attention kernel in a planned step.
 
-The fused head reads the feedback, and its kernels write what they are given; an attention kernel of a GPU is not there.
-Everything else of a planned step is the code of a real one (run_plan.py).
+They make the tensors of the real ones, and no numbers: the fused head reads the feedback, its
+kernels read numbers, and an attention kernel of a GPU is not there. The rest of a planned step is
+the code of a real step (trace.py).
 """
 
 from __future__ import annotations

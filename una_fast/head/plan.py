@@ -16,10 +16,9 @@ With a frozen head nothing is accumulated across rows: everything streams, each 
 2 passes.
 
 Every chunk of a trained head reads and writes the [V, D] gradient. When the budget holds few rows
-    of
-logits, tiles of many rows and a slice of the vocabulary do better although they recompute: the
-logsumexp of a row needs all slices. Such a plan is *sliced*. A plan is sliced where the cost model
-says so, and where not even one row of logits fits.
+of logits, tiles of many rows and a slice of the vocabulary do better although they recompute: the
+logsumexp of a row needs all slices. Such a plan is *sliced*. The cost model decides for it, or a
+budget below one row of logits.
 
 Cost model (`cost`): a GEMM takes the longer of flop and operand bytes; bytes that GEMMs write, and
 bytes that row operations read and write, come on top. Rates are the rates of a `Machine`.
@@ -36,9 +35,7 @@ from itertools import accumulate, chain
 from una_fast.feedback import PAIR, Feedback
 
 DEFAULT_WORKSPACE_MB = {"cpu": 256, "cuda": 2048}
-CAST_SHARE = (
-    8  # one in so many bytes of the workspace is for slices of a weight that GEMMs need cast
-)
+CAST_SHARE = 8  # one byte in 8 of the workspace is for slices of a weight that GEMMs need cast
 FEW_ROWS = 1024  # below so many rows per chunk, rereading weight and gradient shows in the time
 
 Span = tuple[int, int]  # rows [start, stop)
@@ -239,17 +236,17 @@ class Tile:
     vocab: int
 
 
-def _fit_tile(size: HeadSize, rows: int, budget: int, gathered: bool) -> Tile:
+def fit_tile(size: HeadSize, rows: int, budget: int, gathered: bool) -> Tile:
     """Return the largest tile for `rows` rows within `budget` bytes: whole rows, or a slice."""
     whole = budget // size.row_bytes(gathered)
     if whole < 1:
-        return _sliced_tile(size, rows, budget, gathered)
+        return sliced_tile(size, rows, budget, gathered)
     if rows > whole > size.quantum:
         whole -= whole % size.quantum
     return Tile(min(whole, max(rows, 1)), size.vocab)
 
 
-def _sliced_tile(size: HeadSize, rows: int, budget: int, gathered: bool) -> Tile:
+def sliced_tile(size: HeadSize, rows: int, budget: int, gathered: bool) -> Tile:
     """Return a tile about as wide as high.
 
     Sums over rows and sums over slices are then read and written equally often.
@@ -326,10 +323,10 @@ def forward_plan(size: HeadSize, rows: int, budget: int) -> ForwardPlan:
     rows: rows that lie together
     budget: bytes for tiles
     """
-    tile = _fit_tile(size, rows, budget, gathered=False)
+    tile = fit_tile(size, rows, budget, gathered=False)
     if size.machine is not None and tile.rows < rows:
         # No pass is lost to slices without gradients.
-        sliced = _sliced_tile(size, rows, budget, gathered=False)
+        sliced = sliced_tile(size, rows, budget, gathered=False)
         seconds = [forward_pass(size, rows, each).seconds(size.machine) for each in (tile, sliced)]
         tile = sliced if seconds[1] < seconds[0] else tile
     cuts = chunks([0], [0, rows], tile.rows, size.quantum)
@@ -338,7 +335,7 @@ def forward_plan(size: HeadSize, rows: int, budget: int) -> ForwardPlan:
 
 def holds_both(size: HeadSize, rows: int, budget: int) -> bool:
     """Return whether one chunk holds copies of `rows` rows of policy and reference each."""
-    return 2 * rows <= _fit_tile(size, 2 * rows, budget, gathered=True).rows
+    return 2 * rows <= fit_tile(size, 2 * rows, budget, gathered=True).rows
 
 
 # --- a call with gradients ------------------------------------------------------------------------
@@ -355,6 +352,7 @@ class Plan:
     unscored: responses without a unit
     quantum: see HeadSize
     gathered: the rows of a chunk may come from several places
+    scratch: [V, D] accumulators needed beside the weight gradient
     """
 
     tile: Tile
@@ -364,15 +362,7 @@ class Plan:
     unscored: tuple[int, ...] = ()
     quantum: int = 1
     gathered: bool = False
-
-    @property
-    def scratch(self) -> int:
-        """[V, D] accumulators needed beside the weight gradient."""
-        return max(self.accumulators(), default=0)
-
-    def accumulators(self) -> list[int]:
-        """Return the [V, D] accumulators that each streamed component needs beside the gradient."""
-        return [len(c.groups) - (k == 0) for k, c in enumerate(self.streamed)]
+    scratch: int = 0
 
     def streamed_responses(self) -> list[int]:
         """Return the responses of all streamed components."""
@@ -381,6 +371,11 @@ class Plan:
     def cuts(self, responses: Sequence[int], cu: Sequence[int]) -> list[list[Span]]:
         """Return the rows of responses, chunk by chunk."""
         return list(chunks(responses, cu, self.tile.rows, self.quantum))
+
+
+def accumulators(streamed: Sequence[Component]) -> list[int]:
+    """Return the [V, D] accumulators that each streamed component needs beside the gradient."""
+    return [len(component.groups) - (k == 0) for k, component in enumerate(streamed)]
 
 
 def make_plan(
@@ -407,13 +402,13 @@ def make_plan(
     scored = sorted(chain.from_iterable(c.responses for c in linked))
     unscored = tuple(sorted(set(range(len(lengths))) - set(scored)))
     gathered = bool(unscored) or any(component.gaps for component in linked)
-    tile = _fit_tile(size, rows, budget, gathered)
+    tile = fit_tile(size, rows, budget, gathered)
     long = any(tokens_of(component, lengths) > tile.rows for component in linked)
     if not gathered and len(linked) > 1 and long:
         gathered = True  # the rows left over for resident blocks may have gaps
-        tile = _fit_tile(size, rows, budget, gathered)
+        tile = fit_tile(size, rows, budget, gathered)
     common = {"unscored": unscored, "quantum": size.quantum, "gathered": gathered}
-    sliced = Plan(_sliced_tile(size, rows, budget, gathered), recomputed=tuple(scored), **common)
+    sliced = Plan(sliced_tile(size, rows, budget, gathered), recomputed=tuple(scored), **common)
     if tile.vocab < size.vocab:
         return sliced
     if accumulator_width:
@@ -456,9 +451,10 @@ def _trained_plan(
         else:
             recomputed.extend(component.responses)
     tile = empty.tile
-    scratch = Plan(tile, tuple(streamed)).scratch * accumulator
+    scratch = max(accumulators(streamed), default=0)
     if scratch:
-        tile = _fit_tile(size, sum(lengths), budget - scratch, empty.gathered)
+        left = budget - scratch * accumulator
+        tile = fit_tile(size, sum(lengths), left, empty.gathered)
     short = [c for c in linked if c not in long]
     # Scratch took the room in which these would have been resident.
     crowded = [c for c in short if tokens_of(c, lengths) > tile.rows]
@@ -472,6 +468,7 @@ def _trained_plan(
         empty.unscored,
         empty.quantum,
         empty.gathered,
+        scratch,
     )
 
 
@@ -579,5 +576,5 @@ def cost(plan: Plan, lengths: Sequence[int], size: HeadSize, accumulator_width: 
             if backwards:
                 tile += backward_cost(size, rows, width, accumulator_width)
             total += tile * (times * slices)
-    folds = sum(plan.accumulators()) if accumulator_width else 0
+    folds = sum(accumulators(plan.streamed)) if accumulator_width else 0
     return total + Cost(traffic=3 * folds * size.vocab * accumulator_width * size.acc_bytes)
