@@ -1,4 +1,4 @@
-"""Packaging. Ranges live here; constraints.txt pins the versions that the project is tested with."""
+"""Packaging. Ranges live here; constraints.txt pins the versions that the tests run with."""
 
 from pathlib import Path
 

@@ -42,6 +42,14 @@ class ShownText(NamedTuple):
     after: str
 
 
+class Bin(NamedTuple):
+    """A bin of implied scores: mean implied score, mean score, number of responses."""
+
+    implied: float
+    score: float
+    responses: int
+
+
 @dataclass(frozen=True)
 class Scored:
     """Held-out records of one kind with the log-probs of their responses under both models.
@@ -164,7 +172,8 @@ class Findings:
         path: of the image
         """
         lines = read_metrics(metrics)
-        figure, left, right = _two_axes()
+        figure, axes = _two_axes()
+        left, right = axes
         _plot_smooth(left, lines, "loss", "loss")
         _plot_smooth(left, lines, "rewards/margins", "margin of pairs")
         _plot_smooth(left, lines, "rewards/accuracies", "accuracy of pairs")
@@ -172,9 +181,12 @@ class Findings:
         left.legend()
         right.plot([0, 1], [0, 1], color="grey", linewidth=1)
         for implied, label in zip(self.implied, ("before", "after"), strict=True):
-            x, y, count = zip(*reliability(implied, self.scores), strict=True)
+            bins = reliability(implied, self.scores)
+            x = [held.implied for held in bins]
+            y = [held.score for held in bins]
+            sizes = [10 + 300 * held.responses / len(self.scores) for held in bins]
             right.plot(x, y, marker="o", label=label)
-            right.scatter(x, y, s=[10 + 300 * n / len(self.scores) for n in count], alpha=0.3)
+            right.scatter(x, y, s=sizes, alpha=0.3)
         right.set(
             xlim=(0, 1),
             ylim=(0, 1),
@@ -251,7 +263,8 @@ class OnlineFindings:
         path: of the image
         """
         lines = read_metrics(metrics)
-        figure, left, right = _two_axes()
+        figure, axes = _two_axes()
+        left, right = axes
         rewards = [n for n in lines[-2] if n.startswith("rewards/") and n.endswith("/mean")]
         for name in ("reward", *rewards):
             left.plot(*_curve(lines, name), label=_short(name))
@@ -277,14 +290,13 @@ def _short(name: str) -> str:
     return name.removeprefix("rewards/").removesuffix("/mean")
 
 
-def _two_axes() -> tuple[Figure, Axes, Axes]:
+def _two_axes() -> tuple[Figure, tuple[Axes, Axes]]:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
-    return figure, left, right
+    return pyplot.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -532,18 +544,20 @@ def pair_accuracies(pairs: Scored) -> dict[str, tuple[float, float]]:
     }
 
 
-def reliability(implied: np.ndarray, scores: np.ndarray) -> list[tuple[float, float, int]]:
-    """Return (mean implied score, mean score, responses) of every bin with responses."""
+def reliability(implied: np.ndarray, scores: np.ndarray) -> list[Bin]:
+    """Return every bin with responses, by implied score."""
     index = np.minimum((implied * BINS).astype(int), BINS - 1)
     bins = []
     for number in range(BINS):
         held = index == number
         if held.any():
-            bins.append((float(implied[held].mean()), float(scores[held].mean()), int(held.sum())))
+            mean = float(implied[held].mean())
+            bins.append(Bin(mean, float(scores[held].mean()), int(held.sum())))
     return bins
 
 
 def calibration_error(implied: np.ndarray, scores: np.ndarray) -> float:
     """Return the mean of |mean implied score - mean score| over bins, weighted by responses."""
-    gaps = (count * abs(x - y) for x, y, count in reliability(implied, scores))
+    bins = reliability(implied, scores)
+    gaps = [held.responses * abs(held.implied - held.score) for held in bins]
     return sum(gaps) / len(scores)

@@ -1,6 +1,6 @@
-"""Small tensors that a call needs on its device, copied once per content and kept.
+"""Small tensors of a call on the device, copied once per content and kept.
 
-A call repeated with the same cu_seqlens and feedback copies nothing and, where the loss kernel
+A call repeated with the same cu_seqlens and feedback copies no tensor and, if the loss kernel
 runs, can be captured in a CUDA graph.
 """
 
@@ -26,8 +26,8 @@ def capturing(device: torch.device) -> bool:
 def kept_on_device(make: Callable[..., Made]) -> Callable[..., Made]:
     """Cache make(*content, device) by content.
 
-    The tensors are shared by all callers, and never written to. They belong to the stream of the
-    first call; another stream must wait for them, as for any tensor. RuntimeError for new content
+    The tensors are shared by all callers, and never written to. The stream of the first
+    call owns the tensors; another stream must wait, as for any tensor. RuntimeError for new content
     while a CUDA graph is captured.
     """
 

@@ -1,6 +1,6 @@
-"""The block plan of one call of the fused head, in words and numbers: `una-fast plan --op N D V`.
+"""The block plan of a call of the fused head, in words and numbers: `una-fast plan --op N D V`.
 
-Times come from the cost model of plan.py and the rates of its machine: to compare plans, not to
+Times come from the cost model of plan.py and the rates of a machine: to compare plans, not to
 promise.
 """
 
@@ -36,14 +36,14 @@ WAYS = {
 
 
 def describe_op(rows: int, hidden: int, vocab: int, settings: PlanConfig) -> str:
-    """Return the plan of a call, its memory and its modelled time, as text.
+    """Return plan, memory and modelled time of a call, as text.
 
     rows: N
     hidden: D
     vocab: V
     settings: responses, device and workspace of the call
 
-    ValueError for sizes that hold no such call.
+    ValueError for sizes too small for the responses.
     """
     responses = max(2 * settings.pairs, 1)
     if min(rows, hidden, vocab) < 1 or rows < responses:
@@ -104,7 +104,7 @@ def _work(
 
 
 def _memory(plan: Plan, rows: int, size: HeadSize, width: int) -> list[str]:
-    """Return the lines on bytes: workspace, gradients, and the logits that never exist."""
+    """Return the lines on bytes: workspace, gradients, and the [N, V] logits of other methods."""
     logits = plan.tile.rows * size.stride(plan.tile.vocab) * size.acc_bytes
     accumulator = _mib(size.vocab * width * size.acc_bytes)
     scratch = ""
@@ -135,7 +135,7 @@ def _time(
 
 
 def _ways(plan: Plan, lengths: Sequence[int], size: HeadSize) -> list[str]:
-    """Return a line for each way that the plan takes: chunks, tiles, and the meaning of the way."""
+    """Return a line for every way in the plan: chunks, tiles, and the meaning of the way."""
     cu = [0, *accumulate(lengths)]
     blocks = {
         "streamed": [plan.streamed_responses()],

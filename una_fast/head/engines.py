@@ -1,4 +1,4 @@
-"""The choice of the engine that runs a call: PyTorch, or the Triton kernels where they can run."""
+"""The choice of the engine of a call: the Triton kernels if possible, else PyTorch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def choose_engine(name: str, device: torch.device, dtype: torch.dtype) -> type[T
     device: device of the operands
     dtype: dtype of the operands
 
-    ValueError for an unknown name, and for "triton" where the kernels cannot run.
+    ValueError for an unknown name, and for "triton" if the kernels cannot run.
     """
     if name not in ENGINES:
         raise ValueError(f"engine={name!r} is not one of {ENGINES}")
@@ -42,7 +42,7 @@ def choose_engine(name: str, device: torch.device, dtype: torch.dtype) -> type[T
 
 
 def triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return the reason why the Triton kernels cannot run; None if they can."""
+    """Return the reason why the Triton kernels cannot run; None if possible."""
     if device.type != "cuda":
         return f"tensors are on the {device.type.upper()}"
     if dtype == torch.float64:

@@ -1,7 +1,7 @@
 """The chunk loop of the fused head, below every public function of ops.py and above every engine.
 
-Legend: N rows, D hidden, V vocab, S responses, C rows of a chunk. All of it works without autograd,
-on detached tensors; ops.py puts the autograd functions on top.
+Legend: N rows, D hidden, V vocab, S responses, C rows of a chunk. Everything works without
+autograd, on detached tensors; ops.py puts the autograd functions on top.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from una_fast.losses import UnaOutput
 
 
 class Head:
-    """One head with the engine that runs it, and the one buffer of logits that all chunks reuse."""
+    """A head, its engine, and the single buffer of logits for all chunks."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class Head:
     # --- plans ---
 
     def forward_plan(self, rows: int) -> ForwardPlan:
-        """Plan a pass without a block plan, over rows that lie together."""
+        """Plan a pass without a block plan, over contiguous rows."""
         return forward_plan(self.size, rows, self.budget)
 
     def plan(
@@ -88,7 +88,7 @@ class Head:
 
         feedback: units over the responses
         lengths: bounds of the responses
-        train_weight, train_bias: gradients that are wanted
+        train_weight, train_bias: wanted gradients
         length_normalize: log-ratios are means over tokens
         """
         plan = make_plan(
@@ -145,7 +145,7 @@ class Head:
     # --- log-probs ---
 
     def chunk_stats(self, hidden: Tensor, targets: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
-        """Return ([C] logsumexp, [C] target logit) of one chunk.
+        """Return ([C] logsumexp, [C] target logit) of a chunk.
 
         The logits of a tile over all V stay in the buffer.
         """
@@ -179,9 +179,9 @@ class Head:
     def logps_of_both(
         self, hidden: Tensor, ref_hidden: Tensor, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return the [N] log-probs of policy and reference, which share this head.
+        """Return the [N] log-probs of policy and reference with a common head.
 
-        Both are stacked where one chunk holds them.
+        Rows are stacked if a single chunk holds both.
         """
         rows = len(hidden)
         if not holds_both(self.size, rows, self.budget):
@@ -199,7 +199,7 @@ class Head:
 
 @dataclass
 class Missing:
-    """Factors that finished gradients still lack; the backward pass multiplies them in.
+    """Factors missing in finished gradients, to be multiplied in by the backward pass.
 
     rows: [N] factors of the rows of the hidden gradient; None: 1
     head: one factor of the gradients of weight and bias; None: 1
@@ -214,7 +214,7 @@ class Grads:
 
     hidden: [N, D]
     weight, bias: [V, D] and [V] in the accumulator dtype
-    missing: factors that are not multiplied in yet
+    missing: factors not multiplied in yet
     """
 
     def __init__(
@@ -223,8 +223,8 @@ class Grads:
         """Allocate the gradients of the head.
 
         head: the head
-        tile: logits that exist at once
-        weight, bias: gradients that are wanted
+        tile: logits in memory at once
+        weight, bias: wanted gradients
         hidden: [N, D] to be written row by row; None: not wanted
         """
         device, acc = head.engine.weight.device, head.engine.acc
@@ -244,7 +244,7 @@ class Grads:
     def add(
         self, spans: Sequence[Span], hidden: Tensor, tiles: Iterable[tuple[Span, Tensor]]
     ) -> None:
-        """Add the gradients of one chunk.
+        """Add the gradients of a chunk.
 
         spans: rows of the chunk
         hidden: [C, D], the rows of the spans
@@ -305,7 +305,7 @@ class Grads:
             self.missing.head = None
 
     def finish(self) -> None:
-        """Fill gradients of the head that no chunk has written."""
+        """Fill gradients of the head with zeros if no chunk has been added."""
         if not self.started:
             for gradient in self.of_head:
                 gradient.zero_()
@@ -314,8 +314,8 @@ class Grads:
 def empty_hidden_grad(hidden: Tensor, head: Head, all_rows: bool) -> Tensor:
     """Return [N, D] to be written row by row; zeros if some rows are never written.
 
-    The dtype is the dtype of hidden; float32 for float16, which underflows before a loss scale is
-    multiplied in.
+    The dtype is the dtype of hidden; float32 for float16: unscaled gradients underflow before a
+    loss scale is multiplied in.
     """
     dtype = head.engine.acc if hidden.dtype == torch.float16 else hidden.dtype
     make = torch.empty if all_rows else torch.zeros
@@ -335,7 +335,7 @@ def recompute(
     """Add the gradients of rows with known coefficient: the logits once more, tile by tile.
 
     head: the head
-    tile: logits that exist at once
+    tile: logits in memory at once
     cuts: spans of every chunk
     hidden: [N, D]
     targets: [N]
@@ -401,7 +401,7 @@ class OnePass:
         self.whole = (0, head.vocab)
 
     def run(self) -> tuple[UnaOutput, Grads]:
-        """Return the result, and the gradients with the factors that they still lack."""
+        """Return the result, and the gradients with their missing factors."""
         plan, hidden = self.plan, self.hidden
         self.logps = torch.zeros(hidden.shape[0], dtype=self.head.engine.acc, device=hidden.device)
         self.lse = torch.zeros_like(self.logps) if plan.recomputed else None
@@ -431,14 +431,14 @@ class OnePass:
         return self.lengths.per_row(per_response.to(self.logps.dtype))
 
     def _forward(self, spans: Sequence[Span]) -> tuple[Tensor, Tensor, Tensor]:
-        """Write the log-probs of a chunk; return its hidden rows, targets and logsumexp."""
+        """Write the log-probs of a chunk; return hidden rows, targets and logsumexp."""
         hidden, targets = _take(self.hidden, spans), _take(self.targets, spans)
         lse, target_logit = self.head.chunk_stats(hidden, targets, self.plan.tile)
         _put(self.logps, spans, log_probs(target_logit, lse, targets, self.head.vocab))
         return hidden, targets, lse
 
     def _resident(self, block: Sequence[int]) -> None:
-        """Compute whole components in one chunk: coefficients are known before du is formed."""
+        """Compute whole components in a chunk: coefficients are known before du is formed."""
         (spans,) = self._cuts(block)
         hidden, targets, lse = self._forward(spans)
         coef = _take(self._per_row(self.loss.coefficients(self.logps)), spans)
@@ -447,9 +447,9 @@ class OnePass:
         self.grads.add(spans, hidden, [(self.whole, du)])
 
     def _stream(self) -> None:
-        """Build the gradients of streamed responses without their coefficients.
+        """Build the gradients of streamed responses before the coefficients are known.
 
-        c_i = scalar * factor_i: du is built times factor_i, and lacks the scalar of its group.
+        c_i = scalar * factor_i: du is built times factor_i, and lacks the scalar of the group.
         """
         count = len(self.lengths.ints)
         factors, streamed = [1.0] * count, [0.0] * count
@@ -468,13 +468,13 @@ class OnePass:
         self.grads.missing.rows = self._per_row(torch.where(streamed_S, scalars_S, 1.0))
 
     def _stream_frozen_head(self, factors_S: Tensor) -> None:
-        """Stream all rows: nothing is summed across rows, so each row is scaled last."""
+        """Stream all rows: no sum crosses rows, so every row is scaled last."""
         factors_N = self._per_row(factors_S)
         for component in self.plan.streamed:
             self._stream_rows(component.responses, factors_N, self.grads)
 
     def _stream_trained_head(self, factors_S: Tensor) -> None:
-        """Stream component after component: sums over the rows of a group wait for its scalar."""
+        """Stream component after component: sums over the rows of a group wait for the scalar."""
         factors_N = self._per_row(factors_S)
         scratch = [self._make_grads(self.grads.hidden) for _ in range(self.plan.scratch)]
         for k, component in enumerate(self.plan.streamed):
@@ -497,7 +497,7 @@ class OnePass:
                     self.grads.fold(sums, scalar)
 
     def _stream_rows(self, responses: Sequence[int], factors_N: Tensor, grads: Grads) -> None:
-        """Write log-probs, and add gradients that lack the scalar of their group."""
+        """Write log-probs, and add gradients without the scalar of the group."""
         for spans in self._cuts(responses):
             hidden, targets = _take(self.hidden, spans), _take(self.targets, spans)
             u = self.head.logits(hidden, self.whole, self.plan.tile)

@@ -1,10 +1,10 @@
-"""The block plan of the fused head: which rows are computed when, decided before any GEMM runs.
+"""The block plan of the fused head: the order of rows in a call, decided before any GEMM runs.
 
 The gradient of the loss is dL/dlogp_t = c_i for every token t of response i, and c_i is known only
-once every response of the *component* (the responses that units link to i) is summed. Per component
-the plan picks the cheapest way that fits the budget; one GEMM pass is 2 N D V flop:
+once every response of the *component* (the responses linked to i by units) is summed. Per component
+the plan picks the cheapest way within the budget; a GEMM pass is 2 N D V flop:
 
-    resident     the component fits in one chunk: all logits are in memory when c_i becomes known
+    resident     the component fits in a chunk: all logits are in memory when c_i becomes known
                                                                                         3 passes
     streamed     gradients are built without c_i and multiplied by c_i at the end. A component that
                  depends on one number (one response, or one pair) needs one accumulator, any other
@@ -17,11 +17,12 @@ With a frozen head nothing is accumulated across rows: everything streams, each 
 
 Every chunk of a trained head reads and writes the [V, D] gradient. When the budget holds few rows
 of logits, tiles of many rows and a slice of the vocabulary do better although they recompute: the
-logsumexp of a row needs all slices. Such a plan is *sliced*. The cost model decides for it, or a
-budget below one row of logits.
+logsumexp of a row needs all slices. Such a plan is *sliced*: by decision of the cost model, or for
+    a
+budget below a row of logits.
 
-Cost model (`cost`): a GEMM takes the longer of flop and operand bytes; bytes that GEMMs write, and
-bytes that row operations read and write, come on top. Rates are the rates of a `Machine`.
+Cost model (`cost`): a GEMM takes the longer of flop and operand bytes; bytes written by GEMMs, and
+bytes read and written by row operations, come on top. Rates are the rates of a `Machine`.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ Span = tuple[int, int]  # rows [start, stop)
 def workspace_bytes(device: str, workspace_mb: float | None) -> int:
     """Return the bytes of the workspace: of a setting in MiB, or the default of a kind of device.
 
-    ValueError for a setting that is not positive and finite.
+    ValueError unless the setting is positive and finite.
     """
     if workspace_mb is None:
         workspace_mb = DEFAULT_WORKSPACE_MB.get(device, DEFAULT_WORKSPACE_MB["cuda"])
@@ -62,7 +63,7 @@ def cast_bytes(workspace: int) -> int:
 
 
 def tile_budget(workspace: int, *, cast: bool) -> int:
-    """Return the bytes left for tiles of logits, less the slices where operands are cast."""
+    """Return the bytes left for tiles of logits, less slices of a weight if operands are cast."""
     return workspace - (cast_bytes(workspace) if cast else 0)
 
 
@@ -80,16 +81,16 @@ HOPPER = Machine(700e12, 4e12)
 
 @dataclass(frozen=True)
 class HeadSize:
-    """Sizes of a head, and of the engine that runs the head, as far as a plan depends on them.
+    """Sizes of a head and of its engine: the inputs of a plan.
 
     vocab: V
     hidden: D
     acc_bytes: bytes of a logit, and of a number of an accumulator
-    operand_bytes: bytes of a number that a GEMM reads
+    operand_bytes: bytes of a number read by a GEMM
     cast: hidden states are copied to the accumulator dtype first
     align: the logits of a row are padded to a multiple of `align`
     quantum: chunks of more than `quantum` rows are multiples of `quantum`
-    machine: rates of the device; None: unknown, and the vocabulary is sliced only where a row of
+    machine: rates of the device; None: unknown, and the vocabulary is sliced only if a row of
         logits does not fit
     """
 
@@ -109,8 +110,8 @@ class HeadSize:
     def copied_bytes(self, gathered: bool, sliced: bool) -> int:
         """Return the bytes per row of copies of the hidden state and of the hidden gradient.
 
-        Copies are made where operands are cast, where the rows of a chunk are gathered from several
-        places, and where a gradient narrower than the accumulator is summed over slices.
+        Copies are made if operands are cast, if the rows of a chunk are gathered from several
+        places, and if a gradient narrower than the accumulator is summed over slices.
         """
         if self.cast:
             return self.hidden * 2 * self.acc_bytes
@@ -141,7 +142,7 @@ def head_size(vocab: int, hidden: int, device: str, operand_bytes: int) -> HeadS
 
 @dataclass(frozen=True)
 class Group:
-    """Responses with gradients that share one unknown scalar: c_i = scalar * factor_i."""
+    """Responses with a common unknown scalar: c_i = scalar * factor_i."""
 
     responses: tuple[int, ...]
     factors: tuple[float, ...]
@@ -149,7 +150,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Component:
-    """Responses linked by units, in order, and the groups of equal scalar among them."""
+    """Responses linked by units, in order, and the groups of equal scalar."""
 
     responses: tuple[int, ...]
     groups: tuple[Group, ...]
@@ -192,7 +193,7 @@ def components(
 
 
 def _links(feedback: Feedback) -> tuple[list[tuple[int, int]], set[int]]:
-    """Return the pairs of responses, and the responses that have a unit to themselves."""
+    """Return the pairs of responses, and the responses with a unit of a single response."""
     columns = (feedback.kind.tolist(), feedback.first.tolist(), feedback.second.tolist())
     pairs, alone = [], set()
     for kind, first, second in zip(*columns, strict=True):
@@ -213,7 +214,7 @@ def _find(root: dict[int, int], i: int) -> int:
 
 
 def _pair_group(responses: Sequence[int], lengths: Sequence[int], length_normalize: bool) -> Group:
-    """Return the group of two responses that only pairs link: opposite signs, one scalar."""
+    """Return the group of two responses linked by pairs alone: opposite signs, one scalar."""
     first, second = responses
     if not length_normalize:
         return Group((first, second), (1.0, -1.0))
@@ -230,7 +231,7 @@ def tokens_of(component: Component, lengths: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class Tile:
-    """Logits that exist at once: `rows` x `vocab`. vocab < V: a sliced plan."""
+    """Logits in memory at once: `rows` x `vocab`. vocab < V: a sliced plan."""
 
     rows: int
     vocab: int
@@ -270,12 +271,12 @@ def chunks(
 ) -> Iterator[list[Span]]:
     """Cut the rows of responses into the fewest chunks, of about equal size.
 
-    Spans that touch are joined.
+    Neighbouring spans are joined.
 
     responses: indices into cu
     cu: row offsets of all responses
     rows: rows of a chunk, at most
-    quantum: chunks are multiples of `quantum` where that fits
+    quantum: chunks are multiples of `quantum` if they fit
     """
     total = sum(cu[i + 1] - cu[i] for i in responses)
     even = -(-total // max(-(-total // rows), 1))
@@ -310,17 +311,17 @@ def span_rows(spans: Sequence[Span]) -> int:
 
 @dataclass(frozen=True)
 class ForwardPlan:
-    """A pass without gradients over rows that lie together: tile, and rows of every chunk."""
+    """A pass without gradients over contiguous rows: tile, and rows of every chunk."""
 
     tile: Tile
     cuts: tuple[Span, ...]
 
 
 def forward_plan(size: HeadSize, rows: int, budget: int) -> ForwardPlan:
-    """Plan a pass without gradients: whole rows of logits, or slices where slices are cheaper.
+    """Plan a pass without gradients: whole rows of logits, or cheaper slices.
 
     size: of the head
-    rows: rows that lie together
+    rows: contiguous rows
     budget: bytes for tiles
     """
     tile = fit_tile(size, rows, budget, gathered=False)
@@ -330,7 +331,7 @@ def forward_plan(size: HeadSize, rows: int, budget: int) -> ForwardPlan:
         seconds = [forward_pass(size, rows, each).seconds(size.machine) for each in (tile, sliced)]
         tile = sliced if seconds[1] < seconds[0] else tile
     cuts = chunks([0], [0, rows], tile.rows, size.quantum)
-    return ForwardPlan(tile, tuple(span for spans in cuts for span in spans))
+    return ForwardPlan(tile, tuple(chain.from_iterable(cuts)))
 
 
 def holds_both(size: HeadSize, rows: int, budget: int) -> bool:
@@ -345,10 +346,10 @@ def holds_both(size: HeadSize, rows: int, budget: int) -> bool:
 class Plan:
     """The order is: streamed components, resident blocks, recomputed responses, then unscored ones.
 
-    tile: logits that exist at once
-    streamed: components with gradients that are scaled last
-    resident: responses of each block of whole components
-    recomputed: responses with logits that are computed twice
+    tile: logits in memory at once
+    streamed: components with gradients scaled last
+    resident: responses of every block of whole components
+    recomputed: responses with logits computed twice
     unscored: responses without a unit
     quantum: see HeadSize
     gathered: the rows of a chunk may come from several places
@@ -374,7 +375,7 @@ class Plan:
 
 
 def accumulators(streamed: Sequence[Component]) -> list[int]:
-    """Return the [V, D] accumulators that each streamed component needs beside the gradient."""
+    """Return the [V, D] accumulators of every streamed component beside the gradient."""
     return [len(component.groups) - (k == 0) for k, component in enumerate(streamed)]
 
 
@@ -387,7 +388,7 @@ def make_plan(
     accumulator_width: int,
     length_normalize: bool,
 ) -> Plan:
-    """Plan one call with gradients.
+    """Plan a call with gradients.
 
     feedback: units over the responses
     lengths: tokens of every response
@@ -433,10 +434,10 @@ def _trained_plan(
     budget: int,
     accumulator: int,
 ) -> Plan:
-    """Return the plan of a trained head with tiles that span the vocabulary.
+    """Return the plan of a trained head with tiles over the whole vocabulary.
 
     empty: the plan without the scored responses
-    accumulator: bytes of one accumulator of the head's gradients
+    accumulator: bytes of an accumulator of the head's gradients
     """
     # Scratch may take half of the budget, and must leave room for one row of logits.
     room = min(budget // 2, budget - size.row_bytes(empty.gathered))
@@ -493,7 +494,7 @@ def _resident_blocks(
 
 @dataclass(frozen=True)
 class Cost:
-    """Work of one call.
+    """Work of a call.
 
     gemms: (flop, operand bytes) of every GEMM; a GEMM takes the longer of both times
     traffic: bytes on top, read and written by row operations, and written or accumulated by GEMMs
@@ -523,14 +524,14 @@ class Cost:
 
 
 def forward_cost(size: HeadSize, rows: float, vocab: float) -> Cost:
-    """Return the cost of the logits of one tile, written and read once."""
+    """Return the cost of the logits of a tile, written and read once."""
     flop = 2 * rows * vocab * size.hidden
     operands = size.operand_bytes * size.hidden * (rows + vocab)
     return Cost(((flop, operands),), 2 * size.acc_bytes * rows * vocab)
 
 
 def forward_pass(size: HeadSize, rows: int, tile: Tile) -> Cost:
-    """Return the cost of one pass over `rows` rows without gradients."""
+    """Return the cost of a pass over `rows` rows without gradients."""
     if not rows:
         return Cost()
     slices = -(-size.vocab // tile.vocab)
@@ -542,7 +543,7 @@ def forward_pass(size: HeadSize, rows: int, tile: Tile) -> Cost:
 
 
 def backward_cost(size: HeadSize, rows: float, vocab: float, accumulator_width: int) -> Cost:
-    """Return the cost of the gradients of one tile: du, dH, and dW of a trained head."""
+    """Return the cost of the gradients of a tile: du, dH, and dW of a trained head."""
     narrow, wide, dim = size.operand_bytes, size.acc_bytes, size.hidden
     flop = 2 * rows * vocab * dim
     cells = rows * vocab
@@ -555,7 +556,7 @@ def backward_cost(size: HeadSize, rows: float, vocab: float, accumulator_width: 
 
 
 def cost(plan: Plan, lengths: Sequence[int], size: HeadSize, accumulator_width: int) -> Cost:
-    """Return the work of the policy in one call with gradients.
+    """Return the work of the policy in a call with gradients.
 
     plan: of the call
     lengths: tokens of every response

@@ -1,6 +1,6 @@
-"""From the token log-probs of one call to its loss: sums over responses, outputs, and coefficients.
+"""From the token log-probs of a call to the loss: sums over responses, outputs, and coefficients.
 
-The loss itself is losses.py. This file is the way in which the fused head calls the loss: S numbers
+The loss itself is losses.py. The fused head calls the loss on S numbers
 in float64, on the device, without waiting for the device. A response is a segment of the N rows.
 """
 
@@ -38,7 +38,7 @@ class Lengths:
 
 @dataclass
 class SegmentLoss:
-    """The loss of one call as a function of its token log-probs.
+    """The loss of a call as a function of token log-probs.
 
     lengths: bounds of the S responses
     ref_logps: [S] float64 on the device, sums over tokens
@@ -69,7 +69,7 @@ class SegmentLoss:
     def coefficients(self, tokens: Tensor) -> Tensor:
         """Return the [S] float64 gradients dL/dlogps.
 
-        A coefficient is right once all responses of its component are among the tokens.
+        A coefficient is right once all responses of the component are among the tokens.
         """
         leaf = self.sums(self.lengths, tokens).requires_grad_()
         with torch.enable_grad():
