@@ -18,9 +18,8 @@ FILES = [*PACKAGE, *sorted((ROOT / "kernels").glob("*.py"))]
 # folder. Rooms of one line do not know each other.
 LAYERS = """
 feedback offsets counters distributed checks logs score_maps
-attention
-losses data rewards kernels
-head
+attention losses kernels
+data rewards head
 model
 config
 optim resolved

@@ -591,12 +591,13 @@ def test_adamw_8bit_runs_and_resumes(llamas, mixed, tmp_path, monkeypatch):
         "lr_schedule": "cosine",
         "save_every": 2,
         **FEW,
+        "max_steps": 4,
     }
     config = make_config(str(tmp_path / "model"), mixed, tmp_path / "whole", **settings)
     train(config)
     lines = read_metrics(tmp_path / "whole")
     rates = [line["learning_rate"] for line in lines]
-    assert rates == pytest.approx([3e-3 * 0.5 * (1 + math.cos(math.pi * k / 5)) for k in range(5)])
+    assert rates == pytest.approx([3e-3 * 0.5 * (1 + math.cos(math.pi * k / 4)) for k in range(4)])
     trainer = open_trainer(RunConfig(**again(config, tmp_path / "parts")))
     trainer.take_step(next(trainer.source.steps(0, 1)))
     moments = trainer.optimizer.state[trainer.policy.causal_lm.lm_head.weight]
@@ -611,7 +612,7 @@ def test_bf16_lora(llamas, mixed, tmp_path):
     losses = {}
     for precision in ("bf16", "fp32"):
         out = tmp_path / precision
-        settings = {"eval_data": mixed, "lora": LORA, "precision": precision, **FEW}
+        settings = {"eval_data": mixed, "lora": LORA, "precision": precision, **FEW, "max_steps": 3}
         train(make_config(llamas["untied"], mixed, out, **settings))
         losses[precision] = losses_of(read_metrics(out))
     assert losses["bf16"] == pytest.approx(losses["fp32"], abs=0.02)
@@ -714,7 +715,7 @@ def test_head_passes_of_a_step_and_of_an_evaluation(
 
 def test_evaluation_leaves_training_as_it_was(llamas, mixed, tmp_path):
     """Neither the steps nor their metrics depend on how often the policy is evaluated."""
-    few = FEW | {"log_every": 2, "max_steps": 4}
+    few = FEW | {"log_every": 2, "max_steps": 3}
     train(make_config(llamas["untied"], mixed, tmp_path / "without", **few))
     evaluated = {"eval_data": mixed, "eval_every": 1}
     train(make_config(llamas["untied"], mixed, tmp_path / "with", **evaluated, **few))

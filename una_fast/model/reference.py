@@ -74,20 +74,7 @@ class AdapterReference:
             return self.scoring.logps(self.policy, batch)
 
 
-class GivenReference:
-    """The log-probs that the examples of a batch bring."""
-
-    identity = "given"
-
-    def logps(self, batch: Batch) -> Tensor:
-        """Return the log-probs [S] float64 of a batch's responses."""
-        if batch.ref_logps is None:
-            assert not batch.targets.numel(), "examples without reference log-probs"
-            return torch.zeros(0, dtype=torch.float64, device=batch.input_ids.device)
-        return batch.ref_logps
-
-
-class CachedReference(GivenReference):
+class CachedReference:
     """The ref_logps column of the records."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
@@ -102,6 +89,13 @@ class CachedReference(GivenReference):
         values = list(chain.from_iterable(example.ref_logps for example in examples))
         digest = hashlib.sha256(struct.pack(f"{len(values)}d", *values)).hexdigest()
         self.identity = f"cached:{digest[:16]}"
+
+    def logps(self, batch: Batch) -> Tensor:
+        """Return the log-probs [S] float64 of a batch's responses."""
+        if batch.ref_logps is None:
+            assert not batch.targets.numel(), "examples without reference log-probs"
+            return torch.zeros(0, dtype=torch.float64, device=batch.input_ids.device)
+        return batch.ref_logps
 
 
 def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:

@@ -117,7 +117,6 @@ def build_run(
     if run.reference != "cached":
         data = data.without_cached_logps()
     refuse_too_large(config, facts, records + longest_rollouts(prompts, config))
-
     loaders = _make_loaders(config, world, data, packed=run.packed)
     state = _open_state(config, world, loaders, checkpoint)
     models = _load_models(config, world, run, records, prompts, checkpoint)
@@ -131,7 +130,49 @@ def build_run(
         online = _make_online(config, world, tokenizer, run, models, loaders, prompts)
     source = online or loaders.records
     total_steps = num_steps(source.steps_per_epoch, config.epochs, config.max_steps)
+    training = _make_training(config, world, models, state, total_steps, checkpoint)
+    if checkpoint is not None and online is not None:
+        online.load_state_dict(state["online"])
+    return RunParts(
+        config=config,
+        world=world,
+        tokenizer=tokenizer,
+        resolved=run,
+        **vars(models),
+        source=source,
+        online=online,
+        eval_loader=loaders.evaluation,
+        eval_prompts=data.eval_prompts,
+        **vars(training),
+        reporter=Reporter(config, world, total_steps, state["step"]),
+        state=state,
+        total_steps=total_steps,
+    )
 
+
+# --- optimizer and clocks -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Training:
+    """Parts of a run with a state that changes at every step; see RunParts."""
+
+    refreshed: Policy | None
+    optimizer: Optimizer
+    scheduler: LRScheduler
+    meter: Meter
+    clock: Clock
+
+
+def _make_training(
+    config: RunConfig,
+    world: World,
+    models: _Models,
+    state: dict[str, Any],
+    total_steps: int,
+    checkpoint: Path | None,
+) -> _Training:
+    """Build optimizer, schedule and metrics; load their state from the checkpoint, if any."""
     optimizer = make_optimizer(models.policy, config)
     scheduler = _make_scheduler(config, optimizer, total_steps)
     meter = Meter(config.objective(), world.device)
@@ -141,29 +182,7 @@ def build_run(
         load_training_state(checkpoint, models.policy, optimizer, world, refreshed)
         scheduler.load_state_dict(state["scheduler"])
         meter.load_state_dict(state["meter"], world)
-        if online is not None:
-            online.load_state_dict(state["online"])
-    return RunParts(
-        config=config,
-        world=world,
-        tokenizer=tokenizer,
-        resolved=run,
-        policy=models.policy,
-        reference=models.reference,
-        scoring=models.scoring,
-        source=source,
-        online=online,
-        eval_loader=loaders.evaluation,
-        eval_prompts=data.eval_prompts,
-        refreshed=refreshed,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        meter=meter,
-        clock=clock,
-        reporter=Reporter(config, world, total_steps, state["step"]),
-        state=state,
-        total_steps=total_steps,
-    )
+    return _Training(refreshed, optimizer, scheduler, meter, clock)
 
 
 # --- models --------------------------------------------------------------------------------------
