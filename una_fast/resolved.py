@@ -31,7 +31,7 @@ from una_fast.config import RunConfig
 from una_fast.data.examples import Example
 from una_fast.head.engines import choose_engine
 from una_fast.head.plan import workspace_bytes
-from una_fast.model.loading import model_and_adapter, outline
+from una_fast.model.loading import is_flash, model_and_adapter, outline
 from una_fast.model.policy import Policy, load_policy
 from una_fast.model.reference import has_cached_logps
 from una_fast.model.scoring import Scoring, match_autocast
@@ -122,16 +122,23 @@ def find_facts(
 
     ValueError if only some records bring ref_logps, and the run would use the column.
     """
-    model = outline_of(config)
-    refusal = packing_refusal(model) if config.packing else None
-    if refusal is not None:
+    keeps_float32 = False
+    try:
+        model = outline_of(config)
+        keeps_float32 = _keeps_float32(model)
+        refusal = packing_refusal(model) if config.packing else None
+    except (ValueError, OSError):  # a wrong path or setting
+        raise
+    except Exception as error:  # model code may fail in any way on tensors without numbers
+        refusal = f"the model cannot be built without weights: {type(error).__name__}: {error}"
+    if config.packing and refusal is not None:
         logger.warning("batches are padded, not packed: %s", refusal)
     may_be_cached = config.reference == "auto" and config.mode == "offline"
     return Facts(
         device=device,
         ranks=ranks,
         is_adapter=model_and_adapter(config.model)[1] is not None,
-        keeps_float32=_keeps_float32(model),
+        keeps_float32=keeps_float32,
         packing_refusal=refusal,
         has_ref_logps=may_be_cached and has_cached_logps(records),
     )
@@ -141,12 +148,17 @@ def outline_of(config: RunConfig) -> PreTrainedModel:
     """Build the model of a run from the model's config alone: shapes, and no numbers."""
     path, _ = model_and_adapter(config.model)
     model_config = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-    return outline(
+    model = outline(
         model_config,
         dtype=torch.float32,
         attn_implementation=config.attn_implementation,
         trust_remote_code=config.trust_remote_code,
     )
+    # The packing probe must know the attention of the run: flash kernels compute what eager does.
+    if is_flash(config.attn_implementation):
+        for part in (model.config, model.get_decoder().config):
+            part._attn_implementation_internal = config.attn_implementation
+    return model
 
 
 def _keeps_float32(model: PreTrainedModel) -> bool:
@@ -286,7 +298,12 @@ def load_trained(
     if run.ranks == 1:
         trained_dtypes = {p.dtype for p in policy.trainable_parameters()}
         needed = run.compute if trained_dtypes - {run.compute} else None
-        assert needed == run.autocast, f"weights need autocast to {needed}, not {run.autocast}"
+        if needed != run.autocast:
+            names = ", ".join(sorted(map(str, trained_dtypes)))
+            raise ValueError(
+                f"the trained weights of {config.model} are loaded in {names}, and the run decided "
+                f"on autocast to {run.autocast}; set master_weights: true, or precision: fp32"
+            )
     return policy
 
 

@@ -218,8 +218,8 @@ def packed_attention(model: nn.Module) -> Iterator[None]:
     Only the forward pass belongs inside. Activation checkpointing recomputes the attention of a
     packed row as packed attention even when `backward` runs after the block. The name in every
     config of the model's modules (nested configs and copies too) is exchanged, without validation.
-    Ask `probe.packing_refusal(model)` first: a model with an attention function of its own attends
-    over the whole row, without an error.
+    Ask `attention.probe.packing_refusal(model)` first: a model with an attention function of its
+    own attends over the whole row, without an error.
     """
     before = [(config, config._attn_implementation_internal) for config in _configs(model)]
     try:

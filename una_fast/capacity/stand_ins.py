@@ -76,7 +76,8 @@ class PlannedHead:
 
     def logps(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Stand in for sequence_logps: a scalar without a number."""
-        size = self.size(_autocast_copy(weight))
+        operand = _autocast_copy(weight)  # lives as long as the pass
+        size = self.size(operand)
         plan = forward_plan(size, len(hidden), self.budget(size))
         self.flop += forward_pass(size, len(hidden), plan.tile).flop
         with memory_category("head"):
@@ -96,7 +97,8 @@ class _PlannedLoss(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: PlannedHead
     ) -> Tensor:
         with memory_category("head"):
-            size = head.size(_autocast_copy(weight))
+            operand = _autocast_copy(weight)  # lives as long as the pass
+            size = head.size(operand)
             trained = ctx.needs_input_grad[1]
             width = size.hidden if trained else 0
             with unset_fake_temporarily():  # the plan reads the feedback
@@ -113,7 +115,7 @@ class _PlannedLoss(torch.autograd.Function):
             live += [torch.empty(weight.shape, dtype=torch.float32) for _ in range(plan.scratch)]
             ctx.hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
             ctx.weight = torch.empty(weight.shape, dtype=torch.float32) if trained else None
-            del live  # the workspace is freed once the gradients are there
+            del live, operand  # freed once the gradients are there
         ctx.dtype = weight.dtype
         ctx.bias = None if bias is None else torch.empty_like(bias)
         return hidden.new_zeros((), dtype=torch.float32)

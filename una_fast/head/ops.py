@@ -431,13 +431,13 @@ class _LinearUna(torch.autograd.Function):
                 "the gradients of this loss were handed out already; use "
                 "backward(retain_graph=True)"
             )
-        grads = ctx.grads
+        grads, missing = ctx.grads, ctx.missing
         if upstream is None:
             return None, None, None, None
         keep = _graph_is_kept()
         if not keep:
-            ctx.grads = None
-        rows, head = ctx.missing.rows, ctx.missing.head
+            ctx.grads = ctx.missing = None
+        rows, head = missing.rows, missing.head
         row_factors = upstream if rows is None else (upstream * rows).unsqueeze(1)
         head_factor = upstream if head is None else upstream * head
         factors = (row_factors, head_factor, head_factor)

@@ -264,11 +264,13 @@ class TorchEngine:
         hidden = hidden.to(self.operand)
         for low, high, weight in self._weight_slices(vocab):
             self._mm(hidden, weight.T, out[:, low:high])
+            del weight  # one cast slice at a time
 
     def hidden_grad(self, du: Tensor, vocab: Vocab, out: Tensor, accumulate: bool = False) -> None:
         """Compute out [C, D] (+)= du @ W, in a dtype that the engine `writes`."""
         for low, high, weight in self._weight_slices(vocab):
             self._mm(du[:, low:high], weight, out, accumulate or low > 0)
+            del weight  # one cast slice at a time
 
     def weight_grad(
         self, du: Tensor, hidden: Tensor, out: Tensor, accumulate: bool = False

@@ -101,15 +101,27 @@ def outline(
     attn_implementation: attention of transformers; flash kernels need not be installed
     trust_remote_code: run model code that comes with the config
     """
-    if attn_implementation is not None and "flash" in attn_implementation:
-        attn_implementation = "sdpa"  # keeps as much for backward
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            config,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-        )
+
+    def build(attention: str | None) -> PreTrainedModel:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config,
+                dtype=dtype,
+                attn_implementation=attention,
+                trust_remote_code=trust_remote_code,
+            )
+
+    if not is_flash(attn_implementation):
+        return build(attn_implementation)
+    try:
+        return build("sdpa")  # keeps as much for backward as a flash kernel
+    except ValueError:  # a model without SDPA
+        return build("eager")
+
+
+def is_flash(attn_implementation: str | None) -> bool:
+    """Return whether an attention of transformers is a flash kernel."""
+    return attn_implementation is not None and "flash" in attn_implementation
 
 
 def load_causal_lm(

@@ -42,6 +42,7 @@ class FrozenReference:
     def __init__(self, policy: Policy, scoring: Scoring) -> None:
         """Keep a frozen policy in eval mode, and the scoring of the trained policy."""
         assert not policy.trainable_parameters(), "a reference that would be trained"
+        assert not policy.model.training, "a reference in train mode"
         self.policy = policy
         self.scoring = scoring
         self.identity = "frozen:" + fingerprint(policy.model.named_parameters())
