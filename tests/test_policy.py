@@ -534,3 +534,32 @@ def test_prompt_tuning_adapters_are_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="PROMPT_TUNING.*LoRA"):
         load_policy(tmp_path, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("family", ["LlamaConfig", "LlamaConfig tied"])
+def test_missing_weights_are_refused_by_name(family, saved, tmp_path):
+    """transformers fills missing weights with random numbers; a tied head is not missing."""
+    from safetensors.torch import load_file, save_file
+
+    whole = load_file(saved(family) / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    del whole[name]
+    for file in saved(family).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    save_file(whole, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"lacks weights: {name}"):
+        load_causal_lm(tmp_path, dtype=torch.float32)
+    load_causal_lm(saved(family), dtype=torch.float32)
+
+
+def test_missing_adapter_weights_are_refused(saved, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    policy = load_policy(saved("LlamaConfig"), dtype=torch.float32, lora=LoraOptions(r=2))
+    policy.model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    weights = load_file(path)
+    weights.pop(next(name for name in weights if "lora_A" in name))
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lacks weights: .*lora_A"):
+        load_causal_lm(tmp_path, dtype=torch.float32)

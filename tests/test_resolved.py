@@ -269,6 +269,32 @@ def test_an_adapter_directory_is_seen(tmp_path):
     assert len(checkpointed.trainable_parameters()) == len(again.trainable_parameters())
 
 
+@pytest.mark.parametrize("family", ["LlamaConfig", "Gemma2Config", "GptOssConfig"])
+def test_flash_attention_is_resolved_without_its_kernel(family, tmp_path):
+    """Models without SDPA too; the packing probe then computes as eager attention does."""
+    directory = save(build(family), tmp_path / "model")
+    flash = {"attn_implementation": "flash_attention_2"}
+    config = make_config(directory, "data.jsonl", tmp_path / "run", **flash)
+    eager = dataclasses.replace(config, attn_implementation="eager")
+    found, expected = (find_facts(each, [], device="cpu") for each in (config, eager))
+    assert found.packing_refusal == expected.packing_refusal
+
+
+def test_a_model_that_has_no_outline_is_padded(tmp_path, monkeypatch, caplog):
+    """Model code from elsewhere may fail on tensors without memory; the run goes on."""
+    directory = save(build("LlamaConfig"), tmp_path / "model")
+    config = make_config(directory, "data.jsonl", tmp_path / "run")
+
+    def broken(*_, **__):
+        raise NotImplementedError("no such operator on meta")
+
+    monkeypatch.setattr("una_fast.resolved.outline", broken)
+    facts = find_facts(config, [], device="cpu")
+    assert "NotImplementedError: no such operator on meta" in facts.packing_refusal
+    assert not resolve(config, facts).packed
+    assert "batches are padded, not packed" in caplog.text
+
+
 def test_a_refused_model_is_padded_with_one_line(tmp_path, caplog):
     directory = save(build("GPTJConfig"), tmp_path / "model")
     config = make_config(directory, "data.jsonl", tmp_path / "run")
@@ -311,7 +337,7 @@ OWNERS = {
     r"(?:config|settings|self)\.precision\b": {"resolved.py", "config.py"},
     # optim.py names it in a message; fit.py proposes to switch it off.
     r"\.master_weights\b": {"resolved.py", "config.py", "optim.py", "capacity/fit.py"},
-    r"\bDEFAULT_WORKSPACE_MB\b": {"head/plan.py", "head/tiles.py"},
+    r"\bDEFAULT_WORKSPACE_MB\b": {"head/plan.py"},
     # cli.py: una-fast check, which has no run.
     r"\bpacking_refusal\(": {
         "resolved.py",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -292,6 +293,18 @@ def test_another_reference_is_not_resumed(interrupted, tmp_path):
     )
     changes = {"resume": True, **entries}
     with pytest.raises(ValueError, match="reference was frozen:.* and is cached:"):
+        train(RunConfig(**interrupted["short"] | changes))
+
+
+def test_a_run_is_not_resumed_in_another_dtype(interrupted, tmp_path):
+    """precision=auto is bf16 on a GPU, where this checkpoint claims to be from."""
+    shutil.copytree(interrupted["short"]["output_dir"], tmp_path / "run")
+    path = tmp_path / "run" / "checkpoint-2" / "state.json"
+    state = json.loads(path.read_text())
+    state["resolved"]["compute"] = "bfloat16"
+    path.write_text(json.dumps(state))
+    changes = {"resume": True, "output_dir": str(tmp_path / "run")}
+    with pytest.raises(ValueError, match="compute was bfloat16 and is float32"):
         train(RunConfig(**interrupted["short"] | changes))
 
 

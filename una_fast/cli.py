@@ -97,10 +97,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 @contextlib.contextmanager
 def _quiet_others() -> Iterator[None]:
     """Hide warnings and bars of foreign packages; messages of una_fast are logged as ever."""
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
+    added = [name for name in QUIET if name not in os.environ]
+    os.environ.update({name: QUIET[name] for name in added})
+    had_bars = False
     if "transformers" in sys.modules:  # imported already, so that the variables come too late
-        sys.modules["transformers"].utils.logging.disable_progress_bar()
+        bars = sys.modules["transformers"].utils.logging
+        had_bars = bars.is_progress_bar_enabled()
+        bars.disable_progress_bar()
     loggers = [logging.getLogger(name) for name in OTHERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -114,6 +117,10 @@ def _quiet_others() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+        for name in added:
+            os.environ.pop(name, None)
+        if had_bars:
+            bars.enable_progress_bar()
 
 
 def _parser(arguments: Sequence[str]) -> ArgumentParser:

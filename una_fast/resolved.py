@@ -237,6 +237,8 @@ def _sources(config: RunConfig, facts: Facts, run: ResolvedRun) -> dict[str, str
     dtypes = f"on {device}"
     if facts.is_adapter:
         dtypes += ", the model is an adapter"
+    if config.lora is not None:
+        dtypes += ", lora is set"
     if facts.keeps_float32:
         dtypes += ", the model keeps weights in float32"
     references = {
@@ -246,7 +248,7 @@ def _sources(config: RunConfig, facts: Facts, run: ResolvedRun) -> dict[str, str
     }
     settings_and_reasons = {
         "device": (["device"], "planned for" if _is_absent(device) else f"{device} is there"),
-        "dtypes": (["precision", "master_weights", "lora"], dtypes),
+        "dtypes": (["precision", "master_weights"], dtypes),
         "reference": (["reference"], references[run.reference]),
         "rows": (["packing"], facts.packing_refusal or "the packing probe passed"),
         "workspace": (["workspace_mb"], f"on {device}"),

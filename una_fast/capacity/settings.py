@@ -56,6 +56,11 @@ class RunPlanConfig(RunConfig, HeadCallOptions, PlanOptions):
                 "measure=true takes its steps in one process, with the reference that the run "
                 "computes"
             )
+        if self.cached_reference and self.mode != "offline":
+            raise ValueError(
+                f"cached_reference=true is for records, and mode={self.mode} samples; "
+                "set mode: offline"
+            )
         if self.measure and self.mode != "offline":
             raise ValueError(
                 f"measure=true takes steps on records, and mode={self.mode} samples; "

@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging as transformers_logging
+
 from una_fast.config import RunConfig
 from una_fast.demo.base_model import train_base, train_tokenizer
 from una_fast.demo.compare import NEW_TOKENS, Comparison, Findings, OnlineFindings, show_texts
@@ -51,6 +53,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
 
     The summary is the last line on stdout, as JSON, and stands in summary.json.
     """
+    transformers_logging.disable_progress_bar()
     sizes = QUICK if config.quick else Sizes()
     output_dir = _fresh_directory(Path(config.output_dir))
     start = time.perf_counter()

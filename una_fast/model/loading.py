@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -115,8 +116,12 @@ def outline(
         return build(attn_implementation)
     try:
         return build("sdpa")  # keeps as much for backward as a flash kernel
-    except ValueError:  # a model without SDPA
-        return build("eager")
+    except ValueError:
+        # A model without SDPA: its shapes under SDPA are right, and shapes alone matter here.
+        model = build("eager")
+        for part in (model.config, model.get_decoder().config):
+            part._attn_implementation_internal = "sdpa"
+        return model
 
 
 def is_flash(attn_implementation: str | None) -> bool:
@@ -139,20 +144,43 @@ def load_causal_lm(
     trust_remote_code: run model code that comes with the weights
     attn_implementation: attention of transformers; default: the model's
 
-    ValueError for a directory that does not exist and for adapters that are not inside the layers
-    (prompt tuning and the like).
+    ValueError for a directory that does not exist, for weights missing in the files (transformers
+    would fill in random numbers), and for adapters that are not inside the layers (prompt tuning
+    and the like).
     """
     path, adapter = model_and_adapter(path)
-    model = AutoModelForCausalLM.from_pretrained(
+    model, found = AutoModelForCausalLM.from_pretrained(
         path,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         attn_implementation=attn_implementation,
+        output_loading_info=True,
     )
+    _refuse_missing(path, sorted(found["missing_keys"]))
     if adapter is not None:
-        model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        model = _load_adapter(model, adapter)
     remove_dropout(model)
     return model
+
+
+def _load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
+    """Add a trainable PEFT adapter; ValueError for missing weights, which peft only warns of."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*missing adapter keys")
+        try:
+            return PeftModel.from_pretrained(model, path, is_trainable=True)
+        except UserWarning as warning:
+            _refuse_missing(path, [str(warning).partition(":")[2].strip()])
+            raise
+
+
+def _refuse_missing(path: str, names: list[str]) -> None:
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise ValueError(
+            f"{path} lacks weights: {', '.join(names[:3])[:200]}{more}; they would be random "
+            "numbers. Give a complete model, or one whose class matches config.json"
+        )
 
 
 def remove_dropout(model: nn.Module) -> None:

@@ -118,7 +118,7 @@ def build_run(
         data = data.without_cached_logps()
     refuse_too_large(config, facts, records + longest_rollouts(prompts, config))
     loaders = _make_loaders(config, world, data, packed=run.packed)
-    state = _open_state(config, world, loaders, checkpoint)
+    state = _open_state(config, world, run, loaders, checkpoint)
     models = _load_models(config, world, run, records, prompts, checkpoint)
     reference = {"reference": models.reference.identity}
     if checkpoint is not None:
@@ -330,12 +330,16 @@ def _make_online(
 
 
 def _open_state(
-    config: RunConfig, world: World, loaders: _Loaders, checkpoint: Path | None
+    config: RunConfig,
+    world: World,
+    run: ResolvedRun,
+    loaders: _Loaders,
+    checkpoint: Path | None,
 ) -> dict[str, Any]:
     """Return the state of a new run, or of the checkpoint.
 
-    Settings and data are compared with the checkpoint's before a model is loaded: another setting
-    may not go with the checkpoint's weights.
+    Settings, dtypes and data are compared with the checkpoint's before a model is loaded: another
+    setting may not go with the checkpoint's weights.
     """
     used = [loader for loader in (loaders.records, loaders.prompts) if loader is not None]
     identity = {
@@ -348,6 +352,9 @@ def _open_state(
         return {"step": 0, "run": identity}
     state = read_state(checkpoint)
     refuse_another_run(checkpoint, state["run"], identity)
+    if "resolved" in state:
+        decided = {name: run.plain()[name] for name in ("compute", "weights")}
+        refuse_another_run(checkpoint, state["resolved"], decided)
     return state
 
 
