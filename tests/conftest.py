@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import os
 
+# Small operations on several threads mostly wait for each other, and sums then have one order.
+# Processes that a test starts inherit the setting; it must be set before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
+torch.set_num_threads(1)
 if not torch.cuda.is_available():
     # Kernels then run in the interpreter; must be set before triton is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -30,12 +35,3 @@ def mixed(tmp_path_factory):
     from tiny import make_records, write_jsonl
 
     return write_jsonl(tmp_path_factory.mktemp("data") / "mixed.jsonl", make_records("mixed", 36))
-
-
-@pytest.fixture
-def one_thread():
-    """Compute on one thread: sums have one order everywhere, and small operations do not wait."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

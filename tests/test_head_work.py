@@ -179,7 +179,7 @@ def measured(
     return memory, [*out, *(x.grad for x in leaves)]
 
 
-LONG = (20_000, 32_000)  # rows, vocabulary: float32 logits would take 2.4 GiB
+LONG = (6_000, 16_000)  # rows, vocabulary: float32 logits would take 366 MiB
 
 
 @pytest.mark.parametrize("workspace_mb", [16, None])
@@ -191,7 +191,7 @@ def test_no_tensor_of_rows_by_vocabulary(workspace_mb):
         hidden=torch.randn(rows, 4),
         weight=torch.randn(vocab, 4),
         targets=torch.randint(vocab, (rows,)),
-        cu_seqlens=torch.tensor([0, 9_000, 17_000, 19_000, rows]),
+        cu_seqlens=torch.tensor([0, 2_700, 5_100, 5_700, rows]),
         feedback=feedback,
     )
     memory, returned = measured(
@@ -208,7 +208,8 @@ def test_no_tensor_of_rows_by_vocabulary(workspace_mb):
 BUDGETED = [(way, torch.float32) for way in WAYS] + [
     (way, torch.bfloat16)
     for way in WAYS
-    if "sliced" not in WAYS[way].kinds  # slow: the weight is cast row by row
+    # The weight would be cast row by row, slowly.
+    if "sliced" not in WAYS[way].kinds and way != "pair, row by row"
 ]
 
 

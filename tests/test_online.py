@@ -29,8 +29,6 @@ from una_fast.feedback import PAIR, SCORE
 from una_fast.rewards.settings import RewardError, parse_rewards
 from una_fast.train.loop import train
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 FILE = Path(__file__).with_name("reward_functions.py")
 SHARE, LENGTH = f"{FILE}:share_of_e", f"{FILE}:length"
 TIMES = (

@@ -22,8 +22,6 @@ from una_fast.train.checkpoint import complete_checkpoints
 from una_fast.train.loop import train
 from una_fast.train.precompute import precompute_reference
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 # 36 records in steps of 8 make an epoch of 5 steps; a run takes 9.
 LONG = {
     "learning_rate": 3e-3,

@@ -79,7 +79,7 @@ def send(running):
 
 
 @pytest.fixture(autouse=True)
-def fast_and_direct(monkeypatch, one_thread):
+def fast_and_direct(monkeypatch):
     """Retries do not wait, and no proxy stands before the local server."""
     monkeypatch.setattr(reward_http, "BACKOFF", 0.001)
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):

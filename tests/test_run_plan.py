@@ -71,9 +71,6 @@ BF16 = {"precision": "bf16"}
 PADDED = {"packing": False}
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Directories of tiny models; "config" and "deep" have no weights."""

@@ -34,9 +34,6 @@ from una_fast.train.checkpoint import complete_checkpoints
 from una_fast.train.loop import train
 from una_fast.train.precompute import precompute_reference
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # ---- end to end ----
 
 
