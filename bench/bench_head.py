@@ -39,15 +39,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 import contenders
 import harness
-import torch
 from contenders import HEADS, Contender, Inputs, check, logp_errors, step, truth
 from forward import forward, show_forward
 from harness import Column, DeviceLost, release, typical
 from timing import CEILING, Job, alternate, ceiling_job, ceilings
-from torch import Tensor
-
 from una_fast.counters import FlopCounter, LiveBytes
 
 # CPU shape (rows per response, hidden, vocabulary) -> largest allowed ratios

@@ -40,14 +40,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import harness
 import step_contenders
-import torch
 from contenders import WrongResult
 from harness import Column
 from step_contenders import CONTENDERS, SHAPES, Case, Session, Setup, needed_flop, responses_of
 from timing import CEILING, ceilings
-
 from una_fast.train.metrics import peak_tflops
 
 STEP_SUITES = ("equal", "ragged", "shared16", "shared64")

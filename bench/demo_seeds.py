@@ -13,8 +13,8 @@ import json
 from pathlib import Path
 
 import torch
-from harness import environment, write_report
 
+from harness import environment, write_report
 from una_fast.demo.run import MAX_KL, run_demo
 from una_fast.demo.settings import DemoConfig
 

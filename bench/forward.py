@@ -13,10 +13,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from contenders import Inputs
 from harness import attempt, typical
 from timing import Job, alternate, seconds_of
-from torch import Tensor
 
 LARGEST_ERROR = 1e-3  # nat, of linear_logps against row_logps
 

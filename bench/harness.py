@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
 from contenders import WrongResult
 
 ROOT = Path(__file__).resolve().parents[1]

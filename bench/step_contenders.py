@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-import contenders  # noqa: F401  finds the peers, and lets triton be imported without a GPU
-import harness
 import numpy as np
 import torch
 from torch import Tensor
@@ -36,6 +34,8 @@ from transformers import (
     TrainerCallback,
 )
 
+import contenders  # noqa: F401  finds the peers, and lets triton be imported without a GPU
+import harness
 from una_fast.counters import LiveBytes
 
 SEED = 0

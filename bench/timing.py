@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import harness
 import torch
+
+import harness
 
 CEILING = {"cuda": 8192, "cpu": 1024}  # rows and columns of the square product
 

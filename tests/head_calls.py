@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from helpers import MIXED, MIXED_LENGTHS, PAIR, TWO_PAIRS, Problem, evaluate
 from torch import Tensor
 
+from helpers import MIXED, MIXED_LENGTHS, PAIR, TWO_PAIRS, Problem, evaluate
 from una_fast import Feedback, linear_una_loss
 from una_fast.head.plan import HeadSize, head_size
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from transformers import AutoTokenizer
-from two_ranks import saved_weights
 
+from two_ranks import saved_weights
 from una_fast.config import RunConfig
 from una_fast.data.examples import Example, load_examples
 from una_fast.data.sources import Source

@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from transformers import AutoModelForCausalLM
+
 from families import (
     FAMILIES,
     PROMPTS,
@@ -25,8 +27,6 @@ from families import (
     segments_of,
     without,
 )
-from transformers import AutoModelForCausalLM
-
 from una_fast.attention import packed, rows, sdpa, varlen
 from una_fast.attention.packed import PACKED, packed_attention
 from una_fast.attention.probe import packing_refusal

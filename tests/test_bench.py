@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from itertools import chain
 
+import pytest
+import torch
+
 import bench_head
 import contenders
 import harness
 import plots
-import pytest
 import tables
-import torch
 from bench_head import Case, judge, measure, reference
 from contenders import Eager, Inputs, Trl, Una, WrongResult, check, truth
-
 from una_fast import Objective
 from una_fast.head import eager
 

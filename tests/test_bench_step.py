@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import math
 
-import bench_step
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import bench_step
 import step_contenders
 import tables
-import torch
 from bench_step import judge, parity
 from contenders import WrongResult
 from step_contenders import SHAPES, Case, Setup, attended, needed_flop
-from transformers import AutoModelForCausalLM
-
 from una_fast.counters import FlopCounter
 
 CPU = torch.device("cpu")

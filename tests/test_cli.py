@@ -11,8 +11,8 @@ import warnings
 
 import pytest
 import yaml
-from tiny import make_records, make_tokenizer, read_metrics, save_llama, write_jsonl
 
+from tiny import make_records, make_tokenizer, read_metrics, save_llama, write_jsonl
 from una_fast import cli
 from una_fast.cli import main
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from families import build
 from transformers import PreTrainedConfig
 
+from families import build
 from una_fast import Feedback, token_logps
 from una_fast.attention.packed import PACKED, packed_attention
 from una_fast.data.batch import collate

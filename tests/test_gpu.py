@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from head_calls import (
     CALLS,
     GPU_DIM,
@@ -20,8 +22,6 @@ from head_calls import (
     drawn,
 )
 from helpers import MIXED, MIXED_LENGTHS, PAIR, Problem, cast, problem, relative_error
-from transformers import LlamaConfig, LlamaForCausalLM
-
 from una_fast import (
     Feedback,
     Objective,

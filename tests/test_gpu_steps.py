@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import make_config, make_records, make_tokenizer, write_jsonl
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tiny import make_config, make_records, make_tokenizer, write_jsonl
 from una_fast.capacity.trace import Row, StepTracer
 from una_fast.data.loader import Step
 from una_fast.distributed import start_world

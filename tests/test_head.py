@@ -10,6 +10,9 @@ from itertools import product
 
 import pytest
 import torch
+from torch import Tensor
+from torch.autograd import gradcheck
+
 from helpers import (
     LEAVES,
     MIXED,
@@ -27,9 +30,6 @@ from helpers import (
     relative_error,
     truth,
 )
-from torch import Tensor
-from torch.autograd import gradcheck
-
 from una_fast import (
     Feedback,
     Objective,

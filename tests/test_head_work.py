@@ -7,9 +7,9 @@ from types import SimpleNamespace as Namespace
 
 import pytest
 import torch
-from helpers import PAIR, WAYS, Problem, Way, evaluate, problem, reference
 from torch import Tensor
 
+from helpers import PAIR, WAYS, Problem, Way, evaluate, problem, reference
 from una_fast import (
     Feedback,
     Objective,

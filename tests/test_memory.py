@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from families import FAMILIES, GPTJ, SMALL, build
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from families import FAMILIES, GPTJ, SMALL, build
 from una_fast.counters import LiveBytes, memory_category
 from una_fast.model import activations
 from una_fast.model.activations import apply_liger, decoder_layers, find_mlps, switch_on, tile_mlps

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import una_fast.capacity.fit as fit_module
+import una_fast.train.build as build_module
 from fsdp_worker import run_case
 from judge_server import JudgeServer, chat
 from runs import assert_same_weights, open_trainer, settings_of
 from tiny import TIMING, make_config, make_records, read_metrics, write_jsonl
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from two_ranks import run_two_ranks, worst_error
-
-import una_fast.capacity.fit as fit_module
-import una_fast.train.build as build_module
 from una_fast import cli
 from una_fast.capacity.fit import largest_batch
 from una_fast.config import RunConfig

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, build, gradient_difference, gradients, without
 
+from families import FAMILIES, build, gradient_difference, gradients, without
 from una_fast import Feedback, token_logps
 from una_fast.attention.rows import attended_pairs
 from una_fast.counters import FlopCounter

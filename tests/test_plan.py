@@ -9,8 +9,8 @@ from dataclasses import replace
 from itertools import combinations, pairwise, product
 
 import pytest
-from helpers import naming
 
+from helpers import naming
 from una_fast import Feedback
 from una_fast.head.describe import describe_op
 from una_fast.head.plan import (

@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from families import FAMILIES, GPTJ, HEAD_FORMS, SMALL, VOCAB, build, gradient_difference, without
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch.distributed.device_mesh import init_device_mesh
@@ -27,6 +26,7 @@ from transformers import (
 from transformers.models.cohere import CohereForCausalLM
 from transformers.models.llama import LlamaForCausalLM
 
+from families import FAMILIES, GPTJ, HEAD_FORMS, SMALL, VOCAB, build, gradient_difference, without
 from una_fast.head.ops import token_logps
 from una_fast.model import loading
 from una_fast.model.export import save_pretrained

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+
 from families import FAMILIES, SMALL, build, randomize_weights
 from tiny import make_config
-
 from una_fast.attention.probe import packing_refusal
 from una_fast.data.batch import collate
 from una_fast.data.examples import Example

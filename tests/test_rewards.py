@@ -17,8 +17,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from judge_server import JudgeServer, chat, wait_for
-from tiny import make_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForSequenceClassification,
@@ -30,6 +28,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from judge_server import JudgeServer, chat, wait_for
+from tiny import make_tokenizer
 from una_fast.rewards import http as reward_http
 from una_fast.rewards import scale as scale_module
 from una_fast.rewards.outcome import Failure

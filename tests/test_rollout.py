@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, build
-from tiny import make_config, make_tokenizer
 from tokenizers import Tokenizer, decoders, models
 from transformers import Lfm2Config, Lfm2ForCausalLM, PreTrainedTokenizerFast
 
 import una_fast.online.generate as generate_module
+from families import FAMILIES, build
+from tiny import make_config, make_tokenizer
 from una_fast.data.batch import collate
 from una_fast.data.examples import Example
 from una_fast.distributed import World

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tiny import make_config, make_records, make_tokenizer, write_jsonl
 
 import una_fast.model.activations as activations
+from tiny import make_config, make_records, make_tokenizer, write_jsonl
 from una_fast.attention.rows import Segment, attended_pairs
 from una_fast.capacity.fit import GIB, cheapest_way, largest_batch, longest_row, savings, usable
 from una_fast.capacity.settings import RunPlanConfig

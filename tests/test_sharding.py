@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from fsdp_worker import run_case
 from tiny import make_records, read_metrics, write_jsonl
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from two_ranks import run_two_ranks, saved_weights, worst_error
-
 from una_fast.config import RunConfig
 from una_fast.data.examples import Example
 from una_fast.data.loader import Loader, hold_out, mixture_order, num_steps

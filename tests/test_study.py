@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+
 import report
 import stats
-import torch
 from ppo import gae, policy_loss, whiten
 from study import FULL, Store
 

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from fsdp_worker import run_case
 from peft import AutoPeftModelForCausalLM
-from runs import LORA, again, assert_same_weights, examples_of, open_trainer
-from tiny import make_config, make_records, read_metrics, save_llama, write_jsonl
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from two_ranks import saved_weights
 
 import una_fast.resolved as resolved_module
+from fsdp_worker import run_case
+from runs import LORA, again, assert_same_weights, examples_of, open_trainer
+from tiny import make_config, make_records, read_metrics, save_llama, write_jsonl
+from two_ranks import saved_weights
 from una_fast.config import RunConfig
 from una_fast.data.batch import collate, layout_tokens
 from una_fast.data.examples import Example

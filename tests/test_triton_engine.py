@@ -14,6 +14,7 @@ from itertools import product
 
 import pytest
 import torch
+
 from head_calls import CALLS, GPU_DIM, GPU_SIZE, check_capture, check_repeats, check_under
 from helpers import (
     LEAVES,
@@ -28,7 +29,6 @@ from helpers import (
     relative_error,
     truth,
 )
-
 from una_fast.counters import LiveBytes
 
 pytest.importorskip("triton")

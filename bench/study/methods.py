@@ -22,11 +22,12 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-import task
 import torch
-from ppo import PPO, PPOSettings
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+import task
+from ppo import PPO, PPOSettings
 
 UNA_SETTINGS = {
     "progress": False,

@@ -35,13 +35,14 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # of harness.py
 
+import torch
+
 import exact
 import harness
 import methods
 import report
 import stats
 import task
-import torch
 from methods import Size, Spec
 
 HERE = Path(__file__).resolve().parent
