@@ -5,8 +5,7 @@ Importing the package needs torch alone; all modules are loaded at first use.
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from una_fast.lazy import lazy_names
 
 __version__ = "0.1.0"
 
@@ -24,10 +23,7 @@ _PUBLIC = {
 __all__ = [*_PUBLIC, "__version__"]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(f"una_fast.{_PUBLIC[name]}"), name)
-    raise AttributeError(f"module 'una_fast' has no attribute {name!r}")
+__getattr__ = lazy_names(__name__, _PUBLIC)
 
 
 def __dir__() -> list[str]:

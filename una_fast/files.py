@@ -1,0 +1,74 @@
+"""Files that are whole or absent: written aside, flushed to the disk, then renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+ASIDE = ".tmp"  # suffix of files and directories that are not whole yet
+
+
+@contextmanager
+def written_whole(path: Path, mode: int = 0o666) -> Iterator[IO[str]]:
+    """Open a UTF-8 file for writing that takes its name at the end, when every byte is on the disk.
+
+    path: the file; an older one is replaced in the same instant
+    mode: permissions of the new file, before the umask
+
+    After an error, or a kill, the older file is untouched; after an error nothing else remains.
+    """
+    aside = path.with_name(path.name + ASIDE)
+    try:
+        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def write_text(path: Path, text: str, mode: int = 0o666) -> None:
+    """Write a text file, whole or not at all; see `written_whole`."""
+    with written_whole(path, mode) as file:
+        file.write(text)
+
+
+def write_json(path: Path, value: Any, mode: int = 0o666) -> None:
+    """Write a value as JSON, whole or not at all; see `written_whole`."""
+    write_text(path, json.dumps(value, indent=1) + "\n", mode)
+
+
+def sync_directory(directory: Path) -> None:
+    """Flush the names in a directory to the disk: new files, removals, renames."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(directory: Path) -> None:
+    """Flush every file and every name below a directory to the disk."""
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            descriptor = os.open(Path(folder) / name, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        sync_directory(Path(folder))
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,67 @@
+"""Text for a terminal, a page or a message: one line, no control characters, of bounded length.
+
+Column names, values of records and replies of servers come from elsewhere: an escape sequence among
+them would act on the reader's terminal, and a line break would forge a line of a log or a card.
+"""
+
+from __future__ import annotations
+
+import re
+import reprlib
+
+LONGEST = 200  # characters of a foreign value in a message
+
+# A password in user:password@host, and every value of a query: ?key=..., &token=...
+_PASSWORD = re.compile(r"(?<=://)[^/\s@]*@")
+_QUERY_VALUE = re.compile(r"(?<=[?&])([^=&\s#'\"]+)=[^&\s#'\"]*")
+
+
+def printable(text: object, longest: int = LONGEST) -> str:
+    """Return a text as one line that is safe to print.
+
+    text: any object; str(text) is shown
+    longest: characters to keep; the rest is counted at the end of the line
+
+    Everything that `str.isprintable` denies (control and format characters, line separators,
+    lone surrogates) is written as in a Python literal, such as \\x1b.
+    """
+    whole = text if isinstance(text, str) else _text_of(text)
+    kept = whole[:longest]
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in kept)
+    left_out = len(whole) - len(kept)
+    return f"{shown}… ({left_out} more characters)" if left_out else shown
+
+
+def shown(value: object) -> str:
+    """Return the repr of a foreign value for a message, cut in its inside, safe to print.
+
+    Never raises, and takes a bounded time for values of any size and depth.
+    """
+    return printable(_REPR.repr(value))
+
+
+def without_secrets(text: str) -> str:
+    """Return a text with the user, the password and the query values of its URLs left out."""
+    return _QUERY_VALUE.sub(r"\1=***", _PASSWORD.sub("***@", text))
+
+
+def _text_of(value: object) -> str:
+    try:
+        return str(value)
+    except Exception as error:  # an exception's own __str__ may raise
+        return f"<{type(value).__name__} without a text ({type(error).__name__})>"
+
+
+class _Repr(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = LONGEST // 2
+
+    def repr_int(self, value: int, level: int) -> str:
+        # Python refuses to write integers of more than 4300 digits.
+        if value.bit_length() > 4000:
+            return f"<an integer of {value.bit_length()} bits>"
+        return super().repr_int(value, level)
+
+
+_REPR = _Repr()
