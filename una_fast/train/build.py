@@ -47,6 +47,7 @@ from una_fast.resolved import (
 from una_fast.rewards.settings import parse_rewards
 from una_fast.rewards.total import Rewards
 from una_fast.train.checkpoint import load_training_state, read_state
+from una_fast.train.data_checks import check_room, check_token_ids
 from una_fast.train.metrics import Clock, Meter
 from una_fast.train.report import Reporter
 from una_fast.train.run_data import RunData
@@ -227,34 +228,6 @@ def _place(policy: Policy, world: World, run: ResolvedRun) -> None:
         shard(policy.causal_lm, decoder_layers(policy.causal_lm), world, run.compute)
     else:
         policy.model.to(world.device)
-
-
-def check_token_ids(examples: Sequence[Example], policy: Policy) -> None:
-    """Raise ValueError for a tokenizer with more tokens than the model has embeddings."""
-    size = policy.causal_lm.get_input_embeddings().weight.shape[0]
-    for example in examples:
-        largest = max(int(ids.max()) for ids in (example.prompt_ids, *example.responses))
-        if largest >= size:
-            raise ValueError(
-                f"{example.origin}: the tokenizer gives token {largest}, but the model has "
-                f"{size} embeddings; set tokenizer to the model's own"
-            )
-
-
-def check_room(prompts: Sequence[Prompt], policy: Policy, max_new_tokens: int) -> None:
-    """Raise ValueError for a prompt without positions of the model for a whole response."""
-    positions = getattr(policy.causal_lm.config.get_text_config(), "max_position_embeddings", None)
-    if positions is None:
-        return
-    for prompt in prompts:
-        tokens = len(prompt.prompt_ids)
-        if tokens + max_new_tokens > positions:
-            raise ValueError(
-                f"{prompt.origin}: a prompt of {tokens} tokens and "
-                f"max_new_tokens={max_new_tokens} are over the {positions} positions of the "
-                f"model; lower max_new_tokens, or set max_tokens={positions} and "
-                "prompt_overflow: truncate_left"
-            )
 
 
 # --- steps ---------------------------------------------------------------------------------------
