@@ -29,8 +29,8 @@ from una_fast.data.examples import Example
 from una_fast.data.loader import pack_batches
 from una_fast.feedback import PAIR, Feedback
 from una_fast.losses import Objective, una_loss
-from una_fast.train.data_checks import check_token_ids
 from una_fast.train.checkpoint import complete_checkpoints
+from una_fast.train.data_checks import check_token_ids
 from una_fast.train.loop import train
 from una_fast.train.precompute import precompute_reference
 
