@@ -17,7 +17,7 @@ FILES = [*PACKAGE, *sorted((ROOT / "kernels").glob("*.py"))]
 # Who may import whom: a room imports from the lines below its own, and from itself where it is a
 # folder. Rooms of one line do not know each other.
 LAYERS = """
-feedback offsets counters distributed checks logs printable files lazy score_maps
+feedback offsets counters distributed checks logs printable files lazy signals score_maps
 attention losses kernels
 data rewards head
 model

@@ -1,10 +1,175 @@
-"""Refusals of settings: choices, bounds and numbers, each written once."""
+"""Refusals of settings: types, choices, bounds and numbers, each written once."""
 
 from __future__ import annotations
 
+import functools
 import math
+import types
 from collections.abc import Iterable
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import fields, is_dataclass
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from una_fast.printable import printable, shown
+
+LARGEST = 2**63 - 1  # whole numbers are kept in 64 bits by torch, numpy and Arrow
+
+_NAMES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a finite number",
+    str: "a text",
+    type(None): "null",
+}
+
+
+def check_types(settings: Any) -> None:
+    """Check every field of a dataclass against its annotation; ValueError by the field's name.
+
+    Numbers are finite, whole numbers fit into 64 bits, and texts can be written in UTF-8.
+    """
+    for name, hint in field_types(type(settings)).items():
+        problem = mismatch(name, getattr(settings, name), hint)
+        if problem:
+            raise ValueError(problem)
+
+
+@functools.cache
+def field_types(kind: type) -> dict[str, Any]:
+    """Return the annotations of the fields of a dataclass, evaluated, in the order of fields."""
+    hints = get_type_hints(kind)
+    return {f.name: hints[f.name] for f in fields(kind)}
+
+
+def described(hint: Any) -> str:
+    """Return an annotation in words: "a whole number or null"."""
+    if hint in _NAMES:
+        return _NAMES[hint]
+    origin = get_origin(hint)
+    members = get_args(hint)
+    if origin is Literal:
+        return " | ".join(map(str, members))
+    if origin in (Union, types.UnionType):
+        return " or ".join(described(member) for member in members)
+    if origin is tuple:
+        return f"a list of {len(members)}: {', '.join(described(member) for member in members)}"
+    if origin is list:
+        return f"a list with entries of {described(members[0])}"
+    if origin is dict:
+        return "a mapping of names"
+    if is_dataclass(hint):
+        return f"a mapping of {', '.join(field_types(hint))}"
+    return "null, true, false, a number, a text, a list or a mapping"
+
+
+def mismatch(name: str, value: Any, hint: Any) -> str | None:
+    """Return why a value does not fit an annotation, for a message; None if the value fits.
+
+    name: the setting; an entry of a list is named `name[3]`, a key of a mapping `name.key`
+    value: plain values; a mapping in the place of a dataclass is checked by the fields
+    hint: bool, int, float, str, None, Literal, list, tuple, dict, a dataclass, Any, or a union
+    """
+    origin = get_origin(hint)
+    members = get_args(hint)
+    if origin in (Union, types.UnionType):
+        return _mismatch_of_union(name, value, members, hint)
+    if origin is Literal:
+        return None if value in members else _not_one_of(name, value, members)
+    if origin is list and isinstance(value, (list, tuple)):
+        return _first_mismatch(name, value, members * len(value))
+    if origin is tuple and isinstance(value, (list, tuple)) and len(value) == len(members):
+        return _first_mismatch(name, value, members)
+    if origin is dict and isinstance(value, dict):
+        return _mismatch_of_mapping(name, value, dict.fromkeys(value, members[1]))
+    if is_dataclass(hint) and isinstance(value, hint):
+        return None  # checked when it was built
+    if is_dataclass(hint) and isinstance(value, dict):
+        return _mismatch_of_mapping(name, value, field_types(hint))
+    if hint is Any:
+        return _not_plain(name, value)
+    if origin is None and _fits(value, hint):
+        return _not_text(name, value) if hint is str else None
+    quotes = " (take the quotes away)" if isinstance(value, str) and hint in (int, float) else ""
+    if hint is str and isinstance(value, (bool, int, float)):
+        quotes = " (put it in quotes)"
+    return f"{name}={shown(value)} must be {described(hint)}{quotes}"
+
+
+def _fits(value: Any, hint: type) -> bool:
+    """Return whether a value is one of bool, int, float, str or None, as asked; 1 is a float."""
+    if isinstance(value, bool) or hint is bool:
+        return isinstance(value, bool) and hint is bool
+    if hint is int:
+        return isinstance(value, int) and abs(value) <= LARGEST
+    if hint is float:
+        return _is_number(value)
+    return isinstance(value, hint)
+
+
+def _is_number(value: object) -> bool:
+    """Return whether a value is a finite number that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return False
+
+
+def _mismatch_of_union(name: str, value: Any, members: tuple[Any, ...], hint: Any) -> str | None:
+    found = [mismatch(name, value, member) for member in members]
+    if None in found:
+        return None
+    # A list in the place of a list is at fault by an entry, which the message names.
+    for member, problem in zip(members, found, strict=True):
+        kind = dict if is_dataclass(member) else get_origin(member) or member
+        if kind in (list, dict, str) and isinstance(value, kind):
+            return problem
+    return f"{name}={shown(value)} must be {described(hint)}"
+
+
+def _first_mismatch(name: str, values: Iterable[Any], hints: Iterable[Any]) -> str | None:
+    for number, (value, hint) in enumerate(zip(values, hints, strict=True)):
+        problem = mismatch(f"{name}[{number}]", value, hint)
+        if problem:
+            return problem
+    return None
+
+
+def _mismatch_of_mapping(name: str, values: dict[Any, Any], hints: dict[str, Any]) -> str | None:
+    for key, value in values.items():
+        if not isinstance(key, str):
+            return f"{name}: the key {shown(key)} must be a text (put it in quotes)"
+        if key not in hints:
+            return f"{name}: {shown(key)} is not one of {', '.join(hints)}"
+        problem = _not_text(f"a key of {name}", key)
+        problem = problem or mismatch(f"{name}.{printable(key)}", value, hints[key])
+        if problem:
+            return problem
+    return None
+
+
+def _not_plain(name: str, value: Any) -> str | None:
+    """Return why a value is no plain value, to be written as YAML or JSON; None if it is."""
+    if isinstance(value, str):
+        return _not_text(name, value)
+    if isinstance(value, (list, tuple)):
+        return _first_mismatch(name, value, [Any] * len(value))
+    if isinstance(value, dict):
+        return _mismatch_of_mapping(name, value, dict.fromkeys(value, Any))
+    if value is None or isinstance(value, bool) or _is_number(value):
+        return None
+    return f"{name}={shown(value)} must be {described(Any)}, finite"
+
+
+def _not_text(name: str, value: str) -> str | None:
+    """Return why a text can be in no file or path; None if it can."""
+    if "\0" in value:
+        return f"{name}={shown(value)} holds a NUL character; remove it"
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return f"{name}={shown(value)} cannot be written in UTF-8; give text in UTF-8"
+    return None
 
 
 def check_number(name: str, value: object, else_allowed: str = "") -> float:
@@ -16,8 +181,8 @@ def check_number(name: str, value: object, else_allowed: str = "") -> float:
 
     ValueError, by the name, otherwise.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{name}={value!r} must be {else_allowed}a finite number")
+    if not _is_number(value):
+        raise ValueError(f"{name}={shown(value)} must be {else_allowed}a finite number")
     return value
 
 
@@ -25,7 +190,11 @@ def check_one_of(name: str, value: object, choices: Iterable[Any]) -> None:
     """Check that the value of a setting is among its choices; ValueError otherwise."""
     choices = tuple(choices)
     if value not in choices:
-        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(str, choices))}")
+        raise ValueError(_not_one_of(name, value, choices))
+
+
+def _not_one_of(name: str, value: object, choices: tuple[Any, ...]) -> str:
+    return f"{name}={shown(value)} is not one of {', '.join(map(str, choices))}"
 
 
 def check_choices(settings: Any, names: Iterable[str] | None = None) -> None:
@@ -36,7 +205,7 @@ def check_choices(settings: Any, names: Iterable[str] | None = None) -> None:
 
     ValueError, by the field's name, for a value outside the Literal.
     """
-    hints = get_type_hints(type(settings))
+    hints = field_types(type(settings))
     if names is None:
         names = hints
     for name in names:
@@ -78,11 +247,11 @@ def check_range(map_name: str, kind: str, limits_name: str, limits: object) -> N
     if kind != "range":
         if limits is not None:
             raise ValueError(
-                f"{limits_name}={limits} is only read with {map_name}: range, not {kind}"
+                f"{limits_name}={shown(limits)} is only read with {map_name}: range, not {kind}"
             )
         return
     if not isinstance(limits, (list, tuple)) or len(limits) != 2:
-        raise ValueError(f"{map_name}=range needs {limits_name}: [lo, hi], not {limits!r}")
+        raise ValueError(f"{map_name}=range needs {limits_name}: [lo, hi], not {shown(limits)}")
     lowest = check_number(limits_name, limits[0])
     highest = check_number(limits_name, limits[1])
     if not lowest < highest:

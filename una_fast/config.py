@@ -8,16 +8,17 @@ the base, and a line for every field, the docstring below the field. Values in c
 refused here, by the name of the flag to change.
 """
 
-# No postponed annotations: jsonargparse runs the imports under TYPE_CHECKING to evaluate these, and
-# --help would load torch.
 import inspect
+import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from una_fast.checks import check_at_least, check_choices, check_number
+from una_fast.checks import check_at_least, check_types
 from una_fast.data.settings import RecordOptions
+from una_fast.files import write_text
 from una_fast.model.settings import LoraOptions, MemoryOptions
+from una_fast.printable import printable, shown, was_redacted, without_secrets
 from una_fast.rewards.scale import RewardScale
 from una_fast.rewards.settings import parse_rewards
 from una_fast.score_maps import ScoreMap
@@ -48,9 +49,10 @@ Anchor = Literal["ref", "rollout"]
 OnMaxKl = Literal["stop", "warn"]
 
 
+MOST_EPOCHS = 10**6
+
 # With the data and the reference, these decide the numbers of a run; a resumed run keeps them.
 TRAJECTORY = (
-    "model",
     "beta",
     "pair",
     "binary",
@@ -150,6 +152,10 @@ class ObjectiveOptions:
     reference: ReferenceKind = "auto"
     """Reference: frozen (copy of the model) | adapter (LoRA off) | cached (column ref_logps)."""
 
+    def _check_objective(self) -> None:
+        if not self.beta > 0:
+            raise ValueError(f"beta={self.beta} must be positive and finite")
+
     def objective(self) -> "Objective":
         """Return the loss of every kind of feedback; ValueError for wrong forms or a wrong beta."""
         from una_fast.losses import Objective  # here, since it imports torch
@@ -166,8 +172,8 @@ class OptimizerOptions:
 
     lora: LoraOptions | None = None
     """Train low-rank adapters instead of all weights; null: full fine-tuning."""
-    epochs: float = 1.0
-    """Passes over the mixture of sources; may be fractional."""
+    epochs: float | None = None
+    """Passes over the mixture, may be fractional; null: 1, or as many as max_steps takes."""
     max_steps: int | None = None
     """Stop after so many optimizer steps; null: epochs decide."""
     batch_size: int = 32
@@ -186,19 +192,23 @@ class OptimizerOptions:
     """Decay rates of the moments of adamw and adamw_8bit."""
     max_grad_norm: float | None = 1.0
     """Clip the gradient to this norm; null: no clipping."""
+    max_skipped_steps: int = 3
+    """Steps in a row whose gradient is not finite before the run stops; each is skipped and told."""
     seed: int = 0
     """Seed of the order of records and of new adapters."""
 
     def _check_steps(self) -> None:
         check_at_least(1, self, ["batch_size"])
         check_at_least(1, self, ["max_steps"], or_null=True)
-        if not 0 < self.epochs < float("inf"):
-            raise ValueError(f"epochs={self.epochs} must be positive and finite")
-        if not self.learning_rate >= 0 or not 0 <= self.warmup_ratio <= 1:
+        check_at_least(0, self, ["max_skipped_steps", "seed", "learning_rate", "weight_decay"])
+        if self.epochs is not None and not 0 < self.epochs <= MOST_EPOCHS:
             raise ValueError(
-                f"learning_rate={self.learning_rate} must not be negative, and "
-                f"warmup_ratio={self.warmup_ratio} must lie in [0, 1]"
+                f"epochs={self.epochs} must be positive, and at most {MOST_EPOCHS}; or null"
             )
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ValueError(f"warmup_ratio={self.warmup_ratio} must lie in [0, 1]")
+        if not all(0 <= beta < 1 for beta in self.adam_betas):
+            raise ValueError(f"adam_betas={list(self.adam_betas)} must lie in [0, 1), 1 left out")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(
                 f"max_grad_norm={self.max_grad_norm} must be positive, or null for no clipping"
@@ -256,6 +266,8 @@ class MemoryAndSpeed:
 
     def _check_memory(self) -> None:
         check_at_least(1, self, ["micro_batch_size", "max_tokens_per_batch"], or_null=True)
+        if self.workspace_mb is not None and not self.workspace_mb > 0:
+            raise ValueError(f"workspace_mb={self.workspace_mb} must be positive, or null")
         if self.offload_activations and not self.gradient_checkpointing:
             raise ValueError(
                 "offload_activations=true moves what gradient_checkpointing keeps; set "
@@ -265,7 +277,7 @@ class MemoryAndSpeed:
             raise ValueError("liger=true needs a GPU; set liger=false, or device=cuda")
         if self.mlp_tile is not None and self.mlp_tile < 1:
             raise ValueError(f"mlp_tile={self.mlp_tile} must be at least 1 token, or null")
-        if self.memory_gib is not None and not 0 < self.memory_gib < float("inf"):
+        if self.memory_gib is not None and not self.memory_gib > 0:
             raise ValueError(
                 f"memory_gib={self.memory_gib} must be positive and finite, or null for all of "
                 "the device"
@@ -319,7 +331,6 @@ class OnlineOptions:
 
     def check_online(self) -> None:
         """Check these settings by themselves and together; ValueError by the flag to change."""
-        check_choices(self, ["mode", "generation", "anchor", "on_max_kl"])
         if self.mode == "offline":
             self._check_defaults()
             return
@@ -342,7 +353,7 @@ class OnlineOptions:
             value = getattr(self, f.name)
             if value != getattr(defaults, f.name):
                 raise ValueError(
-                    f"{f.name}={value!r} is for sampled responses, and mode is offline; set "
+                    f"{f.name}={shown(value)} is for sampled responses, and mode is offline; set "
                     f"mode: online or mixed, or remove {f.name}"
                 )
 
@@ -370,9 +381,9 @@ class OnlineOptions:
             )
 
     def _check_sampling(self) -> None:
-        if not check_number("temperature", self.temperature) > 0:
+        if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature} must be positive")
-        if not 0 < check_number("top_p", self.top_p) <= 1:
+        if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
         if not all(self.stop_strings):
             raise ValueError(
@@ -389,7 +400,7 @@ class OnlineOptions:
             )
 
     def _check_rewards(self) -> None:
-        if not check_number("missing_eos_penalty", self.missing_eos_penalty) >= 0:
+        if not self.missing_eos_penalty >= 0:
             raise ValueError(f"missing_eos_penalty={self.missing_eos_penalty} must not be negative")
         RewardScale(self.reward_map, self.reward_range)  # refuses values that do not go together
         if self.saved_completions < 0:
@@ -414,6 +425,8 @@ class EvaluationAndSaving:
     """Evaluate every so many steps; null: at the start and the end, if a set is there."""
     save_every: int | None = None
     """Write a checkpoint every so many steps; null: only the final model."""
+    save_async: bool = False
+    """Write checkpoints in the background, while the next steps are taken."""
     keep_checkpoints: int = 2
     """Newest complete checkpoints kept; older ones are deleted."""
     resume: bool = False
@@ -437,11 +450,6 @@ class EvaluationAndSaving:
                 f"eval_every={self.eval_every} has nothing to evaluate on; set eval_data or "
                 "eval_fraction"
             )
-        unknown = set(self.loggers) - set(get_args(Logger))
-        if unknown:
-            raise ValueError(
-                f"loggers: unknown {sorted(unknown)}; known: {', '.join(get_args(Logger))}"
-            )
 
 
 # Python collects the fields of a dataclass from the last base to the first.
@@ -458,23 +466,24 @@ class RunConfig(
     """A training run. Fields of records (columns, scores, limits) are defaults of every source."""
 
     def __post_init__(self) -> None:
+        check_types(self)
+        _check_redacted(self._plain())
         super().__post_init__()
         self._read_plain_values()
         self.check_online()
         self._choose_forms()
         self._check_required()
-        self.objective()  # refuses wrong forms and a wrong beta
-        check_choices(self, ["reference", "optimizer", "lr_schedule"])
-        check_choices(self, ["precision", "engine", "device"])
+        self._check_sources()
+        self._check_objective()
         self._check_steps()
         self._check_memory()
         self._check_evaluation()
         self._check_sampled_feedback()
         self._check_sampled_steps()
         self._check_trained_weights()
-        if self.output_dir and Path(self.output_dir).resolve() == Path(self.model).resolve():
+        if self.output_dir and os.path.realpath(self.output_dir) == os.path.realpath(self.model):
             raise ValueError(
-                f"output_dir={self.output_dir} is the model itself, which would be overwritten; "
+                f"output_dir={printable(self.output_dir)} is the model itself, which would be overwritten; "
                 "set another"
             )
 
@@ -485,6 +494,14 @@ class RunConfig(
         if isinstance(self.lora, dict):
             self.lora = LoraOptions(**self.lora)
         self.adam_betas = tuple(self.adam_betas)
+
+    def _check_sources(self) -> None:
+        """Check the entries of data and eval_data; ValueError by the entry and the key."""
+        from una_fast.data.sources import Source
+
+        defaults = self.record_options()
+        for entry in (*self.data, *self.eval_data):
+            Source.parse(entry, defaults)
 
     def _choose_forms(self) -> None:
         """Replace the "auto" of score and of offset, by the mode."""
@@ -497,7 +514,7 @@ class RunConfig(
         if not isinstance(self.offset, str):
             return
         if self.offset not in ("group", "ema"):
-            raise ValueError(f"offset={self.offset!r} must be a number, group or ema")
+            raise ValueError(f"offset={shown(self.offset)} must be a number, group or ema")
         if not on_rewards:
             raise ValueError(
                 f"offset={self.offset} centres the rewards of sampled responses; set mode: online "
@@ -515,7 +532,7 @@ class RunConfig(
             for name in FEEDBACK_SETTINGS:
                 if getattr(self, name) != getattr(defaults, name):
                     raise ValueError(
-                        f"{name}={getattr(self, name)!r} makes feedback of records, and "
+                        f"{name}={shown(getattr(self, name))} makes feedback of records, and "
                         f"mode=online reads prompts alone; remove {name}, or set mode: mixed"
                     )
         if self.mode == "offline" or self.score != "reward_mse" or self.off_policy_ok:
@@ -590,11 +607,19 @@ class RunConfig(
             values["rewards"] = [spec.identity() for spec in parse_rewards(self.rewards)]
         return values
 
+    def shareable(self) -> dict[str, Any]:
+        """Return the settings as plain values without passwords, keys and query values of URLs."""
+        return {name: _without_secrets(value) for name, value in self._plain().items()}
+
     def save(self, path: Path) -> None:
-        """Write the resolved settings as YAML, to be read by --config."""
+        """Write the resolved settings as YAML, to be read by --config; for the owner's eyes alone.
+
+        Secrets are left out; a run that is started from the file refuses the gaps by name.
+        """
         import yaml
 
-        path.write_text(yaml.safe_dump(self._plain(), sort_keys=False), encoding="utf-8")
+        text = yaml.safe_dump(self.shareable(), sort_keys=False, allow_unicode=True)
+        write_text(path, text, mode=0o600)
 
     def _plain(self) -> dict[str, Any]:
         plain = asdict(self)
@@ -602,6 +627,27 @@ class RunConfig(
             if isinstance(value, tuple):
                 plain[name] = list(value)
         return plain
+
+
+def _without_secrets(value: Any) -> Any:
+    """Return a plain value with the secrets of all texts in it left out."""
+    if isinstance(value, str):
+        return without_secrets(value) if "://" in value else value
+    if isinstance(value, (list, tuple)):
+        return [_without_secrets(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _without_secrets(item) for key, item in value.items()}
+    return value
+
+
+def _check_redacted(settings: dict[str, Any]) -> None:
+    """Refuse settings whose secrets were left out when they were saved; ValueError by the name."""
+    for name, value in settings.items():
+        if was_redacted(value):
+            raise ValueError(
+                f"{name} holds *** where a secret was left out when the settings were saved; "
+                f"give --{name} again"
+            )
 
 
 def _as_list(sources: str | list[Any]) -> list[Any]:

@@ -1,9 +1,12 @@
-"""Log a message once per process."""
+"""Log a message once per process; a formatter for lines that hold foreign text."""
 
 from __future__ import annotations
 
 import functools
 import logging
+from types import TracebackType
+
+from una_fast.printable import told
 
 default_logger = logging.getLogger(__name__)
 
@@ -19,3 +22,23 @@ def say_once(level: int, message: str, logger: logging.Logger = default_logger) 
     `say_once.cache_clear()` forgets every message said so far (for tests).
     """
     logger.log(level, message)
+
+
+class LineFormatter(logging.Formatter):
+    """Writes a record as one line, `logger: message`, and an exception as the lines of its own.
+
+    Control characters are escaped and secrets of URLs left out, whoever logs the message.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("%(name)s: %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        """Return the line of a record."""
+        return told(super().formatMessage(record))
+
+    def formatException(  # noqa: N802
+        self, ei: tuple[type[BaseException], BaseException, TracebackType | None]
+    ) -> str:
+        """Return the traceback of a record's exception."""
+        return "\n".join(told(line) for line in super().formatException(ei).split("\n"))

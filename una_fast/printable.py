@@ -10,10 +10,15 @@ import re
 import reprlib
 
 LONGEST = 200  # characters of a foreign value in a message
+LONGEST_LINE = 1500  # of a message
 
-# A password in user:password@host, and every value of a query: ?key=..., &token=...
-_PASSWORD = re.compile(r"(?<=://)[^/\s@]*@")
-_QUERY_VALUE = re.compile(r"(?<=[?&])([^=&\s#'\"]+)=[^&\s#'\"]*")
+# A password in user:password@host, every value of a query (?key=..., &token=...), and a query of a
+# URL that is a value alone.
+_PASSWORD = re.compile(r"(?<=://)[^/?#\s]*@")
+_QUERY_VALUE = re.compile(r"([?&][^=&\s#'\"]+)=[^&\s#'\"]*")
+_QUERY_ALONE = re.compile(r"(://[^\s'\"?#]*\?)[^=&\s#'\"]+(?![^&\s#'\"])")
+
+_REDACTED = re.compile(r"://\*\*\*@|\?\*\*\*|[?&][^=&\s#'\"]+=\*\*\*(?![^&\s#'\"])")
 
 
 def printable(text: object, longest: int = LONGEST) -> str:
@@ -40,9 +45,25 @@ def shown(value: object) -> str:
     return printable(_REPR.repr(value))
 
 
+def told(text: object) -> str:
+    """Return a message as one line for a terminal or a log: printable, without secrets, bounded."""
+    whole = text if isinstance(text, str) else _text_of(text)
+    return printable(" ".join(without_secrets(whole).split("\n")), LONGEST_LINE)
+
+
 def without_secrets(text: str) -> str:
     """Return a text with the user, the password and the query values of its URLs left out."""
-    return _QUERY_VALUE.sub(r"\1=***", _PASSWORD.sub("***@", text))
+    text = _QUERY_VALUE.sub(r"\1=***", _PASSWORD.sub("***@", text))
+    return _QUERY_ALONE.sub(r"\1***", text)
+
+
+def was_redacted(value: object) -> bool:
+    """Return whether a plain value holds a URL that went through `without_secrets`."""
+    if isinstance(value, str):
+        return "://" in value and _REDACTED.search(value) is not None
+    if isinstance(value, dict):
+        return any(was_redacted(item) for item in value.values())
+    return isinstance(value, (list, tuple)) and any(was_redacted(item) for item in value)
 
 
 def _text_of(value: object) -> str:

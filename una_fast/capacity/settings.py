@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from una_fast.checks import check_at_least
 from una_fast.config import RunConfig
 from una_fast.head.settings import HeadCallOptions
+from una_fast.printable import shown
 
 GPU_GIB = {
     "H200": 139.8,
@@ -44,9 +45,12 @@ class RunPlanConfig(RunConfig, HeadCallOptions, PlanOptions):
         super().__post_init__()
         if self.gpu is not None and self.gpu not in GPU_GIB:
             raise ValueError(
-                f"gpu={self.gpu!r} is not one of {', '.join(GPU_GIB)}; give memory_gib instead"
+                f"gpu={shown(self.gpu)} is not one of {', '.join(GPU_GIB)}; give memory_gib instead"
             )
         check_at_least(1, self, ["world_size"])
+        check_at_least(0, self, ["prompt", "pairs"])
+        if min(self.responses, default=1) < 1:
+            raise ValueError(f"responses={shown(self.responses)} must be at least 1 token each")
         if bool(self.prompt) != bool(self.responses):
             raise ValueError("a planned row needs both --prompt and --responses")
         if self.gpu is not None and self.device == "cpu":

@@ -260,8 +260,13 @@ def _first_fit(sized: Sequence[_Sized], capacity: int, max_records: int | None) 
     return bins
 
 
-def num_steps(steps_per_epoch: int, epochs: float, max_steps: int | None) -> int:
-    """Return the optimizer steps of a run; epochs may be fractional."""
+def num_steps(steps_per_epoch: int, epochs: float | None, max_steps: int | None) -> int:
+    """Return the optimizer steps of a run; epochs may be fractional.
+
+    Without epochs, max_steps decides; without both there is one pass.
+    """
+    if epochs is None:
+        return steps_per_epoch if max_steps is None else max_steps
     steps = math.ceil(epochs * steps_per_epoch - ROUNDING)
     return steps if max_steps is None else min(steps, max_steps)
 

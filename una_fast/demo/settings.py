@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from una_fast.checks import check_at_least, check_types
+
 
 @dataclass
 class DemoConfig:
@@ -17,6 +19,12 @@ class DemoConfig:
     """Align with rewards of the model's own samples instead of records."""
     quick: bool = False
     """A few modules and steps, in seconds: shows that all works, and aligns next to nothing."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_at_least(0, self, ["seed"])
+        if not self.output_dir.strip():
+            raise ValueError("output_dir is empty; give a directory for the results of the demo")
 
 
 @dataclass(frozen=True)

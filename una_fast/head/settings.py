@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+
+from una_fast.checks import check_at_least, check_one_of, check_types
 
 DEVICES = ("cpu", "cuda")
 
@@ -30,9 +31,8 @@ class PlanConfig(HeadCallOptions):
     """cuda: bfloat16 operands, float32 logits; cpu: all float32."""
 
     def __post_init__(self) -> None:
-        if self.device not in DEVICES:
-            raise ValueError(f"device={self.device!r} is not one of {list(DEVICES)}")
-        if self.pairs < 0:
-            raise ValueError(f"pairs={self.pairs} must be 0 or more")
-        if self.workspace_mb is not None and not 0 < self.workspace_mb < math.inf:
+        check_types(self)
+        check_one_of("device", self.device, DEVICES)
+        check_at_least(0, self, ["pairs"])
+        if self.workspace_mb is not None and not self.workspace_mb > 0:
             raise ValueError(f"workspace_mb={self.workspace_mb} must be positive and finite")

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from una_fast.checks import check_types
+
+HIGHEST_RANK = 2**16
+
 
 @dataclass(frozen=True)
 class LoraOptions:
@@ -17,9 +21,11 @@ class LoraOptions:
     """Names of the layers that get an adapter, or "all-linear": every linear layer but the head."""
 
     def __post_init__(self) -> None:
-        if self.r < 1 or self.alpha <= 0:
+        check_types(self)
+        if not 1 <= self.r <= HIGHEST_RANK or self.alpha <= 0:
             raise ValueError(
-                f"lora r={self.r}, alpha={self.alpha}: r must be at least 1 and alpha positive"
+                f"lora r={self.r}, alpha={self.alpha}: r must be at least 1, at most "
+                f"{HIGHEST_RANK}, and alpha positive"
             )
         if not self.target_modules:
             raise ValueError('lora target_modules is empty; name layers, or use "all-linear"')
