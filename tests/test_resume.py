@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from una_fast.config import RunConfig
 from una_fast.model.settings import LoraOptions
 from una_fast.train.checkpoint import complete_checkpoints
 from una_fast.train.loop import train
+from una_fast.train.manifest import Manifest, hash_files
 from una_fast.train.precompute import precompute_reference
 
 # 36 records in steps of 8 make an epoch of 5 steps; a run takes 9.
@@ -133,32 +135,33 @@ def test_a_run_that_was_killed_is_the_same_run(uninterrupted, tmp_path):
     assert_same_run(tmp_path / "run", whole)
 
 
-@pytest.mark.parametrize(
-    ("target", "name"),
-    [(checkpoint_module, "save_model"), (checkpoint_module.dcp, "save"), (Path, "write_text")],
-)
-def test_a_checkpoint_that_was_not_finished_is_ignored(
-    uninterrupted, tmp_path, monkeypatch, target, name
-):
-    """Killed with the weights of checkpoint-4 written, training state, or all but the marker."""
+class Killed(BaseException):
+    """A stand-in for SIGKILL: nothing that the library does on an error runs."""
+
+
+@pytest.mark.parametrize("name", ["save_pretrained", "write_shard", "hash_files", "flush_names"])
+def test_a_checkpoint_that_was_not_finished_is_ignored(uninterrupted, tmp_path, monkeypatch, name):
+    """Killed with the weights of checkpoint-4 written, its training state, or all but its name."""
     config, whole = uninterrupted("short")
-    settings = again(config, tmp_path / "run")
-    write = getattr(target, name)
+    run = tmp_path / "run"
+    settings = again(config, run)
+    write = getattr(checkpoint_module, name)
 
     def torn(*args, **kwargs):
         result = write(*args, **kwargs)
-        if (tmp_path / "run" / "checkpoint-4").exists():
-            raise Died
+        if (run / "checkpoint-4.tmp").exists():
+            raise Killed
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(target, name, torn)
-        with pytest.raises(Died):
+        patch.setattr(checkpoint_module, name, torn)
+        with pytest.raises(Killed):
             train(RunConfig(**settings))
-    assert any((tmp_path / "run" / "checkpoint-4").iterdir())
-    assert checkpoints_in(tmp_path / "run") == ["checkpoint-2"]
+    assert any((run / "checkpoint-4.tmp").iterdir())
+    assert checkpoints_in(run) == ["checkpoint-2"]
     train(RunConfig(**settings | {"resume": True}))
-    assert_same_run(tmp_path / "run", whole)
+    assert_same_run(run, whole)
+    assert not list(run.glob("*.tmp")), "what was half-written is gone"
 
 
 def test_a_half_deleted_checkpoint_does_not_look_complete(uninterrupted, tmp_path, monkeypatch):
@@ -167,28 +170,43 @@ def test_a_half_deleted_checkpoint_does_not_look_complete(uninterrupted, tmp_pat
     rmtree = shutil.rmtree
 
     def torn(path, **kwargs):
-        if Path(path).name == "checkpoint-2" and not kwargs:
+        if Path(path).name.startswith("checkpoint-2") and not kwargs:
             (Path(path) / "state.json").unlink()
-            raise Died
+            raise Killed
         rmtree(path, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", torn)
-        with pytest.raises(Died):
+        with pytest.raises(Killed):
             train(RunConfig(**settings))
-    assert (tmp_path / "run" / "checkpoint-2").is_dir()
+    assert (tmp_path / "run" / "checkpoint-2.tmp").is_dir()
     assert checkpoints_in(tmp_path / "run") == ["checkpoint-4"]
 
 
-def test_resuming_a_finished_run_keeps_its_metrics(uninterrupted, tmp_path):
-    """There is no step left to take; model card and result still tell the last metrics."""
-    settings = again(uninterrupted("short")[0], tmp_path / "run", max_steps=2, log_every=1)
+def contents(directory: Path) -> dict[str, bytes]:
+    """Return the bytes of all files of a run, but for those of TensorBoard and of the lock."""
+    found = {}
+    for path in directory.rglob("*"):
+        if path.is_file() and path.name != ".run.lock" and "tensorboard" not in path.parts:
+            found[str(path)] = path.read_bytes()
+    return found
+
+
+@pytest.mark.parametrize("save_every", [2, None])
+def test_a_finished_run_is_not_trained_again(uninterrupted, tmp_path, save_every):
+    """Resumed, it gives its result; asked for more steps without a checkpoint, it refuses."""
+    more = {"max_steps": 2, "log_every": 1, "save_every": save_every}
+    settings = again(uninterrupted("short")[0], tmp_path / "run", **more)
     first = train(RunConfig(**settings))
-    assert checkpoints_in(tmp_path / "run")[-1] == "checkpoint-2"
-    (tmp_path / "run" / "README.md").unlink()
+    before = contents(tmp_path / "run")
     second = train(RunConfig(**settings | {"resume": True}))
     assert second.metrics == first.metrics and "loss" in first.metrics
-    assert "| loss |" in (tmp_path / "run" / "README.md").read_text()
+    with pytest.raises(ValueError, match="run belongs to another run: learning_rate was"):
+        train(RunConfig(**settings | {"resume": True, "learning_rate": 0.1}))
+    if save_every is None:
+        with pytest.raises(ValueError, match="finished after 2 steps and kept no checkpoint"):
+            train(RunConfig(**settings | {"resume": True, "max_steps": 3}))
+    assert contents(tmp_path / "run") == before
 
 
 def test_resume_without_a_checkpoint_starts_afresh(uninterrupted, tmp_path):
@@ -228,6 +246,12 @@ def test_a_run_may_be_made_longer_and_run_in_other_ways(uninterrupted, tmp_path)
 # ---- refusals ----
 
 
+def seal(checkpoint: Path) -> None:
+    """Write the manifest of a checkpoint anew, as if its files had always been so."""
+    manifest = Manifest.read(checkpoint)
+    replace(manifest, files=hash_files(checkpoint, manifest.files)).write(checkpoint)
+
+
 @pytest.fixture(scope="module")
 def interrupted(uninterrupted, tmp_path_factory):
     """Leave runs with a checkpoint behind; return their settings by variant."""
@@ -257,8 +281,8 @@ def another_data(kind: str, mixed: str, tmp_path: Path) -> dict:
 @pytest.mark.parametrize(
     ("variant", "changes", "message"),
     [
-        ("short", {"model": "other"}, "model was .*untied and is .*other"),
-        ("lora bf16", {"model": "other"}, "model was .*tied and is .*other"),
+        ("short", {"model": "other"}, "reference was frozen:.* and is frozen:"),
+        ("lora bf16", {"model": "other"}, "reference was adapter:.* and is adapter:"),
         ("short", {"data": "shorter"}, "data was [0-9a-f]{16} and is"),
         ("short", {"data": "rescored"}, "data was"),
         ("short", {"data": "weighted"}, "data was"),
@@ -301,6 +325,7 @@ def test_a_run_is_not_resumed_in_another_dtype(interrupted, tmp_path):
     state = json.loads(path.read_text())
     state["resolved"]["compute"] = "bfloat16"
     path.write_text(json.dumps(state))
+    seal(path.parent)
     changes = {"resume": True, "output_dir": str(tmp_path / "run")}
     with pytest.raises(ValueError, match="compute was bfloat16 and is float32"):
         train(RunConfig(**interrupted["short"] | changes))

@@ -9,9 +9,9 @@ the head is built in that same forward, and reduced once.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,33 @@ class World:
         values = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+    def on_main(self, action: Callable[[], Result]) -> Result:
+        """Run an action on the main rank; return its result, or raise its refusal, on every rank.
+
+        action: returns an object that pickles, between the ranks of one run; raises ValueError or
+            OSError to refuse
+        """
+        if not self.sharded:
+            return action()
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = action()
+            except (ValueError, OSError) as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def maximum(self, numbers: Sequence[int]) -> list[int]:
+        """Return the largest of every number over all ranks."""
+        if not self.sharded:
+            return list(numbers)
+        values = torch.tensor(list(numbers), device=self.device)
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values.tolist()
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

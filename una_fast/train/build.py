@@ -1,13 +1,14 @@
 """Build the parts of a run: settings and data -> models, loaders, optimizer, state.
 
-    facts -> ResolvedRun (printed) -> memory check -> policy, reference -> loaders, online steps
-          -> [checkpoint] -> optimizer, schedule, metrics -> RunParts
+    facts -> ResolvedRun (printed) -> memory check -> loaders -> [checkpoint's state] -> OpenedRun
+          -> policy, reference -> online steps -> optimizer, schedule, metrics -> RunParts
 
 The reference is always from the start of the run; the policy is from the checkpoint, if any.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,8 @@ from una_fast.train.metrics import Clock, Meter
 from una_fast.train.report import Reporter
 from una_fast.train.run_data import RunData
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class RunParts:
@@ -89,26 +92,44 @@ class RunParts:
     total_steps: int
 
 
-def build_run(
+@dataclass(frozen=True)
+class OpenedRun:
+    """A run before its models are loaded: what it is, and what is left of it to do.
+
+    resolved: the decisions of the run
+    loaders: of the data
+    state: content of state.json: of the checkpoint, or of a new run
+    total_steps: optimizer steps of the whole run
+    checkpoint: a verified checkpoint to go on from; None starts anew
+    """
+
+    config: RunConfig
+    world: World
+    data: RunData
+    resolved: ResolvedRun
+    loaders: _Loaders
+    state: dict[str, Any]
+    total_steps: int
+    checkpoint: Path | None
+
+
+def open_run(
     config: RunConfig,
     world: World,
-    tokenizer: PreTrainedTokenizerBase,
     data: RunData,
     checkpoint: Path | None = None,
     *,
     show: bool = False,
-) -> RunParts:
-    """Load the models of a run, and build the other parts.
+) -> OpenedRun:
+    """Decide how a run is run, and read the state that it goes on from.
 
     config: settings of the run
     world: the ranks
-    tokenizer: of the policy
     data: records and prompts; not changed
-    checkpoint: a complete checkpoint to go on from; None starts anew
-    show: print the decisions of the run before a model is loaded
+    checkpoint: a verified checkpoint to go on from; None starts anew
+    show: print the decisions of the run
 
-    ValueError for a run that does not fit into memory, for data that does not go with the model,
-    and for a checkpoint of another run.
+    ValueError for a run that does not fit into memory, and for a checkpoint of another run.
     """
     records, prompts = data.examples(), data.all_prompts()
     facts = find_facts(config, records, device=world.device.type, ranks=world.size)
@@ -120,6 +141,32 @@ def build_run(
     refuse_too_large(config, facts, records + longest_rollouts(prompts, config))
     loaders = _make_loaders(config, world, data, packed=run.packed)
     state = _open_state(config, world, run, loaders, checkpoint)
+    total_steps = num_steps(loaders.steps_per_epoch(config), config.epochs, config.max_steps)
+    planned = state.setdefault("total_steps", total_steps)
+    if planned != total_steps and world.is_main:
+        logger.warning(
+            "%s was planned for %d steps, and epochs and max_steps now give %d: from here on the "
+            "learning rate follows the schedule of %d steps",
+            config.output_dir,
+            planned,
+            total_steps,
+            total_steps,
+        )
+    state["total_steps"] = total_steps
+    return OpenedRun(config, world, data, run, loaders, state, total_steps, checkpoint)
+
+
+def build_run(opened: OpenedRun, tokenizer: PreTrainedTokenizerBase) -> RunParts:
+    """Load the models of a run, and build the other parts.
+
+    opened: the run
+    tokenizer: of the policy
+
+    ValueError for data that does not go with the model, and for a checkpoint of another reference.
+    """
+    config, world, run = opened.config, opened.world, opened.resolved
+    loaders, state, checkpoint = opened.loaders, opened.state, opened.checkpoint
+    records, prompts = opened.data.examples(), opened.data.all_prompts()
     models = _load_models(config, world, run, records, prompts, checkpoint)
     reference = {"reference": models.reference.identity}
     if checkpoint is not None:
@@ -129,9 +176,7 @@ def build_run(
     online = None
     if config.mode != "offline":
         online = _make_online(config, world, tokenizer, run, models, loaders, prompts)
-    source = online or loaders.records
-    total_steps = num_steps(source.steps_per_epoch, config.epochs, config.max_steps)
-    training = _make_training(config, world, models, state, total_steps, checkpoint)
+    training = _make_training(config, world, models, state, opened.total_steps, checkpoint)
     if checkpoint is not None and online is not None:
         online.load_state_dict(state["online"])
     return RunParts(
@@ -140,14 +185,14 @@ def build_run(
         tokenizer=tokenizer,
         resolved=run,
         **vars(models),
-        source=source,
+        source=online or loaders.records,
         online=online,
         eval_loader=loaders.evaluation,
-        eval_prompts=data.eval_prompts,
+        eval_prompts=opened.data.eval_prompts,
         **vars(training),
-        reporter=Reporter(config, world, total_steps, state["step"]),
+        reporter=Reporter(config, world, opened.total_steps, state["step"], checkpoint),
         state=state,
-        total_steps=total_steps,
+        total_steps=opened.total_steps,
     )
 
 
@@ -240,6 +285,14 @@ class _Loaders:
     records: Loader | None
     prompts: Loader | None
     evaluation: Loader | None
+
+    def steps_per_epoch(self, config: RunConfig) -> int:
+        """Return the optimizer steps of an epoch: of the records, where there are any."""
+        if self.records is not None:
+            steps = self.records.steps_per_epoch
+        else:
+            steps = self.prompts.steps_per_epoch
+        return steps * (1 if config.mode == "offline" else config.inner_epochs)
 
 
 def _make_loaders(config: RunConfig, world: World, data: RunData, *, packed: bool) -> _Loaders:

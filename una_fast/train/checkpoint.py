@@ -1,11 +1,15 @@
-"""Checkpoints: everything a killed run needs to continue exactly; complete, or ignored.
+"""Checkpoints: everything a killed run needs to continue exactly; whole, or not there.
 
 checkpoint-N/   weights (safetensors, Hugging Face form) and tokenizer: usable as a model by itself
                 training/     optimizer state, random states of all ranks, and a reference that has
-                              changed since the start (torch.distributed.checkpoint)
+                              changed since the start: a safetensors file per rank (shards.py)
                 state.json    step, learning rate schedule, metrics not reported yet, the decisions
                               of the run, and the identity: reference, data and settings
-                COMPLETE      written last; without this file a directory is ignored and overwritten
+                metrics.jsonl the metrics up to the step
+                COMPLETE      the manifest: size and SHA-256 of every file (manifest.py)
+
+A checkpoint is written aside as checkpoint-N.tmp, flushed to the disk, and renamed: a kill at any
+instant leaves the checkpoints that were there before. Nothing in a checkpoint is unpickled.
 """
 
 from __future__ import annotations
@@ -13,52 +17,161 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
-    set_optimizer_state_dict,
 )
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
-from una_fast.distributed import World
+from una_fast.distributed import World, reshard
+from una_fast.files import ASIDE, sync_directory
 from una_fast.model.export import save_pretrained
 from una_fast.model.policy import Policy
+from una_fast.train.manifest import MARKER, DamagedError, Manifest, files_below, hash_files
+from una_fast.train.shards import ShardReader, host_copies, own, take_shard, write_shard
 
-MARKER = "COMPLETE"
 _NAME = re.compile(r"checkpoint-(\d+)")
+_TRAINING = "training"
+_SLACK = 2**20  # bytes of config, tokenizer and JSON files, at most about this much
 
 
-def complete_checkpoints(output_dir: Path) -> list[Path]:
-    """Return the complete checkpoints of a run, oldest first."""
+class SaveError(ValueError):
+    """A checkpoint or a model could not be written; nothing half-written remains."""
+
+
+# ---- which checkpoints are there ----
+
+
+def all_checkpoints(output_dir: Path) -> list[Path]:
+    """Return everything named checkpoint-N in a directory, whole or not, in order of N."""
     by_step: dict[int, Path] = {}
     for path in output_dir.glob("checkpoint-*"):
         name = _NAME.fullmatch(path.name)
-        if name is not None and (path / MARKER).exists():
+        if name is not None:
             by_step[int(name[1])] = path
     return [by_step[step] for step in sorted(by_step)]
 
 
-def save_model(
-    directory: Path, policy: Policy, tokenizer: PreTrainedTokenizerBase, world: World
-) -> None:
-    """Write weights and tokenizer in Hugging Face form.
+def complete_checkpoints(output_dir: Path) -> list[Path]:
+    """Return the checkpoints of a run with a readable manifest, oldest first."""
+    return [path for path in all_checkpoints(output_dir) if _manifest(path) is not None]
 
-    directory: written by the main rank
+
+def _manifest(path: Path) -> Manifest | None:
+    try:
+        return Manifest.read(path)
+    except DamagedError:
+        return None
+
+
+def newest_whole(output_dir: Path, say: Callable[[str], None]) -> Path | None:
+    """Return the newest checkpoint whose files are all as they were written; None without any.
+
+    output_dir: of the run
+    say: told of every damaged checkpoint, by the file
+
+    ValueError if there are checkpoints, and all of them are damaged.
+    """
+    checkpoints = all_checkpoints(output_dir)
+    fault = ""
+    for path in reversed(checkpoints):
+        try:
+            manifest = Manifest.read(path)
+            manifest.verify(path)
+            if path.name != f"checkpoint-{manifest.step}":
+                raise DamagedError(f"{path} is of step {manifest.step}; give it back its name")
+        except DamagedError as error:
+            fault = str(error)
+            say(f"{path.name} is damaged and not used: {fault}")
+            continue
+        if fault:
+            say(f"going on from {path.name}, the newest whole checkpoint")
+        return path
+    if checkpoints:
+        raise ValueError(
+            f"{output_dir} has no whole checkpoint to resume from: {fault}. Restore it from a "
+            "backup, or set another output_dir to start anew"
+        )
+    return None
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Remove the half-written and half-deleted checkpoints that a killed run left behind."""
+    for path in output_dir.glob(f"*{ASIDE}"):
+        name = path.name.removesuffix(ASIDE)
+        if _NAME.fullmatch(name) and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+
+
+# ---- weights ----
+
+
+def save_final(
+    output_dir: Path,
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    world: World,
+    manifest: Manifest,
+    texts: dict[str, str],
+) -> None:
+    """Write the model of a finished run in Hugging Face form, and the manifest of the run's end.
+
+    output_dir: of the run; files take their names there when all of them are on the disk
     policy: gathered from all ranks
     tokenizer: of the policy
     world: the ranks; all of them must call
+    manifest: of the run, without the files
+    texts: further files, by name
+
+    SaveError if the files cannot be written.
     """
-    state_dict = _whole_state_dict(policy) if world.sharded else None
-    if world.is_main:
-        save_pretrained(policy, directory, tokenizer, state_dict)
+    weights = _weights(policy, world)
+    aside = output_dir / f"model{ASIDE}"
+
+    def write() -> None:
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            aside.mkdir()
+            save_pretrained(policy, aside, tokenizer, weights)
+            for name, text in texts.items():
+                (aside / name).write_text(text, encoding="utf-8")
+            names = files_below(aside)
+            files = hash_files(aside, names, flush=True)
+            (output_dir / MARKER).unlink(missing_ok=True)
+            for name in names:
+                (aside / name).replace(output_dir / name)
+            replace(manifest, files=files).write(output_dir)
+            shutil.rmtree(aside)
+        except Exception as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            if not _is_of_disk(error):
+                raise
+            raise SaveError(
+                f"the model was not written: {error}; {_room(output_dir)}. {_newest(output_dir)}"
+            ) from error
+
+    world.on_main(write)
+
+
+def _weights(policy: Policy, world: World) -> dict[str, Tensor]:
+    """Return the weights to save, live or gathered on the main rank: of an adapter, its own."""
+    if world.sharded:
+        return _whole_state_dict(policy)
+    state_dict = policy.model.state_dict()
+    if not policy.is_adapter:
+        return state_dict
+    trained = {name for name, p in policy.model.named_parameters() if p.requires_grad}
+    return {name: tensor for name, tensor in state_dict.items() if name in trained}
 
 
 def _whole_state_dict(policy: Policy) -> dict[str, Tensor]:
@@ -75,51 +188,263 @@ def _whole_state_dict(policy: Policy) -> dict[str, Tensor]:
     return state_dict
 
 
-def save_checkpoint(
-    output_dir: Path,
-    policy: Policy,
-    optimizer: Optimizer,
-    tokenizer: PreTrainedTokenizerBase,
-    world: World,
-    state: dict[str, Any],
-    keep: int,
-    reference: Policy | None = None,
-) -> Path:
-    """Write checkpoint-N, then delete the oldest complete checkpoints.
+# ---- saving ----
 
-    output_dir: of the run
-    policy: the model to save
-    optimizer: of the policy
-    tokenizer: of the policy
-    world: the ranks; all of them must call
-    state: content of state.json, as JSON values; N is state["step"]
-    keep: complete checkpoints that stay
-    reference: a reference that has changed since the start of the run
 
-    Returns the directory of the checkpoint.
+@dataclass
+class _Job:
+    """A checkpoint that is being written.
+
+    directory: written aside; takes its name at the end
+    step, run: for the manifest
+    bytes: size of the checkpoint, about
+    write: writes this rank's files, and returns their manifest entries
+    thread: runs `write` in the background; None if it ran already
+    files: result of `write`
+    error: of `write`
     """
-    directory = output_dir / f"checkpoint-{state['step']}"
-    if world.is_main:
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True)
-    world.barrier()
-    save_model(directory, policy, tokenizer, world)
-    training = {
-        "optimizer": get_optimizer_state_dict(policy.model, optimizer),
-        **_random_states(world),
-    }
-    if reference is not None:
-        training["reference"] = get_model_state_dict(reference.model)
-    dcp.save(training, checkpoint_id=directory / "training", no_dist=not world.sharded)
-    world.barrier()
-    if world.is_main:
-        (directory / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-        (directory / MARKER).touch()
-        for old in complete_checkpoints(output_dir)[:-keep]:
-            (old / MARKER).unlink()  # first: a half-deleted checkpoint must not look complete
-            shutil.rmtree(old)
-    world.barrier()
-    return directory
+
+    directory: Path
+    step: int
+    run: dict[str, Any]
+    bytes: int
+    write: Callable[[], dict[str, Any]]
+    thread: threading.Thread | None = None
+    files: dict[str, Any] | None = None
+    error: Exception | None = None
+
+    def work(self) -> None:
+        """Write the files; an error is kept for the main thread."""
+        try:
+            self.files = self.write()
+        except Exception as error:
+            self.error = error
+
+    @property
+    def is_done(self) -> bool:
+        return self.thread is None or not self.thread.is_alive()
+
+
+class Saver:
+    """Writes the checkpoints of a run, one at a time, in the foreground or in the background.
+
+    A background save copies all tensors to the host and goes on with the run; `finish` gives the
+    checkpoint its name when every rank has written its files.
+    """
+
+    def __init__(self, output_dir: Path, world: World, keep: int, *, in_background: bool) -> None:
+        """Prepare for saving.
+
+        output_dir: of the run
+        world: the ranks; all of them must make every call
+        keep: complete checkpoints that stay
+        in_background: write while the run goes on
+        """
+        self.output_dir = output_dir
+        self.world = world
+        self.keep = keep
+        self.in_background = in_background
+        self._job: _Job | None = None
+
+    def save(
+        self,
+        policy: Policy,
+        optimizer: Optimizer,
+        tokenizer: PreTrainedTokenizerBase,
+        state: dict[str, Any],
+        reference: Policy | None = None,
+    ) -> None:
+        """Write checkpoint-N, then delete the oldest complete checkpoints.
+
+        policy: the model to save
+        optimizer: of the policy
+        tokenizer: of the policy
+        state: content of state.json, as JSON values; N is state["step"]
+        reference: a reference that has changed since the start of the run
+
+        A whole checkpoint-N that is there already stays as it is. SaveError if it cannot be
+        written.
+        """
+        self.finish()
+        directory = self.output_dir / f"checkpoint-{state['step']}"
+        if self.world.on_main(lambda: self._is_there(directory)):
+            return
+        weights = _weights(policy, self.world)
+        shard = take_shard(_training_tensors(policy, optimizer, self.world, reference), self.world)
+        text = json.dumps({**state, "optimizer": _training_numbers(policy, optimizer)}, indent=1)
+        if self.in_background:
+            shard = shard.copied()
+            weights = host_copies(weights)
+        aside = directory.with_name(directory.name + ASIDE)
+        needed = sum(tensor.nbytes for tensor in _distinct(weights)) + _SLACK
+        needed += shard.nbytes * self.world.size
+        self.world.on_main(lambda: self._open(aside, needed))
+
+        def write() -> dict[str, Any]:
+            if self.world.is_main:
+                save_pretrained(policy, aside, tokenizer, weights)
+                (aside / "state.json").write_text(text, encoding="utf-8")
+                metrics = self.output_dir / "metrics.jsonl"
+                if metrics.exists():
+                    shutil.copyfile(metrics, aside / metrics.name)
+            write_shard(aside / _TRAINING / f"rank-{self.world.rank:05d}.safetensors", shard)
+            names = files_below(aside)
+            if self.world.sharded:  # the files of a rank are hashed where they were written
+                own_file = f"{_TRAINING}/rank-{self.world.rank:05d}.safetensors"
+                others = [] if not self.world.is_main else _without_training(names)
+                names = [own_file, *others]
+            return hash_files(aside, names, flush=True)
+
+        job = _Job(aside, state["step"], state["run"], needed, write)
+        if self.in_background:
+            job.thread = threading.Thread(target=job.work, name="una-fast-save")
+            job.thread.start()
+            self._job = job
+        else:
+            job.work()
+            self._finish(job)
+
+    @property
+    def is_pending(self) -> bool:
+        """Return whether a save in the background waits for `finish`, equal on all ranks."""
+        return self._job is not None
+
+    @property
+    def is_done(self) -> bool:
+        """Return whether this rank has written its files."""
+        return self._job is None or self._job.is_done
+
+    def finish(self) -> None:
+        """Wait for the files of all ranks, and give the checkpoint its name; SaveError if it fails.
+
+        Without a save under way nothing happens.
+        """
+        job, self._job = self._job, None
+        if job is not None:
+            job.thread.join()
+            self._finish(job)
+
+    def _finish(self, job: _Job) -> None:
+        errors, files = [], {}
+        for error, written in self.world.gather((_cause(job.error), job.files)):
+            errors += [error] if error else []
+            files |= written or {}
+        if errors:
+            self.world.on_main(lambda: shutil.rmtree(job.directory, ignore_errors=True))
+            if job.error is not None and not _is_of_disk(job.error):
+                raise job.error
+            name = job.directory.name.removesuffix(ASIDE)
+            raise SaveError(
+                f"{name} was not written: {errors[0]}; it needs {_size(job.bytes)}, and "
+                f"{_room(self.output_dir)}. {_newest(self.output_dir)}"
+            )
+        manifest = Manifest(job.step, job.run, files, {})
+        self.world.on_main(lambda: self._publish(job.directory, manifest))
+
+    def _is_there(self, directory: Path) -> bool:
+        """Return whether a whole checkpoint has the name; what is not whole is moved away."""
+        if not directory.exists() and not directory.is_symlink():
+            return False
+        if directory.is_symlink() or not directory.is_dir():
+            raise SaveError(
+                f"{directory} is in the way of a checkpoint: it is no directory of this run; "
+                "move it away, and go on with resume=true"
+            )
+        try:
+            Manifest.read(directory).verify(directory)
+        except DamagedError:
+            set_aside(directory, ".damaged")
+            return False
+        return True
+
+    def _open(self, aside: Path, needed: int) -> None:
+        """Make the directory to write in; SaveError for a disk without room."""
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            (aside / _TRAINING).mkdir(parents=True)
+            free = shutil.disk_usage(self.output_dir).free
+        except OSError as error:
+            raise SaveError(f"{aside.parent} takes no checkpoint: {error}") from error
+        if free < needed:
+            shutil.rmtree(aside, ignore_errors=True)
+            name = aside.name.removesuffix(ASIDE)
+            raise SaveError(
+                f"{name} was not written: it needs {_size(needed)}, and {_room(self.output_dir)}. "
+                f"{_newest(self.output_dir)}"
+            )
+
+    def _publish(self, aside: Path, manifest: Manifest) -> None:
+        """Give a written checkpoint its name, and delete the oldest ones."""
+        try:
+            manifest.write(aside)
+            flush_names(aside)
+            aside.rename(aside.with_name(aside.name.removesuffix(ASIDE)))
+            sync_directory(self.output_dir)
+        except OSError as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise SaveError(
+                f"{aside.name} was not written: {error}. {_newest(self.output_dir)}"
+            ) from error
+        for old in complete_checkpoints(self.output_dir)[: -self.keep]:
+            # Renamed first: a half-deleted checkpoint must not look whole.
+            gone = old.rename(old.with_name(old.name + ASIDE))
+            shutil.rmtree(gone)
+
+
+def set_aside(path: Path, ending: str) -> Path:
+    """Rename a file or directory to its name with an ending and a free number; return the name."""
+    number = 1
+    while (free := path.with_name(f"{path.name}{ending}-{number}")).exists():
+        number += 1
+    return path.rename(free)
+
+
+def flush_names(directory: Path) -> None:
+    """Flush the names of a directory and of the directories in it; the files are flushed."""
+    for path in directory.rglob("*"):
+        if path.is_dir():
+            sync_directory(path)
+    sync_directory(directory)
+
+
+def _without_training(names: list[str]) -> list[str]:
+    return [name for name in names if not name.startswith(f"{_TRAINING}/")]
+
+
+def _distinct(tensors: dict[str, Tensor]) -> Iterator[Tensor]:
+    """Yield tensors, those of the same memory once."""
+    seen = set()
+    for tensor in tensors.values():
+        if tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            yield tensor
+
+
+def _cause(error: Exception | None) -> str:
+    return "" if error is None else f"{error}" or type(error).__name__
+
+
+def _is_of_disk(error: Exception) -> bool:
+    """Return whether an error is the disk's: writers in Rust raise their own classes."""
+    return isinstance(error, OSError) or "os error" in str(error)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.3g} GB" if count >= 1e8 else f"{count / 1e6:.3g} MB"
+
+
+def _room(directory: Path) -> str:
+    return f"{directory} has {_size(shutil.disk_usage(directory).free)} of free space"
+
+
+def _newest(output_dir: Path) -> str:
+    """Say how to go on after something that was not written."""
+    whole = complete_checkpoints(output_dir)
+    newest = f"{whole[-1].name} is the newest checkpoint" if whole else "there is no checkpoint yet"
+    return f"Nothing half-written remains, and {newest}; make room, and set resume=true to go on"
+
+
+# ---- the state of training ----
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -136,32 +461,96 @@ def load_training_state(
 ) -> None:
     """Load the optimizer and random states, and the weights of a reference that had changed.
 
-    checkpoint: a complete checkpoint; the weights of the policy were loaded with the model
+    checkpoint: a verified checkpoint; the weights of the policy were loaded with the model
     policy: with the weights of the checkpoint
     optimizer: of the policy
     world: the ranks; all of them must call
     reference: a reference that changes during the run; its weights are overwritten
+
+    ValueError for a state of other parameters, or of another number of ranks where that matters.
     """
-    directory = checkpoint / "training"
-    saved = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
-    # A rank that the saved run did not have finds no random state, and keeps its own.
-    states = _random_states(world)
-    random = {name: state for name, state in states.items() if name in saved}
-    training = {"optimizer": get_optimizer_state_dict(policy.model, optimizer), **random}
-    if reference is not None:
-        # The tensors of the reference itself: dcp.load writes into them.
-        training["reference"] = get_model_state_dict(reference.model)
-    dcp.load(training, checkpoint_id=directory, no_dist=not world.sharded)
-    set_optimizer_state_dict(policy.model, optimizer, training["optimizer"])
-    for name in random:
-        if name.startswith("cuda"):
-            torch.cuda.set_rng_state(training[name], world.device)
+    numbers = read_state(checkpoint)["optimizer"]
+    names = Manifest.read(checkpoint).files
+    paths = [checkpoint / name for name in names if name.startswith(f"{_TRAINING}/")]
+    # Makes the state of every parameter: all moments, of the right kinds, to be overwritten.
+    get_optimizer_state_dict(policy.model, optimizer)
+    try:
+        with ShardReader(paths) as reader:
+            # A parameter that never had a gradient has no state, then as now.
+            for name in _states(policy, optimizer).keys() - set(numbers["states"]):
+                optimizer.state.pop(_parameters(policy)[name])
+            tensors = _training_tensors(policy, optimizer, world, reference)
+            random = {name: tensors.pop(name) for name in _random_states(world)}
+            reader.fill(tensors, world)
+            # A rank that the saved run did not have finds no random state, and keeps its own.
+            found = {n: t for n, t in random.items() if reader.has(n, t, world)}
+            reader.fill(found, world)
+    except ValueError as error:
+        advice = ""
+        if world.sharded or len(paths) > 1:
+            advice = "; adamw_8bit goes on with the number of ranks it was saved with"
+        raise ValueError(f"{checkpoint} does not go with this run: {error}{advice}") from None
+    for group, rate in zip(optimizer.param_groups, numbers["rates"], strict=True):
+        group["lr"] = rate
+    for name, state in _states(policy, optimizer).items():
+        for key in state:
+            state[key] = numbers["values"].get(f"{name}.{key}", state[key])
+    for name, tensor in found.items():
+        if name.endswith("cuda"):
+            torch.cuda.set_rng_state(tensor, world.device)
         else:
-            torch.set_rng_state(training[name])
+            torch.set_rng_state(tensor)
+
+
+def _training_tensors(
+    policy: Policy, optimizer: Optimizer, world: World, reference: Policy | None
+) -> dict[str, Tensor]:
+    """Return the live tensors of the state of training, by their names in the files."""
+    tensors = {}
+    for name, state in _states(policy, optimizer).items():
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{name}.{key}"] = value
+    if reference is not None:
+        reshard(reference.model)
+        for name, parameter in reference.model.named_parameters():
+            tensors[f"reference.{name}"] = parameter
+    return tensors | _random_states(world)
+
+
+def _training_numbers(policy: Policy, optimizer: Optimizer) -> dict[str, Any]:
+    """Return what of the optimizer is no tensor, as JSON values.
+
+    rates: learning rate by group
+    states: names of the parameters with a state
+    values: numbers of these states
+    """
+    states = _states(policy, optimizer)
+    values = {}
+    for name, state in states.items():
+        for key, value in state.items():
+            if not isinstance(value, Tensor):
+                values[f"{name}.{key}"] = value
+    rates = [group["lr"] for group in optimizer.param_groups]
+    return {"rates": rates, "states": [*states], "values": values}
+
+
+def _states(policy: Policy, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
+    """Return the optimizer's state of every parameter that has one, by the parameter's name."""
+    states = {}
+    for name, parameter in _parameters(policy).items():
+        if optimizer.state.get(parameter):
+            states[name] = optimizer.state[parameter]
+    return states
+
+
+def _parameters(policy: Policy) -> dict[str, Tensor]:
+    reshard(policy.model)  # sharded models show their whole parameters until they are resharded
+    return dict(policy.model.named_parameters())
 
 
 def _random_states(world: World) -> dict[str, Tensor]:
-    states = {f"cpu_rng_{world.rank}": torch.get_rng_state()}
+    states = {own("random.cpu", world): torch.get_rng_state()}
     if world.device.type == "cuda":
-        states[f"cuda_rng_{world.rank}"] = torch.cuda.get_rng_state(world.device)
+        states[own("random.cuda", world)] = torch.cuda.get_rng_state(world.device)
     return states

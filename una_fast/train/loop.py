@@ -6,7 +6,12 @@ for every step:   micro-batches -> loss (divided by the units of the global batc
 
 from __future__ import annotations
 
-import json
+import contextlib
+import datetime
+import logging
+import math
+import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,22 +21,31 @@ import torch
 from una_fast.config import RunConfig
 from una_fast.data.batch import Batch, collate
 from una_fast.data.loader import Step
+from una_fast.data.template_date import fix_template_date
 from una_fast.distributed import World, local_scalar, start_world
+from una_fast.files import write_json
 from una_fast.losses import UnaOutput
 from una_fast.model.loading import load_tokenizer
 from una_fast.model.reference import CachedReference
 from una_fast.online.anchors import AnchoredStep
+from una_fast.online.sampling import SamplerError
 from una_fast.optim import gradient_norm
 from una_fast.resolved import ResolvedRun
-from una_fast.train.build import RunParts, build_run
-from una_fast.train.checkpoint import complete_checkpoints, save_checkpoint, save_model
+from una_fast.rewards.settings import RewardError
+from una_fast.signals import Stopped, requests
+from una_fast.train.build import RunParts, build_run, open_run, refuse_another_run
+from una_fast.train.checkpoint import Saver, complete_checkpoints, read_state, save_final
+from una_fast.train.manifest import Manifest
 from una_fast.train.metrics import Meter, peak_gib, peak_tflops
 from una_fast.train.report import model_card
 from una_fast.train.run_data import RunData, load_data
+from una_fast.train.run_dir import find_checkpoint, finished_run, line_sizes, locked
+
+logger = logging.getLogger(__name__)
 
 
 class DivergedError(RuntimeError):
-    """The gradient is not finite: the run cannot go on."""
+    """Gradients of several steps in a row were not finite: the run cannot go on."""
 
 
 @dataclass
@@ -51,48 +65,82 @@ class TrainResult:
 def train(config: RunConfig) -> TrainResult:
     """Run a configuration to the end; the model in Hugging Face form is in config.output_dir.
 
-    ValueError for settings, data or a model that cannot be trained with; DivergedError,
-    RewardError and SamplerError end a run that was under way.
+    A finished run that is asked to resume is returned as it is.
+
+    ValueError for settings, data or a model that cannot be trained with, and for a directory that
+    takes no checkpoint; DivergedError, RewardError and SamplerError end a run that was under way;
+    Stopped (a KeyboardInterrupt) is the end by a signal.
     """
-    world = start_world(config.device)
+    with requests.listening():
+        world = start_world(config.device)
+        output_dir = Path(config.output_dir).absolute()  # a reward may change the directory
+        try:
+            with locked(output_dir) if world.is_main else contextlib.nullcontext():
+                world.barrier()
+                return _train(config, output_dir, world)
+        except KeyboardInterrupt as error:
+            raise _with_advice(error, output_dir) from None
+
+
+def _train(config: RunConfig, output_dir: Path, world: World) -> TrainResult:
     torch.manual_seed(config.seed)
-    output_dir = Path(config.output_dir)
-    checkpoint = prepare_output(config, output_dir, world)
+    checkpoint = world.on_main(
+        lambda: find_checkpoint(output_dir, resume=config.resume, say=logger.warning)
+    )
+    finished = None
+    if config.resume:
+        finished = world.on_main(lambda: finished_run(output_dir, logger.warning))
     tokenizer = load_tokenizer(
         config.tokenizer or config.model, trust_remote_code=config.trust_remote_code
     )
+    date = _date_of(checkpoint)
+    fix_template_date(tokenizer, date)
     data = load_data(config, tokenizer)
-
-    trainer = Trainer(build_run(config, world, tokenizer, data, checkpoint, show=True))
+    opened = open_run(config, world, data, checkpoint, show=True)
+    if finished is not None and finished.step >= opened.total_steps:
+        refuse_another_run(output_dir, finished.run, opened.state["run"])
+        if world.is_main:
+            print(f"{output_dir} is finished: {finished.step} steps were taken", flush=True)
+        return TrainResult(output_dir, finished.step, finished.result)
+    if finished is not None and checkpoint is None:
+        raise ValueError(
+            f"{output_dir} was finished after {finished.step} steps and kept no checkpoint, so "
+            f"that it cannot go on to step {opened.total_steps}; set another output_dir, and "
+            f"model={output_dir} to train its model further"
+        )
+    opened.state["date"] = date
+    trainer = Trainer(build_run(opened, tokenizer), output_dir)
     for report in data.reports:
         trainer.reporter.say(str(report))
     if world.is_main:
         _save_settings(output_dir, config, trainer.resolved, data)
-    steps, metrics = trainer.run()
-    save_model(output_dir, trainer.policy, tokenizer, world)
-    if world.is_main:
+    with requests.deferred():
+        steps, metrics = trainer.run()
         card = model_card(config, data.reports, metrics, trainer.policy.is_adapter)
-        (output_dir / "README.md").write_text(card, encoding="utf-8")
-    world.barrier()
+        manifest = Manifest(steps, trainer.state["run"], {}, metrics)
+        texts = {"README.md": card}
+        save_final(output_dir, trainer.policy, tokenizer, world, manifest, texts)
     return TrainResult(output_dir, steps, metrics)
 
 
-def prepare_output(config: RunConfig, output_dir: Path, world: World) -> Path | None:
-    """Create the output directory, and return the checkpoint to resume from, if any.
+def _date_of(checkpoint: Path | None) -> str:
+    """Return the date that chat templates print: of the run's start, wherever it goes on."""
+    if checkpoint is not None:
+        return read_state(checkpoint)["date"]
+    return datetime.date.today().isoformat()
 
-    ValueError if the directory holds an earlier run and the run does not resume.
-    """
-    checkpoints = complete_checkpoints(output_dir)
-    used = (output_dir / "metrics.jsonl").exists() or bool(checkpoints)
-    if used and not config.resume:
-        raise ValueError(
-            f"{output_dir} holds an earlier run; set resume=true to continue it, "
-            "or another output_dir"
-        )
-    world.barrier()  # every rank looked before the first one writes
-    if world.is_main:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    return checkpoints[-1] if checkpoints else None
+
+def _with_advice(error: KeyboardInterrupt, output_dir: Path) -> Stopped:
+    """Return the end of a run by a signal, with the newest checkpoint in the message."""
+    if not isinstance(error, Stopped):
+        error = Stopped(signal.SIGINT)
+    whole = complete_checkpoints(output_dir)
+    advice = f"{whole[-1]} is the newest checkpoint" if whole else "there is no checkpoint"
+    return Stopped(
+        error.number,
+        f"ended by {error.name}; {advice}" + ("; resume=true goes on from it" if whole else ""),
+        by_signal=error.by_signal,
+    )
 
 
 def _save_settings(
@@ -100,16 +148,19 @@ def _save_settings(
 ) -> None:
     """Write config.yaml, resolved.json and data.json."""
     config.save(output_dir / "config.yaml")
-    reports = [vars(report) for report in data.reports]
-    for name, content in (("resolved.json", resolved.plain()), ("data.json", reports)):
-        (output_dir / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(output_dir / "resolved.json", resolved.plain())
+    write_json(output_dir / "data.json", [vars(report) for report in data.reports])
 
 
 class Trainer:
     """The loop over the steps of a run."""
 
-    def __init__(self, parts: RunParts) -> None:
-        """Take the parts of a run; every attribute is the part of the same name."""
+    def __init__(self, parts: RunParts, output_dir: Path) -> None:
+        """Take the parts of a run; every attribute is the part of the same name.
+
+        output_dir: of the run, absolute
+        """
+        self.output_dir = output_dir
         self.config = parts.config
         self.world = parts.world
         self.tokenizer = parts.tokenizer
@@ -130,34 +181,105 @@ class Trainer:
         self.state = parts.state
         self.total_steps = parts.total_steps
         self.objective = parts.config.objective()
+        self.saver = Saver(
+            output_dir,
+            parts.world,
+            parts.config.keep_checkpoints,
+            in_background=parts.config.save_async,
+        )
+        self.saved_step = self.state["step"]
 
     def run(self) -> tuple[int, dict[str, float]]:
         """Take all steps that are left; return (steps taken, last metrics)."""
         config, last = self.config, self.reporter.last
-        first = self.state["step"]
-        number = first
+        number = self.state["step"]
         if number == 0:
             last |= self.evaluate(0)
-        for number, step in enumerate(self.source.steps(first, self.total_steps), start=first + 1):
-            taken = self.take_step(step)
-            self.reporter.advance()
-            if self.online:
-                self.reporter.completions(number, self.online.take_completions())
-            if config.reference_refresh and number % config.reference_refresh == 0:
-                self.reference.refresh(self.policy)
-            if number % config.log_every == 0 or number == self.total_steps:
-                last |= self.log(number, {"epoch": step.epoch, **taken})
-            if number == self.total_steps or _is_due(config.eval_every, number):
-                last |= self.evaluate(number)
-            if _is_due(config.save_every, number):
-                self.save(number)
-        if self.online:
-            if self.online.stopped:
+        try:
+            steps = self.source.steps(number, self.total_steps)
+            while (step := self.next_step(steps, number)) is not None:
+                number += 1
+                taken = self.take_step(step)
+                self.reporter.advance()
+                if self.online:
+                    self.reporter.completions(number, self.online.take_completions())
+                if config.reference_refresh and number % config.reference_refresh == 0:
+                    self.reference.refresh(self.policy)
+                if number % config.log_every == 0 or number == self.total_steps:
+                    last |= self.log(number, {"epoch": step.epoch, **taken})
+                if number == self.total_steps or _is_due(config.eval_every, number):
+                    last |= self.evaluate(number)
+                self._refuse_divergence(number, step)
+                if _is_due(config.save_every, number):
+                    self.save(number)
+                self._heed_signals(number)
+            if self.online and self.online.stopped:
                 self.reporter.say(self.online.stopped)
                 last |= self._stop(number)
-            self.online.close()
-        self.reporter.close()
+        finally:
+            # A save in the background is finished, not lost, whatever ends the run.
+            if not self.world.sharded or sys.exc_info()[0] is None:
+                self.saver.finish()
+            if self.online:
+                self.online.close()
+            self.reporter.close()
         return number, last
+
+    def next_step(self, steps: Iterator[Step], number: int) -> Step | None:
+        """Return the next step, sampled from the policy in online runs; None after the last one.
+
+        steps: of the source
+        number: steps taken so far
+
+        When sampling fails, or a signal ends it, the steps taken so far are saved: a checkpoint as
+        if the step had never been asked for.
+        """
+        random = torch.get_rng_state()
+        on_device = None
+        if self.world.device.type == "cuda":
+            on_device = torch.cuda.get_rng_state(self.world.device)
+        # One rank must not leave while the others wait for it in a collective.
+        at_once = contextlib.nullcontext() if self.world.sharded else requests.at_once()
+        try:
+            with at_once:
+                return next(steps, None)
+        except (RewardError, SamplerError, Stopped) as error:
+            torch.set_rng_state(random)
+            if on_device is not None:
+                torch.cuda.set_rng_state(on_device, self.world.device)
+            saved = self._save_once(number)
+            if isinstance(error, Stopped):
+                raise Stopped(error.number, by_signal=not saved) from None
+            if number:
+                raise type(error)(
+                    f"{error}. The {number} steps before are saved; set resume=true to go on from "
+                    f"checkpoint-{number}"
+                ) from error
+            raise
+
+    def _save_once(self, number: int) -> bool:
+        """Save the run after step `number` unless that was done; return whether there is a step."""
+        if number > self.saved_step:
+            self.save(number)
+        self.saver.finish()
+        return number > 0
+
+    def _heed_signals(self, number: int) -> None:
+        """Save or end the run after step `number` if a signal asks for it; finish saves.
+
+        The ranks agree first: signals reach them at different times.
+        """
+        asked = (requests.stop, requests.save, not self.saver.is_done)
+        stop, save, unfinished = self.world.maximum([int(value) for value in asked])
+        if self.saver.is_pending and not unfinished:
+            self.saver.finish()
+        if save:
+            requests.save = 0
+            self._save_once(number)
+            self.reporter.say(f"{signal.Signals(save).name}: checkpoint-{number} is saved")
+        if stop and number < self.total_steps:
+            self._save_once(number)
+            raise Stopped(stop)
 
     def _stop(self, number: int) -> dict[str, float]:
         """Report, evaluate and save a run that ends early, after step `number`.
@@ -168,35 +290,59 @@ class Trainer:
         metrics = self.log(number, {}) | {"stopped_at_step": number}
         if not _is_due(self.config.eval_every, number):
             metrics |= self.evaluate(number)
-        if not _is_due(self.config.save_every, number):
-            self.save(number)  # to go on from with another ceiling
+        self._save_once(number)  # to go on from with another ceiling
         return metrics
 
     def take_step(self, step: Step) -> dict[str, float]:
         """Compute the gradients of the global batch, and take one optimizer step.
 
-        Returns the gradient norm before clipping, and the learning rate of the step.
-        DivergedError for a gradient that is not finite.
+        Returns the gradient norm before clipping, and the learning rate of the step. A gradient
+        that is not finite is not stepped with, and its records leave the metrics: the step is
+        counted as skipped.
         """
+        sums = self.meter.sums.clone()
         for batch in self.ready_batches(step):
             out = self.score(batch, step.num_units)
             out.loss.backward()
         parameters = self.policy.trainable_parameters()
         norm = gradient_norm(parameters)
         value = local_scalar(norm)
-        if not value < float("inf"):
-            raise DivergedError(
-                f"the gradient norm is {value} in the step of the records {_origins(step)}; "
-                "lower learning_rate or beta, or look at these records. A checkpoint of this run, "
-                "if there is one, is from before this step"
+        taken = {"learning_rate": self.scheduler.get_last_lr()[0]}
+        if math.isfinite(value):
+            taken["grad_norm"] = value
+            if self.config.max_grad_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, norm)
+            self.optimizer.step()
+            self.skipped["in_row"] = 0
+        else:
+            self.meter.sums = sums
+            self.skipped["in_row"] += 1
+            self.skipped["in_all"] += 1
+            logger.warning(
+                "a step was skipped: the gradient norm is %s; records %s", value, _origins(step)
             )
-        if self.config.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, norm)
-        taken = {"grad_norm": value, "learning_rate": self.scheduler.get_last_lr()[0]}
-        self.optimizer.step()
+        if self.skipped["in_all"]:
+            taken["skipped_steps"] = self.skipped["in_all"]
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         return taken
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Return the counts of skipped steps, which are part of the state of the run."""
+        return self.state.setdefault("skipped", {"in_row": 0, "in_all": 0})
+
+    def _refuse_divergence(self, number: int, step: Step) -> None:
+        """Save and end the run if too many steps in a row were skipped; DivergedError."""
+        in_row = self.skipped["in_row"]
+        if in_row <= self.config.max_skipped_steps:
+            return
+        self._save_once(number)
+        raise DivergedError(
+            f"the gradient was not finite in {in_row} steps in a row, the last one of the records "
+            f"{_origins(step)}; lower learning_rate or beta, or look at these records. "
+            f"checkpoint-{number} holds the weights from before these steps"
+        )
 
     def ready_batches(self, step: Step) -> Iterator[Batch]:
         """Yield the batches of a step, on the device and with reference log-probs."""
@@ -312,17 +458,10 @@ class Trainer:
         }
         if self.online:
             self.state["online"] = self.online.state_dict()
-        path = save_checkpoint(
-            Path(self.config.output_dir),
-            self.policy,
-            self.optimizer,
-            self.tokenizer,
-            self.world,
-            self.state,
-            self.config.keep_checkpoints,
-            self.refreshed,
-        )
-        self.reporter.say(f"saved {path}")
+        self.state["lines"] = line_sizes(self.output_dir)
+        self.saver.save(self.policy, self.optimizer, self.tokenizer, self.state, self.refreshed)
+        self.saved_step = number
+        self.reporter.say(f"saved {self.output_dir / f'checkpoint-{number}'}")
         self.clock.go_on()
 
 

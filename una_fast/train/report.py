@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from typing import Any
 from una_fast.config import RunConfig
 from una_fast.data.examples import SourceReport
 from una_fast.distributed import World
+from una_fast.train.run_dir import rewind_lines
+
+logger = logging.getLogger(__name__)
 
 Writer = Callable[[int, dict[str, float]], None]
 """A logging back-end: writes (step, metrics)."""
@@ -24,13 +28,21 @@ class Reporter:
     last: newest value of every metric, up to the step that the run goes on from
     """
 
-    def __init__(self, config: RunConfig, world: World, total_steps: int, first_step: int) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        world: World,
+        total_steps: int,
+        first_step: int,
+        checkpoint: Path | None,
+    ) -> None:
         """Open the files, loggers and the progress bar.
 
         config: settings of the run
         world: the ranks
         total_steps: optimizer steps of the whole run
-        first_step: steps taken already; lines of later steps leave the files
+        first_step: steps taken already
+        checkpoint: the files of lines are taken back to it; None for a new run
         """
         self.world = world
         self.writers: list[Writer] = []
@@ -38,13 +50,14 @@ class Reporter:
         self.last: dict[str, float] = {}
         if not world.is_main:
             return
-        output_dir = Path(config.output_dir)
+        output_dir = Path(config.output_dir).absolute()  # a reward may change the directory
         self.metrics_path = output_dir / "metrics.jsonl"
         self.completions_path = output_dir / "completions.jsonl"
-        for line in _keep_until(self.metrics_path, first_step):
-            self.last |= {name: value for name, value in line.items() if name != "step"}
-        if self.completions_path.exists():
-            _keep_until(self.completions_path, first_step)
+        rewind_lines(output_dir, checkpoint, logger.warning)
+        if checkpoint is not None:
+            for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
+                self.last |= json.loads(line)
+            self.last.pop("step", None)
         self.writers = [_make_writer(name, output_dir, first_step) for name in config.loggers]
         if config.progress:
             from tqdm.auto import tqdm
@@ -87,26 +100,6 @@ class Reporter:
         """Close the progress bar."""
         if self.bar is not None:
             self.bar.close()
-
-
-def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
-    """Return the lines of a JSONL file up to a step, and remove the rest from the file.
-
-    Removed are the lines of steps that a resumed run takes again, and a line that a kill cut off.
-    """
-    kept: list[dict[str, Any]] = []
-    lines = []
-    text = path.read_text(encoding="utf-8") if path.exists() and step > 0 else ""
-    for line in text.split("\n"):  # not splitlines: texts hold other line separators
-        try:
-            parsed = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if parsed["step"] <= step:
-            kept.append(parsed)
-            lines.append(line + "\n")
-    path.write_text("".join(lines), encoding="utf-8")
-    return kept
 
 
 def _make_writer(name: str, output_dir: Path, first_step: int) -> Writer:
