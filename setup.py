@@ -40,7 +40,6 @@ setup(
         "peft>=0.18",
         "datasets>=4.0",
         "safetensors>=0.5",
-        "jsonargparse[signatures]>=4.40",
         "pyyaml>=6",
         "tqdm>=4.66",
         "tensorboard>=2.18",

@@ -85,12 +85,18 @@ def test_train_and_precompute(run, llamas, tmp_path):
         (["--pair", "hinge"], {}, "logistic"),
         (["--loggers", "[mlflow]"], {}, "mlflow"),
         (["--precision", "fp16"], {}, "bf16"),
+        (["--tokenizer", "null", "--learning_rate", "'1e-3'"], {}, "take the quotes away"),
+        ([], {"lora": {"r": "4"}}, "lora.r='4' must be a whole number"),
+        ([], {"adam_betas": [0.9]}, "adam_betas=[0.9] must be a list of 2"),
+        ([], {"data": [{"path": "x", 3: 1}]}, "data[0]: the key 3 must be a text"),
+        (["--batch_size=true"], {}, "batch_size=true must be a whole number"),
+        (["--seed", "9" * 5000], {}, "seed="),
     ],
 )
 def test_unknown_keys_and_values(run, flags, settings, message):
     status, said = run([PAIR], *flags, **settings)
     assert status == 2
-    assert message in said.err
+    assert message in said.err and said.err.count("\n") == 1
 
 
 def test_an_unknown_command_is_refused(capsys):
@@ -308,5 +314,4 @@ def test_plan_of_one_call(capsys):
     assert "N at least 2" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["plan", "--op", "8192", "4096", "128256", "--device", "tpu"])
-    expected = "Expected a typing.Literal['auto', 'cpu', 'cuda']. Got value: tpu"
-    assert expected in capsys.readouterr().err
+    assert "device='tpu' is not one of auto, cpu, cuda" in capsys.readouterr().err

@@ -120,7 +120,7 @@ def test_the_trajectory_names_settings():
     assert set(config(**ONLINE).trajectory()) == {*TRAJECTORY, *ONLINE_TRAJECTORY}
     # May change when a run is resumed: how long, how often, where, and how numbers are computed.
     free = """
-        data output_dir tokenizer trust_remote_code reference gradient_checkpointing packing
+        model data output_dir tokenizer trust_remote_code reference gradient_checkpointing packing
         attn_implementation workspace_mb engine device epochs max_steps micro_batch_size
         max_tokens_per_batch offload_activations mlp_tile liger memory_gib eval_data
         eval_fraction eval_every save_every save_async max_skipped_steps keep_checkpoints resume log_every loggers

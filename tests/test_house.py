@@ -17,8 +17,9 @@ FILES = [*PACKAGE, *sorted((ROOT / "kernels").glob("*.py"))]
 # Who may import whom: a room imports from the lines below its own, and from itself where it is a
 # folder. Rooms of one line do not know each other.
 LAYERS = """
-feedback offsets counters distributed checks logs printable files lazy signals score_maps
-attention losses kernels
+feedback offsets counters distributed printable files lazy signals score_maps
+checks logs settings_file
+attention losses kernels flags
 data rewards head
 model
 config

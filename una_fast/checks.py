@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 import types
 from collections.abc import Iterable
@@ -88,10 +89,31 @@ def mismatch(name: str, value: Any, hint: Any) -> str | None:
         return _not_plain(name, value)
     if origin is None and _fits(value, hint):
         return _not_text(name, value) if hint is str else None
-    quotes = " (take the quotes away)" if isinstance(value, str) and hint in (int, float) else ""
+    return _not_a(name, value, hint)
+
+
+def _not_a(name: str, value: Any, hint: Any) -> str:
+    """Return the refusal of a value of another type."""
+    quotes = ""
     if hint is str and isinstance(value, (bool, int, float)):
         quotes = " (put it in quotes)"
-    return f"{name}={shown(value)} must be {described(hint)}{quotes}"
+    elif hint in (int, float) and isinstance(value, str) and _reads_as_number(value):
+        quotes = " (take the quotes away)"
+    return f"{name}={as_given(value)} must be {described(hint)}{quotes}"
+
+
+def as_given(value: Any) -> str:
+    """Return a value for a message, as it stands in YAML if it is null, true or false."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return shown(value)
+
+
+def _reads_as_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _fits(value: Any, hint: type) -> bool:
@@ -124,7 +146,7 @@ def _mismatch_of_union(name: str, value: Any, members: tuple[Any, ...], hint: An
         kind = dict if is_dataclass(member) else get_origin(member) or member
         if kind in (list, dict, str) and isinstance(value, kind):
             return problem
-    return f"{name}={shown(value)} must be {described(hint)}"
+    return _not_a(name, value, hint)
 
 
 def _first_mismatch(name: str, values: Iterable[Any], hints: Iterable[Any]) -> str | None:
@@ -182,7 +204,7 @@ def check_number(name: str, value: object, else_allowed: str = "") -> float:
     ValueError, by the name, otherwise.
     """
     if not _is_number(value):
-        raise ValueError(f"{name}={shown(value)} must be {else_allowed}a finite number")
+        raise ValueError(f"{name}={as_given(value)} must be {else_allowed}a finite number")
     return value
 
 
@@ -194,7 +216,7 @@ def check_one_of(name: str, value: object, choices: Iterable[Any]) -> None:
 
 
 def _not_one_of(name: str, value: object, choices: tuple[Any, ...]) -> str:
-    return f"{name}={shown(value)} is not one of {', '.join(map(str, choices))}"
+    return f"{name}={as_given(value)} is not one of {', '.join(map(str, choices))}"
 
 
 def check_choices(settings: Any, names: Iterable[str] | None = None) -> None:

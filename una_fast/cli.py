@@ -12,14 +12,22 @@ import importlib.metadata
 import json
 import logging
 import os
+import signal
 import sys
+import threading
+import time
+import traceback
 import warnings
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
-import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
+from una_fast.checks import check_types
+from una_fast.flags import Parser, UsageError, add_settings, default_of, given_settings, suggestion
+from una_fast.logs import LineFormatter
+from una_fast.printable import printable, told
+from una_fast.signals import Stopped, requests
 
 PACKAGES = (
     "torch",
@@ -59,6 +67,9 @@ class CheckConfig:
     trust_remote_code: bool = False
     """Run model code that comes with the model."""
 
+    def __post_init__(self) -> None:
+        check_types(self)
+
 
 class Command(NamedTuple):
     """A command: line of help, module and class of the settings, function."""
@@ -72,26 +83,164 @@ class Command(NamedTuple):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
-    arguments: words of the command line; default: the arguments of the process
+    arguments: words of the command line; default: the arguments of the process, which is then
+        taken to end with the command
 
-    Returns the exit status: 0, or 1 after an error in the settings, in the data or in files.
+    Returns the exit status: 0; 1 after an error in settings, data or files; 70 after a bug of
+    una_fast; 128 + N after signal N. SystemExit(2) for wrong words.
     """
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    parsed = _parser(arguments).parse_args(arguments)
-    verbose = parsed.verbose or parsed[parsed.subcommand].verbose
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    try:
-        with contextlib.nullcontext() if verbose else _quiet_others():
-            COMMANDS[parsed.subcommand].run(parsed)
-    except (ValueError, OSError) as error:  # OSError: from hubs and disks
-        print(f"una-fast {parsed.subcommand}: error: {error}", file=sys.stderr)
-        return 1
-    finally:
-        if "WORLD_SIZE" in os.environ:
-            from una_fast.distributed import stop_world
+    if arguments is not None:
+        return _run(list(arguments))
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a character
+    status = _run(sys.argv[1:])
+    _end_with_the_command(status)
+    return status
 
-            stop_world()
-    return 0
+
+def _run(arguments: list[str]) -> int:
+    """Run a command, say in one line why it failed, and return the exit status."""
+    command = "una-fast"
+    try:
+        with requests.listening():
+            parser = _parser(arguments)
+            parsed = _parse(parser, arguments)
+            command = f"una-fast {parsed.command}"
+            verbose = parsed.verbose or parsed.verbose_too
+            with _logging(), contextlib.nullcontext() if verbose else _quiet_others():
+                COMMANDS[parsed.command].run(parsed)
+            sys.stdout.flush()
+        return 0
+    except UsageError as error:
+        _say_error(f"{error.prog}: error: {told(error)}; see {error.prog} --help")
+        raise SystemExit(2) from None
+    except Stopped as stopped:
+        return _stopped(command, stopped)
+    except KeyboardInterrupt:
+        return _stopped(command, Stopped(signal.SIGINT))
+    except BrokenPipeError as error:
+        if _stdout_is_open():
+            return _failed(command, told(error))
+        return 128 + signal.SIGPIPE
+    except Exception as error:
+        text = _for_users(error)
+        if text is None:
+            traceback.print_exc()
+            text = "this is a bug of una_fast; please report it with the traceback above"
+            return _failed(command, text, status=70)
+        return _failed(command, text)
+    finally:
+        if "una_fast.distributed" in sys.modules:
+            sys.modules["una_fast.distributed"].stop_world()
+
+
+OUT_OF_MEMORY = (
+    "lower micro_batch_size, max_tokens_per_batch or samples_per_prompt, set "
+    "gradient_checkpointing: true, or ask `una-fast plan`"
+)
+
+
+def _for_users(error: Exception) -> str | None:
+    """Return the message of an error that users can mend; None for a bug of una_fast."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return f"out of memory: {OUT_OF_MEMORY} ({printable(error)})"
+    if "can't allocate memory" in str(error):  # torch's, on a CPU
+        return f"out of memory: {OUT_OF_MEMORY} ({printable(error)})"
+    ours = type(error).__module__.split(".")[0] == "una_fast"  # raised on purpose
+    return told(error) if ours or isinstance(error, (ValueError, OSError)) else None
+
+
+def _failed(command: str, text: str, status: int = 1) -> int:
+    _say_error(f"{command}: error: {text}")
+    return status
+
+
+def _stopped(command: str, stopped: Stopped) -> int:
+    """Say what stopped the command; return the exit status, or end by the signal itself."""
+    if os.environ.get("RANK", "0") == "0":
+        _say_error(f"{command}: {told(stopped.message)}")
+    if stopped.by_signal:
+        signal.signal(stopped.number, signal.SIG_DFL)
+        os.kill(os.getpid(), stopped.number)
+    return 128 + stopped.number
+
+
+RANK_PATIENCE = 4.0  # seconds in which torchrun ends the other ranks after rank 0 has failed
+
+
+def _say_error(line: str) -> None:
+    """Write a line on stderr; an error of all ranks is said by rank 0 alone.
+
+    Another rank waits before it speaks: if rank 0 has failed too, the launcher ends it meanwhile.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _leave_for_launcher(line)
+        if os.environ.get("RANK", "0") != "0":
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_DFL)
+            time.sleep(RANK_PATIENCE)
+    with contextlib.suppress(BrokenPipeError):
+        print(line, file=sys.stderr, flush=True)
+
+
+def _leave_for_launcher(line: str) -> None:
+    """Write the line where torchrun looks for the cause, which it shows last."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        extra = {"py_callstack": line, "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": {"message": line, "extraInfo": extra}}, file)
+
+
+def _stdout_is_open() -> bool:
+    """Return whether somebody reads stdout; if not, let the rest of the output go nowhere."""
+    try:
+        sys.stdout.flush()
+        return True
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        return False
+
+
+END_PATIENCE = 10.0  # seconds for threads, such as of a reward function, after the command
+
+
+def _end_with_the_command(status: int) -> None:
+    """Make the process end soon, even if a thread was left behind that does not.
+
+    What ends by itself, ends as ever: the watch is a daemon thread.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from the end of Python
+
+    def end() -> None:
+        left = [t.name for t in threading.enumerate() if not t.daemon]
+        others = ", ".join(printable(name) for name in left if name != "MainThread")
+        with contextlib.suppress(OSError, ValueError):
+            print(f"una-fast: left without waiting for the threads {others}", file=sys.stderr)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+
+    watch = threading.Timer(END_PATIENCE, end)
+    watch.daemon = True
+    watch.start()
+
+
+@contextlib.contextmanager
+def _logging() -> Iterator[None]:
+    """Show warnings of all loggers as lines on stderr, unless the caller has set up logging."""
+    root = logging.getLogger()
+    if root.handlers:
+        yield
+        return
+    handler = logging.StreamHandler()
+    handler.setFormatter(LineFormatter())
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
 
 
 @contextlib.contextmanager
@@ -123,37 +272,55 @@ def _quiet_others() -> Iterator[None]:
             bars.enable_progress_bar()
 
 
-def _parser(arguments: Sequence[str]) -> ArgumentParser:
+def _parser(arguments: Sequence[str]) -> Parser:
     """Build the parser, with the settings of the given command alone."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    # Abbreviated flags would take --lr for --lr_schedule.
-    parser = ArgumentParser(
-        prog="una-fast",
-        allow_abbrev=False,
-        description="UNA alignment of language models at long context.",
+    parser = Parser(
+        prog="una-fast", description="UNA alignment of language models at long context."
     )
     parser.add_argument("-v", "--verbose", action="store_true", help=VERBOSE)
-    commands = parser.add_subcommands()
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     asked = next((word for word in arguments if not word.startswith("-")), None)
     for name, command in COMMANDS.items():
-        of_command = ArgumentParser(description=command.help, allow_abbrev=False)
+        of_command = commands.add_parser(name, description=command.help, help=command.help)
+        # A name of its own: the parser of a command writes over what the outer one has read.
+        of_command.add_argument(
+            "-v", "--verbose", action="store_true", dest="verbose_too", help=VERBOSE
+        )
+        if name == "plan":
+            of_command.add_argument(
+                "--op", type=_whole_number, nargs=3, metavar=("N", "D", "V"), help=OP
+            )
         if name == asked:
-            _add_settings(of_command, name)
-        commands.add_subcommand(name, of_command, help=command.help)
+            from una_fast.config import setting_groups
+
+            add_settings(of_command, setting_groups(_settings_of(name)))
     return parser
 
 
-def _add_settings(parser: ArgumentParser, name: str) -> None:
-    from una_fast.config import setting_groups
+def _whole_number(text: str) -> int:
+    """Return a size of --op; ValueError for a text that is none."""
+    if not (text.isascii() and text.isdigit() and len(text) <= 12):
+        raise ValueError(text)
+    return int(text)
 
-    parser.add_argument("-v", "--verbose", action="store_true", help=VERBOSE)
-    parser.add_argument(
-        "--config", action=ActionConfigFile, help="YAML file with any of the settings below."
-    )
-    if name == "plan":
-        parser.add_argument("--op", type=int, nargs=3, metavar=("N", "D", "V"), help=OP)
-    for group in setting_groups(_settings_of(name)):
-        parser.add_class_arguments(group)
+
+def _parse(parser: Parser, arguments: list[str]) -> Namespace:
+    """Return the command, and the settings that the words give, as `given`.
+
+    UsageError for unknown flags and settings, and for values of another type.
+    """
+    parsed, unknown = parser.parse_known_args(arguments)
+    prog = f"una-fast {parsed.command}"
+    kind = _settings_of(parsed.command)
+    if unknown:
+        names = [f"--{f.name}" for f in fields(kind)]
+        hint = suggestion(unknown[0].split("=")[0], names)
+        raise UsageError(prog, f"unrecognized: {' '.join(map(printable, unknown))}{hint}")
+    try:
+        parsed.given = given_settings(kind, getattr(parsed, "words", []))
+    except ValueError as error:
+        raise UsageError(prog, str(error)) from None
+    return parsed
 
 
 def _settings_of(name: str) -> type:
@@ -163,84 +330,82 @@ def _settings_of(name: str) -> type:
 
 
 def _settings(parsed: Namespace) -> Any:
-    """Return the settings of the command.
-
-    The settings are not built by the parser: a refusal by the parser prints the whole usage.
-    """
-    kind = _settings_of(parsed.subcommand)
-    given = parsed[parsed.subcommand].as_dict()
-    return kind(**{f.name: given[f.name] for f in fields(kind)})
+    """Return the settings of the command; ValueError for values that do not go together."""
+    return _settings_of(parsed.command)(**parsed.given)
 
 
 def _train(parsed: Namespace) -> None:
-    from una_fast.online.sampling import SamplerError
-    from una_fast.rewards.settings import RewardError
-    from una_fast.train.loop import DivergedError, train
+    settings = _settings(parsed)  # before anything is loaded
 
-    try:
-        result = train(_settings(parsed))
-    except (DivergedError, RewardError, SamplerError) as error:
-        raise ValueError(str(error)) from error
+    from una_fast.train.loop import train
+
+    result = train(settings)
     if os.environ.get("RANK", "0") == "0":
         summary = {"output_dir": str(result.output_dir), "steps": result.steps}
         print(json.dumps(summary | result.metrics))
 
 
 def _precompute(parsed: Namespace) -> None:
+    import yaml
+
+    settings = _settings(parsed)
+
     from una_fast.train.precompute import precompute_reference
 
-    entries = precompute_reference(_settings(parsed))
+    entries = precompute_reference(settings)
     print("train on the new files with:\n" + yaml.safe_dump(entries, sort_keys=False), end="")
 
 
 def _plan(parsed: Namespace) -> None:
-    if parsed.plan.op is not None:
-        _plan_op(parsed.plan)
+    if parsed.op is not None:
+        _plan_op(parsed)
         return
     from una_fast.capacity.settings import RunPlanConfig
-    from una_fast.train.memory_plan import plan_run
 
-    given = parsed.plan.as_dict()
-    if {"pairs", "train_head"} & _changed(RunPlanConfig, given):
+    if {"pairs", "train_head"} & _changed(RunPlanConfig, parsed.given):
         raise ValueError(
             "pairs and train_head describe a call of the fused head; give it with --op N D V"
         )
-    print(plan_run(_settings(parsed)))
+    settings = _settings(parsed)
+
+    from una_fast.train.memory_plan import plan_run
+
+    print(plan_run(settings))
 
 
 def _plan_op(parsed: Namespace) -> None:
     from una_fast.capacity.settings import RunPlanConfig
-    from una_fast.head.describe import describe_op
     from una_fast.head.settings import PlanConfig
 
-    given = parsed.as_dict()
     of_op = {f.name for f in fields(PlanConfig)}
-    others = _changed(RunPlanConfig, given) - of_op
+    others = _changed(RunPlanConfig, parsed.given) - of_op
     if others:
         raise ValueError(
             f"--op plans one call of the fused head, which {', '.join(sorted(others))} do not enter"
         )
-    settings = {name: given[name] for name in of_op}
-    if settings["device"] == "auto":
-        settings["device"] = "cuda"
-    print(describe_op(*parsed.op, PlanConfig(**settings)))
+    given = {name: value for name, value in parsed.given.items() if name in of_op}
+    if given.get("device", "auto") == "auto":
+        given["device"] = "cuda"
+    settings = PlanConfig(**given)
+
+    from una_fast.head.describe import describe_op
+
+    print(describe_op(*parsed.op, settings))
 
 
 def _changed(kind: type, given: dict[str, Any]) -> set[str]:
-    """Return the names of the fields with another value than the default."""
-    return {f.name for f in fields(kind) if given[f.name] != _default(f)}
-
-
-def _default(f: Field) -> Any:
-    return f.default if f.default_factory is MISSING else f.default_factory()
+    """Return the names of the given settings with another value than the default."""
+    defaults = {f.name: default_of(f) for f in fields(kind)}
+    return {name for name, value in given.items() if value != defaults[name]}
 
 
 def _check(parsed: Namespace) -> None:
+    settings = _settings(parsed)
+
     import torch
 
     from una_fast.head.engines import choose_engine
 
-    settings = _settings(parsed)
     print(f"python {sys.version.split()[0]}")
     for package in PACKAGES:
         try:
@@ -280,9 +445,11 @@ def _check_model(settings: CheckConfig) -> None:
 
 
 def _demo(parsed: Namespace) -> None:
+    settings = _settings(parsed)
+
     from una_fast.demo.run import run_demo
 
-    run_demo(_settings(parsed))
+    run_demo(settings)
 
 
 COMMANDS = {

@@ -12,7 +12,7 @@ import inspect
 import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from una_fast.checks import check_at_least, check_types
 from una_fast.data.settings import RecordOptions
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from una_fast.losses import Objective
 
 Precision = Literal["auto", "bf16", "fp32"]
+SaveDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 ReferenceKind = Literal["auto", "frozen", "adapter", "cached"]
 
@@ -193,7 +194,7 @@ class OptimizerOptions:
     max_grad_norm: float | None = 1.0
     """Clip the gradient to this norm; null: no clipping."""
     max_skipped_steps: int = 3
-    """Steps in a row whose gradient is not finite before the run stops; each is skipped and told."""
+    """Steps in a row with a gradient that is not finite before the run stops; each is skipped."""
     seed: int = 0
     """Seed of the order of records and of new adapters."""
 
@@ -429,6 +430,8 @@ class EvaluationAndSaving:
     """Write checkpoints in the background, while the next steps are taken."""
     keep_checkpoints: int = 2
     """Newest complete checkpoints kept; older ones are deleted."""
+    save_dtype: SaveDtype = "auto"
+    """Dtype of the final model; auto: of the model's files. Checkpoints keep the trained dtype."""
     resume: bool = False
     """Continue from the newest complete checkpoint in output_dir; start afresh if it has none."""
     log_every: int = 1
@@ -483,8 +486,8 @@ class RunConfig(
         self._check_trained_weights()
         if self.output_dir and os.path.realpath(self.output_dir) == os.path.realpath(self.model):
             raise ValueError(
-                f"output_dir={printable(self.output_dir)} is the model itself, which would be overwritten; "
-                "set another"
+                f"output_dir={printable(self.output_dir)} is the model itself, which would be "
+                "overwritten; set another"
             )
 
     def _read_plain_values(self) -> None:

@@ -33,11 +33,11 @@ class LineFormatter(logging.Formatter):
     def __init__(self) -> None:
         super().__init__("%(name)s: %(message)s")
 
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+    def formatMessage(self, record: logging.LogRecord) -> str:
         """Return the line of a record."""
         return told(super().formatMessage(record))
 
-    def formatException(  # noqa: N802
+    def formatException(
         self, ei: tuple[type[BaseException], BaseException, TracebackType | None]
     ) -> str:
         """Return the traceback of a record's exception."""

@@ -1,0 +1,181 @@
+"""Flags of the command line: one for every field of a dataclass of settings, and --config.
+
+    --name VALUE     the value as in YAML: --data '[a.jsonl, b.jsonl]', --tokenizer null
+    --lora.r 8       a field of settings within settings
+    --config FILE    a YAML file of settings; later flags and files win
+
+Values are checked against the annotations when the words have been read; bounds, and values that
+do not go together, are the settings' own affair.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import inspect
+import json
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, Field, fields, is_dataclass
+from typing import Any, Literal, get_args, get_origin
+
+from una_fast.checks import described, field_types, mismatch
+from una_fast.printable import printable, shown
+from una_fast.settings_file import parse_value, read_settings
+
+CONFIG = "YAML file with any of the settings below; may be given several times."
+
+
+class UsageError(Exception):
+    """The words of the command line are wrong.
+
+    prog: the command, as the user calls it
+    """
+
+    def __init__(self, prog: str, message: str) -> None:
+        super().__init__(message)
+        self.prog = prog
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that takes no abbreviated flags, and raises UsageError for wrong words."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)  # --lr is not --lr_schedule
+
+    def error(self, message: str) -> None:
+        """Refuse the words."""
+        raise UsageError(self.prog, message)
+
+
+class _Keep(argparse.Action):
+    """Keeps the words of a flag, in their order, for `given_settings`."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        words = getattr(namespace, "words", [])
+        namespace.words = [*words, (self.dest, values)]
+
+
+def add_settings(parser: Parser, groups: Iterable[type]) -> None:
+    """Add --config, and a titled group of flags for every dataclass in `groups`."""
+    parser.usage = f"{parser.prog} [-v] [--config FILE] [--SETTING VALUE ...]"
+    _add(parser, "config", "FILE", CONFIG)
+    for group in groups:
+        title = inspect.getdoc(group).split("\n")[0].rstrip(".")
+        section = parser.add_argument_group(title)
+        own = inspect.get_annotations(group)
+        for field, hint, text in _documented(group):
+            if field.name not in own:
+                continue
+            _add(section, field.name, _metavar(field.name, hint), _help(text, field, hint))
+            for inner in filter(is_dataclass, get_args(hint)):
+                for part, part_hint, part_text in _documented(inner):
+                    name = f"{field.name}.{part.name}"
+                    shown_name = _metavar(part.name, part_hint)
+                    _add(section, name, shown_name, _help(part_text, part, part_hint))
+
+
+def given_settings(kind: type, words: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Return the settings that flags and files give, by name.
+
+    kind: dataclass of the settings
+    words: (name, text) of every flag, in order; of --config the path
+
+    ValueError, by the name, for an unknown setting or a value of another type.
+    """
+    hints = field_types(kind)
+    given: dict[str, Any] = {}
+    for name, text in words:
+        if name == "config":
+            given |= _from_file(text, hints)
+            continue
+        outer, _, inner = name.partition(".")
+        if not inner:
+            given[outer] = _from_text(name, text, hints[outer])
+            continue
+        (settings,) = filter(is_dataclass, get_args(hints[outer]))
+        value = _from_text(name, text, field_types(settings)[inner])
+        given[outer] = {**(given.get(outer) or {}), inner: value}
+    return given
+
+
+def suggestion(name: str, names: Iterable[str]) -> str:
+    """Return `; did you mean ...?` for a mistyped name, or nothing."""
+    close = difflib.get_close_matches(name, list(names), 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _from_file(path: str, hints: dict[str, Any]) -> dict[str, Any]:
+    settings = read_settings(path)
+    for name, value in settings.items():
+        if name not in hints:
+            hint = suggestion(name, hints) if isinstance(name, str) else ""
+            raise ValueError(f"{printable(path)}: {shown(name)} is not a setting of this command{hint}")
+        problem = mismatch(name, value, hints[name])
+        if problem:
+            raise ValueError(f"{printable(path)}: {problem}")
+    return settings
+
+
+def _from_text(name: str, text: str, hint: Any) -> Any:
+    """Return the value of a flag: what the text means in YAML, or the text itself where it fits."""
+    problem = None
+    value: Any = text
+    if text.strip():
+        try:
+            value = parse_value(text)
+        except ValueError as error:
+            problem = f"{name}={shown(text)}: {error}"
+    if mismatch(name, value, hint) is None:
+        return value
+    if mismatch(name, text, hint) is None:
+        return text
+    raise ValueError(problem or mismatch(name, value, hint))
+
+
+def _add(parser: Any, name: str, metavar: str, text: str) -> None:
+    help_text = text.replace("%", "%%")
+    parser.add_argument(
+        f"--{name}", action=_Keep, default=argparse.SUPPRESS, metavar=metavar, help=help_text
+    )
+
+
+def _metavar(name: str, hint: Any) -> str:
+    if hint is bool:
+        return "{true,false}"
+    if get_origin(hint) is Literal:
+        return f"{{{','.join(get_args(hint))}}}"
+    return name.upper()
+
+
+def _help(text: str, field: Field, hint: Any) -> str:
+    default = default_of(field)
+    words = [] if hint is bool or get_origin(hint) is Literal else [described(hint)]
+    if default not in ("", []):
+        plain = default if isinstance(default, str) else json.dumps(default)
+        words.append(f"default: {plain}")
+    return f"{text} ({'; '.join(words)})" if words else text
+
+
+def default_of(field: Field) -> Any:
+    """Return the default of a field of a dataclass."""
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def _documented(kind: type) -> list[tuple[Field, Any, str]]:
+    """Return (field, annotation, docstring below the field) of every field of a dataclass."""
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    texts = {}
+    for node, following in zip(tree.body, [*tree.body[1:], None], strict=True):
+        is_text = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+        if isinstance(node, ast.AnnAssign) and is_text:
+            texts[node.target.id] = following.value.value
+    hints = field_types(kind)
+    return [(f, hints[f.name], texts.get(f.name, "")) for f in fields(kind)]
