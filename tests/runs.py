@@ -15,7 +15,7 @@ from una_fast.data.examples import Example, load_examples
 from una_fast.data.sources import Source
 from una_fast.distributed import start_world
 from una_fast.model.settings import LoraOptions
-from una_fast.train.build import build_run
+from una_fast.train.build import build_run, open_run
 from una_fast.train.loop import Trainer
 from una_fast.train.run_data import load_data
 
@@ -28,7 +28,8 @@ def open_trainer(config: RunConfig) -> Trainer:
     torch.manual_seed(config.seed)
     Path(config.output_dir).mkdir(parents=True)
     tokenizer = AutoTokenizer.from_pretrained(config.model)
-    return Trainer(build_run(config, world, tokenizer, load_data(config, tokenizer)))
+    opened = open_run(config, world, load_data(config, tokenizer))
+    return Trainer(build_run(opened, tokenizer), Path(config.output_dir))
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:

@@ -201,7 +201,7 @@ def test_a_finished_run_is_not_trained_again(uninterrupted, tmp_path, save_every
     before = contents(tmp_path / "run")
     second = train(RunConfig(**settings | {"resume": True}))
     assert second.metrics == first.metrics and "loss" in first.metrics
-    with pytest.raises(ValueError, match="run belongs to another run: learning_rate was"):
+    with pytest.raises(ValueError, match="belongs to another run: learning_rate was"):
         train(RunConfig(**settings | {"resume": True, "learning_rate": 0.1}))
     if save_every is None:
         with pytest.raises(ValueError, match="finished after 2 steps and kept no checkpoint"):

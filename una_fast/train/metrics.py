@@ -147,7 +147,9 @@ class Meter:
         named, _, gaps = pooled.split([len(NAMES), BINS, BINS])
         self.sums = torch.zeros_like(self.sums)
         sums = dict(zip(NAMES, named.tolist(), strict=True))
-        metrics = {"loss": sums["loss"] / max(sums["units"], 1.0)}
+        metrics = {}
+        if sums["units"]:
+            metrics["loss"] = sums["loss"] / sums["units"]
         if sums["pairs"]:
             chosen = sums["chosen"] / sums["pairs"]
             rejected = sums["rejected"] / sums["pairs"]
