@@ -24,7 +24,8 @@ def written_whole(path: Path, mode: int = 0o666) -> Iterator[IO[str]]:
     """
     aside = path.with_name(path.name + ASIDE)
     try:
-        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+        aside.unlink(missing_ok=True)  # of a kill: its permissions would stay
+        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             yield file
             file.flush()

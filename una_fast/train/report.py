@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+import re
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from una_fast.config import RunConfig
 from una_fast.data.examples import SourceReport
 from una_fast.distributed import World
+from una_fast.printable import told, without_secrets
+from una_fast.train.loggers import Loggers
 from una_fast.train.run_dir import rewind_lines
 
 logger = logging.getLogger(__name__)
-
-Writer = Callable[[int, dict[str, float]], None]
-"""A logging back-end: writes (step, metrics)."""
 
 SHOWN = ("loss", "reward", "rewards/accuracies", "kl", "grad_norm")  # in the progress bar
 
@@ -45,7 +47,7 @@ class Reporter:
         checkpoint: the files of lines are taken back to it; None for a new run
         """
         self.world = world
-        self.writers: list[Writer] = []
+        self.loggers: Loggers | None = None
         self.bar = None
         self.last: dict[str, float] = {}
         if not world.is_main:
@@ -58,7 +60,7 @@ class Reporter:
             for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
                 self.last |= json.loads(line)
             self.last.pop("step", None)
-        self.writers = [_make_writer(name, output_dir, first_step) for name in config.loggers]
+        self.loggers = Loggers(config, output_dir, first_step)
         if config.progress:
             from tqdm.auto import tqdm
 
@@ -70,8 +72,8 @@ class Reporter:
             return
         with self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
-        for write in self.writers:
-            write(step, metrics)
+        if self.loggers is not None:
+            self.loggers.write(step, metrics)
         if self.bar is not None:
             self.bar.set_postfix({n: f"{metrics[n]:.4g}" for n in SHOWN if n in metrics})
 
@@ -88,46 +90,26 @@ class Reporter:
             self.bar.update()
 
     def say(self, text: str) -> None:
-        """Print a line on the terminal."""
+        """Print a text on the terminal as one line; control characters are escaped.
+
+        A terminal that is gone does not end the run.
+        """
         if not self.world.is_main:
             return
-        if self.bar is not None:
-            self.bar.write(text)
-        else:
-            print(text, flush=True)
+        try:
+            if self.bar is not None:
+                self.bar.write(told(text))
+            else:
+                print(told(text), flush=True)
+        except BrokenPipeError:
+            logger.debug("nobody reads stdout")
 
     def close(self) -> None:
-        """Close the progress bar."""
+        """Close the progress bar, and end the runs of the loggers: as failed within an error."""
         if self.bar is not None:
             self.bar.close()
-
-
-def _make_writer(name: str, output_dir: Path, first_step: int) -> Writer:
-    """Return the back-end `name` of a run that goes on from first_step."""
-    if name == "tensorboard":
-        return _tensorboard_writer(output_dir, first_step)
-    try:
-        module = importlib.import_module(name)
-    except ImportError:
-        raise ValueError(
-            f"loggers: {name} is not installed; pip install {name}, or remove it from loggers"
-        ) from None
-    run = module.init(project="una-fast", name=output_dir.name)
-    return lambda step, metrics: run.log(metrics, step=step)
-
-
-def _tensorboard_writer(output_dir: Path, first_step: int) -> Writer:
-    from torch.utils.tensorboard import SummaryWriter
-
-    purge_step = first_step + 1 if first_step else None
-    board = SummaryWriter(output_dir / "tensorboard", purge_step=purge_step)
-
-    def write(step: int, metrics: dict[str, float]) -> None:
-        for key, value in metrics.items():
-            board.add_scalar(key, value, step)
-        board.flush()
-
-    return write
+        if self.loggers is not None:
+            self.loggers.close(failed=sys.exc_info()[0] is not None)
 
 
 def model_card(
@@ -148,11 +130,16 @@ def model_card(
             shown = f"r + {config.offset:g}"
         offset = f", labels and scores compared with {shown}"
     library = "peft" if is_adapter else "transformers"
-    rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in metrics.items())
-    data = "\n".join(f"- {report}" for report in reports)
+    rows = "\n".join(f"| {_inline(name)} | {value:.4g} |" for name, value in metrics.items())
+    data = "\n".join(f"- {_inline(report)}" for report in reports)
+    front = {
+        "base_model": without_secrets(config.model),
+        "library_name": library,
+        "tags": ["una", "alignment", "preference-optimization"],
+    }
     about = [
-        f"{config.model} aligned with UNA ([arXiv 2408.15339](https://arxiv.org/abs/2408.15339)) "
-        "by una_fast: the implicit reward",
+        f"{_inline(config.model)} aligned with UNA "
+        "([arXiv 2408.15339](https://arxiv.org/abs/2408.15339)) by una_fast: the implicit reward",
         f"r = {config.beta} * (log pi - log pi_ref){mean} regressed on the feedback below "
         f"(pairs: {config.pair}, labels:",
         f"{config.binary}, scores: {config.score}{offset}). All settings: `config.yaml`; "
@@ -160,12 +147,10 @@ def model_card(
     ]
     text = "\n".join(about)
     return f"""---
-base_model: {config.model}
-library_name: {library}
-tags: [una, alignment, preference-optimization]
+{yaml.safe_dump(front, sort_keys=False).rstrip()}
 ---
 
-# {Path(config.output_dir).name}
+# {_inline(Path(config.output_dir).name)}
 
 {text}
 
@@ -179,3 +164,8 @@ tags: [una, alignment, preference-optimization]
 |---|---|
 {rows}
 """
+
+
+def _inline(text: object) -> str:
+    """Return foreign text for a line of Markdown: no new line, markup, HTML or table cell."""
+    return re.sub(r"([\\`*\[\]<>|#])", r"\\\1", told(text))
