@@ -425,7 +425,14 @@ def test_a_path_into_an_existing_directory_is_local(tmp_path, monkeypatch):
 def test_hub_names_are_passed_through(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     asked = []
-    tokens = SimpleNamespace(eos_token_id=2, pad_token_id=0)
+
+    class Tokens:
+        eos_token_id, pad_token_id = 2, 0
+
+        def __call__(self, text):
+            return text
+
+    tokens = Tokens()
 
     def from_pretrained(name, **_):
         asked.append(name)

@@ -247,6 +247,8 @@ def test_decisions_agree_with_the_settings(settings, tmp_path):
 class Words:
     """No tokenizer is needed to save an adapter."""
 
+    name_or_path = ""
+
     def save_pretrained(self, directory):
         pass
 
@@ -288,7 +290,7 @@ def test_a_model_that_has_no_outline_is_padded(tmp_path, monkeypatch, caplog):
     def broken(*_, **__):
         raise NotImplementedError("no such operator on meta")
 
-    monkeypatch.setattr("una_fast.resolved.outline", broken)
+    monkeypatch.setattr("una_fast.resolved.sized_outline", broken)
     facts = find_facts(config, [], device="cpu")
     assert "NotImplementedError: no such operator on meta" in facts.packing_refusal
     assert not resolve(config, facts).packed

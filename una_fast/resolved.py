@@ -24,17 +24,22 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from una_fast.attention.probe import packing_refusal
 from una_fast.config import RunConfig
 from una_fast.data.examples import Example
 from una_fast.head.engines import choose_engine
 from una_fast.head.plan import workspace_bytes
-from una_fast.model.loading import is_flash, model_and_adapter, outline
+from una_fast.model.directory import reading
+from una_fast.model.loading import is_flash, model_and_adapter, sized_outline
 from una_fast.model.policy import Policy, load_policy
+from una_fast.model.positions import longer_records, positions_of
+from una_fast.model.quantized import is_plain, refuse_quantized
 from una_fast.model.reference import has_cached_logps
 from una_fast.model.scoring import Scoring, match_autocast
+from una_fast.model.stored import StoredDtypes
+from una_fast.printable import printable
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +60,12 @@ class Facts:
     """Reason why rows of this model cannot be packed."""
     has_ref_logps: bool
     """Every record brings ref_logps, and the run would use them."""
+    router_loss: float = 0.0
+    """Coefficient of an auxiliary loss of routers that the model's config asks for."""
+    positions: int | None = None
+    """Tokens of the longest sequence that the model was made for."""
+    longer_records: str | None = None
+    """Records with more tokens than positions, in words."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +84,8 @@ class ResolvedRun:
     engine: str
     sources: dict[str, str] = field(default_factory=dict)
     """Line of `lines` -> settings that were given, or the default and the fact behind it."""
+    notes: list[str] = field(default_factory=list)
+    """Lines on what the model, or its records, ask for and the run does not do."""
 
     @property
     def imitates_autocast(self) -> bool:
@@ -93,7 +106,8 @@ class ResolvedRun:
             "workspace": f"{self.workspace / 2**20:g} MiB",
             "engine": self.engine,
         }
-        return [f"{name:10} {value}  [{self.sources[name]}]" for name, value in shown.items()]
+        lines = [f"{name:10} {value}  [{self.sources[name]}]" for name, value in shown.items()]
+        return [*lines, *self.notes]
 
     def plain(self) -> dict[str, Any]:
         """Return the decisions and sources as plain values, to be saved as JSON."""
@@ -123,14 +137,20 @@ def find_facts(
     ValueError if only some records bring ref_logps, and the run would use the column.
     """
     keeps_float32 = False
+    router_loss, positions, longer = 0.0, None, None
     try:
-        model = outline_of(config)
+        # A wrong path or setting ends here.
+        with reading(config.model, "model", only=(ValueError, OSError)):
+            model = outline_of(config)
         keeps_float32 = _keeps_float32(model)
+        router_loss = _router_loss(model.config)
+        positions, longer = positions_of(model), longer_records(records, model)
         refusal = packing_refusal(model) if config.packing else None
-    except (ValueError, OSError):  # a wrong path or setting
+    except ValueError:
         raise
     except Exception as error:  # model code may fail in any way on tensors without numbers
-        refusal = f"the model cannot be built without weights: {type(error).__name__}: {error}"
+        failure = printable(f"{type(error).__name__}: {error}")
+        refusal = f"the model cannot be built without weights: {failure}"
     if config.packing and refusal is not None:
         logger.warning("batches are padded, not packed: %s", refusal)
     may_be_cached = config.reference == "auto" and config.mode == "offline"
@@ -141,16 +161,17 @@ def find_facts(
         keeps_float32=keeps_float32,
         packing_refusal=refusal,
         has_ref_logps=may_be_cached and has_cached_logps(records),
+        router_loss=router_loss,
+        positions=positions,
+        longer_records=longer,
     )
 
 
 def outline_of(config: RunConfig) -> PreTrainedModel:
     """Build the model of a run from the model's config alone: shapes, and no numbers."""
     path, _ = model_and_adapter(config.model)
-    model_config = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-    model = outline(
-        model_config,
-        dtype=torch.float32,
+    model = sized_outline(
+        path,
         attn_implementation=config.attn_implementation,
         trust_remote_code=config.trust_remote_code,
     )
@@ -159,6 +180,15 @@ def outline_of(config: RunConfig) -> PreTrainedModel:
         for part in (model.config, model.get_decoder().config):
             part._attn_implementation_internal = config.attn_implementation
     return model
+
+
+def _router_loss(config: PreTrainedConfig) -> float:
+    """Return the coefficient of the routers' auxiliary loss, if a config asks for the loss."""
+    config = config.get_text_config()
+    if not getattr(config, "output_router_logits", False):
+        return 0.0
+    coefficient = getattr(config, "router_aux_loss_coef", 0.0)
+    return float(coefficient) if isinstance(coefficient, int | float) else 0.0
 
 
 def _keeps_float32(model: PreTrainedModel) -> bool:
@@ -208,6 +238,7 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
         engine=_engine(config, facts.device, compute),
     )
     run.sources.update(_sources(config, facts, run))
+    run.notes.extend(_notes(facts))
     return run
 
 
@@ -257,6 +288,22 @@ def _sources(config: RunConfig, facts: Facts, run: ResolvedRun) -> dict[str, str
     return {line: _source(config, *entry) for line, entry in settings_and_reasons.items()}
 
 
+def _notes(facts: Facts) -> list[str]:
+    """Return lines on the auxiliary loss, and on records beyond the model's positions."""
+    notes = []
+    if facts.router_loss:
+        notes.append(
+            "left out   the auxiliary loss that balances the router of the experts  [config.json: "
+            f"output_router_logits, router_aux_loss_coef={facts.router_loss:g}]"
+        )
+    if facts.longer_records:
+        notes.append(
+            f"positions  {facts.positions}, as the model was made for; {facts.longer_records}  "
+            f"[max_tokens={facts.positions} leaves them out]"
+        )
+    return notes
+
+
 def _source(config: RunConfig, names: Sequence[str], reason: str) -> str:
     defaults = type(config).__dataclass_fields__
     given = []
@@ -287,9 +334,14 @@ def load_trained(
     config: settings of the run
     run: decisions of the run
     checkpoint: directory to load weights from; default: the model of the settings
+
+    The policy knows the dtypes that its final weights are saved in: those of the settings' model,
+    also when the weights come from a checkpoint. ValueError for quantized weights that would be
+    trained, or sharded.
     """
     policy = load_policy(
         checkpoint or config.model,
+        base=None if checkpoint is None else model_and_adapter(config.model)[0],
         dtype=run.weights,
         lora=config.lora if checkpoint is None else None,  # a checkpoint brings its adapter
         memory=config.memory_options(trained=True),
@@ -297,6 +349,14 @@ def load_trained(
         attn_implementation=config.attn_implementation,
         packed=run.packed,
     )
+    policy.stored = StoredDtypes.of(config.model, config.save_dtype)
+    if not policy.is_adapter:
+        refuse_quantized(policy.model, printable(config.model))
+    elif run.ranks > 1 and not all(map(is_plain, policy.model.parameters())):
+        raise ValueError(
+            f"{printable(config.model)} is quantized, and quantized weights are not sharded; start "
+            "one process, or give the model in bf16"
+        )
     if run.ranks == 1:
         trained_dtypes = {p.dtype for p in policy.trainable_parameters()}
         needed = run.compute if trained_dtypes - {run.compute} else None

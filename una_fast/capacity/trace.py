@@ -27,7 +27,7 @@ import torch
 from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from una_fast.capacity.stand_ins import PlannedHead, planned_attention
 from una_fast.config import RunConfig
@@ -37,7 +37,7 @@ from una_fast.data.examples import Example
 from una_fast.feedback import Feedback
 from una_fast.model.activations import decoder_layers
 from una_fast.model.head_probe import HeadSpec
-from una_fast.model.loading import model_and_adapter, outline, remove_dropout
+from una_fast.model.loading import load_config, model_and_adapter, outline, remove_dropout
 from una_fast.model.lora import add_lora
 from una_fast.model.policy import Policy, make_policy
 from una_fast.model.reference import without_cached_logps
@@ -136,9 +136,7 @@ class StepTracer:
         self.facts = facts
         self.run = resolve(config, facts)
         path, self.adapter = model_and_adapter(config.model)
-        self.model_config = AutoConfig.from_pretrained(
-            path, trust_remote_code=config.trust_remote_code
-        )
+        self.model_config = load_config(path, trust_remote_code=config.trust_remote_code)
         self.parameters = sum(p.numel() for p in outline_of(config).parameters())
 
     def rough_bytes(self, examples: Sequence[Example]) -> float:

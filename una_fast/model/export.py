@@ -1,20 +1,45 @@
-"""Save a policy in Hugging Face form, adapters merged if asked."""
+"""Save a policy in Hugging Face form, adapters merged if asked.
+
+A model comes out as it came in: the files of its tokenizer byte by byte, the settings of its
+generation with the end of turn that it was trained on, and its weights, in a final model, in the
+dtypes of its own files.
+"""
 
 from __future__ import annotations
 
+import copy
+import json
 import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from una_fast.data.encode import text_after_answer
+from una_fast.model.loading import is_finite, set_padding
 from una_fast.model.policy import Policy
+from una_fast.model.quantized import is_plain
+from una_fast.printable import printable
 
 _PEFT_PREFIX = "base_model.model."
+_GENERATION = "generation_config.json"
+
+# Files of a tokenizer beside those that its class names.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_TEMPLATES = "additional_chat_templates"
 
 
 def save_pretrained(
@@ -24,6 +49,7 @@ def save_pretrained(
     state_dict: dict[str, Tensor] | None = None,
     *,
     merged: bool = False,
+    final: bool = False,
 ) -> None:
     """Write model and tokenizer so that AutoModelForCausalLM.from_pretrained(directory) works.
 
@@ -33,17 +59,139 @@ def save_pretrained(
     state_dict: full tensors under the names of policy.model.state_dict() (sharded runs gather
         them); default: the live weights
     merged: LoRA also writes whole weights, with the adapter added, in directory/merged
+    final: the result of a run, in the dtypes of policy.stored; default: weights as they are, to
+        go on from
+
+    ValueError, by the name, for a weight that is not finite: nothing is written.
     """
     state_dict = dict(policy.model.state_dict() if state_dict is None else state_dict)
+    _refuse_diverged(state_dict)
+    stored = policy.stored if final else None
+    directory = Path(directory)
     if isinstance(policy.model, PeftModel):
-        policy.model.save_pretrained(directory, state_dict=state_dict, save_embedding_layers=False)
         if merged:
-            whole = Path(directory) / "merged"
-            policy.causal_lm.save_pretrained(whole, state_dict=_merge(policy, state_dict))
-            tokenizer.save_pretrained(whole)
+            _save_whole(policy, directory / "merged", tokenizer, _merge(policy, state_dict), stored)
+        _save_adapter(policy, directory, state_dict, stored)
+        save_tokenizer(tokenizer, directory)
     else:
-        policy.causal_lm.save_pretrained(directory, state_dict=state_dict)
-    tokenizer.save_pretrained(directory)
+        _save_whole(policy, directory, tokenizer, state_dict, stored)
+
+
+def _refuse_diverged(state_dict: dict[str, Tensor]) -> None:
+    for name, tensor in state_dict.items():
+        if not is_finite(tensor):
+            raise ValueError(
+                f"the weight {printable(name)} has numbers that are not finite, and is not saved; "
+                "go on from the last checkpoint with a lower learning_rate"
+            )
+
+
+def _save_adapter(
+    policy: Policy, directory: Path, state_dict: dict[str, Tensor], stored: Any
+) -> None:
+    """Write an adapter, without peft's card of empty fields."""
+    if stored is not None:
+        state_dict = stored.adapter.cast_all(state_dict)
+    model = copy.copy(policy.model)  # a thread may save while the model is trained
+    model.create_or_update_model_card = lambda *_, **__: None
+    model.save_pretrained(directory, state_dict=state_dict, save_embedding_layers=False)
+
+
+def _save_whole(
+    policy: Policy,
+    directory: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    state_dict: dict[str, Tensor],
+    stored: Any,
+) -> None:
+    """Write whole weights, the config, the settings of generation and the tokenizer."""
+    if stored is not None:
+        state_dict = stored.base.cast_all(state_dict)
+    causal_lm = policy.causal_lm
+    # Settings that transformers warns of when it reads them are refused when it writes them, at
+    # the end of a run.
+    model = copy.copy(causal_lm)
+    model.generation_config = GenerationConfig()
+    dtype = _usual_dtype(state_dict)
+    model.save_pretrained(directory, state_dict=dict(state_dict))  # transformers empties the dict
+    _edit(directory / "config.json", dtype=dtype)
+    settings = _generation_settings(causal_lm.generation_config, tokenizer)
+    (directory / _GENERATION).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    save_tokenizer(tokenizer, directory)
+
+
+def _usual_dtype(state_dict: dict[str, Tensor]) -> str:
+    """Return the dtype of most numbers, as a config names it."""
+    sizes: dict[str, int] = {}
+    for tensor in state_dict.values():
+        if tensor.is_floating_point():
+            name = str(tensor.dtype).removeprefix("torch.")
+            sizes[name] = sizes.get(name, 0) + tensor.numel()
+    return max(sizes, key=sizes.get)
+
+
+def _edit(file: Path, **changes: Any) -> None:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(content | changes, indent=2) + "\n", encoding="utf-8")
+
+
+# ---- generation --------------------------------------------------------------------------------
+
+
+def _generation_settings(
+    config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """Return the settings of generation as they came, with the end of turn among the stops."""
+    config = config or GenerationConfig()
+    settings = json.loads(config.to_json_string())
+    settings.pop("_from_model_config", None)  # or else the stops are taken from config.json
+    before = config.eos_token_id
+    stops = [] if before is None else before if isinstance(before, list) else [before]
+    for end in (tokenizer.eos_token_id, end_of_turn(tokenizer)):
+        if end is not None and end not in stops:
+            stops = [*stops, end]
+    settings["eos_token_id"] = stops[0] if len(stops) == 1 else stops
+    return settings
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the token that ends an answer in the chat template; None if it is not one token."""
+    if not tokenizer.chat_template:
+        return None
+    try:
+        end, _ = text_after_answer(tokenizer, [{"role": "user", "content": "una-question"}])
+    except Exception:  # a template may refuse anything; chats were not trained on then
+        return None
+    ids = tokenizer(end, add_special_tokens=False)["input_ids"] if end else []
+    return ids[0] if len(ids) == 1 else None
+
+
+# ---- tokenizer ---------------------------------------------------------------------------------
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write a tokenizer as it came: its files byte by byte, or without the pad that a run set."""
+    source = Path(tokenizer.name_or_path or os.devnull)
+    if not (source / "tokenizer_config.json").is_file():
+        original = copy.deepcopy(tokenizer)
+        set_padding(original, None)
+        original.save_pretrained(directory)
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in {*_TOKENIZER_FILES, *tokenizer.vocab_files_names.values()}:
+        if (source / name).is_file():
+            _copy(source / name, directory / name)
+    for template in (source / _TEMPLATES).glob("*.jinja"):
+        (directory / _TEMPLATES).mkdir(exist_ok=True)
+        _copy(template, directory / _TEMPLATES / template.name)
+
+
+def _copy(source: Path, target: Path) -> None:
+    if not (target.exists() and source.samefile(target)):
+        shutil.copyfile(source, target)
+
+
+# ---- merging -----------------------------------------------------------------------------------
 
 
 def whole_weights(policy: Policy) -> dict[str, Tensor]:
@@ -87,3 +235,5 @@ def _check_mergeable(name: str, layer: nn.Module) -> None:
         raise ValueError(
             f"{name} is a {type(layer).__name__}; only plain LoRA on linear layers is merged"
         )
+    if is_plain_lora and not is_plain(layer.base_layer.weight):
+        raise ValueError(f"{name} is quantized; only adapters on plain weights are merged")

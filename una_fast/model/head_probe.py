@@ -22,6 +22,8 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from una_fast.model.quantized import is_plain
+
 _SOFTCAP_NAME = re.compile(r"soft_?cap")
 _SCALE_NAME = re.compile(r"scal|multiplier|mup")
 _PROBE_TOKENS = 16
@@ -42,6 +44,30 @@ def backbone(causal_lm: PreTrainedModel) -> nn.Module:
 def hidden_states(causal_lm: PreTrainedModel, **inputs: Any) -> Tensor:
     """Return the last hidden states [B, T, D], the input of the head."""
     return backbone(causal_lm)(**inputs, use_cache=False, return_dict=True)[0]
+
+
+def text_modules(causal_lm: PreTrainedModel) -> set[nn.Module]:
+    """Return the modules that text runs through, and the modules that hold them.
+
+    A model with towers of other modalities has a text model inside, its decoder; other models are
+    text models as a whole.
+    """
+    config = causal_lm.config
+    if config.get_text_config() is config:
+        return set(causal_lm.modules())
+    decoder = causal_lm.get_decoder()
+    inside = set(decoder.modules())
+    for head in (causal_lm.get_output_embeddings(), causal_lm.get_input_embeddings()):
+        inside |= set() if head is None else set(head.modules())
+    holders = [module for module in causal_lm.modules() if decoder in set(module.modules())]
+    return inside | set(holders)
+
+
+def freeze_outside_text(causal_lm: PreTrainedModel) -> None:
+    """Freeze the weights that text does not run through: they would never have a gradient."""
+    for module in set(causal_lm.modules()) - text_modules(causal_lm):
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(False)
 
 
 @dataclass(frozen=True)
@@ -131,6 +157,11 @@ def _plain_head(causal_lm: PreTrainedModel) -> nn.Module:
         raise ValueError(
             f"{name} has no output embedding (get_output_embeddings() is {head}); it cannot be "
             "scored"
+        )
+    if not isinstance(head, _ADAPTED) and not is_plain(head.weight):
+        raise ValueError(
+            f"{name} has a quantized output embedding, and the fused head needs plain numbers; "
+            "leave it out of the quantization"
         )
     embedding = causal_lm.get_input_embeddings()
     adapted = None

@@ -6,12 +6,16 @@ import logging
 import os
 import re
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from torch import nn
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
@@ -20,9 +24,33 @@ from transformers import (
 )
 
 from una_fast.logs import say_once
+from una_fast.model.directory import (
+    ADAPTER_CONFIG,
+    ModelError,
+    adapter_file,
+    check_directory,
+    element_budget,
+    reading,
+    stored_tensors,
+    weight_files,
+    within_budget,
+)
 from una_fast.model.head_probe import is_number
+from una_fast.model.quantized import is_plain
+from una_fast.printable import printable, shown
 
 logger = logging.getLogger(__name__)
+
+# An adapter directory with one of these has a tokenizer of its own.
+_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
+
+# Weights that a causal language model of transformers may leave out: other modalities, layers that
+# predict several tokens at once, and buffers that are computed from the config.
+_LEFT_OUT = re.compile(
+    r"(^|[._])(vision|visual|image|audio|speech|video|multi_?modal|mm|connector|projector|mtp)"
+    r"([._]|$)"
+    r"|(^|\.)(inv_freq|masked_bias|attn\.bias|attention\.bias|position_ids)$"
+)
 
 _DROPOUT_NAME = re.compile(r"dropout|pdrop|drop_path|drop_rate|layerdrop|jitter")
 
@@ -32,24 +60,53 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model directory or hub name.
 
-    Without a pad token, eos pads (lengths, not ids, mark padding). ValueError for a directory that
-    does not exist and for a tokenizer without an end-of-sequence token.
+    An adapter directory without a tokenizer takes the tokenizer of its base model. Without a pad
+    token, eos pads (lengths, not ids, mark padding). ValueError for a directory that does not
+    exist or is damaged, and for a tokenizer without an end-of-sequence token.
     """
-    tokenizer = AutoTokenizer.from_pretrained(
-        _find(path, "tokenizer"), trust_remote_code=trust_remote_code
-    )
+    found = _tokenizer_directory(_find(path, "tokenizer"))
+    check_directory(found)
+    with reading(found, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(found, trust_remote_code=trust_remote_code)
+        tokenizer("a b")  # damage that shows in use alone
     if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"the tokenizer of {path} has no eos token, and every response must end with one; set "
-            "eos_token in its tokenizer_config.json to a token of its vocabulary"
+        raise ModelError(
+            f"the tokenizer of {printable(found)} has no eos token, and every response must end "
+            "with one; set eos_token in its tokenizer_config.json to a token of its vocabulary"
         )
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        set_padding(tokenizer, tokenizer.eos_token)
         message = (
-            f"the tokenizer of {path} has no pad token; its eos token {tokenizer.eos_token!r} pads"
+            f"the tokenizer of {printable(found)} has no pad token; its eos token "
+            f"{shown(tokenizer.eos_token)} pads"
         )
         say_once(logging.INFO, message, logger)
     return tokenizer
+
+
+def set_padding(tokenizer: PreTrainedTokenizerBase, token: str | None) -> None:
+    """Let a token pad in memory; None: the tokenizer's own pad token again, as it is saved."""
+    if token is not None:
+        if not hasattr(tokenizer, "_una_own_pad"):
+            tokenizer._una_own_pad = tokenizer.pad_token
+        tokenizer.pad_token = token
+    elif hasattr(tokenizer, "_una_own_pad"):
+        tokenizer.pad_token = tokenizer._una_own_pad
+
+
+def _tokenizer_directory(path: str) -> str:
+    """Return the directory of a tokenizer: for an adapter without one, the base model's."""
+    directory = Path(path)
+    is_adapter = (directory / ADAPTER_CONFIG).is_file()
+    if not is_adapter or any((directory / name).is_file() for name in _TOKENIZER_FILES):
+        return path
+    base, _ = model_and_adapter(path)
+    message = (
+        f"the adapter {printable(path)} has no tokenizer; that of its base model "
+        f"{printable(base)} is taken (set tokenizer to take another)"
+    )
+    say_once(logging.WARNING, message, logger)
+    return base
 
 
 def _find(path: str | os.PathLike[str], kind: str) -> str:
@@ -73,19 +130,83 @@ def _find(path: str | os.PathLike[str], kind: str) -> str:
     return text
 
 
-def model_and_adapter(path: str | os.PathLike[str]) -> tuple[str, str | None]:
-    """Return the model of a path, and the path itself if it is a PEFT adapter directory."""
+def model_and_adapter(
+    path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None
+) -> tuple[str, str | None]:
+    """Return the model of a path, and the path itself if it is a PEFT adapter directory.
+
+    path: model directory, hub name, or adapter directory
+    base: model under an adapter directory; default: the model that the adapter names
+
+    ValueError for a directory with damaged files (see check_directory), and for an adapter without
+    a base model.
+    """
     path = _find(path, "model")
-    if not (Path(path) / "adapter_config.json").is_file():
+    check_directory(path)
+    if not (Path(path) / ADAPTER_CONFIG).is_file():
         return path, None
-    config = PeftConfig.from_pretrained(path)
+    with reading(path, "adapter"):
+        config = PeftConfig.from_pretrained(path)
+    where = f"{printable(path)}/{ADAPTER_CONFIG}"
     if config.is_prompt_learning:
-        raise ValueError(
-            f"{path} holds a {config.peft_type} adapter; adapters inside the layers (LoRA) are "
-            "allowed"
+        raise ModelError(
+            f"{where}: a {printable(config.peft_type)} adapter; adapters inside the layers (LoRA) "
+            "are allowed"
         )
-    kind = f"{path}/adapter_config.json: base_model_name_or_path, model"
-    return _find(config.base_model_name_or_path, kind), path
+    if getattr(config, "megatron_config", None):
+        raise ModelError(f"{where}: megatron_config must be null: a run has no such layers")
+    if base is not None:
+        return model_and_adapter(base)[0], path
+    base = config.base_model_name_or_path
+    if not isinstance(base, str) or not base:
+        raise ModelError(
+            f"{where}: base_model_name_or_path={shown(base)} must be a model directory or hub name"
+        )
+    base = _find(base, f"{where}: base_model_name_or_path, model")
+    check_directory(base)
+    return base, path
+
+
+def load_config(
+    path: str | os.PathLike[str], *, trust_remote_code: bool = False
+) -> PreTrainedConfig:
+    """Return the config of a model directory or hub name; ValueError for a damaged one."""
+    with reading(str(path), "model"):
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+def sized_outline(
+    path: str,
+    *,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """Build the outline of a model directory or hub name, and check its size.
+
+    path: as model_and_adapter returns it
+    trust_remote_code, attn_implementation: as in `outline`
+
+    ModelError for a model that is larger than its weight files. Other exceptions of model code
+    pass.
+    """
+    config = load_config(path, trust_remote_code=trust_remote_code)
+    quantized = getattr(config, "quantization_config", None) is not None
+    budget = element_budget(path, quantized=quantized)
+    with within_budget(path, budget):
+        model = outline(
+            config,
+            dtype=torch.float32,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+        )
+    # Tables of positions and masks are computed, however large.
+    computed = sum(buffer.numel() for buffer in model.buffers())
+    if budget is not None and computed > max(budget, 2**30):
+        raise ModelError(
+            f"the config of {printable(path)} describes tables of {computed:,} numbers beside the "
+            "weights; correct its number of positions"
+        )
+    return model
 
 
 def outline(
@@ -133,6 +254,7 @@ def load_causal_lm(
     path: str | os.PathLike[str],
     *,
     dtype: torch.dtype,
+    base: str | os.PathLike[str] | None = None,
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
 ) -> PreTrainedModel | PeftModel:
@@ -141,46 +263,163 @@ def load_causal_lm(
     path: model directory, hub name, or PEFT adapter directory (the base is loaded, and the adapter
         is trainable)
     dtype: dtype of the weights; adapters are float32
+    base: model under an adapter directory; default: the model that the adapter names
     trust_remote_code: run model code that comes with the weights
     attn_implementation: attention of transformers; default: the model's
 
-    ValueError for a directory that does not exist, for weights missing in the files (transformers
-    would fill in random numbers), and for adapters that are not inside the layers (prompt tuning
-    and the like).
+    ValueError for a directory that does not exist or is damaged, for weights that are missing in
+    the files, unexpected, of another shape or not finite, and for adapters that are not inside the
+    layers (prompt tuning and the like). Weights are read from safetensors alone.
     """
-    path, adapter = model_and_adapter(path)
-    model, found = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        attn_implementation=attn_implementation,
-        output_loading_info=True,
-    )
-    _refuse_missing(path, sorted(found["missing_keys"]))
+    base, adapter = model_and_adapter(path, base)
+    options: dict[str, Any] = {
+        "trust_remote_code": trust_remote_code,
+        "attn_implementation": attn_implementation,
+    }
+    _check_sizes(base, options)
+    with reading(base, "model"):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            base,
+            dtype=dtype,
+            use_safetensors=True,
+            # Refused below, by name and shape.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **options,
+        )
+    _check_found(base, found)
+    _drop_spent_quantization(model)
     if adapter is not None:
         model = _load_adapter(model, adapter)
+    refuse_non_finite(model.named_parameters(), printable(path))
     remove_dropout(model)
     return model
 
 
+def _check_sizes(path: str, options: dict[str, Any]) -> None:
+    """Check a model's size and the dtypes of its files before weights are allocated."""
+    try:
+        model = sized_outline(path, **options)
+    except ModelError:
+        raise
+    except Exception:  # model code may fail in any way without numbers; loading will say
+        model = None
+    if not Path(path).is_dir():
+        return
+    stored = stored_tensors(weight_files(Path(path)))
+    if model is None or getattr(model.config, "quantization_config", None) is not None:
+        return
+    for name, _ in model.named_parameters():
+        tensor = stored.get(name)
+        if tensor is not None and not tensor.is_float:
+            raise ModelError(
+                f"{printable(path)}: the weight {printable(name)} is stored as {tensor.dtype}, "
+                "and config.json has no quantization_config that says what its numbers mean"
+            )
+
+
+def _check_found(path: str, found: dict[str, Any]) -> None:
+    """Refuse weights that transformers would make up, leave out, or fill with random numbers.
+
+    path: of the model
+    found: loading info of transformers
+    """
+    where = printable(path)
+    misshapen = []
+    for name, in_file, in_model in sorted(found["mismatched_keys"]):
+        misshapen.append(f"{name} is {list(in_file)} and must be {list(in_model)}")
+    if misshapen:
+        raise ModelError(
+            f"{where} has weights of another shape than config.json says: {_some(misshapen)}; "
+            "correct config.json, or give the weights that belong to it"
+        )
+    _refuse_missing(path, sorted(found["missing_keys"]))
+    unexpected = sorted(found["unexpected_keys"])
+    _refuse_unexpected(path, [name for name in unexpected if not _LEFT_OUT.search(name)])
+    if unexpected:
+        message = (
+            f"{where}: {len(unexpected)} weights are not part of the text model, and are left "
+            f"out, of saved models too: {_some(unexpected)}"
+        )
+        say_once(logging.WARNING, message, logger)
+
+
+def _drop_spent_quantization(model: PreTrainedModel) -> None:
+    """Forget the quantization of a model whose weights are plain numbers again.
+
+    transformers leaves it in the config, and then refuses to save the model.
+    """
+    quantized = getattr(model.config, "quantization_config", None) is not None
+    if quantized and all(is_plain(p) for p in model.parameters()):
+        del model.config.quantization_config
+        model.hf_quantizer = None
+        model.is_quantized = False
+
+
 def _load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
-    """Add a trainable PEFT adapter; ValueError for missing weights, which peft only warns of."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*missing adapter keys")
-        try:
-            return PeftModel.from_pretrained(model, path, is_trainable=True)
-        except UserWarning as warning:
-            _refuse_missing(path, [str(warning).partition(":")[2].strip()])
-            raise
+    """Add a trainable PEFT adapter; ValueError for weights that do not fit, by name."""
+    file = adapter_file(Path(path))
+    stored = stored_tensors([file])
+    own_names = set(model.state_dict())
+    with warnings.catch_warnings(), reading(path, "adapter"):
+        warnings.filterwarnings("ignore", message=".*missing adapter keys")
+        # On the meta device until the weights come: a rank of 10^9 is not allocated.
+        adapted = PeftModel.from_pretrained(
+            model, path, is_trainable=True, low_cpu_mem_usage=True, torch_device="cpu"
+        )
+        wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    _refuse_missing(path, sorted(wanted - set(stored)))
+    on_meta = [name for name, p in adapted.named_parameters() if p.is_meta]
+    _refuse_missing(path, on_meta)
+    # An adapter of a model with more tokens brings the whole embedding.
+    whole = {f"base_model.model.{name}" for name in own_names}
+    _refuse_unexpected(path, sorted(set(stored) - wanted - whole))
+    return adapted
 
 
 def _refuse_missing(path: str, names: list[str]) -> None:
     if names:
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        raise ValueError(
-            f"{path} lacks weights: {', '.join(names[:3])[:200]}{more}; they would be random "
-            "numbers. Give a complete model, or one whose class matches config.json"
+        raise ModelError(
+            f"{printable(path)} lacks weights: {_some(names)}; they would be random numbers. Give "
+            "a complete model, or one whose class matches config.json"
         )
+
+
+def _refuse_unexpected(path: str, names: list[str]) -> None:
+    if names:
+        raise ModelError(
+            f"{printable(path)} holds weights that the model has no place for: {_some(names)}; "
+            "correct the config (layers, class), or remove them from the files"
+        )
+
+
+def _some(names: list[str]) -> str:
+    """Return the first names of a list, and the number of the others."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return printable(", ".join(names[:3])) + more
+
+
+def refuse_non_finite(tensors: Iterable[tuple[str, Tensor]], where: str) -> None:
+    """Raise ValueError for a weight with NaN or infinity, by its name.
+
+    tensors: names and weights; quantized weights are passed over
+    where: place of the weights, for the message
+    """
+    for name, tensor in tensors:
+        if not is_finite(tensor):
+            raise ModelError(
+                f"{where}: the weight {printable(name)} has numbers that are not finite; give an "
+                "undamaged copy"
+            )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether all numbers of a tensor are finite; quantized tensors and integers are."""
+    if not is_plain(tensor) or tensor.is_meta or not tensor.numel():
+        return True
+    # One pass without a copy: minimum and maximum carry NaN on.
+    low, high = torch.aminmax(tensor.detach())
+    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def remove_dropout(model: nn.Module) -> None:

@@ -26,10 +26,17 @@ from transformers import PreTrainedModel
 from una_fast.attention.packed import packed_attention
 from una_fast.data.batch import Batch
 from una_fast.model.activations import switch_on
-from una_fast.model.head_probe import HeadSpec, hidden_states, probe_head
+from una_fast.model.directory import reading
+from una_fast.model.head_probe import (
+    HeadSpec,
+    freeze_outside_text,
+    hidden_states,
+    probe_head,
+)
 from una_fast.model.loading import load_causal_lm
 from una_fast.model.lora import add_lora, cast_outside_autocast
 from una_fast.model.settings import KEEP_ALL, LoraOptions, MemoryOptions
+from una_fast.model.stored import StoredDtypes
 
 Scorer = Callable[[Tensor, Tensor, Tensor | None], Any]
 """(hidden rows [N, D], head weight [V, D], head bias [V] or None) -> result of the forward."""
@@ -76,6 +83,8 @@ class Policy:
     """The constants and tensors of the head."""
     packed: bool
     """Whether batches are packed rows with a shared prompt."""
+    stored: StoredDtypes | None = None
+    """Dtypes that the final weights are saved in; None: as they are."""
 
     @property
     def is_adapter(self) -> bool:
@@ -130,6 +139,7 @@ def load_policy(
     path: str | os.PathLike[str],
     *,
     dtype: torch.dtype,
+    base: str | os.PathLike[str] | None = None,
     lora: LoraOptions | None = None,
     memory: MemoryOptions = KEEP_ALL,
     packed: bool = False,
@@ -140,6 +150,7 @@ def load_policy(
 
     path: model directory, hub name, or PEFT adapter directory
     dtype: dtype of the weights; adapters are float32
+    base: model under an adapter directory; default: the model that the adapter names
     lora: adapters to add; default: all weights, or the adapter of `path`, are trained
     memory: switches that save memory
     packed: batches are packed rows, as a probe allowed (attention/probe.py)
@@ -152,6 +163,7 @@ def load_policy(
     model = load_causal_lm(
         path,
         dtype=dtype,
+        base=base,
         trust_remote_code=trust_remote_code,
         attn_implementation=attn_implementation,
     )
@@ -162,7 +174,9 @@ def load_policy(
                 "options out"
             )
         model = add_lora(model, lora)
-    return make_policy(model, probe_head(_inside(model)), memory, packed=packed)
+    with reading(str(path), "model"):
+        head = probe_head(_inside(model))
+    return make_policy(model, head, memory, packed=packed)
 
 
 def make_policy(
@@ -185,6 +199,7 @@ def make_policy(
     for layer in causal_lm.modules():
         if isinstance(layer, BaseTunerLayer):
             layer._cast_input_dtype = types.MethodType(cast_outside_autocast, layer)
+    freeze_outside_text(causal_lm)
     install_scorer(causal_lm)
     switch_on(memory, causal_lm)
     model.train()

@@ -20,6 +20,7 @@ from una_fast.data.batch import Batch
 from una_fast.data.examples import Example
 from una_fast.distributed import reshard
 from una_fast.model.policy import Policy
+from una_fast.model.quantized import plain_parts
 from una_fast.model.scoring import Scoring
 
 
@@ -106,10 +107,11 @@ def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
     """
     digest = hashlib.sha256()
     for name, parameter in parameters:
-        flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(flat.numel() // 64, 1)].float().cpu()
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(sample.numpy().tobytes())
+        for part in plain_parts(parameter.detach()):
+            flat = part.reshape(-1)
+            sample = flat[:: max(flat.numel() // 64, 1)].float().cpu()
+            digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -48,7 +48,7 @@ from una_fast.resolved import (
 from una_fast.rewards.settings import parse_rewards
 from una_fast.rewards.total import Rewards
 from una_fast.train.checkpoint import load_training_state, read_state
-from una_fast.train.data_checks import check_room, check_token_ids
+from una_fast.train.data_checks import check_data
 from una_fast.train.metrics import Clock, Meter
 from una_fast.train.report import Reporter
 from una_fast.train.run_data import RunData
@@ -167,7 +167,7 @@ def build_run(opened: OpenedRun, tokenizer: PreTrainedTokenizerBase) -> RunParts
     config, world, run = opened.config, opened.world, opened.resolved
     loaders, state, checkpoint = opened.loaders, opened.state, opened.checkpoint
     records, prompts = opened.data.examples(), opened.data.all_prompts()
-    models = _load_models(config, world, run, records, prompts, checkpoint)
+    models = _load_models(config, world, tokenizer, run, records, prompts, checkpoint)
     reference = {"reference": models.reference.identity}
     if checkpoint is not None:
         refuse_another_run(checkpoint, state["run"], reference)
@@ -244,6 +244,7 @@ class _Models:
 def _load_models(
     config: RunConfig,
     world: World,
+    tokenizer: PreTrainedTokenizerBase,
     run: ResolvedRun,
     records: list[Example],
     prompts: list[Prompt],
@@ -251,8 +252,7 @@ def _load_models(
 ) -> _Models:
     """Load policy and reference onto the device, sharded where the run has several ranks."""
     policy = load_trained(config, run, checkpoint)
-    check_token_ids(records + prompts, policy)
-    check_room(prompts, policy, config.max_new_tokens)
+    check_data(records, prompts, policy, tokenizer, config.max_new_tokens)
     scoring = scoring_of(config, run)
     reference: Reference
     if run.reference == "cached":
