@@ -142,13 +142,14 @@ def save_final(
         shutil.rmtree(aside, ignore_errors=True)
         try:
             aside.mkdir()
-            save_pretrained(policy, aside, tokenizer, weights)
+            save_pretrained(policy, aside, tokenizer, weights, final=True)
             for name, text in texts.items():
                 (aside / name).write_text(text, encoding="utf-8")
             names = files_below(aside)
             files = hash_files(aside, names, flush=True)
             (output_dir / MARKER).unlink(missing_ok=True)
             for name in names:
+                (output_dir / name).parent.mkdir(exist_ok=True)  # of further chat templates
                 (aside / name).replace(output_dir / name)
             replace(manifest, files=files).write(output_dir)
             shutil.rmtree(aside)
