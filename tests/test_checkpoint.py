@@ -1,4 +1,4 @@
-"""Checkpoints that can be trusted: damage is found by name, nothing whole is lost, disks may fill."""
+"""Checkpoints that can be trusted: damage is named, nothing whole is lost, disks may fill."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ dtypes of its own files.
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from una_fast.data.encode import text_after_answer
@@ -92,7 +92,7 @@ def _save_adapter(
     """Write an adapter, without peft's card of empty fields."""
     if stored is not None:
         state_dict = stored.adapter.cast_all(state_dict)
-    model = copy.copy(policy.model)  # a thread may save while the model is trained
+    model = _view(policy.model)
     model.create_or_update_model_card = lambda *_, **__: None
     model.save_pretrained(directory, state_dict=state_dict, save_embedding_layers=False)
 
@@ -110,7 +110,7 @@ def _save_whole(
     causal_lm = policy.causal_lm
     # Settings that transformers warns of when it reads them are refused when it writes them, at
     # the end of a run.
-    model = copy.copy(causal_lm)
+    model = _view(causal_lm)
     model.generation_config = GenerationConfig()
     dtype = _usual_dtype(state_dict)
     model.save_pretrained(directory, state_dict=dict(state_dict))  # transformers empties the dict
@@ -118,6 +118,16 @@ def _save_whole(
     settings = _generation_settings(causal_lm.generation_config, tokenizer)
     (directory / _GENERATION).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     save_tokenizer(tokenizer, directory)
+
+
+def _view(model: nn.Module) -> Any:
+    """Return a second object over a model's modules, whose attributes may be set.
+
+    A thread may save while the model is trained. copy.copy would build a sharded model anew.
+    """
+    view = object.__new__(next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule)))
+    view.__dict__ = dict(vars(model))
+    return view
 
 
 def _usual_dtype(state_dict: dict[str, Tensor]) -> str:

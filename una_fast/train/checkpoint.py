@@ -370,7 +370,8 @@ class Saver:
             shutil.rmtree(aside, ignore_errors=True)
             name = aside.name.removesuffix(ASIDE)
             raise SaveError(
-                f"{name} was not written: it needs {_size(needed)}, and {_room(self.output_dir)}. "
+                f"{name} was not written: No space on the disk. It needs {_size(needed)}, and "
+                f"{_room(self.output_dir)}. "
                 f"{_newest(self.output_dir)}"
             )
 
