@@ -7,14 +7,14 @@ refusal names the field and the mend; the reader of the source adds the place of
 
 from __future__ import annotations
 
-import json
-import reprlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from una_fast.data.settings import RecordOptions
+from una_fast.data.strict_json import parse_strictly
+from una_fast.printable import printable, shown
 from una_fast.score_maps import sigmoid, to_range
 
 SHAPES = (
@@ -33,6 +33,12 @@ FAMILIES = {
     "completion": ("completion",),
     "completions": ("completions",),
 }
+
+# Nats of one token. Two logits in fp16, whose range is the narrowest in use, are at most so far
+# apart; a lower log-prob is damage, or -inf written as a large number.
+LOWEST_LOGP = -2 * 65504
+
+MOST_LISTED = 20  # names of columns in a message
 
 Message = dict[str, Any]
 
@@ -74,23 +80,33 @@ class Record:
 def as_object(row: object) -> dict[str, Any]:
     """Return a row as a dict of columns; the bytes of a JSONL line are decoded.
 
-    Raises RecordError for bytes other than UTF-8 and JSON, and for JSON other than an object.
+    Raises RecordError for bytes other than UTF-8 and strict JSON, for JSON other than an object,
+    and for a row that its reader could not decode: the row is then the error.
     """
+    if isinstance(row, RecordError):
+        raise row
     if isinstance(row, bytes):
         try:
-            row = json.loads(row.decode("utf-8-sig"))
+            row = parse_strictly(row.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
-            raise RecordError(f"not UTF-8 ({error}); save the file as UTF-8") from None
-        except json.JSONDecodeError as error:
             raise RecordError(
-                f"invalid JSON ({error}); write one complete JSON object per line"
+                f"not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8"
             ) from None
+        except ValueError as error:
+            raise RecordError(str(error)) from None
     if not isinstance(row, dict):
         raise RecordError(
-            f"a record must be a JSON object of columns, not {type(row).__name__}: "
-            f"{reprlib.repr(row)}"
+            f"a record must be a JSON object of columns, not {type(row).__name__}: {shown(row)}"
         )
     return row
+
+
+def listed(names: Iterable[object]) -> str:
+    """Return names as a part of a message, "a, b, c": the first few, and how many more."""
+    names = list(names)
+    first = [printable(name, 40) for name in names[:MOST_LISTED]]
+    more = len(names) - len(first)
+    return ", ".join(first) + (f" and {more} more" if more else "")
 
 
 class _Row:
@@ -128,7 +144,7 @@ class _Row:
         if value is None:
             column = self.column(name)
             fault = "null" if column in self.row else "missing"
-            raise RecordError(f"column {column!r} is {fault}; {self.found_and_accepted()}")
+            raise RecordError(f"column {shown(column)} is {fault}; {self.found_and_accepted()}")
         return value
 
     def unused(self) -> list[str]:
@@ -138,10 +154,10 @@ class _Row:
     def found_and_accepted(self) -> str:
         """Return the end of a message: the columns found, and the accepted shapes."""
         renames = "".join(
-            f"; {ours} is read from {theirs!r}" for ours, theirs in self.columns.items()
+            f"; {ours} is read from {shown(theirs)}" for ours, theirs in self.columns.items()
         )
         return (
-            f"found columns {', '.join(self.row) or 'none'}{renames}; "
+            f"found columns {listed(self.row) or 'none'}{renames}; "
             f"accepted shapes: {', '.join(SHAPES)} (columns: {{field: column}} renames)"
         )
 
@@ -193,7 +209,8 @@ def _weight(view: _Row) -> float:
         return 1.0
     if _number("weight", weight) < 0:
         raise RecordError(
-            f"weight is {weight}; it must not be negative (0 leaves the record out of the loss)"
+            f"weight is {shown(weight)}; it must not be negative (0 leaves the record out of the "
+            "loss)"
         )
     return float(weight)
 
@@ -208,7 +225,30 @@ def _ref_logps(view: _Row, responses: int) -> tuple[float, ...] | None:
             f"ref_logps has {len(values)} values for {responses} responses; give one sum over "
             "tokens per response (of a pair: chosen, then rejected)"
         )
-    return tuple(_number(f"ref_logps[{k}]", value) for k, value in enumerate(values))
+    sums = tuple(_number(f"ref_logps[{k}]", value) for k, value in enumerate(values))
+    for k, value in enumerate(sums):
+        if value > 0:
+            raise RecordError(
+                f"ref_logps[{k}] is {value}, above 0, a probability above 1; compute the column "
+                "anew (una-fast precompute-ref) or remove it"
+            )
+    return sums
+
+
+def check_ref_logps(record: Record, tokens: Sequence[int]) -> None:
+    """Check cached reference log-probs against the lengths of the responses.
+
+    record: with or without `ref_logps`
+    tokens: [K] tokens of every response
+
+    Raises RecordError for a mean below LOWEST_LOGP nats per token.
+    """
+    for k, (value, length) in enumerate(zip(record.ref_logps or (), tokens, strict=False)):
+        if value < LOWEST_LOGP * length:
+            raise RecordError(
+                f"ref_logps[{k}] is {value} for {length} tokens, which no model gives; compute "
+                "the column anew (una-fast precompute-ref) or remove it"
+            )
 
 
 def _parse_pair(view: _Row, options: RecordOptions, require_unit_scores: bool) -> Record:
@@ -247,7 +287,7 @@ def _parse_single(view: _Row, options: RecordOptions, require_unit_scores: bool)
     if label is not None and not isinstance(label, bool):
         hint = " (graded feedback goes into score)" if isinstance(label, (int, float)) else ""
         raise RecordError(
-            f"label is {reprlib.repr(label)} ({type(label).__name__}), not a boolean; "
+            f"label is {shown(label)} ({type(label).__name__}), not a boolean; "
             f"write true or false{hint}"
         )
     score = _weighted_score(view, options)
@@ -278,7 +318,7 @@ def _refuse_holes(view: _Row, options: RecordOptions) -> None:
             )
     if options.score_columns:
         raise RecordError(
-            f"score_columns {', '.join(options.score_columns)} are missing; "
+            f"score_columns {listed(options.score_columns)} are missing; "
             f"{view.found_and_accepted()}"
         )
 
@@ -289,7 +329,7 @@ def _parse_list(view: _Row, options: RecordOptions, require_unit_scores: bool) -
     for name, value in (("completions", completions), ("scores", scores)):
         if not isinstance(value, list) or not value:
             raise RecordError(
-                f"{name} must be a list with one entry per response, not {reprlib.repr(value)}"
+                f"{name} must be a list with one entry per response, not {shown(value)}"
             )
     if len(completions) != len(scores):
         raise RecordError(
@@ -317,11 +357,11 @@ def _weighted_score(view: _Row, options: RecordOptions) -> float | None:
         return None
     if missing:
         raise RecordError(
-            f"score_columns {', '.join(missing)} are missing or null; {view.found_and_accepted()}"
+            f"score_columns {listed(missing)} are missing or null; {view.found_and_accepted()}"
         )
     view.used.update(wanted)
     total = sum(factor * _number(name, view.row[name]) for name, factor in wanted.items())
-    return total / options.divide
+    return _number("score (of score_columns)", total / options.divide)
 
 
 def _map_scores(
@@ -352,11 +392,9 @@ def _map_scores(
 
 def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise RecordError(
-            f"{name} is {reprlib.repr(value)} ({type(value).__name__}); write a number"
-        )
+        raise RecordError(f"{name} is {shown(value)} ({type(value).__name__}); write a number")
     if not abs(value) <= sys.float_info.max:
-        raise RecordError(f"{name} is {value}; it must be finite: fix or remove the record")
+        raise RecordError(f"{name} is {shown(value)}; it must be finite: fix or remove the record")
     return float(value)
 
 
@@ -379,7 +417,7 @@ def _read_texts(view: _Row, named: dict[str, object]) -> tuple[Text, tuple[Text,
         responses.append(response)
     if prompt is None:
         raise RecordError(
-            f"column {view.column('prompt')!r} is missing or null; {view.found_and_accepted()}"
+            f"column {shown(view.column('prompt'))} is missing or null; {view.found_and_accepted()}"
         )
     if isinstance(prompt, str):
         return prompt, tuple(responses)
@@ -404,7 +442,7 @@ def _cut_chat(
     *turns, last = chat
     if last["role"] != "assistant":
         raise RecordError(
-            f"{name} must end with an assistant message, not with role {last['role']!r}"
+            f"{name} must end with an assistant message, not with role {shown(last['role'])}"
         )
     # Some datasets give the text of one user turn as the prompt, beside responses that are whole
     # chats.
@@ -431,7 +469,7 @@ def _text_or_messages(name: str, value: object) -> Text:
         return value
     if not isinstance(value, list):
         raise RecordError(
-            f"{name} is {reprlib.repr(value)} ({type(value).__name__}); "
+            f"{name} is {shown(value)} ({type(value).__name__}); "
             "write a string or a list of chat messages"
         )
     if not value:
@@ -440,17 +478,46 @@ def _text_or_messages(name: str, value: object) -> Text:
 
 
 def _message(name: str, value: object) -> Message:
-    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
+    """Return a message without the keys of null value; unknown keys stay, for the template."""
+    if not isinstance(value, dict):
+        raise RecordError(f'{name} is {shown(value)}; a message is {{"role": ..., "content": ...}}')
+    role = value.get("role")
+    if not isinstance(role, str) or not role.strip():
         raise RecordError(
-            f'{name} is {reprlib.repr(value)}; a message is {{"role": ..., "content": ...}}'
+            f"{name}.role is {shown(role)} ({type(role).__name__}); write user, assistant, system, "
+            "tool or another role of the chat template"
         )
+    calls_tools = _calls_tools(name, value.get("tool_calls")) and role == "assistant"
     content = value.get("content")
-    if isinstance(content, str):
-        if not content.strip() and value["role"] in ("user", "assistant"):
-            raise RecordError(f"{name}.content is empty; fill it in or remove the record")
-    elif content is not None or not value.get("tool_calls"):
+    if isinstance(content, list):
         raise RecordError(
-            f"{name}.content is {reprlib.repr(content)} ({type(content).__name__}); write a string"
+            f"{name}.content is a list of parts; write the text of its parts as one string "
+            "(images and other media are not trained on)"
+        )
+    if isinstance(content, str):
+        # An empty answer calls tools; an empty system text or result of a tool says something.
+        if not content.strip() and role in ("user", "assistant") and not calls_tools:
+            raise RecordError(f"{name}.content is empty; fill it in or remove the record")
+    elif content is not None or not calls_tools:
+        raise RecordError(
+            f"{name}.content is {shown(content)} ({type(content).__name__}); write a string"
         )
     # Arrow gives every message the keys of all messages; templates ask which keys are there.
     return {key: entry for key, entry in value.items() if entry is not None}
+
+
+def _calls_tools(name: str, calls: object) -> bool:
+    """Return whether a message has tool calls; RecordError for anything but a list of objects."""
+    if calls is None:
+        return False
+    if not isinstance(calls, list):
+        raise RecordError(
+            f"{name}.tool_calls is {shown(calls)} ({type(calls).__name__}); write a list of calls"
+        )
+    for k, call in enumerate(calls):
+        if not isinstance(call, dict):
+            raise RecordError(
+                f"{name}.tool_calls[{k}] is {shown(call)}; a call is an object, such as "
+                '{"type": "function", "function": {"name": ..., "arguments": {...}}}'
+            )
+    return bool(calls)

@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from una_fast.checks import check_number
+from una_fast.data.records import RecordError, listed
 from una_fast.data.settings import RecordOptions
+from una_fast.printable import printable, shown
 
 DATA_SUFFIXES = (".jsonl", ".parquet")
 
-HUB_NAME = re.compile(r"[\w\-][\w.\-]*(/[\w\-][\w.\-]*)?")
+# owner/name, as the hub spells it. A name without an owner may be one of the readers of `datasets`
+# (csv, text, ...), which takes the rest of its settings for files to read.
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+HUB_CONFIG = re.compile(r"[\w+=,@ -][\w.+=,@ -]{0,199}")
+
+HUB_SECONDS = 5.0  # until a hub counts as out of reach
 
 ROWS_AT_ONCE = 1024  # of a Parquet file in memory
+
+LONGEST_LINE = 1 << 28  # bytes of a JSONL line: more is a damaged file, or not JSONL
+
+_KINDS = {
+    stat.S_IFREG: "file",
+    stat.S_IFDIR: "directory",
+    stat.S_IFIFO: "FIFO",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "device",
+    stat.S_IFBLK: "device",
+}
 
 
 @dataclass
@@ -23,7 +44,7 @@ class Source:
     """A place of records: a file, a directory or a dataset.
 
     path: a .jsonl or .parquet file, a directory of files (read in the order of names), or the name
-        of a dataset for `datasets` ("name" or "name:config")
+        of a dataset for `datasets` ("owner/name" or "owner/name:config")
     weight: how many times a record is seen in an epoch; the fractional part is drawn anew in every
         epoch
     split: the split of a dataset name
@@ -40,18 +61,24 @@ class Source:
     options: RecordOptions = field(default_factory=RecordOptions)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.path, (str, Path)) or not str(self.path):
+        if not isinstance(self.path, (str, Path)) or not str(self.path).strip():
             raise ValueError(
-                f"path={self.path!r} of a data source must be a file, a directory or a dataset name"
+                f"path={shown(self.path)} of a data source must be a file, a directory or the name "
+                "of a dataset"
             )
         self.path = str(self.path)
-        if check_number(f"weight of {self.path}", self.weight) <= 0:
+        place = printable(self.path)
+        if check_number(f"weight of {place}", self.weight) <= 0:
             raise ValueError(
-                f"weight={self.weight} of {self.path} must be positive; "
+                f"weight={self.weight} of {place} must be positive; "
                 "remove the source to leave it out"
             )
-        if self.online not in (True, False, None):
-            raise ValueError(f"online={self.online!r} of {self.path} must be true or false")
+        if not isinstance(self.split, str) or not self.split.strip():
+            raise ValueError(
+                f"split={shown(self.split)} of {place} must name a split, such as test"
+            )
+        if not isinstance(self.online, (bool, type(None))):
+            raise ValueError(f"online={shown(self.online)} of {place} must be true or false")
 
     @staticmethod
     def parse(entry: str | dict[str, Any], defaults: RecordOptions) -> Source:
@@ -66,23 +93,23 @@ class Source:
         if isinstance(entry, str):
             entry = {"path": entry}
         if not isinstance(entry, dict):
-            raise ValueError(f"data source {entry!r} must be a path or a mapping with a path")
+            raise ValueError(f"data source {shown(entry)} must be a path or a mapping with a path")
         own = [f.name for f in fields(Source) if f.name != "options"]
         options = {f.name: getattr(defaults, f.name) for f in fields(RecordOptions)}
         known = [*own, *options]
         for key in entry:
             if key not in known:
                 raise ValueError(
-                    f"data source {entry.get('path')!r}: unknown key {key!r}; "
+                    f"data source {shown(entry.get('path'))}: unknown key {shown(key)}; "
                     f"known keys: {', '.join(known)}"
                 )
         if "path" not in entry:
-            raise ValueError(f"data source {entry} has no path")
+            raise ValueError(f"data source {shown(entry)} has no path")
         options.update({key: value for key, value in entry.items() if key in options})
         try:
             resolved = RecordOptions(**options)
         except ValueError as error:
-            raise ValueError(f"data source {entry['path']!r}: {error}") from None
+            raise ValueError(f"data source {shown(entry['path'])}: {error}") from None
         given = {key: value for key, value in entry.items() if key in own}
         return Source(**given, options=resolved)
 
@@ -92,82 +119,255 @@ def read_rows(source: Source) -> Iterator[tuple[str, Any]]:
 
     origin: the place of the row for messages: "file.jsonl:LINE" with lines from 1,
         "file.parquet:ROW" or "dataset[split]:ROW" with rows from 0
-    row: a dict, or the undecoded bytes of a JSONL line
+    row: a dict, the undecoded bytes of a JSONL line, or the RecordError of a row that cannot be
+        decoded
 
-    Raises ValueError for a path without data.
+    Raises ValueError for a path without data, and for files that cannot be read. Only regular files
+    are read: a FIFO, a socket or a device could wait for ever, or never end.
     """
     path = Path(source.path)
-    if path.exists() and source.split != "train":
+    kind = _kind(path)
+    if kind is None:
+        yield from _read_dataset(source)
+        return
+    if source.split != "train":
         raise ValueError(
-            f"split={source.split!r} is for dataset names, but {path} is a path; "
+            f"split={shown(source.split)} is for dataset names, but {_place(path)} is a path; "
             "give the split's own files"
         )
-    if path.is_dir():
-        for file in _data_files(path):
-            yield from _read_file(file)
-    elif path.exists():
-        yield from _read_file(path)
-    else:
-        yield from _read_dataset(source)
+    files = _data_files(path) if kind == "directory" else [path]
+    for file in files:
+        yield from _read_file(file)
+
+
+def _place(path: Path) -> str:
+    """Return a path for messages and origins."""
+    return printable(path, 4096)
+
+
+def _kind(path: Path) -> str | None:
+    """Return what a path leads to, such as "file" or "FIFO"; None where nothing is there.
+
+    ValueError for a path that leads nowhere: a broken link, a circle of links, a closed directory.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            raise ValueError(f"{_place(path)} is a symbolic link to nothing") from None
+        return None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"{_place(path)} cannot be read: {printable(reason)}") from None
+    return _KINDS.get(stat.S_IFMT(mode), "special file")
 
 
 def _data_files(directory: Path) -> list[Path]:
+    with _readable(directory):
+        paths = list(directory.iterdir())
     files = []
-    for path in directory.iterdir():
+    for path in sorted(paths):
         hidden = path.name.startswith((".", "_"))
         if path.suffix in DATA_SUFFIXES and not hidden:
+            _check_regular(path)
             files.append(path)
     if not files:
         suffixes = " or ".join(DATA_SUFFIXES)
-        raise ValueError(f"directory {directory} holds no data files ({suffixes})")
-    return sorted(files)
+        raise ValueError(f"directory {_place(directory)} holds no data files ({suffixes})")
+    return files
 
 
-def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
-    if path.suffix == ".jsonl":
-        yield from _read_jsonl(path)
-    elif path.suffix == ".parquet":
-        yield from _read_parquet(path)
-    else:
+def _check_regular(path: Path) -> None:
+    """Check that a path leads to a regular file; ValueError otherwise, by its kind."""
+    kind = _kind(path)
+    if kind != "file":
         raise ValueError(
-            f"{path} is not a data file; its name must end in {' or '.join(DATA_SUFFIXES)}"
+            f"{_place(path)} is a {kind or 'path to nothing'}, and data is read from regular files "
+            "alone; write it into a file, or give it another name"
         )
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, bytes]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield f"{path}:{number}", line
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn an error of the system into a ValueError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        reason = printable(error.strerror or error)
+        raise ValueError(f"{_place(path)} cannot be read: {reason}") from None
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow
+def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
+    if path.suffix not in DATA_SUFFIXES:
+        raise ValueError(
+            f"{_place(path)} is not a data file; its name must end in {' or '.join(DATA_SUFFIXES)}"
+        )
+    _check_regular(path)
+    with _readable(path), path.open("rb") as file:
+        # Rows are yielded inside the block; an error of the reader's user does not come this way.
+        read = _read_jsonl if path.suffix == ".jsonl" else _read_parquet
+        yield from read(_place(path), file)
+
+
+def _read_jsonl(place: str, file: IO[bytes]) -> Iterator[tuple[str, bytes]]:
+    for number in itertools.count(start=1):
+        line = file.readline(LONGEST_LINE + 1)
+        if not line:
+            return
+        if len(line) > LONGEST_LINE:
+            raise ValueError(
+                f"{place}:{number}: a line of more than {LONGEST_LINE >> 20} MiB is not a record; "
+                "the file is damaged, or not JSONL"
+            )
+        if not line.isspace():
+            yield f"{place}:{number}", line
+
+
+def _read_parquet(place: str, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a Parquet file: {error}") from None
+        table = pyarrow.parquet.ParquetFile(file)
+        names = table.schema_arrow.names
+        expected = table.metadata.num_rows
+    except Exception as error:  # damage shows as any error of Arrow, of the system or of memory
+        raise ValueError(f"{place} is not a Parquet file: {printable(error)}") from None
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"{place}: columns {listed(twice)} are given twice; rename one of each")
     number = 0
-    for batch in table.iter_batches(batch_size=ROWS_AT_ONCE):
-        for row in batch.to_pylist():
-            yield f"{path}:{number}", row
-            number += 1
+    for group in range(table.num_row_groups):
+        for rows in _batches_of(table, group, f"{place}: row group {group}"):
+            for row in rows:
+                yield f"{place}:{number}", row
+                number += 1
+    if number != expected:
+        raise ValueError(
+            f"{place}: {number} rows were found, but its footer says {expected}; the file is "
+            "damaged: write it anew"
+        )
 
 
-def _read_dataset(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
-    problem = f"{source.path!r} is neither a file, a directory, nor a loadable dataset name"
+def _batches_of(table: Any, group: int, place: str) -> Iterator[list[Any]]:
+    """Yield the rows of a row group of a ParquetFile in lists."""
+    read = 0
+    batches = table.iter_batches(batch_size=ROWS_AT_ONCE, row_groups=[group])
+    while True:
+        try:
+            batch = next(batches, None)
+            rows = [] if batch is None else _rows_of(batch)
+        except Exception as error:  # as above
+            raise ValueError(
+                f"{place} is damaged, at its row {read} or later ({printable(error)}); "
+                "write the file anew"
+            ) from None
+        if batch is None:
+            return
+        read += len(rows)
+        yield rows
+
+
+def _rows_of(batch: Any) -> list[Any]:
+    """Return the rows of a batch of Arrow as dicts, or as the RecordError of a row."""
+    try:
+        rows = batch.to_pylist()
+    except (ValueError, OverflowError):  # text that is not UTF-8, a date beyond Python's
+        rows = [_row_of(batch, k) for k in range(batch.num_rows)]
+    return [_without_added_nulls(row) for row in rows]
+
+
+def _row_of(batch: Any, k: int) -> dict[str, Any] | RecordError:
+    row = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            row[name] = column[k].as_py()
+        except (ValueError, OverflowError) as error:
+            return RecordError(
+                f"column {shown(name)} cannot be read ({printable(error)}); fix or remove the "
+                "record"
+            )
+    return row
+
+
+def _without_added_nulls(row: Any) -> Any:
+    """Return a row of Arrow whose chat messages have the keys they were written with.
+
+    Arrow gives every object the keys of all objects in its column, with null: a tool call would
+    show the arguments of the others to the template. Null keys inside messages are dropped, those
+    that were written as null too; null columns stay, and objects other than messages.
+    """
+    if not isinstance(row, dict):
+        return row
+    return {name: _clean_messages(value) for name, value in row.items()}
+
+
+def _clean_messages(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_clean_messages(entry) for entry in value]
+    if isinstance(value, dict) and "role" in value:
+        return _without_nulls(value)
+    return value
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(entry) for key, entry in value.items() if entry is not None}
+    if isinstance(value, list):
+        return [_without_nulls(entry) for entry in value]
+    return value
+
+
+def _read_dataset(source: Source) -> Iterator[tuple[str, Any]]:
+    place = printable(source.path)
+    problem = f"{shown(source.path)} is neither a file, a directory, nor a loadable dataset name"
     name, _, config = source.path.partition(":")
-    # A missing path is refused at once: asking a hub for it would only cost the timeouts of its
-    # retries.
-    if not HUB_NAME.fullmatch(name) or name.endswith(DATA_SUFFIXES):
-        raise ValueError(f"{problem}; check the path")
+    # Anything else is refused at once: asking a hub for a missing path would only cost the timeouts
+    # of its retries.
+    known = HUB_NAME.fullmatch(name) and not name.endswith(DATA_SUFFIXES) and ".." not in name
+    if not known or (config and not HUB_CONFIG.fullmatch(config)):
+        raise ValueError(f"{problem} (owner/name or owner/name:config); check the path")
+    split = shown(source.split)
+    try:
+        rows = iter(_load_dataset(name, config or None, source.split))
+    except Exception as error:  # the hub, the disk and the dataset's own code each raise their own
+        raise ValueError(f"{problem} (split={split}): {printable(error)}") from error
+    for number in itertools.count():
+        origin = f"{place}[{printable(source.split)}]:{number}"
+        try:
+            row = next(rows, None)
+        except Exception as error:  # as above
+            raise ValueError(f"{origin} cannot be read: {printable(error)}") from error
+        if row is None:
+            return
+        yield origin, _without_added_nulls(row)
+
+
+def _load_dataset(name: str, config: str | None, split: str) -> Any:
+    """Return a split of a dataset, from the copy on this machine if the hub is out of reach."""
     import datasets
 
+    with _offline_unless_reachable(name):
+        return datasets.load_dataset(name, config, split=split)
+
+
+@contextmanager
+def _offline_unless_reachable(name: str) -> Iterator[None]:
+    """Take the hub as offline, after one question about a dataset that it does not answer.
+
+    Left alone, `datasets` asks again and again for half a minute.
+    """
+    import datasets
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
     try:
-        rows = datasets.load_dataset(name, config or None, split=source.split)
-    except Exception as error:  # the hub, the disk and the dataset's own code each raise their own
-        raise ValueError(f"{problem} (split={source.split!r}): {error}") from error
-    for number, row in enumerate(rows):
-        yield f"{source.path}[{source.split}]:{number}", row
+        HfApi().dataset_info(name, timeout=HUB_SECONDS)
+    except HfHubHTTPError:
+        pass  # an answer, if a refusal, which `datasets` tells in its own words
+    except Exception:  # no answer: every version of the client raises errors of another library
+        datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
