@@ -123,7 +123,7 @@ def test_the_trajectory_names_settings():
         model data output_dir tokenizer trust_remote_code reference gradient_checkpointing packing
         attn_implementation workspace_mb engine device epochs max_steps micro_batch_size
         max_tokens_per_batch offload_activations mlp_tile liger memory_gib eval_data
-        eval_fraction eval_every save_every save_async max_skipped_steps keep_checkpoints resume log_every loggers
+        eval_fraction eval_every save_every save_async save_dtype max_skipped_steps keep_checkpoints resume log_every loggers
         progress max_kl on_max_kl saved_completions off_policy_ok
     """
     assert names - set(TRAJECTORY) - set(ONLINE_TRAJECTORY) - RECORD_FIELDS == set(free.split())

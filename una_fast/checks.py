@@ -128,13 +128,10 @@ def _fits(value: Any, hint: type) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    """Return whether a value is a finite number that a float can hold."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    try:
+    """Return whether a value is a finite float, or a whole number of 64 bits."""
+    if isinstance(value, float):
         return math.isfinite(value)
-    except OverflowError:  # an integer of hundreds of digits
-        return False
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def _mismatch_of_union(name: str, value: Any, members: tuple[Any, ...], hint: Any) -> str | None:

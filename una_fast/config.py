@@ -503,8 +503,14 @@ class RunConfig(
         from una_fast.data.sources import Source
 
         defaults = self.record_options()
-        for entry in (*self.data, *self.eval_data):
-            Source.parse(entry, defaults)
+        for name in ("data", "eval_data"):
+            for number, entry in enumerate(getattr(self, name)):
+                if entry and isinstance(entry, str):
+                    continue  # a path alone
+                try:
+                    Source.parse(entry, defaults)
+                except ValueError as error:
+                    raise ValueError(f"{name}[{number}]: {error}") from None
 
     def _choose_forms(self) -> None:
         """Replace the "auto" of score and of offset, by the mode."""

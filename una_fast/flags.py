@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import functools
 import inspect
 import json
 import textwrap
@@ -59,8 +60,8 @@ class _Keep(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        words = getattr(namespace, "words", [])
-        namespace.words = [*words, (self.dest, values)]
+        text = values if isinstance(values, str) else "--"  # what argparse makes of --name=--
+        namespace.words = [*getattr(namespace, "words", []), (self.dest, text)]
 
 
 def add_settings(parser: Parser, groups: Iterable[type]) -> None:
@@ -94,7 +95,10 @@ def given_settings(kind: type, words: Sequence[tuple[str, str]]) -> dict[str, An
     given: dict[str, Any] = {}
     for name, text in words:
         if name == "config":
-            given |= _from_file(text, hints)
+            try:
+                given |= _from_file(text, hints)
+            except ValueError as error:
+                raise ValueError(f"--config {printable(text)}: {error}") from None
             continue
         outer, _, inner = name.partition(".")
         if not inner:
@@ -117,10 +121,10 @@ def _from_file(path: str, hints: dict[str, Any]) -> dict[str, Any]:
     for name, value in settings.items():
         if name not in hints:
             hint = suggestion(name, hints) if isinstance(name, str) else ""
-            raise ValueError(f"{printable(path)}: {shown(name)} is not a setting of this command{hint}")
+            raise ValueError(f"{shown(name)} is not a setting of this command{hint}")
         problem = mismatch(name, value, hints[name])
         if problem:
-            raise ValueError(f"{printable(path)}: {problem}")
+            raise ValueError(problem)
     return settings
 
 
@@ -169,6 +173,7 @@ def default_of(field: Field) -> Any:
     return field.default if field.default_factory is MISSING else field.default_factory()
 
 
+@functools.cache
 def _documented(kind: type) -> list[tuple[Field, Any, str]]:
     """Return (field, annotation, docstring below the field) of every field of a dataclass."""
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body

@@ -38,31 +38,27 @@ _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 def read_settings(path: str | Path) -> dict[str, Any]:
     """Return the mapping in a YAML file of settings; an empty file is an empty mapping.
 
-    ValueError, by the file and the line, for everything else; FIFOs and devices are not opened.
+    ValueError, by the line, for everything else; FIFOs and devices are not opened.
     """
     path = Path(path)
-    place = printable(path)
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            raise ValueError(f"{place} is not a regular file; give a YAML file of settings")
+            raise ValueError("not a regular file; give a YAML file of settings")
         with path.open("rb") as file:
             content = file.read(LONGEST + 1)
     except OSError as error:
-        raise ValueError(f"{place} cannot be read: {error.strerror}") from None
+        raise ValueError(f"cannot be read: {error.strerror}") from None
     if len(content) > LONGEST:
-        raise ValueError(f"{place} is larger than {LONGEST} bytes; is it a file of settings?")
+        raise ValueError(f"larger than {LONGEST} bytes; is it a file of settings?")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{place} is not text in UTF-8 (byte {error.start})") from None
-    try:
-        value = parse_value(text)
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from None
+        raise ValueError(f"byte {error.start} is no text in UTF-8") from None
+    value = parse_value(text)
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise ValueError(f"{place} holds {shown(value)}, not a mapping of settings, `name: value`")
+        raise ValueError(f"holds {shown(value)}, not a mapping of settings, `name: value`")
     return value
 
 
