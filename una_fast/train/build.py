@@ -50,6 +50,7 @@ from una_fast.rewards.total import Rewards
 from una_fast.train.checkpoint import load_training_state, read_state
 from una_fast.train.data_checks import check_data
 from una_fast.train.metrics import Clock, Meter
+from una_fast.train.ref_cache import refuse_other_model
 from una_fast.train.report import Reporter
 from una_fast.train.run_data import RunData
 
@@ -166,8 +167,8 @@ def build_run(opened: OpenedRun, tokenizer: PreTrainedTokenizerBase) -> RunParts
     """
     config, world, run = opened.config, opened.world, opened.resolved
     loaders, state, checkpoint = opened.loaders, opened.state, opened.checkpoint
-    records, prompts = opened.data.examples(), opened.data.all_prompts()
-    models = _load_models(config, world, tokenizer, run, records, prompts, checkpoint)
+    prompts = opened.data.all_prompts()
+    models = _load_models(config, world, tokenizer, run, opened.data, checkpoint)
     reference = {"reference": models.reference.identity}
     if checkpoint is not None:
         refuse_another_run(checkpoint, state["run"], reference)
@@ -246,17 +247,22 @@ def _load_models(
     world: World,
     tokenizer: PreTrainedTokenizerBase,
     run: ResolvedRun,
-    records: list[Example],
-    prompts: list[Prompt],
+    data: RunData,
     checkpoint: Path | None,
 ) -> _Models:
     """Load policy and reference onto the device, sharded where the run has several ranks."""
+    records, prompts = data.examples(), data.all_prompts()
     policy = load_trained(config, run, checkpoint)
     check_data(records, prompts, policy, tokenizer, config.max_new_tokens)
     scoring = scoring_of(config, run)
     reference: Reference
     if run.reference == "cached":
         reference = CachedReference(records)
+        if policy.is_adapter:  # the checkpoints do not hold the weights below the adapter
+            reference.identity += "+" + AdapterReference(policy, scoring).identity
+        if checkpoint is None:  # a resumed policy has moved, and its checkpoint knows the reference
+            new_adapter = config.lora is not None
+            refuse_other_model(data.caches, policy, run, new_adapter=new_adapter)
     elif run.reference == "adapter":
         reference = AdapterReference(policy, scoring)
     else:

@@ -37,6 +37,7 @@ from una_fast.train.build import RunParts, build_run, open_run, refuse_another_r
 from una_fast.train.checkpoint import Saver, complete_checkpoints, read_state, save_final
 from una_fast.train.manifest import Manifest
 from una_fast.train.metrics import Meter, peak_gib, peak_tflops
+from una_fast.train.ref_cache import date_of_caches, verify_cached_logps
 from una_fast.train.report import model_card
 from una_fast.train.run_data import RunData, load_data
 from una_fast.train.run_dir import find_checkpoint, finished_run, line_sizes, locked
@@ -93,7 +94,7 @@ def _train(config: RunConfig, output_dir: Path, world: World) -> TrainResult:
     tokenizer = load_tokenizer(
         config.tokenizer or config.model, trust_remote_code=config.trust_remote_code
     )
-    date = _date_of(checkpoint)
+    date = _date_of(config, checkpoint)
     fix_template_date(tokenizer, date)
     data = load_data(config, tokenizer)
     opened = open_run(config, world, data, checkpoint, show=True)
@@ -110,6 +111,9 @@ def _train(config: RunConfig, output_dir: Path, world: World) -> TrainResult:
         )
     opened.state["date"] = date
     trainer = Trainer(build_run(opened, tokenizer), output_dir)
+    if checkpoint is None and isinstance(trainer.reference, CachedReference):
+        records, caches = opened.data.examples(), opened.data.caches
+        verify_cached_logps(records, caches, trainer.policy, trainer.scoring, world)
     for report in data.reports:
         trainer.reporter.say(str(report))
     if world.is_main:
@@ -123,11 +127,14 @@ def _train(config: RunConfig, output_dir: Path, world: World) -> TrainResult:
     return TrainResult(output_dir, steps, metrics)
 
 
-def _date_of(checkpoint: Path | None) -> str:
-    """Return the date that chat templates print: of the run's start, wherever it goes on."""
+def _date_of(config: RunConfig, checkpoint: Path | None) -> str:
+    """Return the date that chat templates print: of the run's start, wherever it goes on.
+
+    A run on cached log-probs takes the date that they were computed with.
+    """
     if checkpoint is not None:
         return read_state(checkpoint)["date"]
-    return datetime.date.today().isoformat()
+    return date_of_caches(config) or datetime.date.today().isoformat()
 
 
 def _with_advice(error: KeyboardInterrupt, output_dir: Path) -> Stopped:

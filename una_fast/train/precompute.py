@@ -1,11 +1,24 @@
-"""Compute reference log-probs once for a whole data set, as a column of its records."""
+"""Compute reference log-probs once for a whole data set, as a column of its records.
+
+    data-00-pairs.jsonl.logps.tmp   log-probs computed so far, a line per micro-batch
+    data-00-pairs.jsonl             the records with the column, when all are computed
+    data-00-pairs.jsonl.ref.json    its sidecar (ref_cache.py)
+
+A killed command leaves the first file, and the same command goes on from there: its files are
+bitwise those of a command that was never killed.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import datetime
+import hashlib
 import json
+import math
 import os
+import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +31,20 @@ from una_fast.data.examples import Example, load_examples
 from una_fast.data.loader import Loader
 from una_fast.data.records import as_object
 from una_fast.data.sources import Source, read_rows
+from una_fast.data.template_date import fix_template_date
 from una_fast.distributed import start_world
+from una_fast.files import ASIDE, written_whole
 from una_fast.model.loading import load_tokenizer
 from una_fast.model.policy import Policy
 from una_fast.model.scoring import Scoring
-from una_fast.resolved import find_facts, load_frozen, resolve, scoring_of
+from una_fast.printable import printable
+from una_fast.resolved import ResolvedRun, find_facts, load_frozen, resolve, scoring_of
+from una_fast.signals import Stopped
+from una_fast.train.data_checks import check_data
+from una_fast.train.ref_cache import RefCache, model_identity, token_identity, tokens_of
+from una_fast.train.run_dir import locked
+
+PROGRESS = f".logps{ASIDE}"  # after the name of the data file
 
 
 def precompute_reference(config: RunConfig) -> dict[str, list[dict[str, Any]]]:
@@ -32,10 +54,12 @@ def precompute_reference(config: RunConfig) -> dict[str, list[dict[str, Any]]]:
         used for training
 
     Files are output_dir/data-NN-<source>.jsonl for every source of the data, and
-    eval_data-NN-<source>.jsonl likewise. A value of the column is a sum over tokens per response,
-    chosen first. Returns the `data:` and `eval_data:` entries that train on the new files.
+    eval_data-NN-<source>.jsonl likewise, with a sidecar each. A value of the column is a sum over
+    tokens per response, chosen first. Returns the `data:` and `eval_data:` entries that train on
+    the new files.
 
-    ValueError for more than one process, and for runs that sample.
+    ValueError for more than one process, for runs that sample, and for data or a model that cannot
+    be scored.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("una-fast precompute-ref runs as one process; start it without torchrun")
@@ -44,37 +68,76 @@ def precompute_reference(config: RunConfig) -> dict[str, list[dict[str, Any]]]:
             f"mode={config.mode}: only records have reference log-probs to compute; "
             "set mode: offline"
         )
-    writer = _open_writer(config)
-    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-    written: dict[str, list[dict[str, Any]]] = {}
-    for name, entries in (("data", config.data), ("eval_data", config.eval_data)):
-        for number, entry in enumerate(entries):
-            new_entry = writer.rewrite(entry, f"{name}-{number:02d}")
-            written.setdefault(name, []).append(new_entry)
+    output_dir = Path(config.output_dir).absolute()
+    sources = [(f"data-{k:02d}", "data", entry) for k, entry in enumerate(config.data)]
+    for k, entry in enumerate(config.eval_data):
+        sources.append((f"eval_data-{k:02d}", "eval_data", entry))
+    with locked(output_dir):
+        try:
+            writer = _open_writer(config, output_dir)
+            written: dict[str, list[dict[str, Any]]] = {}
+            for prefix, name, entry in sources:
+                written.setdefault(name, []).append(writer.rewrite(entry, prefix))
+        except Stopped as error:
+            raise _with_advice(error) from None
+        for path in _progress_files(output_dir):
+            path.unlink()
     return written
 
 
-def _open_writer(config: RunConfig) -> _Writer:
+def _with_advice(error: Stopped) -> Stopped:
+    message = f"ended by {error.name}; the same command goes on from the log-probs computed so far"
+    return Stopped(error.number, message, by_signal=error.by_signal)
+
+
+def _open_writer(config: RunConfig, output_dir: Path) -> _Writer:
     """Load the reference as a training run does."""
     device = start_world(config.device).device
     run = resolve(config, find_facts(config, [], device=device.type))
     tokenizer = load_tokenizer(
         config.tokenizer or config.model, trust_remote_code=config.trust_remote_code
     )
+    date = _date_of(output_dir)
+    fix_template_date(tokenizer, date)
     reference = load_frozen(config, run)
+    made_with = model_identity(reference, run, new_adapter=False)
     reference.model.to(device)
-    return _Writer(config, tokenizer, reference, scoring_of(config, run), device)
+    scoring = scoring_of(config, run)
+    return _Writer(config, run, output_dir, tokenizer, reference, scoring, made_with, device, date)
+
+
+def _progress_files(output_dir: Path) -> list[Path]:
+    return sorted(output_dir.glob(f"*data-[0-9]*.jsonl{PROGRESS}"))
+
+
+def _date_of(output_dir: Path) -> str:
+    """Return the date that chat templates print: of the command that is gone on from, or today."""
+    for path in _progress_files(output_dir):
+        for header, _ in _sealed_lines(path):
+            return header["date"]
+    return datetime.date.today().isoformat()
 
 
 @dataclass(frozen=True)
 class _Writer:
-    """Writes sources again with the log-probs of a frozen model."""
+    """Writes sources again with the log-probs of a frozen model.
+
+    run: decisions of the run
+    output_dir: of the new files
+    reference: the frozen model, on the device
+    made_with: identity of the model
+    date: printed by chat templates
+    """
 
     config: RunConfig
+    run: ResolvedRun
+    output_dir: Path
     tokenizer: PreTrainedTokenizerBase
     reference: Policy
     scoring: Scoring
+    made_with: dict[str, Any]
     device: torch.device
+    date: str
 
     def rewrite(self, entry: str | dict[str, Any], prefix: str) -> dict[str, Any]:
         """Write the new file of a source, and return the entry that trains on the file.
@@ -83,17 +146,39 @@ class _Writer:
         prefix: first part of the file's name
         """
         source = Source.parse(entry, self.config.record_options())
+        identity = token_identity(self.tokenizer, source.options) | self.made_with
         unit_scores = self.config.objective().scores_in_unit_interval
         examples, report = load_examples(source, self.tokenizer, require_unit_scores=unit_scores)
         print(report, flush=True)
-        target = Path(self.config.output_dir) / f"{prefix}-{Path(source.path).stem}.jsonl"
-        _write_with(target, source, dict(self._logps(examples)))
+        check_data(examples, [], self.reference, self.tokenizer)
+        target = self.output_dir / f"{prefix}-{Path(source.path).stem}.jsonl"
+        tokens = tokens_of(examples)
+        header = {"tokens": tokens, "date": self.date, "identity": identity, "ways": self._ways()}
+        with _telling_of_space(target):
+            logps = dict(self._logps(examples, target, header))
+            _write_with(source, logps, RefCache(target, tokens, self.date, identity))
         settings = dict(entry) if isinstance(entry, dict) else {}
         settings.pop("split", None)
-        return {**settings, "path": str(target)}
+        return {**settings, "path": str(Path(self.config.output_dir) / target.name)}
 
-    def _logps(self, examples: Sequence[Example]) -> Iterator[tuple[str, list[float]]]:
-        """Yield (origin, log-probs of the responses) of every example."""
+    def _ways(self) -> dict[str, Any]:
+        """Return what decides on the last bits of a log-prob: batches, kernels, versions."""
+        names = ("batch_size", "micro_batch_size", "max_tokens_per_batch", "attn_implementation")
+        return {
+            **{name: getattr(self.config, name) for name in names},
+            **self.run.plain(),
+            "torch": torch.__version__,
+        }
+
+    def _logps(
+        self, examples: Sequence[Example], target: Path, header: dict[str, Any]
+    ) -> Iterator[tuple[str, list[float]]]:
+        """Yield (origin, log-probs of the responses) of every example.
+
+        examples: of a source
+        target: the new file of the source
+        header: what the log-probs depend on
+        """
         loader = Loader(
             [examples],
             [1.0],
@@ -103,32 +188,141 @@ class _Writer:
             packed=self.reference.packed,
             seed=self.config.seed,
         )
-        for step in loader.in_order():
-            for micro_batch in step.micro_batches:
-                yield from self._logps_of(micro_batch)
+        with _Progress(target.with_name(target.name + PROGRESS), header) as progress:
+            for step in loader.in_order():
+                for micro_batch in step.micro_batches:
+                    logps = progress.next_done()
+                    if logps is None:
+                        logps = self._logps_of(micro_batch)
+                        progress.add(logps)
+                    for example, own in zip(micro_batch, logps, strict=True):
+                        yield example.origin, own
 
-    def _logps_of(self, micro_batch: Sequence[Example]) -> Iterator[tuple[str, list[float]]]:
+    def _logps_of(self, micro_batch: Sequence[Example]) -> list[list[float]]:
+        """Return the log-probs of the responses of every example."""
         batch = collate(
             micro_batch,
             packed=self.reference.packed,
             device=self.device,
             pad_id=self.tokenizer.pad_token_id,
         )
-        logps = iter(self.scoring.logps(self.reference, batch).tolist())
+        values = iter(self.scoring.logps(self.reference, batch).tolist())
+        found = []
         for example in micro_batch:
-            yield example.origin, [next(logps) for _ in example.responses]
+            own = [next(values) for _ in example.responses]
+            if not all(map(math.isfinite, own)):
+                raise ValueError(
+                    f"{example.origin}: the model gives log-probs {own}; look for weights that are "
+                    "not finite, or set precision: fp32"
+                )
+            found.append(own)
+        return found
 
 
-def _write_with(target: Path, source: Source, logps: dict[str, list[float]]) -> None:
-    """Write the rows of a source that have log-probs, with the log-probs as a column.
+# ---- progress ----------------------------------------------------------------------------------
 
-    target: the new file
+
+class _Progress:
+    """The log-probs computed so far, in a file: a header, and then a line per micro-batch.
+
+    Every line carries its hash: a line that was cut by a kill, or damaged, is computed again, and
+    all that follow.
+    """
+
+    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+        """Read the lines that an earlier command has left, if their header is the same.
+
+        path: the file
+        header: what the log-probs depend on, as JSON values
+        """
+        self.done: list[list[list[float]]] = []
+        lines = [] if not path.exists() else [*_sealed_lines(path)]
+        if lines and lines[0][0] == json.loads(json.dumps(header)):
+            self.done = [value for value, _ in lines[1:]]
+            os.truncate(path, lines[-1][1])
+            self._file = path.open("a", encoding="utf-8")
+            print(f"{path.name}: {len(self.done)} micro-batches are computed already", flush=True)
+        else:
+            if path.exists():
+                print(f"{path.name} is damaged or of other settings: starting anew", flush=True)
+            self._file = path.open("w", encoding="utf-8")
+            self.add(header)
+        self._next = 0
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def next_done(self) -> list[list[float]] | None:
+        """Return the log-probs of the next micro-batch, None where they are to be computed."""
+        self._next += 1
+        return self.done[self._next - 1] if self._next <= len(self.done) else None
+
+    def add(self, value: Any) -> None:
+        """Write a line: the log-probs of a micro-batch, or the header."""
+        text = json.dumps(value)
+        self._file.write(f"{_seal(text)} {text}\n")
+        self._file.flush()
+
+
+def _sealed_lines(path: Path) -> Iterator[tuple[Any, int]]:
+    """Yield (value, where the line ends) for the lines of a file, up to the first broken one."""
+    end = 0
+    with path.open("rb") as file:
+        for line in file:
+            seal, _, text = line.decode("utf-8", "replace").partition(" ")
+            if not text.endswith("\n") or _seal(text[:-1]) != seal:
+                return
+            end += len(line)
+            yield json.loads(text), end
+
+
+def _seal(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _telling_of_space(target: Path) -> Iterator[None]:
+    """Say what a failure to write means, and how much space is free; ValueError."""
+    try:
+        yield
+    except OSError as error:
+        free = shutil.disk_usage(target.parent).free
+        raise ValueError(
+            f"{target} was not written: {printable(error)}; {free / 1e6:.3g} MB are free. Make "
+            "room, and start the same command again: it goes on from the log-probs computed so far"
+        ) from error
+
+
+# ---- the new file ------------------------------------------------------------------------------
+
+
+def _write_with(source: Source, logps: dict[str, list[float]], cache: RefCache) -> None:
+    """Write the rows of a source that have log-probs, with the log-probs as a column; the sidecar.
+
     source: the rows; its settings name the column
     logps: origin of a row -> log-probs of its responses
+    cache: the sidecar, but for what depends on the written bytes
     """
     column = source.options.resolved().columns.get("ref_logps", "ref_logps")
-    with target.open("w", encoding="utf-8") as file:
+    digest = hashlib.sha256()
+    records = size = 0
+    with written_whole(cache.file) as file:
         for origin, row in read_rows(source):
-            if origin in logps:
-                record = {**as_object(row), column: logps[origin]}
-                file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+            if origin not in logps:
+                continue
+            record = {**as_object(row), column: logps[origin]}
+            line = json.dumps(record, ensure_ascii=False, default=str) + "\n"
+            file.write(line)
+            digest.update(line.encode())
+            size += len(line.encode())
+            records += 1
+        if records != len(logps):
+            raise ValueError(
+                f"{source.path} has changed while its log-probs were computed; start again"
+            )
+        # Before the file has its name: no file of ours is ever without its sidecar, and an older
+        # file beside a new sidecar is refused until the new file is there.
+        replace(cache, records=records, bytes=size, sha256=digest.hexdigest()).write()

@@ -14,6 +14,7 @@ from una_fast.data.examples import Example, Prompt, SourceReport, load_examples,
 from una_fast.data.loader import hold_out
 from una_fast.data.sources import Source
 from una_fast.model.reference import without_cached_logps
+from una_fast.train.ref_cache import RefCache, read_caches, uses_caches
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class RunData:
     eval_records: records held out for evaluation
     eval_prompts: prompts held out for evaluation
     reports: counts of every source, in the order of data and eval_data
+    caches: sidecars of files with ref_logps that the run would use
     """
 
     records: list[list[Example]] = field(default_factory=list)
@@ -36,6 +38,7 @@ class RunData:
     eval_records: list[Example] = field(default_factory=list)
     eval_prompts: list[Prompt] = field(default_factory=list)
     reports: list[SourceReport] = field(default_factory=list)
+    caches: list[RefCache] = field(default_factory=list)
 
     def examples(self) -> list[Example]:
         """Return all records, held-out records too, and no prompts."""
@@ -51,6 +54,7 @@ class RunData:
             self,
             records=[without_cached_logps(source) for source in self.records],
             eval_records=without_cached_logps(self.eval_records),
+            caches=[],
         )
 
 
@@ -59,12 +63,14 @@ class _Loaded:
     """A source that was read.
 
     sampled: the source gives prompts to sample from, not records
+    caches: sidecars of its files
     """
 
     weight: float
     sampled: bool
     examples: list[Any]
     report: SourceReport
+    caches: list[RefCache]
 
 
 def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> RunData:
@@ -73,12 +79,14 @@ def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> RunData:
     config: settings of the run
     tokenizer: of the policy
 
-    ValueError for malformed records, and for sources that do not go with the mode of the run.
+    ValueError for malformed records, for sources that do not go with the mode of the run, and for
+    ref_logps of other tokens.
     """
     data = RunData()
     for entry in config.data:
         loaded = _load_source(config, tokenizer, entry)
         data.reports.append(loaded.report)
+        data.caches.extend(loaded.caches)
         training = _hold_out(config, data, loaded)
         if loaded.sampled:
             data.prompts.append(training)
@@ -89,6 +97,7 @@ def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> RunData:
     for entry in config.eval_data:
         loaded = _load_source(config, tokenizer, entry)
         data.reports.append(loaded.report)
+        data.caches.extend(loaded.caches)
         _add_to_evaluation(data, loaded, loaded.examples)
     if config.mode == "mixed" and not (data.records and data.prompts):
         raise ValueError(
@@ -108,12 +117,15 @@ def _load_source(
             f"{source.path} is set to online: {str(sampled).lower()}, but the mode is "
             f"{config.mode}; set mode: mixed"
         )
+    caches: list[RefCache] = []
     if sampled:
         examples, report = load_prompts(source, tokenizer, max_new_tokens=config.max_new_tokens)
     else:
         unit_scores = config.objective().scores_in_unit_interval
         examples, report = load_examples(source, tokenizer, require_unit_scores=unit_scores)
-    return _Loaded(source.weight, sampled, examples, report)
+        if uses_caches(config):
+            caches = read_caches(examples, tokenizer, source.options)
+    return _Loaded(source.weight, sampled, examples, report, caches)
 
 
 def _hold_out(config: RunConfig, data: RunData, loaded: _Loaded) -> list[Any]:
