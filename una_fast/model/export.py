@@ -7,6 +7,7 @@ dtypes of its own files.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
