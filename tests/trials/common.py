@@ -59,6 +59,7 @@ class Trial:
     seed: of everything that is drawn
     short: a few cases of every kind instead of all
     failures: names of the cases that failed
+    figures: measured numbers, for the result
     """
 
     root: Path
@@ -66,6 +67,7 @@ class Trial:
     short: bool = False
     total: int = 0
     failures: list[str] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
     _fixtures: Fixtures | None = None
 
     def report(self, name: str, good: object, note: str = "") -> None:
@@ -109,8 +111,10 @@ def main(run: Callable[[Trial], None], description: str | None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--short", action="store_true", help="a few cases of every kind")
     parser.add_argument("--keep", action="store_true", help="keep the temporary folder")
+    parser.add_argument("--out", type=Path, help="file for the result, as JSON")
     options = parser.parse_args()
     root = Path(tempfile.mkdtemp(prefix="una-trial-"))
+    start = time.monotonic()
     try:
         trial = Trial(root, options.seed, options.short)
         run(trial)
@@ -120,7 +124,35 @@ def main(run: Callable[[Trial], None], description: str | None) -> int:
         else:
             shutil.rmtree(root, ignore_errors=True)
     print(f"SURVIVED {trial.total - len(trial.failures)}/{trial.total}", flush=True)
+    if options.out:
+        seconds = round(time.monotonic() - start)
+        content = {"command": " ".join(sys.argv), "seconds": seconds, **result_of(trial)}
+        options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return int(bool(trial.failures))
+
+
+def result_of(trial: Trial) -> dict[str, Any]:
+    """Return the result of a trial, with the versions and the machine, as JSON values."""
+    import torch
+    import transformers
+
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=TESTS, capture_output=True, text=True
+    )
+    return {
+        "seed": trial.seed,
+        "short": trial.short,
+        "cases": trial.total,
+        "failures": trial.failures,
+        **trial.figures,
+        "commit": commit.stdout.strip(),
+        "versions": {
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "machine": f"{os.cpu_count()} cores, {os.uname().machine}",
+    }
 
 
 # ---- fixtures ----------------------------------------------------------------------------------
