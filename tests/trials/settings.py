@@ -1,37 +1,34 @@
 #!/usr/bin/env python3
 """Mutate settings, as YAML files and as flags, for every command, and look at what happens.
 
-    .venv/bin/python tests/trials/settings.py [SEED] [NUMBER]
+    .venv/bin/python tests/trials/settings.py [--seed N] [--short]
 
 Nothing is loaded: the functions behind the commands are replaced by one that keeps the settings it
 was given. A mutation must end in accepted settings that an independent oracle finds sane, or in
-exit status 1 or 2 and one printable line that names the setting or the file. The last line counts.
+exit status 1 or 2 and one printable line that names the setting or the file.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-import io
 import json
 import math
 import os
 import random
-import signal
 import sys
-import tempfile
-import time
-import traceback
 import types
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import yaml
+from common import Trial, in_process, main
 
 from una_fast import cli
 
+MUTATIONS = 3000
+SHORT = 150
 LIMIT = 20  # seconds
 LONGEST = 1700  # characters of a message
 
@@ -163,38 +160,6 @@ def replace_commands() -> None:
         sys.modules[module] = fake
     check = cli.COMMANDS["check"]._replace(run=lambda parsed: keep(cli._settings(parsed)))
     cli.COMMANDS["check"] = check
-
-
-class _TimeUp(BaseException):
-    pass
-
-
-def call(words: list[str]) -> tuple[int, str, float, bool]:
-    """Run a command in this process; return (status, stderr, seconds, whether time was up)."""
-
-    def ring(*_: Any) -> None:
-        raise _TimeUp
-
-    out, err = io.StringIO(), io.StringIO()
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, LIMIT)
-    start = time.time()
-    late = False
-    status = 99
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                status = cli.main(words)
-            except SystemExit as stopped:
-                status = stopped.code
-            except Exception:
-                traceback.print_exc()
-    except _TimeUp:
-        late = True
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    return status, err.getvalue(), time.time() - start, late
 
 
 def insane(settings: Any) -> str | None:
@@ -376,19 +341,20 @@ def make_places(folder: Path) -> None:
 def judge(words: list[str], names: list[str]) -> tuple[str, str]:
     """Run a mutation; return (verdict, detail); verdicts "accepted" and "refused" are good."""
     accepted.clear()
-    status, err, seconds, late = call(words)
+    result = in_process(lambda: cli.main(words), timeout=LIMIT)
+    err = result.err
     lines = err.splitlines()
-    if late or seconds > LIMIT:
-        return "hang", f"{seconds:.0f} s"
-    if "Traceback" in err:
+    if result.timed_out:
+        return "hang", f"{result.seconds:.0f} s"
+    if result.has_traceback:
         return "traceback", " / ".join(lines[-4:])[:400]
     if any(secret in err for secret in SECRETS):
         return "a secret is told", err[:300]
-    if status == 0:
+    if result.code == 0:
         problem = insane(accepted[0]) if accepted else None
         return ("accepted nonsense", problem) if problem else ("accepted", "")
-    if status not in (1, 2):
-        return f"status {status}", err[:300]
+    if result.code not in (1, 2):
+        return f"status {result.code}", err[:300]
     if len(lines) != 1 or len(err) > LONGEST or not err.rstrip("\n").isprintable():
         return "not one printable line", repr(err[:400])
     if not err.startswith("una-fast") or ": error: " not in err:
@@ -398,31 +364,24 @@ def judge(words: list[str], names: list[str]) -> tuple[str, str]:
     return "refused", ""
 
 
-def main(seed: int, number: int) -> int:
-    """Try `number` mutations; return the exit status."""
+def run(trial: Trial) -> None:
+    """Try mutations drawn by the seed, and count them."""
     replace_commands()
+    folder = trial.new_folder("settings")
+    make_places(folder)
+    os.chdir(folder)
+    mutator = Mutator(trial.seed, folder)
     counts: Counter[str] = Counter()
-    examples: dict[str, tuple[str, str]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        make_places(Path(folder))
-        mutator = Mutator(seed, Path(folder))
-        for _ in range(number):
-            description, words, names = mutator.next()
-            verdict, detail = judge(words, names)
-            counts[verdict] += 1
-            if verdict not in ("accepted", "refused"):
-                examples.setdefault(f"{verdict}: {detail[:60]}", (description, detail))
-        if (Path(folder) / "PWNED").exists():
-            counts["foreign code ran"] += 1
-        os.chdir("/")
-    for description, detail in examples.values():
-        print(f"{detail}\n      {description[:300]!r}".encode("utf-8", "replace").decode())
-    good = counts["accepted"] + counts["refused"]
-    print(f"settings: {good}/{sum(counts.values())} seed {seed} {dict(counts)}")
-    return int(good != sum(counts.values()))
+    for _ in range(SHORT if trial.short else MUTATIONS):
+        description, words, names = mutator.next()
+        verdict, detail = judge(words, names)
+        counts[verdict] += 1
+        if verdict not in ("accepted", "refused"):
+            trial.report(f"{verdict}: {detail!a}", False, ascii(description)[:300])
+    trial.report("no foreign code ran", not (folder / "PWNED").exists(), str(dict(counts)))
+    trial.total += counts["accepted"] + counts["refused"]
+    os.chdir("/")
 
 
 if __name__ == "__main__":
-    numbers = [int(word) for word in sys.argv[1:]]
-    sys.exit(main(*(numbers + [0, 3000][len(numbers) :])))
+    sys.exit(main(run, __doc__))

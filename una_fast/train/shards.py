@@ -6,7 +6,7 @@ A rank writes the tensors that it alone holds:
     rank-R.<name>              a tensor of rank R alone: a random state, moments in 8 bits
     any other plain tensor     equal on all ranks, and written by rank 0
 
-Files hold tensors and JSON, and reading them runs no code: DCP's own metadata is a pickle. DCP's
+Files hold tensors and JSON, and reading them runs no code; DCP's own metadata is a pickle, and its
 HuggingFaceStorageReader was tried: it reads no tensor without dimensions, such as the step of Adam.
 """
 
