@@ -46,5 +46,5 @@ setup(
         "matplotlib>=3.9",
     ],
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["una-fast=una_fast.cli:main"]},
+    entry_points={"console_scripts": ["una-fast=una_fast.command:main"]},
 )

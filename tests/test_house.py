@@ -28,6 +28,7 @@ online capacity
 train
 demo
 cli
+command
 __init__
 """
 LAYER = {room: number for number, line in enumerate(LAYERS.split("\n")) for room in line.split()}

@@ -12,9 +12,9 @@ import importlib.metadata
 import json
 import logging
 import os
+import select
 import signal
 import sys
-import threading
 import time
 import traceback
 import warnings
@@ -81,24 +81,14 @@ class Command(NamedTuple):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command.
+    """Run a command, and say in one line why it failed.
 
-    arguments: words of the command line; default: the arguments of the process, which is then
-        taken to end with the command
+    arguments: words of the command line; default: the arguments of the process
 
     Returns the exit status: 0; 1 after an error in settings, data or files; 70 after a bug of
     una_fast; 128 + N after signal N. SystemExit(2) for wrong words.
     """
-    if arguments is not None:
-        return _run(list(arguments))
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a character
-    status = _run(sys.argv[1:])
-    _end_with_the_command(status)
-    return status
-
-
-def _run(arguments: list[str]) -> int:
-    """Run a command, say in one line why it failed, and return the exit status."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     command = "una-fast"
     try:
         with requests.listening():
@@ -118,9 +108,9 @@ def _run(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return _stopped(command, Stopped(signal.SIGINT))
     except BrokenPipeError as error:
-        if _stdout_is_open():
-            return _failed(command, told(error))
-        return 128 + signal.SIGPIPE
+        if _nobody_reads_stdout():
+            return 128 + signal.SIGPIPE
+        return _failed(command, told(error))
     except Exception as error:
         text = _for_users(error)
         if text is None:
@@ -191,40 +181,18 @@ def _leave_for_launcher(line: str) -> None:
             json.dump({"message": {"message": line, "extraInfo": extra}}, file)
 
 
-def _stdout_is_open() -> bool:
-    """Return whether somebody reads stdout; if not, let the rest of the output go nowhere."""
+def _nobody_reads_stdout() -> bool:
+    """Return whether the reader of stdout is gone; the rest of the output then goes nowhere."""
     try:
-        sys.stdout.flush()
-        return True
-    except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
+        output = sys.stdout.fileno()
+    except (OSError, ValueError):  # stdout is no file
         return False
-
-
-END_PATIENCE = 10.0  # seconds for threads, such as of a reward function, after the command
-
-
-def _end_with_the_command(status: int) -> None:
-    """Make the process end soon, even if a thread was left behind that does not.
-
-    What ends by itself, ends as ever: the watch is a daemon thread.
-    """
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from the end of Python
-
-    def end() -> None:
-        left = [t.name for t in threading.enumerate() if not t.daemon]
-        others = ", ".join(printable(name) for name in left if name != "MainThread")
-        with contextlib.suppress(OSError, ValueError):
-            print(f"una-fast: left without waiting for the threads {others}", file=sys.stderr)
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(status)
-
-    watch = threading.Timer(END_PATIENCE, end)
-    watch.daemon = True
-    watch.start()
+    poll = select.poll()
+    poll.register(output, 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True
 
 
 @contextlib.contextmanager
