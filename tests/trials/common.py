@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -262,6 +263,11 @@ class Result:
         return "Traceback (most recent call last)" in self.out + self.err
 
     @property
+    def has_traceback_of_ours(self) -> bool:
+        """Return whether a traceback leads through una_fast: torchrun prints its own for faults."""
+        return self.has_traceback and re.search(r'File ".*/una_fast/', self.out + self.err)
+
+    @property
     def last(self) -> str:
         """Return the last line of stderr."""
         lines = [line for line in self.err.splitlines() if line.strip()]
@@ -293,18 +299,21 @@ class Result:
 
 
 def preload() -> None:
-    """Import what every run imports, so that forked children need not; no tensor work."""
+    """Import and build what every run needs, so that forked children need not; no tensor work."""
     import datasets  # noqa: F401
     import pyarrow.parquet  # noqa: F401
     import torch
+    import transformers.conversion_mapping
     import transformers.generation
-    import transformers.models.llama.modeling_llama  # noqa: F401
+    import transformers.models.llama.modeling_llama
 
     import una_fast.cli
     import una_fast.train.loop
-    import una_fast.train.precompute  # noqa: F401
+    import una_fast.train.precompute
 
     torch.set_num_threads(1)
+    una_fast.cli._parser(["train"])
+    transformers.conversion_mapping.get_checkpoint_conversion_mapping("llama")
 
 
 def una_fast(words: Sequence[object], **options: Any) -> Result:
@@ -436,8 +445,15 @@ def in_process(function: Callable[[], int | None], *, timeout: float = 20.0) -> 
 # ---- commands, and ranks -----------------------------------------------------------------------
 
 
+MARK = "UNA_TRIAL_COMMAND"
+
+
 class Command:
-    """una-fast as a command in a session of its own, with one rank or several."""
+    """una-fast as a command of its own, with one rank or several.
+
+    Its processes are known by a variable of their environment: torchrun gives every rank a session
+    of its own, and ranks outlive their launcher.
+    """
 
     def __init__(
         self,
@@ -459,6 +475,8 @@ class Command:
             head = [SCRIPTS / "torchrun", f"--nproc-per-node={ranks}"]
             head += [f"--master-port={free_port()}", "--no-python", SCRIPTS / "una-fast"]
         self.log = log
+        self.mark = f"{MARK}={os.getpid()}-{time.monotonic_ns()}"
+        name, _, value = self.mark.partition("=")
         self.start = time.monotonic()
         with log.open("ab") as output:
             self.process = subprocess.Popen(
@@ -467,6 +485,7 @@ class Command:
                 stdout=output,
                 stderr=output,
                 cwd=cwd,
+                env={**os.environ, name: value},
                 start_new_session=True,
             )
 
@@ -479,20 +498,21 @@ class Command:
         return self.process.poll() is None
 
     def members(self) -> list[int]:
-        """Return the processes of the session: the launcher, if it runs, and the ranks."""
+        """Return the processes of the command: the launcher, if it runs, and the ranks."""
         found = []
-        for entry in os.listdir("/proc"):
-            if entry.isdigit():
-                with contextlib.suppress(OSError):
-                    if os.getsid(int(entry)) == self.pid and _is_alive(int(entry)):
-                        found.append(int(entry))
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if entry.name.isdigit() and self.mark.encode() in read_environment(entry):
+                    found.append(int(entry.name))
         return found
 
     def kill(self) -> None:
         """Kill the launcher and all ranks at once."""
-        for pid in self.members():
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
+        while members := self.members():
+            for pid in members:
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+            self.process.poll()
 
     def wait(self, timeout: float = 120.0) -> Result:
         """Wait for the end; kill the command at the timeout."""
@@ -519,10 +539,9 @@ class Command:
         return False
 
 
-def _is_alive(pid: int) -> bool:
-    """Return whether a process runs: a zombie does not."""
-    state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    return state != "Z"
+def read_environment(process: Path) -> list[bytes]:
+    """Return the environment of a process in /proc; a zombie has none."""
+    return (process / "environ").read_bytes().split(b"\0")
 
 
 def free_port() -> int:

@@ -132,7 +132,7 @@ def damage_all(trial: Trial, kind: str, words: list[str]) -> None:
                 cases.append((f"{file}: {how}", damaged(file, damage)))
     cases += added_files(out / "checkpoint-8").items()
     cases.append(("both checkpoints without weights", lambda: remove_weights(out)))
-    for name, damage in trial.some(cases, 3, kind):
+    for name, damage in trial.some(cases, 2, kind):
         attempt(name, damage)
 
 

@@ -11,16 +11,18 @@ A line per trial is printed at the end; the exit status is 0 if nothing failed.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import inspect
 import json
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
+from typing import Any
 
 from common import Trial, preload, result_of
 
@@ -63,21 +65,41 @@ def main() -> int:
     return int(any(result["failures"] for result in results.values()))
 
 
-def run_one(name: str, root: Path, seed: int, *, short: bool) -> dict:
-    """Run a trial: in this process where it has a function run(trial), else as a script."""
+def run_one(name: str, root: Path, seed: int, *, short: bool) -> dict[str, Any]:
+    """Run a trial in a forked child, so that none changes the process of the next; its result."""
+    folder = root / name
+    folder.mkdir()
+    file = folder / "result.json"
     start = time.monotonic()
-    module = importlib.import_module(name)
-    if [*inspect.signature(getattr(module, "run", run_one)).parameters] == ["trial"]:
-        folder = root / name
-        folder.mkdir()
-        trial = Trial(folder, seed, short)
-        with contextlib.chdir(folder):
-            module.run(trial)
-    else:
-        trial = Trial(root, seed, short)
-        command = [sys.executable, str(FOLDER / f"{name}.py"), str(seed)]
-        trial.report(name, subprocess.run(command).returncode == 0)
-    return {"seconds": round(time.monotonic() - start), **result_of(trial)}
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            trial = Trial(folder, seed, short)
+            run_here(name, trial)
+            file.write_text(json.dumps(result_of(trial)), encoding="utf-8")
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+    os.waitpid(pid, 0)
+    result = {"cases": 1, "failures": [f"{name} did not end"]}
+    if file.exists():
+        result = json.loads(file.read_text(encoding="utf-8"))
+    return {"seconds": round(time.monotonic() - start), **result}
+
+
+def run_here(name: str, trial: Trial) -> None:
+    """Run a trial: its function run(trial), or the script where it has none."""
+    run = getattr(importlib.import_module(name), "run", None)
+    if run is not None and [*inspect.signature(run).parameters] == ["trial"]:
+        run(trial)
+        return
+    command = [sys.executable, str(FOLDER / f"{name}.py"), str(trial.seed)]
+    trial.report(name, subprocess.run(command).returncode == 0)
 
 
 if __name__ == "__main__":

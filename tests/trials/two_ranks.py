@@ -72,7 +72,7 @@ def try_full_disk(trial: Trial, root: Path) -> None:
     with small_disk(root / "disk", "700k") as disk:
         words = train_words(trial.fixtures, save_every=3, output_dir=disk / "out")
         result = Command(words, root / "full.log", ranks=2).wait()
-        good = not result.timed_out and not result.has_traceback and "space" in result.err
+        good = not result.timed_out and not result.has_traceback_of_ours and "space" in result.err
         trial.report("disk full at a save", good and not [*disk.glob("out/*.tmp")], ended(result))
 
 
@@ -93,7 +93,7 @@ def try_signal(trial: Trial, root: Path, number: signal.Signals) -> None:
     result = command.wait(60)
     seconds = time.monotonic() - begin
     whole, lines = whole_checkpoints(out), lines_in(out / "metrics.jsonl")
-    good = not result.timed_out and not result.has_traceback and not command.members()
+    good = not result.timed_out and not result.has_traceback_of_ours and not command.members()
     if number == signal.SIGTERM:
         good = good and whole[-1:] == [lines]
     note = f"ended {seconds:.1f} s later, whole {whole}, {lines} lines"
