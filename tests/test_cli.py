@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
+import signal
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import yaml
@@ -15,6 +18,7 @@ import yaml
 from tiny import make_records, make_tokenizer, read_metrics, save_llama, write_jsonl
 from una_fast import cli
 from una_fast.cli import main
+from una_fast.signals import Stopped
 
 PAIR = {"prompt": "the cat", "chosen": "sat on", "rejected": "fell"}
 SCORE = {"prompt": "the cat", "completion": "sat", "score": 0.5}
@@ -231,8 +235,8 @@ def test_check(capsys, llamas):
     assert "rows: packed, the prompt once" in said
 
 
-def test_help_needs_neither_torch_nor_transformers():
-    """--help of every command is fast: modules of a run, and other packages, are not imported."""
+def test_help_and_refused_settings_need_neither_torch_nor_transformers():
+    """Both are fast: modules of a run, and other packages, are not imported."""
     code = """
 import sys
 sys.modules.update(dict.fromkeys(["torch", "transformers", "peft", "datasets", "numpy"]))
@@ -242,6 +246,10 @@ for words in ([], *([name] for name in COMMANDS)):
         main([*words, "--help"])
     except SystemExit as stopped:
         assert stopped.code == 0, words
+needed = ["--model", "a", "--data", "b", "--output_dir", "c"]
+for words in (["train", *needed, "--beta", "-1"], ["precompute-ref", *needed, "--seed", "-1"],
+              ["plan", "--model", "a", "--prompt", "-1"], ["demo", "--seed", "-1"]):
+    assert main(["-v", *words]) == 1, words
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -315,3 +323,125 @@ def test_plan_of_one_call(capsys):
     with pytest.raises(SystemExit):
         main(["plan", "--op", "8192", "4096", "128256", "--device", "tpu"])
     assert "device='tpu' is not one of auto, cpu, cuda" in capsys.readouterr().err
+
+
+@pytest.fixture
+def fail(monkeypatch, capsys):
+    """Run a command that raises an exception; returns (exit status, stderr)."""
+
+    def call(error):
+        def run(parsed):
+            raise error
+
+        monkeypatch.setitem(cli.COMMANDS, "check", cli.COMMANDS["check"]._replace(run=run))
+        status = main(["check"])
+        return status, capsys.readouterr().err
+
+    return call
+
+
+class OutOfMemoryError(RuntimeError):
+    """torch's, by its name."""
+
+
+class OwnError(RuntimeError):
+    """An exception class of una_fast's own."""
+
+
+OwnError.__module__ = "una_fast.somewhere"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "text"),
+    [
+        (ValueError("x.jsonl:3:\n  the column \x1b[2J\x9b is bad"), 1, r"x.jsonl:3:   the column"),
+        (OSError(28, "No space left on device", "out/x"), 1, r"No space left on device: 'out/x'"),
+        (OwnError("the judge is down"), 1, "the judge is down"),
+        (OutOfMemoryError("CUDA out of memory"), 1, "out of memory: lower micro_batch_size"),
+        (MemoryError(), 1, "out of memory: lower micro_batch_size"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "lower micro_batch_size"),
+        (
+            ValueError("http://u:PASS@h/?key=SECRET " + "x" * 9000),
+            1,
+            "http://\\*\\*\\*@h/\\?key=\\*",
+        ),
+        (KeyboardInterrupt(), 130, "una-fast check: ended by SIGINT"),
+        (Stopped(signal.SIGTERM, "SIGTERM; o/checkpoint-3 is whole"), 143, "checkpoint-3 is whole"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_an_end_is_said_in_one_printable_line(fail, error, status, text):
+    found, said = fail(error)
+    assert found == status and re.search(text, said)
+    assert said.count("\n") == 1 and said.rstrip("\n").isprintable() and len(said) < 1700
+    assert "PASS" not in said and "SECRET" not in said
+
+
+def test_a_bug_of_ours_gives_a_traceback_and_says_so(fail):
+    status, said = fail(KeyError("gone"))
+    assert status == 70 and said.startswith("Traceback")
+    assert said.endswith("this is a bug of una_fast; please report it with the traceback above\n")
+
+
+def test_a_reader_of_stdout_that_goes_away_is_no_error(monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+
+    def run(parsed):
+        print("x", file=sys.stdout, flush=True)
+
+    monkeypatch.setitem(cli.COMMANDS, "check", cli.COMMANDS["check"]._replace(run=run))
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main(["check"]) == 128 + signal.SIGPIPE
+    assert capsys.readouterr().err == ""
+
+
+def test_the_launcher_is_told_the_error_of_a_rank(fail, monkeypatch, tmp_path):
+    """torchrun shows the text of this file last, after a traceback of its own."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setenv("RANK", "1")
+    waited = []
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    status, said = fail(ValueError("x.jsonl:1: bad"))
+    assert status == 1 and said == "una-fast check: error: x.jsonl:1: bad\n"
+    message = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert message["extraInfo"]["py_callstack"] == said.strip() == message["message"]
+    assert waited == [cli.RANK_PATIENCE], "rank 0 speaks first, and may speak for all"
+
+
+def test_lines_of_other_loggers_are_escaped(monkeypatch, capsys):
+    def run(parsed):
+        logging.getLogger("somebody").warning("\x1b[2J a\nb http://u:PASS@h/?key=SECRET")
+
+    monkeypatch.setitem(cli.COMMANDS, "check", cli.COMMANDS["check"]._replace(run=run))
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    assert main(["check"]) == 0
+    said = capsys.readouterr().err
+    assert said == "somebody: \\x1b[2J a b http://***@h/?key=***\n"
+
+
+def test_a_thread_left_behind_does_not_keep_the_process():
+    code = """
+import signal, sys, threading, time
+from una_fast import cli, command
+assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL  # while the rest is imported
+def run(words):
+    threading.Thread(target=time.sleep, args=(99,), name="\x1b[2J").start()
+    return 3
+cli.main, command.PATIENCE = run, 0.2
+sys.exit(command.main())
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    message = r"una-fast: ended without waiting for the threads '\x1b[2J'"
+    assert (run.returncode, run.stderr) == (3, message + "\n")
+
+
+def test_mutated_settings():
+    """The short form of the trial: no traceback, no hang, no accepted nonsense."""
+    trial = Path(__file__).parent / "trials" / "settings.py"
+    words = [sys.executable, trial, "--short", "--seed", "11"]
+    run = subprocess.run(words, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
