@@ -51,6 +51,10 @@ _OBJECTS = (
 )
 _TEXTS = (".json", ".jinja", ".txt")
 _LAYERS = re.compile(r"(.*_)?(layers?|depths?)")
+# Sizes and counts in a config: whole numbers, not negative, or null.
+_SIZES = re.compile(
+    r"(.*_)?(size|dim|window|embeddings)|n_(head|embd|positions|ctx)|num_.*(heads|experts)"
+)
 _FLOATS = {"F64", "F32", "F16", "BF16"}  # dtypes of safetensors
 
 
@@ -146,6 +150,8 @@ def check_directory(path: str) -> None:
             content = read_object(file)
             if name in ("config.json", ADAPTER_CONFIG):
                 _check_config(content, file)
+            if name == "config.json":
+                _check_sizes(content, file)
     if (directory / INDEX).exists():
         index_files(directory / INDEX)
 
@@ -195,6 +201,16 @@ def _check_config(content: dict[str, Any], file: Path) -> None:
         _check_numbers(content, file, "")
     except RecursionError:
         raise ModelError(f"{printable(file)} is nested too deep for a config") from None
+
+
+def _check_sizes(content: dict[str, Any], file: Path) -> None:
+    """Check the sizes of a text model in a config: those of towers may be anything."""
+    inner = content.get("text_config")
+    for fields in (content, inner if isinstance(inner, dict) else {}):
+        for key, value in fields.items():
+            wrong = isinstance(value, str) or (isinstance(value, int | float) and value < 0)
+            if wrong and _SIZES.fullmatch(key):
+                _refuse_number(file, key, value, "is no size")
 
 
 def _check_numbers(value: object, file: Path, key: str) -> None:

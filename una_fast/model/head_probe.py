@@ -185,7 +185,9 @@ def _observe(causal_lm: PreTrainedModel, head: nn.Module) -> tuple[Tensor, Tenso
     states in scoring.
     """
     inputs = _probe_inputs(causal_lm, head.weight.device)
+    causal_lm.train()  # as it is trained; dropout is gone
     scored = hidden_states(causal_lm, **inputs)
+    causal_lm.eval()
     stretch = _Stretch(head.weight)
     # OPT calls the decoder inside its backbone: both are watched, the first to return is stretched.
     watched = {backbone(causal_lm), causal_lm.get_decoder()}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import (
@@ -27,6 +27,7 @@ from una_fast.logs import say_once
 from una_fast.model.directory import (
     ADAPTER_CONFIG,
     ModelError,
+    StoredTensor,
     adapter_file,
     check_directory,
     element_budget,
@@ -276,7 +277,7 @@ def load_causal_lm(
         "trust_remote_code": trust_remote_code,
         "attn_implementation": attn_implementation,
     }
-    _check_sizes(base, options)
+    _check_files(base, adapter, options)
     with reading(base, "model"):
         model, found = AutoModelForCausalLM.from_pretrained(
             base,
@@ -296,22 +297,36 @@ def load_causal_lm(
     return model
 
 
-def _check_sizes(path: str, options: dict[str, Any]) -> None:
-    """Check a model's size and the dtypes of its files before weights are allocated."""
+def _check_files(path: str, adapter: str | None, options: dict[str, Any]) -> None:
+    """Check a model's size, and the dtypes and the adapter in its files, before it is allocated.
+
+    path: of the base model
+    adapter: adapter directory, if any
+    options: for the outline
+    """
     try:
         model = sized_outline(path, **options)
     except ModelError:
         raise
     except Exception:  # model code may fail in any way without numbers; loading will say
         model = None
-    if not Path(path).is_dir():
-        return
-    stored = stored_tensors(weight_files(Path(path)))
-    if model is None or getattr(model.config, "quantization_config", None) is not None:
-        return
-    for name, _ in model.named_parameters():
-        tensor = stored.get(name)
-        if tensor is not None and not tensor.is_float:
+    if Path(path).is_dir():
+        stored = stored_tensors(weight_files(Path(path)))
+        if model is not None and getattr(model.config, "quantization_config", None) is None:
+            _refuse_integers(path, model, stored)
+    if adapter is not None:
+        adapter_file(Path(adapter))
+        if model is not None:
+            _check_adapter(model, adapter)
+
+
+def _refuse_integers(path: str, model: PreTrainedModel, stored: dict[str, StoredTensor]) -> None:
+    """Refuse quantized weights of a model whose config does not say that it is quantized."""
+    names = {name for name, _ in model.named_parameters()}
+    for name, tensor in stored.items():
+        # Experts are stored apart, under names of their own.
+        is_weight = name in names or name.endswith(".weight")
+        if is_weight and not tensor.is_float and not _LEFT_OUT.search(name):
             raise ModelError(
                 f"{printable(path)}: the weight {printable(name)} is stored as {tensor.dtype}, "
                 "and config.json has no quantization_config that says what its numbers mean"
@@ -324,22 +339,14 @@ def _check_found(path: str, found: dict[str, Any]) -> None:
     path: of the model
     found: loading info of transformers
     """
-    where = printable(path)
-    misshapen = []
-    for name, in_file, in_model in sorted(found["mismatched_keys"]):
-        misshapen.append(f"{name} is {list(in_file)} and must be {list(in_model)}")
-    if misshapen:
-        raise ModelError(
-            f"{where} has weights of another shape than config.json says: {_some(misshapen)}; "
-            "correct config.json, or give the weights that belong to it"
-        )
+    _refuse_misshapen(path, found["mismatched_keys"], "config.json")
     _refuse_missing(path, sorted(found["missing_keys"]))
     unexpected = sorted(found["unexpected_keys"])
     _refuse_unexpected(path, [name for name in unexpected if not _LEFT_OUT.search(name)])
     if unexpected:
         message = (
-            f"{where}: {len(unexpected)} weights are not part of the text model, and are left "
-            f"out, of saved models too: {_some(unexpected)}"
+            f"{printable(path)}: {len(unexpected)} weights are not part of the text model, and are "
+            f"left out, of saved models too: {_some(unexpected)}"
         )
         say_once(logging.WARNING, message, logger)
 
@@ -356,25 +363,54 @@ def _drop_spent_quantization(model: PreTrainedModel) -> None:
         model.is_quantized = False
 
 
-def _load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
-    """Add a trainable PEFT adapter; ValueError for weights that do not fit, by name."""
-    file = adapter_file(Path(path))
-    stored = stored_tensors([file])
-    own_names = set(model.state_dict())
-    with warnings.catch_warnings(), reading(path, "adapter"):
-        warnings.filterwarnings("ignore", message=".*missing adapter keys")
-        # On the meta device until the weights come: a rank of 10^9 is not allocated.
-        adapted = PeftModel.from_pretrained(
-            model, path, is_trainable=True, low_cpu_mem_usage=True, torch_device="cpu"
-        )
-        wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    _refuse_missing(path, sorted(wanted - set(stored)))
-    on_meta = [name for name, p in adapted.named_parameters() if p.is_meta]
-    _refuse_missing(path, on_meta)
+def _check_adapter(model: PreTrainedModel, path: str) -> None:
+    """Refuse adapter weights that do not fit, by name, before a rank of 10^9 is allocated.
+
+    model: outline of the base model; gets the adapter
+    path: adapter directory
+    """
+    stored = stored_tensors([adapter_file(Path(path))])
+    whole = {f"base_model.model.{name}" for name in model.state_dict()}
+    with reading(path, "adapter"), torch.device("meta"):
+        config = PeftConfig.from_pretrained(path)
+        config.inference_mode = False
+        if hasattr(config, "init_lora_weights"):
+            config.init_lora_weights = True  # some others compute with the weights of the model
+        adapted = get_peft_model(model, config)
+        wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    _refuse_missing(path, sorted(set(wanted) - set(stored)))
     # An adapter of a model with more tokens brings the whole embedding.
-    whole = {f"base_model.model.{name}" for name in own_names}
-    _refuse_unexpected(path, sorted(set(stored) - wanted - whole))
-    return adapted
+    _refuse_unexpected(path, sorted(set(stored) - set(wanted) - whole))
+    shapes = []
+    for name, tensor in wanted.items():
+        shapes.append((name, stored[name].shape, tuple(tensor.shape)))
+    _refuse_misshapen(path, shapes, ADAPTER_CONFIG)
+
+
+def _load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
+    """Add a trainable PEFT adapter; ValueError for missing weights, which peft only warns of."""
+    with warnings.catch_warnings(), reading(path, "adapter"):
+        warnings.filterwarnings("error", message=".*missing adapter keys")
+        # peft could assign the file's tensors, but would round them to the dtype of the base.
+        return PeftModel.from_pretrained(model, path, is_trainable=True, torch_device="cpu")
+
+
+def _refuse_misshapen(path: str, shapes: Iterable[tuple[str, Any, Any]], config: str) -> None:
+    """Refuse weights of another shape than the model's.
+
+    path: of the files
+    shapes: name, shape in the file, shape in the model
+    config: file that gives the model's shapes
+    """
+    wrong = []
+    for name, in_file, in_model in sorted(shapes):
+        if tuple(in_file) != tuple(in_model):
+            wrong.append(f"{name} is {list(in_file)} and must be {list(in_model)}")
+    if wrong:
+        raise ModelError(
+            f"{printable(path)} has weights of another shape than {config} says: {_some(wrong)}; "
+            f"correct {config}, or give the weights that belong to it"
+        )
 
 
 def _refuse_missing(path: str, names: list[str]) -> None:
