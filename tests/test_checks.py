@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import pytest
 
-from una_fast.checks import check_at_least, check_choices, check_number, check_one_of, check_range
+from una_fast.checks import (
+    check_at_least,
+    check_choices,
+    check_number,
+    check_one_of,
+    check_range,
+    check_types,
+)
 
 
 @dataclass
@@ -58,3 +65,80 @@ def test_a_range_has_limits_that_rise():
             check_range("score_map", "range", "score_range", limits)
     with pytest.raises(ValueError, match=r"only read with score_map: range, not none"):
         check_range("score_map", "none", "score_range", [1, 5])
+
+
+@dataclass
+class Inner:
+    rank: int = 1
+
+
+@dataclass
+class Typed:
+    text: str = ""
+    flag: bool = False
+    count: int = 1
+    rate: float = 0.5
+    limit: int | None = None
+    form: Literal["a", "b"] = "a"
+    offset: float | Literal["auto"] = "auto"
+    betas: tuple[float, float] = (0.5, 0.5)
+    names: list[str] = field(default_factory=list)
+    columns: dict[str, str] = field(default_factory=dict)
+    sources: str | list[str | dict[str, Any]] = ""
+    inner: Inner | None = None
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"rate": 2, "limit": 7, "offset": -1, "betas": [0, 1.5]},
+        {"names": ["x"], "columns": {"a": "b"}, "inner": {"rank": 3}, "form": "b"},
+        {"inner": Inner(2), "sources": ["x", {"path": "y", "weight": 0.5, "deep": [{"a": None}]}]},
+    ],
+)
+def test_values_of_the_right_types_pass(values):
+    check_types(Typed(**values))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("text", 3, r"text=3 must be a text \(put it in quotes\)"),
+        ("text", None, "text=null must be a text"),
+        ("text", "a\0b", "text=.* holds a NUL character"),
+        ("text", "\udcff", "text=.* cannot be written in UTF-8"),
+        ("flag", 1, "flag=1 must be true or false"),
+        ("flag", "yes", "flag='yes' must be true or false"),
+        ("count", True, "count=true must be a whole number"),
+        ("count", 1.0, "count=1.0 must be a whole number"),
+        ("count", "1", r"count='1' must be a whole number \(take the quotes away\)"),
+        ("count", 2**63, "count=9223372036854775808 must be a whole number"),
+        ("count", 10**5000, "count=<an integer of 16610 bits> must be a whole number"),
+        ("rate", float("nan"), "rate=nan must be a finite number"),
+        ("rate", float("inf"), "rate=inf must be a finite number"),
+        ("rate", 10**400, "rate=.* must be a finite number"),
+        ("rate", "1e-3", r"rate='1e-3' must be a finite number \(take the quotes away\)"),
+        ("limit", "many", "limit='many' must be a whole number or null"),
+        ("form", "c", "form='c' is not one of a, b"),
+        ("form", ["a"], r"form=\['a'\] is not one of a, b"),
+        ("offset", "group", "offset='group' must be a finite number or auto"),
+        ("betas", [0.5], r"betas=\[0.5\] must be a list of 2"),
+        ("betas", [0.5, None], r"betas\[1\]=null must be a finite number"),
+        ("names", "x", "names='x' must be a list with entries of a text"),
+        ("names", ["x", 3], r"names\[1\]=3 must be a text"),
+        ("columns", {"a": 1}, "columns.a=1 must be a text"),
+        ("columns", {1: "a"}, "columns: the key 1 must be a text"),
+        ("columns", {"\x1b[2J": 1}, r"columns.\\x1b\[2J=1 must be a text"),
+        ("sources", {"a": 1}, "sources=.* must be a text or a list"),
+        ("sources", ["x", None], r"sources\[1\]=null must be a text or a mapping"),
+        ("sources", [{"w": float("nan")}], r"sources\[0\].w=nan must be .* finite"),
+        ("sources", [{"w": object()}], r"sources\[0\].w=<object"),
+        ("inner", 3, "inner=3 must be a mapping of rank or null"),
+        ("inner", {"rnak": 3}, "inner: 'rnak' is not one of rank"),
+        ("inner", {"rank": "3"}, "inner.rank='3' must be a whole number"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and value.isidentifier() else "x",
+)
+def test_values_of_other_types_are_refused_by_name(name, value, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        check_types(Typed(**{name: value}))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import inspect
 import itertools
+import os
+import stat
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import yaml
 import una_fast
 from una_fast.capacity.settings import RunPlanConfig
 from una_fast.config import ONLINE_TRAJECTORY, TRAJECTORY, RunConfig, setting_groups
+from una_fast.data.loader import num_steps
 from una_fast.data.settings import RecordOptions
 from una_fast.losses import Objective
 from una_fast.model.settings import LoraOptions, MemoryOptions
@@ -123,7 +126,8 @@ def test_the_trajectory_names_settings():
         model data output_dir tokenizer trust_remote_code reference gradient_checkpointing packing
         attn_implementation workspace_mb engine device epochs max_steps micro_batch_size
         max_tokens_per_batch offload_activations mlp_tile liger memory_gib eval_data
-        eval_fraction eval_every save_every save_async save_dtype max_skipped_steps keep_checkpoints resume log_every loggers
+        eval_fraction eval_every save_every save_async save_dtype max_skipped_steps
+        keep_checkpoints resume log_every loggers
         progress max_kl on_max_kl saved_completions off_policy_ok
     """
     assert names - set(TRAJECTORY) - set(ONLINE_TRAJECTORY) - RECORD_FIELDS == set(free.split())
@@ -166,6 +170,42 @@ def test_settings_survive_their_file(settings, tmp_path):
     assert RunConfig(**yaml.safe_load((tmp_path / "config.yaml").read_text())) == written
 
 
+SECRETS = ["PASS", "WORD", "QUERY", "TOKEN"]
+URLS = [
+    "http://user:PASSWORD@h:1/v1?key=QUERY&t=TOKEN",
+    "http://PASS:WO@RD@h:1/v1?TOKEN",
+    "https://user:PASS@h/",
+]
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_secrets_are_not_saved_and_the_gaps_are_refused(url, tmp_path):
+    os.umask(0o022)
+    path = tmp_path / "config.yaml"
+    path.write_text("an older file that all may read")
+    rewards = [{"judge": url, "judge_model": "j", "name": "r"}]
+    written = config(mode="online", rewards=rewards)
+    written.save(path)
+    text = path.read_text()
+    assert not any(secret in text + repr(written.trajectory()) for secret in SECRETS)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    saved = yaml.safe_load(text)
+    assert saved["rewards"][0]["judge"].startswith(url[: url.index(":")] + "://***@h")
+    with pytest.raises(
+        ValueError, match=r"rewards holds \*\*\* where a secret was left out.*--rewards"
+    ):
+        RunConfig(**saved)
+    assert RunConfig(**saved | {"rewards": rewards}) == written
+
+
+def test_steps_without_epochs_are_taken():
+    """max_steps alone takes as many passes as it needs; alone, epochs is one pass."""
+    assert config().epochs is None
+    assert num_steps(10, None, None) == 10
+    assert num_steps(10, None, 25) == 25
+    assert num_steps(10, 2, 25) == 20
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -193,6 +233,23 @@ def test_settings_survive_their_file(settings, tmp_path):
         ({"liger": True, "device": "cpu"}, "liger=true needs a GPU; set liger=false"),
         ({"save_every": 0}, "save_every=0 must be at least 1, or null"),
         ({"epochs": 0.0}, "epochs=0.0 must be positive"),
+        ({"epochs": 1e300}, "epochs=1e\\+300 must be positive, and at most 1000000"),
+        ({"batch_size": None}, "batch_size=null must be a whole number"),
+        ({"batch_size": 8.0}, "batch_size=8.0 must be a whole number"),
+        ({"learning_rate": "1e-5"}, "learning_rate='1e-5' must be a finite number"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan must be a finite number"),
+        ({"weight_decay": float("inf")}, "weight_decay=inf must be a finite number"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1 must be at least 0"),
+        ({"adam_betas": (0.9, 1.0)}, r"adam_betas=\[0.9, 1.0\] must lie in \[0, 1\)"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
+        ({"seed": 2**70}, "seed=1180591620717411303424 must be a whole number"),
+        ({"workspace_mb": -1}, "workspace_mb=-1 must be positive, or null"),
+        ({"max_skipped_steps": -1}, "max_skipped_steps=-1 must be at least 0"),
+        ({"model": 3}, "model=3 must be a text"),
+        ({"lora": {"r": 10**9}}, "lora r=1000000000, .* at most 65536"),
+        ({"data": ["x", {"path": "y", "weight": 0}]}, r"data\[1\]: weight=0 of y must be positive"),
+        ({"data": [{"pat": "y"}]}, r"data\[0\]: .*unknown key 'pat'"),
+        ({"eval_data": [{"path": "y", "ties": "x"}]}, r"eval_data\[0\]: .*ties='x'"),
         ({"epochs": float("nan")}, "epochs=nan must be a finite number or null"),
         ({"learning_rate": -1e-6}, "learning_rate=-1e-06 must be at least 0"),
         ({"warmup_ratio": 1.5}, r"warmup_ratio=1.5 must lie in \[0, 1\]"),
