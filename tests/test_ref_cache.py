@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import shutil
 from pathlib import Path
@@ -253,6 +254,20 @@ def test_a_full_disk_is_told(llamas, chats, tmp_path, monkeypatch):
     monkeypatch.setattr(precompute._Progress, "add", full)
     with pytest.raises(ValueError, match="No space left on device; .* MB are free. Make room"):
         precompute_reference(make_config(llamas["untied"], chats, tmp_path / "out"))
+
+
+def test_columns_that_json_lacks_are_written(llamas, tmp_path):
+    """Of a Parquet file: a run would refuse nan in its own new file."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    extra = {"note": float("nan"), "day": datetime.date(2026, 1, 2), "deep": {"x": [float("inf")]}}
+    rows = [record | extra for record in make_records("pairs", 2)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
+    config = make_config(llamas["untied"], str(tmp_path / "x.parquet"), tmp_path / "out")
+    data = precompute_reference(config)["data"][0]["path"]
+    line = json.loads(Path(data).read_text().splitlines()[0])
+    assert (line["note"], line["day"], line["deep"]) == (None, "2026-01-02", {"x": [None]})
+    start(llamas["untied"], data, tmp_path / "run", batch_size=2)
 
 
 def test_the_date_of_a_template_is_kept(llamas, chats, cache, tmp_path):

@@ -313,8 +313,7 @@ def _write_with(source: Source, logps: dict[str, list[float]], cache: RefCache) 
         for origin, row in read_rows(source):
             if origin not in logps:
                 continue
-            record = {**as_object(row), column: logps[origin]}
-            line = json.dumps(record, ensure_ascii=False, default=str) + "\n"
+            line = _as_line({**as_object(row), column: logps[origin]})
             file.write(line)
             digest.update(line.encode())
             size += len(line.encode())
@@ -326,3 +325,23 @@ def _write_with(source: Source, logps: dict[str, list[float]], cache: RefCache) 
         # Before the file has its name: no file of ours is ever without its sidecar, and an older
         # file beside a new sidecar is refused until the new file is there.
         replace(cache, records=records, bytes=size, sha256=digest.hexdigest()).write()
+
+
+def _as_line(record: dict[str, Any]) -> str:
+    """Return a record as a line of strict JSON; what JSON lacks is null (nan) or text (dates)."""
+    try:
+        text = json.dumps(record, ensure_ascii=False, default=str, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_without_nan(record), ensure_ascii=False, default=str)
+    return text + "\n"
+
+
+def _without_nan(value: Any) -> Any:
+    """Return a value with null in place of every number that is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(entry) for entry in value]
+    return value
