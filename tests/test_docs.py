@@ -55,3 +55,13 @@ def test_every_file_in_the_documents_exists():
 def test_a_file_that_is_gone_is_seen():
     text = "`una_fast/engine.py`, `passes.py`, `call_loss.py`, una_fast.train, `una_fast.head.gone`"
     assert missing_from(text) == ["una_fast/engine.py", "call_loss.py", "una_fast.head.gone"]
+
+
+def test_every_test_in_the_documents_exists():
+    """A promise is guarded by a test of this name."""
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    defined = set(re.findall(r"^def (test_\w+)\(", tests, re.MULTILINE))
+    named = set()
+    for document in DOCUMENTS:
+        named |= set(re.findall(r"`(test_\w+)`", document.read_text(encoding="utf-8")))
+    assert named and not named - defined
