@@ -303,9 +303,6 @@ def preload() -> None:
     import datasets  # noqa: F401
     import pyarrow.parquet  # noqa: F401
     import torch
-    import transformers.conversion_mapping
-    import transformers.generation
-    import transformers.models.llama.modeling_llama
 
     import una_fast.cli
     import una_fast.train.loop
@@ -313,7 +310,10 @@ def preload() -> None:
 
     torch.set_num_threads(1)
     una_fast.cli._parser(["train"])
-    transformers.conversion_mapping.get_checkpoint_conversion_mapping("llama")
+    with contextlib.suppress(ImportError):
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+        get_checkpoint_conversion_mapping("llama")
 
 
 def una_fast(words: Sequence[object], **options: Any) -> Result:
