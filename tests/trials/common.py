@@ -303,6 +303,8 @@ def preload() -> None:
     import datasets  # noqa: F401
     import pyarrow.parquet  # noqa: F401
     import torch
+    import transformers.generation
+    import transformers.models.llama.modeling_llama  # noqa: F401
 
     import una_fast.cli
     import una_fast.train.loop
