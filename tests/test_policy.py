@@ -6,12 +6,16 @@ import copy
 import inspect
 import json
 import logging
+import os
+import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch.distributed.device_mesh import init_device_mesh
@@ -27,6 +31,8 @@ from transformers.models.cohere import CohereForCausalLM
 from transformers.models.llama import LlamaForCausalLM
 
 from families import FAMILIES, GPTJ, HEAD_FORMS, SMALL, VOCAB, build, gradient_difference, without
+from una_fast.data.examples import Example
+from una_fast.feedback import Feedback
 from una_fast.head.ops import token_logps
 from una_fast.model import loading
 from una_fast.model.export import save_pretrained
@@ -34,7 +40,11 @@ from una_fast.model.head_probe import probe_head
 from una_fast.model.loading import load_causal_lm, load_tokenizer, remove_dropout
 from una_fast.model.lora import add_lora
 from una_fast.model.policy import install_scorer, load_policy, make_policy
+from una_fast.model.positions import longer_records
+from una_fast.model.quantized import is_plain, refuse_quantized
+from una_fast.model.reference import fingerprint
 from una_fast.model.settings import LoraOptions, MemoryOptions
+from una_fast.model.stored import StoredDtypes
 
 # Prompt length, response length: right-padded to 11 tokens.
 SHAPES = [(4, 7), (3, 2), (5, 5)]
@@ -546,8 +556,6 @@ def test_prompt_tuning_adapters_are_refused(tmp_path):
 @pytest.mark.parametrize("family", ["LlamaConfig", "LlamaConfig tied"])
 def test_missing_weights_are_refused_by_name(family, saved, tmp_path):
     """transformers fills missing weights with random numbers; a tied head is not missing."""
-    from safetensors.torch import load_file, save_file
-
     whole = load_file(saved(family) / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
     del whole[name]
@@ -560,8 +568,6 @@ def test_missing_weights_are_refused_by_name(family, saved, tmp_path):
 
 
 def test_missing_adapter_weights_are_refused(saved, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     policy = load_policy(saved("LlamaConfig"), dtype=torch.float32, lora=LoraOptions(r=2))
     policy.model.save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
@@ -570,3 +576,344 @@ def test_missing_adapter_weights_are_refused(saved, tmp_path):
     save_file(weights, path, metadata={"format": "pt"})
     with pytest.raises(ValueError, match="lacks weights: .*lora_A"):
         load_causal_lm(tmp_path, dtype=torch.float32)
+
+
+# ---- damaged directories -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def copy_of(saved, tmp_path):
+    """Return a function that copies the saved model of a family, to be damaged."""
+
+    def get(family: str = "LlamaConfig"):
+        return shutil.copytree(saved(family), tmp_path / "copy")
+
+    return get
+
+
+def edit(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def rewrite(directory, change):
+    """Change the dictionary of weights of a directory."""
+    (file,) = directory.glob("*model.safetensors")
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+WEIGHTS = {  # change of the weights -> words of the refusal
+    "another shape": (lambda w: w.update({UP: w[UP][:-1].clone()}), rf"{UP} is \[47, 32\].*\[48"),
+    "one more": (lambda w: w.update({"score.weight": w[UP].clone()}), "no place for: score.weight"),
+    "another layer": (
+        lambda w: w.update({UP.replace("1", "2"): w[UP].clone()}),
+        "no place for: model.layers.2.mlp.up_proj",
+    ),
+    "not finite": (lambda w: w[UP].view(-1)[7].fill_(torch.nan), f"{UP} has numbers.*not finite"),
+    "infinite": (lambda w: w[UP].view(-1)[-1].fill_(-torch.inf), f"{UP} has numbers.*not finite"),
+    "integers": (lambda w: w.update({UP: w[UP].to(torch.int8)}), f"{UP} is stored as I8"),
+}
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_weights_that_are_not_the_models_are_refused_by_name(kind, copy_of):
+    change, message = WEIGHTS[kind]
+    directory = copy_of()
+    rewrite(directory, change)
+    with pytest.raises(ValueError, match=message) as refusal:
+        load_causal_lm(directory, dtype=torch.float32)
+    assert str(directory) in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_a_vision_tower_may_be_left_out(copy_of, caplog):
+    directory = copy_of()
+    rewrite(directory, lambda w: w.update({"vision_tower.patch.weight": w[UP].clone()}))
+    load_causal_lm(directory, dtype=torch.float32)
+    assert "vision_tower.patch.weight" in caplog.text
+
+
+DAMAGE = {  # damage of a directory -> words of the refusal, after the name of the directory
+    "cut config": (lambda d: (d / "config.json").write_text('{"a": '), "config.json is damaged"),
+    "config of a list": (lambda d: (d / "config.json").write_text("[1]"), "config.json holds .1."),
+    "NaN": (lambda d: edit(d / "config.json", rms_norm_eps=float("nan")), "rms_norm_eps=nan"),
+    "layers": (lambda d: edit(d / "config.json", num_hidden_layers=10**6), "more than 1000 layers"),
+    "width": (lambda d: edit(d / "config.json", hidden_size=10**9), "larger model than its weight"),
+    "vocabulary": (lambda d: edit(d / "config.json", vocab_size=10**8), "larger model than its"),
+    "null": (lambda d: edit(d / "config.json", num_hidden_layers=None), "copy"),
+    "no class": (lambda d: edit(d / "config.json", model_type="none"), "copy"),
+    "own code": (
+        lambda d: edit(d / "config.json", model_type="x", auto_map={"AutoConfig": "evil.C"}),
+        "trust_remote_code",
+    ),
+    "pipe": (lambda d: os.mkfifo(d / "chat_template.jinja"), "chat_template.jinja is a pipe"),
+    "header": (
+        lambda d: (d / "model.safetensors").write_bytes(b"\xff" * 4000),
+        "model.safetensors is damaged",
+    ),
+    "pickle": (
+        lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"),
+        "has no model.safetensors; pytorch_model.bin is a pickle",
+    ),
+    "generation": (
+        lambda d: (d / "generation_config.json").write_text("{"),
+        "generation_config.json is damaged",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_model_is_refused_in_one_line(kind, copy_of):
+    damage, message = DAMAGE[kind]
+    directory = copy_of()
+    damage(directory)
+    with pytest.raises(ValueError, match=f"{directory}.*{message}|{message}.*") as refusal:
+        load_causal_lm(directory, dtype=torch.float32)
+    assert str(refusal.value).isprintable() and str(directory) in str(refusal.value)
+
+
+@pytest.mark.parametrize("file", ["../model.safetensors", "/etc/passwd", "gone.safetensors", 5])
+def test_an_index_names_files_beside_it(file, copy_of):
+    directory = copy_of()
+    (directory / "model.safetensors").unlink()
+    index = directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {UP: file}}))
+    with pytest.raises(ValueError, match="index.json.*(beside the index|is not there)"):
+        load_causal_lm(directory, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("tokenizer.json", '{"model": ', "tokenizer.json is damaged"),
+        ("tokenizer_config.json", "[]", "must hold a JSON object"),
+        ("tokenizer_config.json", '{"tokenizer_class": 5}', "cannot be read"),
+    ],
+)
+def test_a_damaged_tokenizer_is_refused_in_one_line(name, text, message, tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message) as refusal:
+        load_tokenizer(tmp_path)
+    assert str(refusal.value).isprintable() and str(tmp_path) in str(refusal.value)
+
+
+def adapter_of(saved, directory, **options):
+    policy = load_policy(saved("LlamaConfig"), dtype=torch.float32, lora=LoraOptions(r=2))
+    policy.model.save_pretrained(directory)
+    return directory
+
+
+ADAPTERS = {
+    "rank": (lambda d: edit(d / "adapter_config.json", r=10**9), r"must be \[1000000000, 48\]"),
+    "one more": (
+        lambda d: rewrite(d, lambda w: w.update({"more.lora_A.weight": torch.ones(2, 2)})),
+        "no place for: more.lora_A.weight",
+    ),
+    "not finite": (
+        lambda d: rewrite(d, lambda w: next(iter(w.values())).fill_(torch.nan)),
+        "lora_A.*not finite",
+    ),
+    "pickle": (
+        lambda d: (d / "adapter_model.safetensors").rename(d / "adapter_model.bin"),
+        "adapter_model.bin is a pickle",
+    ),
+    "no base": (
+        lambda d: edit(d / "adapter_config.json", base_model_name_or_path=None),
+        "base_model_name_or_path=None must be",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_a_damaged_adapter_is_refused(kind, saved, tmp_path):
+    damage, message = ADAPTERS[kind]
+    damage(adapter_of(saved, tmp_path))
+    with pytest.raises(ValueError, match=message):
+        load_causal_lm(tmp_path, dtype=torch.float32)
+
+
+def test_an_adapter_keeps_all_bits_over_a_bf16_base(saved, tmp_path):
+    """peft, asked to assign the tensors of the file, rounds them to the base's dtype."""
+    policy = load_policy(saved("LlamaConfig"), dtype=torch.bfloat16, lora=LORA)
+    perturb(policy)
+    policy.model.save_pretrained(tmp_path)
+    again = load_policy(tmp_path, dtype=torch.bfloat16)
+    pairs = zip(policy.trainable_parameters(), again.trainable_parameters(), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+def test_an_adapter_without_tokenizer_takes_that_of_its_base(saved, tmp_path, tokenizer, caplog):
+    base = shutil.copytree(saved("LlamaConfig"), tmp_path / "base")
+    tokenizer.save_pretrained(base)
+    load_policy(base, dtype=torch.float32, lora=LORA).model.save_pretrained(tmp_path / "adapter")
+    assert load_tokenizer(tmp_path / "adapter").eos_token == "</s>"
+    assert f"{tmp_path}/adapter has no tokenizer" in caplog.text
+
+
+# ---- towers, targets, quantized bases ----------------------------------------------------------
+
+
+def gemma3():
+    """Build a tiny Gemma 3 with a vision tower."""
+    text = without(head_dim=8, sliding_window=16, max_position_embeddings=64)
+    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    config = transformers.Gemma3Config(
+        text_config=text,
+        vision_config={**tower, "num_attention_heads": 4, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        image_token_index=VOCAB - 1,
+    )
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
+def test_adapters_stay_in_the_text_model():
+    model = add_lora(gemma3(), LORA)
+    adapted = [name for name, _ in model.named_parameters() if ".lora_" in name]
+    assert adapted and all("language_model" in name for name in adapted)
+
+
+def test_a_tower_that_text_does_not_run_through_is_frozen(batch):
+    model = gemma3()
+    policy = make_policy(model, probe_head(model))
+    weighted(score(policy, batch)).backward()
+    assert all(p.grad is not None for p in policy.trainable_parameters())
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    assert frozen and all("vision" in name or "projector" in name for name in frozen)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "value_proj"], r".*\.value_proj", ["proj"], "("])
+def test_a_target_that_matches_nothing_is_named(targets):
+    name = targets if isinstance(targets, str) else targets[-1]
+    with pytest.raises(ValueError, match="target_modules") as refusal:
+        add_lora(build("LlamaConfig"), LoraOptions(target_modules=targets))
+    assert repr(name) in str(refusal.value)
+
+
+def test_a_target_in_a_tower_alone_is_named():
+    with pytest.raises(ValueError, match="'fc1' matches no layer that text"):
+        add_lora(gemma3(), LoraOptions(target_modules=["fc1"]))
+
+
+def test_quantized_weights_are_told_apart():
+    class Packed(torch.Tensor):
+        """A tensor with tensors inside, as torchao's."""
+
+        def __tensor_flatten__(self):
+            return ["data_of", "scale_of"], None
+
+        def detach(self):
+            return self
+
+    packed = torch.ones(4).as_subclass(Packed)
+    packed.data_of, packed.scale_of = torch.ones(4, dtype=torch.int8), torch.full((1,), 0.5)
+    assert is_plain(torch.ones(4)) and not is_plain(packed)
+    assert not is_plain(packed.data_of) and not is_plain(torch.ones(4).to(torch.float8_e4m3fn))
+    first = fingerprint([("w", packed)])
+    packed.scale_of = torch.full((1,), 0.25)
+    assert fingerprint([("w", packed)]) != first
+    holder = torch.nn.Module()
+    holder.register_parameter("w", torch.nn.Parameter(packed.data_of, requires_grad=False))
+    with pytest.raises(ValueError, match="here: the weight w is quantized.*set lora"):
+        refuse_quantized(holder, "here")
+
+
+# ---- positions ---------------------------------------------------------------------------------
+
+
+def record(tokens: int) -> Example:
+    ids = np.zeros(tokens - 2, dtype=np.int32)
+    pair = (np.zeros(2, dtype=np.int32), np.zeros(1, dtype=np.int32))
+    return Example(ids, pair, Feedback.pairs([0], [1]), None, f"data.jsonl:{tokens}")
+
+
+@pytest.mark.parametrize("family", ["GPT2Config", "OPTConfig"])
+def test_records_beyond_a_table_of_positions_are_refused(family):
+    model = build(family, FAMILIES[family] | {"max_position_embeddings": 64})
+    assert longer_records([record(64), record(9)], model) is None
+    with pytest.raises(ValueError, match="data.jsonl:66: .*64 positions; 2 of 3.*max_tokens=64"):
+        longer_records([record(65), record(66), record(9)], model)
+
+
+def test_records_beyond_rotary_positions_are_counted():
+    llama = build("LlamaConfig", SMALL | {"max_position_embeddings": 64})
+    told = longer_records([record(65), record(70), record(9)], llama)
+    assert told == "2 of 3 records have more tokens; the longest, data.jsonl:70, has 70"
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+    yarn["original_max_position_embeddings"] = 64
+    scaled = SMALL | {"max_position_embeddings": 64, "rope_parameters": yarn}
+    assert longer_records([record(256)], build("LlamaConfig", scaled)) is None
+    assert longer_records([record(257)], build("LlamaConfig", scaled))
+
+
+# ---- saved as it came --------------------------------------------------------------------------
+
+
+def test_a_final_model_has_the_dtypes_of_its_files(saved, tmp_path, tokenizer):
+    """Masters are float32; a checkpoint keeps them, and a norm stored in float32 stays so."""
+    directory = shutil.copytree(saved("LlamaConfig tied"), tmp_path / "model")
+
+    def narrow(weights):
+        for name in weights:
+            weights[name] = weights[name].bfloat16()
+        weights["model.norm.weight"] = weights["model.norm.weight"].float()
+
+    rewrite(directory, narrow)
+    policy = load_policy(directory, dtype=torch.float32)
+    policy.stored = StoredDtypes.of(directory)
+    for final in (False, True):
+        save_pretrained(policy, tmp_path / str(final), tokenizer, final=final)
+    exact, final = (load_file(tmp_path / str(f) / "model.safetensors") for f in (False, True))
+    assert {w.dtype for w in exact.values()} == {torch.float32}
+    assert "lm_head.weight" not in final and exact.keys() == final.keys()
+    assert final["model.norm.weight"].dtype == torch.float32 and final[UP].dtype == torch.bfloat16
+    config = json.loads((tmp_path / "True" / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    assert StoredDtypes.of(directory, "float16").base.usual == torch.float16
+
+
+def test_a_weight_that_is_not_finite_is_not_saved(tmp_path, tokenizer):
+    policy = policy_of("LlamaConfig")
+    with torch.no_grad():
+        policy.causal_lm.get_parameter(UP)[3, 3] = torch.inf
+    with pytest.raises(ValueError, match=f"the weight {UP} .*not finite, and is not saved"):
+        save_pretrained(policy, tmp_path / "out", tokenizer)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_tokenizer_is_saved_byte_by_byte(saved, tmp_path, tokenizer):
+    base = tmp_path / "base"
+    tokenizer.save_pretrained(base)
+    (base / "tokenizer_config.json").write_text(
+        (base / "tokenizer_config.json").read_text() + "\n\n"
+    )
+    loaded = load_tokenizer(base)
+    assert loaded.pad_token == "</s>"
+    save_pretrained(policy_of("LlamaConfig"), tmp_path / "out", loaded)
+    for file in base.iterdir():
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+    # A tokenizer without files of its own is written anew, without the pad of the run.
+    loaded.name_or_path = "org/name"
+    save_pretrained(policy_of("LlamaConfig"), tmp_path / "anew", loaded)
+    assert AutoTokenizer.from_pretrained(tmp_path / "anew").pad_token is None
+    assert loaded.pad_token == "</s>"
+
+
+def test_the_end_of_turn_stops_generation(tmp_path, tokenizer):
+    """Settings that transformers refuses to write do not stop the end of a run."""
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}w9{% endfor %}"
+    policy = policy_of("LlamaConfig")
+    policy.causal_lm.generation_config = transformers.GenerationConfig(
+        eos_token_id=2, do_sample=False, temperature=0.9
+    )
+    save_pretrained(policy, tmp_path, tokenizer)
+    settings = json.loads((tmp_path / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == [2, 9] and settings["temperature"] == 0.9
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.eos_token_id == [2, 9]
+
+
+def test_a_checkpoint_of_an_adapter_has_no_card(saved, tmp_path, tokenizer):
+    policy = load_policy(saved("LlamaConfig"), dtype=torch.float32, lora=LORA)
+    save_pretrained(policy, tmp_path, tokenizer)
+    assert not (tmp_path / "README.md").exists()

@@ -30,7 +30,7 @@ MUTATIONS = 700  # per seed and kind of model
 SHORT = 40
 LIMIT = 20.0  # seconds
 LARGEST_GROWTH = 2**20  # KiB
-LONGEST = 900  # characters of a message
+LONGEST = 1100  # characters of a message
 
 HOSTILE: list[Any] = [
     None,

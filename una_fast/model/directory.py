@@ -107,7 +107,7 @@ def reading(
         if not isinstance(error, ValueError | OSError) or not text:
             text = f"{type(error).__name__}: {text}"
         where = _damaged_file(path) or f"{kind} {printable(path)} cannot be read"
-        raise ModelError(f"{where}: {printable(text, 400)}") from error
+        raise ModelError(f"{where}: {printable(text, 600)}") from error
 
 
 def _damaged_file(path: str) -> str | None:
