@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import shutil
+import types
 from pathlib import Path
 
 import pytest
@@ -187,7 +188,7 @@ def killed_after(count: int, monkeypatch):
 
 @pytest.mark.parametrize("torn", [b"", b"12", b"0123456789abcdef [[-1.0, -2.0]]\n"])
 def test_a_killed_command_goes_on(torn, llamas, chats, cache, tmp_path, monkeypatch):
-    """Also with a line that the kill, or a disk, has torn: its files are those of `cache`."""
+    """Also on another day, and with a line that was torn: its files are those of `cache`."""
     config = make_config(llamas["untied"], chats, tmp_path / "out")
     with monkeypatch.context() as patch, pytest.raises(Killed):
         killed_after(5, patch)
@@ -196,6 +197,9 @@ def test_a_killed_command_goes_on(torn, llamas, chats, cache, tmp_path, monkeypa
     assert progress == "data-00-chats.jsonl.logps.tmp", "nothing that looks whole"
     with (tmp_path / "out" / progress).open("ab") as file:
         file.write(torn)
+    tomorrow = datetime.date.today() + datetime.timedelta(days=1)
+    calendar = types.SimpleNamespace(date=types.SimpleNamespace(today=lambda: tomorrow))
+    monkeypatch.setattr(precompute, "datetime", calendar)
     calls = killed_after(None, monkeypatch)
     precompute_reference(config)
     assert len(calls) == 12 - 5 and files_in(tmp_path / "out") == files_in(cache)
@@ -239,8 +243,6 @@ def test_a_stopped_command_says_that_it_goes_on(llamas, chats, tmp_path, monkeyp
 
 
 def test_weights_that_give_no_numbers_are_refused(llamas, chats, tmp_path, monkeypatch):
-    import torch
-
     nothing = torch.full((2,), float("nan"), dtype=torch.float64)
     monkeypatch.setattr(precompute.Scoring, "logps", lambda *_: nothing)
     with pytest.raises(ValueError, match=r"chats.jsonl:\d+: the model gives log-probs \[nan, nan"):
