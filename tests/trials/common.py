@@ -205,7 +205,7 @@ def make_fixtures(root: Path) -> Fixtures:
         tiny.write_jsonl(made.prompts, prompts)
         made.rewards.write_text(REWARDS, encoding="utf-8")
 
-    result = forked(write, logs=root.parent)
+    result = forked(write, logs=root.parent, timeout=600)
     assert result.code == 0, result.err
     return made
 

@@ -107,7 +107,7 @@ def damage_all(trial: Trial, kind: str, words: list[str]) -> None:
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(stopped, out)
         damage()
-        result = una_fast([*words, "--output_dir", out, "--resume", "true"], timeout=60)
+        result = una_fast([*words, "--output_dir", out, "--resume", "true"], timeout=120)
         wrong = differences(out, truth) if result.kind == "ok" else ""
         good = result.kind == "refusal" or (result.kind == "ok" and not wrong)
         note = f"{wrong} differ" if wrong else result.last[:160]

@@ -148,7 +148,9 @@ class _Writer:
         source = Source.parse(entry, self.config.record_options())
         identity = token_identity(self.tokenizer, source.options) | self.made_with
         unit_scores = self.config.objective().scores_in_unit_interval
-        examples, report = load_examples(source, self.tokenizer, require_unit_scores=unit_scores)
+        examples, report = load_examples(
+            _without_old_logps(source), self.tokenizer, require_unit_scores=unit_scores
+        )
         print(report, flush=True)
         check_data(examples, [], self.reference, self.tokenizer)
         target = self.output_dir / f"{prefix}-{Path(source.path).stem}.jsonl"
@@ -294,6 +296,13 @@ def _telling_of_space(target: Path) -> Iterator[None]:
             f"{target} was not written: {printable(error)}; {free / 1e6:.3g} MB are free. Make "
             "room, and start the same command again: it goes on from the log-probs computed so far"
         ) from error
+
+
+def _without_old_logps(source: Source) -> Source:
+    """Return a source whose log-probs are not read: new ones replace them, whatever they are."""
+    options = source.options.resolved()
+    columns = {**options.columns, "ref_logps": "(replaced)"}
+    return replace(source, options=replace(options, columns=columns))
 
 
 # ---- the new file ------------------------------------------------------------------------------
