@@ -385,7 +385,7 @@ def ours(case: Case, setup: Setup, watch: Watch) -> Session:
     from una_fast.data.examples import Example
     from una_fast.distributed import start_world
     from una_fast.feedback import Feedback
-    from una_fast.train.build import build_run
+    from una_fast.train.build import build_run, open_run
     from una_fast.train.loop import Trainer
     from una_fast.train.run_data import RunData
 
@@ -400,7 +400,8 @@ def ours(case: Case, setup: Setup, watch: Watch) -> Session:
         torch.manual_seed(SEED)
         data = RunData([examples], [1.0])
         world = start_world(setup.device.type)
-        trainer = Trainer(build_run(config, world, tokenizer(), data))
+        opened = open_run(config, world, data)
+        trainer = Trainer(build_run(opened, tokenizer()), Path(config.output_dir))
         packed, take_step = trainer.policy.packed, trainer.take_step
 
         def look(micro_batches: list[list[Example]]) -> None:

@@ -6,9 +6,11 @@ import errno
 import json
 import os
 import pickle
+import select
 import shutil
 import signal
 import threading
+import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import pytest
 import torch
 from torch.optim import AdamW
 
+import una_fast.signals as signals_module
 import una_fast.train.checkpoint as checkpoint_module
 from helpers import naming
 from runs import again, assert_same_weights
@@ -180,7 +183,9 @@ def test_a_disk_without_room_is_seen_before_writing(whole, tmp_path, monkeypatch
     usage = namedtuple("usage", "total used free")(10**9, 10**9 - 1000, 1000)
     monkeypatch.setattr(checkpoint_module.shutil, "disk_usage", lambda path: usage)
     settings = again(whole[0], tmp_path / "run")
-    message = "checkpoint-1 was not written: it needs .* MB, and .*run has 0.001 MB of free space"
+    message = (
+        "checkpoint-1 was not written: No space.* needs .* MB, and .*run has 0.001 MB of free space"
+    )
     with pytest.raises(SaveError, match=message):
         train(RunConfig(**settings))
     assert not list((tmp_path / "run").glob("checkpoint-*"))
@@ -323,6 +328,32 @@ def test_a_signal_outside_of_steps_ends_at_once():
         assert requests.stop == signal.SIGTERM
         with pytest.raises(Stopped), requests.at_once():
             pytest.fail("a stop that was asked for before")
+
+
+def test_ranks_end_when_their_launcher_dies(monkeypatch, tmp_path):
+    """The launcher is killed: its rank is asked to stop, and exits by itself."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setattr(signals_module, "PATIENCE", 0.5)
+    note = tmp_path / "stop"
+    reading, writing = os.pipe()
+    launcher = os.fork()
+    if not launcher:
+        if not os.fork():
+            os.close(reading)
+            with requests.listening(), requests.deferred():
+                for _ in range(1000):
+                    time.sleep(0.01)
+                    if requests.stop:
+                        note.write_text(str(requests.stop))
+        signal.pause()
+        os._exit(1)
+    os.close(writing)
+    time.sleep(0.3)
+    os.kill(launcher, signal.SIGKILL)
+    os.waitpid(launcher, 0)
+    assert select.select([reading], [], [], 10)[0], "the rank holds the pipe open while it lives"
+    assert os.read(reading, 1) == b"" and note.read_text() == str(int(signal.SIGTERM))
+    os.close(reading)
 
 
 # ---- one run at a time ----

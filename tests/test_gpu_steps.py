@@ -13,7 +13,7 @@ from tiny import make_config, make_records, make_tokenizer, write_jsonl
 from una_fast.capacity.trace import Row, StepTracer
 from una_fast.data.loader import Step
 from una_fast.distributed import start_world
-from una_fast.train.build import build_run
+from una_fast.train.build import build_run, open_run
 from una_fast.train.loop import Trainer, train
 from una_fast.train.measure import measured_peak
 from una_fast.train.run_data import RunData
@@ -68,7 +68,8 @@ def open_run(directory, tokenizer, output_dir, batch, **changes):
     output_dir.mkdir()
     torch.manual_seed(0)
     data = RunData([batch], [1.0])
-    return config, Trainer(build_run(config, start_world("cuda"), tokenizer, data))
+    opened = open_run(config, start_world("cuda"), data)
+    return config, Trainer(build_run(opened, tokenizer), Path(config.output_dir))
 
 
 @pytest.mark.parametrize("name", MEMORY_SETTINGS)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import una_fast.train.checkpoint as checkpoint_module
-from fsdp_worker import Died, run_case
+from fsdp_worker import run_case
 from runs import LORA, again, assert_same_weights
 from tiny import make_config, make_records, read_metrics, save_llama, write_jsonl
 from una_fast.config import RunConfig

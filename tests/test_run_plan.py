@@ -26,7 +26,7 @@ from una_fast.model.lora import add_lora
 from una_fast.model.settings import LoraOptions
 from una_fast.optim import make_optimizer
 from una_fast.resolved import find_facts
-from una_fast.train.build import build_run
+from una_fast.train.build import build_run, open_run
 from una_fast.train.loop import Trainer, train
 from una_fast.train.measure import measured_peak
 from una_fast.train.run_data import RunData
@@ -109,7 +109,8 @@ def tracer(config: RunConfig, device: str = "cpu", ranks: int = 1) -> StepTracer
 def make_trainer(config: RunConfig, examples) -> Trainer:
     Path(config.output_dir).mkdir(exist_ok=True)
     data = RunData([examples], [1.0])
-    return Trainer(build_run(config, start_world("cpu"), make_tokenizer(), data))
+    opened = open_run(config, start_world("cpu"), data)
+    return Trainer(build_run(opened, make_tokenizer()), Path(config.output_dir))
 
 
 def measure(config: RunConfig, batch) -> int:

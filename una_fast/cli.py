@@ -18,7 +18,7 @@ import sys
 import time
 import traceback
 import warnings
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from una_fast.checks import check_types
 from una_fast.flags import Parser, UsageError, add_settings, default_of, given_settings, suggestion
 from una_fast.logs import LineFormatter
-from una_fast.printable import printable, told
+from una_fast.printable import printable, shown, told
 from una_fast.signals import Stopped, requests
 
 PACKAGES = (
@@ -135,6 +135,9 @@ def _for_users(error: Exception) -> str | None:
         return f"out of memory: {OUT_OF_MEMORY} ({printable(error)})"
     if "can't allocate memory" in str(error):  # torch's, on a CPU
         return f"out of memory: {OUT_OF_MEMORY} ({printable(error)})"
+    ranks = sys.modules.get("una_fast.distributed")
+    if ranks is not None and ranks.is_loss_of_a_rank(error):
+        return f"another rank of the run is gone, and its own message says why ({told(error)})"
     ours = type(error).__module__.split(".")[0] == "una_fast"  # raised on purpose
     return told(error) if ours or isinstance(error, (ValueError, OSError)) else None
 
@@ -255,9 +258,7 @@ def _parser(arguments: Sequence[str]) -> Parser:
             "-v", "--verbose", action="store_true", dest="verbose_too", help=VERBOSE
         )
         if name == "plan":
-            of_command.add_argument(
-                "--op", type=_whole_number, nargs=3, metavar=("N", "D", "V"), help=OP
-            )
+            of_command.add_argument("--op", type=_size, nargs=3, metavar=("N", "D", "V"), help=OP)
         if name == asked:
             from una_fast.config import setting_groups
 
@@ -265,10 +266,14 @@ def _parser(arguments: Sequence[str]) -> Parser:
     return parser
 
 
-def _whole_number(text: str) -> int:
-    """Return a size of --op; ValueError for a text that is none."""
-    if not (text.isascii() and text.isdigit() and len(text) <= 12):
-        raise ValueError(text)
+LARGEST_SIZE = 2**24  # of --op: the plan is made chunk by chunk
+
+
+def _size(text: str) -> int:
+    """Return a size of --op."""
+    usable = text.isascii() and text.isdigit() and len(text) < 10 and int(text) <= LARGEST_SIZE
+    if not usable:
+        raise ArgumentTypeError(f"{shown(text)} must be a whole number, at most {LARGEST_SIZE}")
     return int(text)
 
 

@@ -9,6 +9,7 @@ the head is built in that same forward, and reduced once.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -21,6 +22,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 Result = TypeVar("Result")
+
+# How gloo and NCCL tell that another rank is gone.
+_LOST = re.compile(
+    r"Connection (closed|reset|refused)|Broken pipe|remote process exited|NCCL error"
+)
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,12 @@ def start_world(device: str = "auto") -> World:
     rank = dist.get_rank() if size > 1 else 0
     place = torch.device(kind, index) if kind == "cuda" else torch.device(kind)
     return World(rank, size, place)
+
+
+def is_loss_of_a_rank(error: Exception) -> bool:
+    """Return whether an error only tells that another rank of the run is gone."""
+    of_torch = isinstance(error, RuntimeError) and type(error).__module__ in ("builtins", "torch")
+    return of_torch and dist.is_initialized() and _LOST.search(str(error)) is not None
 
 
 def stop_world() -> None:

@@ -143,6 +143,11 @@ def open_run(
     loaders = _make_loaders(config, world, data, packed=run.packed)
     state = _open_state(config, world, run, loaders, checkpoint)
     total_steps = num_steps(loaders.steps_per_epoch(config), config.epochs, config.max_steps)
+    if config.max_steps is not None and total_steps < config.max_steps:
+        raise ValueError(
+            f"max_steps={config.max_steps} is more than the {total_steps} steps that "
+            f"epochs={config.epochs:g} gives; raise epochs, or leave epochs out"
+        )
     planned = state.setdefault("total_steps", total_steps)
     if planned != total_steps and world.is_main:
         logger.warning(

@@ -7,6 +7,7 @@ import itertools
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -17,7 +18,7 @@ from una_fast.data.examples import Example
 from una_fast.distributed import start_world
 from una_fast.model.loading import load_tokenizer
 from una_fast.resolved import find_facts
-from una_fast.train.build import build_run
+from una_fast.train.build import build_run, open_run
 from una_fast.train.loop import Trainer
 from una_fast.train.measure import measured_peak
 from una_fast.train.run_data import RunData, load_data
@@ -64,9 +65,11 @@ def _measure(
 ) -> int:
     """Take two steps of a batch, and return the bytes of the peak."""
     with tempfile.TemporaryDirectory() as scratch:
-        run = replace(settings, output_dir=scratch, progress=False, loggers=[], resume=False)
+        quiet = {"progress": False, "loggers": [], "resume": False, "epochs": None}
+        run = replace(settings, output_dir=scratch, **quiet)
         data = RunData([list(batch)], [1.0])
-        trainer = Trainer(build_run(run, start_world(device), _tokenizer(settings), data))
+        opened = open_run(run, start_world(device), data)
+        trainer = Trainer(build_run(opened, _tokenizer(settings)), Path(scratch))
         return measured_peak(trainer, list(batch), accumulate=accumulate)
 
 
