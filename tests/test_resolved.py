@@ -6,20 +6,23 @@ import dataclasses
 import json
 import logging
 import re
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
+from transformers import AutoTokenizer
 
 from families import FAMILIES, SMALL, build, randomize_weights
-from tiny import make_config
+from tiny import make_config, make_tokenizer
 from una_fast.attention.probe import packing_refusal
 from una_fast.data.batch import collate
 from una_fast.data.examples import Example
 from una_fast.feedback import Feedback
-from una_fast.model.export import save_pretrained
-from una_fast.model.reference import FrozenReference
+from una_fast.model.export import save_pretrained, save_tokenizer
+from una_fast.model.reference import AdapterReference, FrozenReference
 from una_fast.model.settings import LoraOptions
 from una_fast.resolved import (
     Facts,
@@ -30,6 +33,7 @@ from una_fast.resolved import (
     resolve,
     scoring_of,
 )
+from una_fast.train.data_checks import fit_padding
 
 ROOT = Path(__file__).resolve().parents[1]
 LORA = LoraOptions(r=2)
@@ -361,3 +365,52 @@ def test_nobody_else_decides(pattern):
         if re.search(pattern, path.read_text(encoding="utf-8")):
             found.add(path.relative_to(package).as_posix())
     assert found <= OWNERS[pattern], f"{pattern} is asked in {sorted(found - OWNERS[pattern])}"
+
+
+# ---- what is said, and what is mended ----------------------------------------------------------
+
+
+def test_what_is_left_out_is_said(decide):
+    told = "1 of 4 records have more tokens; the longest, data.jsonl:4, has 164"
+    facts = dataclasses.replace(CPU, router_loss=10.0, positions=64, longer_records=told)
+    assert decide(facts).lines()[6:] == [
+        "left out   the auxiliary loss that balances the router of the experts  [config.json: "
+        "output_router_logits, router_aux_loss_coef=10]",
+        f"positions  64, as the model was made for; {told}  [max_tokens=64 leaves them out]",
+    ]
+
+
+@pytest.mark.parametrize(("asked", "coefficient"), [(True, 10.0), (False, 0.0)])
+def test_the_routers_loss_is_found_in_the_config(asked, coefficient, tmp_path):
+    fields = SMALL | {"num_local_experts": 2, "router_aux_loss_coef": 10.0}
+    model = build("MixtralConfig", fields | {"output_router_logits": asked})
+    config = make_config(save(model, tmp_path), "data.jsonl", tmp_path / "run", packing=False)
+    assert find_facts(config, [], device="cpu").router_loss == coefficient
+
+
+def test_a_pad_beyond_the_embeddings_is_replaced_in_memory(tmp_path):
+    tokenizer = make_tokenizer()
+    embeddings = torch.nn.Embedding(len(tokenizer), 4)
+    policy = SimpleNamespace(causal_lm=SimpleNamespace(get_input_embeddings=lambda: embeddings))
+    fit_padding(tokenizer, policy)
+    assert tokenizer.pad_token == "<pad>"
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    fit_padding(tokenizer, policy)
+    assert tokenizer.pad_token == "</s>"
+    save_tokenizer(tokenizer, tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).pad_token == "[PAD]"
+
+
+def test_a_checkpoint_goes_on_over_the_base_of_the_settings(tmp_path):
+    """The same weights may lie under another path than when the run began."""
+    directory = save(build("LlamaConfig"), tmp_path / "model")
+    config = make_config(directory, "data.jsonl", tmp_path / "run", lora=LORA)
+    policy = load_trained(config, resolve(config, find_facts(config, [], device="cpu")))
+    save_pretrained(policy, tmp_path / "checkpoint", Words())
+    moved = shutil.move(directory, tmp_path / "moved")
+    config = dataclasses.replace(config, model=str(moved))
+    run = resolve(config, find_facts(config, [], device="cpu"))
+    again = load_trained(config, run, tmp_path / "checkpoint")
+    assert AdapterReference(again, scoring_of(config, run)).identity == (
+        AdapterReference(policy, scoring_of(config, run)).identity
+    )
