@@ -664,7 +664,7 @@ def test_tokenizer_that_puts_a_space_before_any_text():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", unk_token="<unk>")
     tokenizer.chat_template = CHATML.replace("{{ bos_token }}", "")
     record = Record([USER], ([bot("the cat")],))
-    prompt, (answer,), _ = Encoder(tokenizer, RecordOptions()).encode(record)
+    prompt, (answer,), *_ = Encoder(tokenizer, RecordOptions()).encode(record)
     whole = tokenizer.apply_chat_template([USER, bot("the cat")], tokenize=False).rstrip("\n")
     assert [*prompt, *answer] == ids(tokenizer, whole)
     assert answer[-1] == END

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from una_fast.data.records import Message, Record, RecordError
+from una_fast.data.chat_template import name_of, render_chat, text_after_answer
+from una_fast.data.records import Message, Record, RecordError, check_ref_logps
 from una_fast.data.settings import RecordOptions
+from una_fast.printable import printable, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+_SYSTEM = ("system", "developer")
+
+# Texts before which a response is tokenised where a tokenizer opens every text with a space.
+_BEFORE = ("\n", ".", "x")
 
 
 class Encoded(NamedTuple):
@@ -19,22 +29,29 @@ class Encoded(NamedTuple):
     prompt: [P] int32, P >= 1
     responses: [R_k] int32 for every response k, end of turn included
     truncated: the prompt was cut on the left
+    special: a text of the record spells a special token of the tokenizer
     """
 
     prompt: np.ndarray
     responses: tuple[np.ndarray, ...]
     truncated: bool
+    special: bool
 
 
 class Encoder:
     """Records to token ids, under a given tokenizer.
 
     Plain text: the prompt begins with the tokenizer's own prefix of a text (BOS, if any); a
-    response ends with EOS. Prompt and response are tokenised apart. A string prompt stays plain
-    text even if the tokenizer has a chat template.
+    response ends with EOS. Prompt and response are tokenised apart, and together spell the prompt
+    followed by the response: where a tokenizer opens every text with a space, a response is
+    tokenised as the middle of a text. A string prompt stays plain text even if the tokenizer has a
+    chat template.
 
     Chat: the prompt is the template's rendering with the generation prompt; a response is the rest
     of the rendering with the answer, up to the end of turn. BOS is then the template's affair.
+
+    Text that spells a special token ("</s>") becomes that token, in plain text and in chats, as
+    everywhere in transformers; such records are counted.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, options: RecordOptions) -> None:
@@ -43,11 +60,14 @@ class Encoder:
         self.options = options
         if tokenizer.eos_token_id is None:
             raise ValueError(
-                f"tokenizer {_name(tokenizer)} has no eos_token, so no response can end; set "
+                f"tokenizer {name_of(tokenizer)} has no eos_token, so no response can end; set "
                 "eos_token in its tokenizer_config.json, or tokenizer.eos_token in Python"
             )
         self.eos = tokenizer.eos_token_id
         self.prefix = self._prefix()
+        self.opens_texts = self._ids("a") != self._ids_inside("a")
+        special = sorted(map(re.escape, tokenizer.all_special_tokens))
+        self._special = re.compile("|".join(special))
         self._turn_end: tuple[str, str] | None = None  # asked for with the first chat
 
     def encode(self, record: Record, room: int = 0) -> Encoded:
@@ -56,42 +76,92 @@ class Encoder:
         record: a prompt, and any number of responses
         room: tokens that max_tokens must leave beside the prompt of a record without responses
 
-        Raises RecordError for texts without tokens, over the limits, or refused by the template.
+        Raises RecordError for texts without tokens, over the limits, or refused by the template;
+        for preferences between equal tokens; and for ref_logps that the tokens cannot have.
         """
         if isinstance(record.prompt, str):
-            prompt, responses = self._plain_ids(record)
+            prompt, responses, truncated = self._plain_ids(record, room)
         else:
-            prompt, responses = self._chat_ids(record)
-        if not prompt:
-            raise RecordError("prompt gives no tokens; fill it in or remove the record")
-        longest = max((len(response) for response in responses), default=room)
-        fitted = self._fit(prompt, longest)
+            prompt, responses, truncated = self._chat_ids(record, room)
+        _refuse_equals(record, responses, pairs=self.options.feedback != "scores")
+        check_ref_logps(record, [len(response) for response in responses])
         return Encoded(
-            prompt=np.asarray(fitted, dtype=np.int32),
+            prompt=np.asarray(prompt, dtype=np.int32),
             responses=tuple(np.asarray(response, dtype=np.int32) for response in responses),
-            truncated=len(fitted) < len(prompt),
+            truncated=truncated,
+            special=any(self._special.search(text) for text in _texts_of(record)),
         )
 
-    def _plain_ids(self, record: Record) -> tuple[list[int], list[list[int]]]:
+    def _plain_ids(self, record: Record, room: int) -> tuple[list[int], list[list[int]], bool]:
+        """Return the prompt, the responses, and whether the prompt was cut."""
         prompt = self._ids(record.prompt)
         if prompt[: len(self.prefix)] != self.prefix:
             prompt = [*self.prefix, *prompt]
-        responses = [self._ended(self._ids(response)) for response in record.responses]
-        return prompt, responses
+        inside = self._ids_inside if self.opens_texts else self._ids
+        responses = [self._ended(inside(response)) for response in record.responses]
+        excess = self._excess(prompt, responses, room)
+        if excess:
+            kept = self._kept_at_the_start(prompt)
+            prompt = [*prompt[:kept], *prompt[kept + excess :]]
+        return prompt, responses, excess > 0
 
-    def _chat_ids(self, record: Record) -> tuple[list[int], list[list[int]]]:
-        text = render_chat(self.tokenizer, record.prompt, add_generation_prompt=True)
-        prompt = self._ids(text)
-        responses = []
-        for response in record.responses:
-            responses.append(self._answer_ids(record.prompt, text, prompt, response))
-        return prompt, responses
+    def _chat_ids(self, record: Record, room: int) -> tuple[list[int], list[list[int]], bool]:
+        """Return the prompt, the responses, and whether the oldest turns were left out.
+
+        Turns go as wholes: a chat that begins in a word, or without its system message, is none.
+        """
+        found = self._rendered(record.prompt, record.responses)
+        if not self._excess(*found, room):
+            return *found, False
+        system, starts = _where_to_cut(record.prompt)
+        # Fewer turns are fewer tokens: look for the first start that fits between two others.
+        low, high = 0, len(starts)
+        fitting = None
+        while low < high:
+            middle = (low + high) // 2
+            messages = [*system, *record.prompt[starts[middle] :]]
+            found = self._rendered(messages, record.responses)
+            if self._excess(*found, room):
+                low = middle + 1
+            else:
+                fitting = found
+                high = middle
+        if fitting is None:
+            raise RecordError(
+                f"the last turn of the prompt alone has {len(found[0])} tokens, system message "
+                f"and headers included, over {self._limits()}, and prompt_overflow: truncate_left "
+                "leaves out whole turns of a chat; raise the limit or shorten the turn"
+            )
+        return *fitting, True
+
+    def _rendered(
+        self, prompt: list[Message], answers: Sequence[list[Message]]
+    ) -> tuple[list[int], list[list[int]]]:
+        """Return the token ids of a chat and of its answers."""
+        text = render_chat(self.tokenizer, prompt, add_generation_prompt=True)
+        ids = self._ids(text)
+        return ids, [self._answer_ids(prompt, text, ids, answer) for answer in answers]
 
     def _ids(self, text: str) -> list[int]:
-        encoded = self.tokenizer(
-            text, add_special_tokens=False, return_attention_mask=False, verbose=False
-        )
+        try:
+            encoded = self.tokenizer(
+                text, add_special_tokens=False, return_attention_mask=False, verbose=False
+            )
+        except Exception as error:  # such as half a surrogate pair that a template wrote
+            raise RecordError(
+                f"tokenizer {name_of(self.tokenizer)} refuses the text {shown(text)}: "
+                f"{printable(error)}"
+            ) from None
         return encoded["input_ids"]
+
+    def _ids_inside(self, text: str) -> list[int]:
+        """Return the tokens of a text as they are in the middle of another text."""
+        for before in _BEFORE:
+            start = self._ids(before)
+            ids = self._ids(before + text)
+            if ids[: len(start)] == start and len(ids) > len(start):
+                return ids[len(start) :]
+        return self._ids(text)
 
     def _prefix(self) -> list[int]:
         """Return the tokenizer's own tokens before a text, such as [BOS].
@@ -126,7 +196,7 @@ class Encoder:
         whole = render_chat(self.tokenizer, [*prompt, *response])
         if not whole.startswith(prompt_text):
             raise RecordError(
-                f"the chat template of {_name(self.tokenizer)} renders prompt + response "
+                f"the chat template of {name_of(self.tokenizer)} renders prompt + response "
                 "differently from the prompt with its generation prompt, which must be its "
                 "beginning; fix the template's add_generation_prompt part"
             )
@@ -136,8 +206,8 @@ class Encoder:
         whole = whole.removesuffix(space)
         if not whole.endswith(end):
             raise RecordError(
-                f"the chat template of {_name(self.tokenizer)} does not end this response "
-                f"with {end!r}"
+                f"the chat template of {name_of(self.tokenizer)} does not end this response "
+                f"with {shown(end)}"
             )
         while end and whole.endswith(end + end):  # the text brought its own end of turn
             whole = whole.removesuffix(end)
@@ -147,37 +217,48 @@ class Encoder:
         if ids[: len(prompt_ids)] == prompt_ids:
             ids = ids[len(prompt_ids) :]
         else:
-            ids = self._ids(whole[len(prompt_text) :])
+            ids = self._ids_inside(whole[len(prompt_text) :])
         return ids if end else self._ended(ids)
 
-    def _fit(self, prompt: list[int], response: int) -> list[int]:
-        """Return the prompt within max_prompt_tokens, and within max_tokens with a response.
+    def _excess(self, prompt: list[int], responses: Sequence[list[int]], room: int) -> int:
+        """Return by how many tokens a prompt is over max_prompt_tokens or max_tokens.
 
-        response: tokens of the longest response
+        prompt: token ids, with those at the start that no cut takes away
+        responses: token ids; the longest counts
+        room: tokens of a response, where there is none so far
+
+        Raises RecordError where a cut is not wanted, or would leave nothing of the prompt.
         """
         options = self.options
-        room = len(prompt)
+        if not prompt:
+            raise RecordError("prompt gives no tokens; fill it in or remove the record")
+        longest = max(map(len, responses), default=room)
+        most = len(prompt)
         if options.max_tokens is not None:
-            room = options.max_tokens - response
-        limit = min(room, options.max_prompt_tokens or room)
+            most = options.max_tokens - longest
+        limit = min(most, options.max_prompt_tokens or most)
         if len(prompt) <= limit:
-            return prompt
-
-        kept = self._kept_at_the_start(prompt)
-        if room <= kept:
+            return 0
+        if most <= self._kept_at_the_start(prompt):
             raise RecordError(
-                f"a response of {response} tokens leaves no room for its prompt within "
+                f"a response of {longest} tokens leaves no room for its prompt within "
                 f"max_tokens={options.max_tokens}; raise max_tokens or remove the record "
                 "(responses are never cut)"
             )
         if options.prompt_overflow == "error":
-            name = "max_tokens" if limit == room else "max_prompt_tokens"
+            name = "max_tokens" if limit == most else "max_prompt_tokens"
             raise RecordError(
-                f"prompt has {len(prompt)} tokens (longest response: {response}), over "
+                f"prompt has {len(prompt)} tokens (longest response: {longest}), over "
                 f"{name}={getattr(options, name)}; raise {name}, shorten the prompt, "
                 "or set prompt_overflow: truncate_left"
             )
-        return [*prompt[:kept], *prompt[len(prompt) - limit + kept :]]
+        return len(prompt) - limit
+
+    def _limits(self) -> str:
+        """Return the limits that are set, for messages."""
+        names = ("max_prompt_tokens", "max_tokens")
+        limits = {name: getattr(self.options, name) for name in names}
+        return " and ".join(f"{name}={limit}" for name, limit in limits.items() if limit)
 
     def _kept_at_the_start(self, prompt: list[int]) -> int:
         """Return how many tokens a cut leaves at the start of a prompt: the prefix, or BOS."""
@@ -186,45 +267,48 @@ class Encoder:
         return int(prompt[0] == self.tokenizer.bos_token_id)
 
 
-def render_chat(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[Message],
-    *,
-    add_generation_prompt: bool = False,
-) -> str:
-    """Return messages as the text of the tokenizer's chat template.
+def _where_to_cut(prompt: list[Message]) -> tuple[list[Message], list[int]]:
+    """Return the system messages at the start of a chat, and the later indices of user messages.
 
-    Raises ValueError without a template, RecordError where the template refuses the messages.
+    A chat may begin at a user message: an answer, or the result of a tool, needs what it answers.
     """
-    if not tokenizer.chat_template:
-        raise ValueError(
-            f"the record is a chat, but tokenizer {_name(tokenizer)} has no chat template; set "
-            "chat_template in its tokenizer_config.json, or give prompts and responses as plain "
-            "strings"
-        )
-    try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except Exception as error:
-        # Templates raise their own refusals, and any error of the expressions in them.
-        raise RecordError(
-            f"the chat template of {_name(tokenizer)} refuses the messages: {error}"
-        ) from None
+    others = (k for k, message in enumerate(prompt) if message["role"] not in _SYSTEM)
+    first = next(others, len(prompt))
+    starts = [k for k in range(first + 1, len(prompt)) if prompt[k]["role"] == "user"]
+    return prompt[:first], starts
 
 
-def text_after_answer(tokenizer: PreTrainedTokenizerBase, prompt: list[Message]) -> tuple[str, str]:
-    """Return the text after an answer in the chat template: (end of turn, white space), such as
-    ("<|im_end|>", "\\n"). The end of turn may be "".
+def _refuse_equals(record: Record, responses: Sequence[list[int]], *, pairs: bool) -> None:
+    """Check that a preference is between different tokens.
 
-    Errors as in `render_chat`.
+    record: a pair, or rated responses
+    responses: [K] token ids
+    pairs: rated responses become pairs
+
+    Raises RecordError, by the names of the responses.
     """
-    answer = "una-answer"
-    text = render_chat(tokenizer, [*prompt, {"role": "assistant", "content": answer}])
-    tail = text.rpartition(answer)[2]
-    end = tail.rstrip()
-    return end, tail[len(end) :]
+    if record.label is not None or (record.ratings is not None and not pairs):
+        return
+    names = [f"completions[{k}]" for k in range(len(responses))]
+    if len(responses) == 2 and record.ratings is None:
+        names = ["chosen", "rejected"]
+    first_with: dict[tuple[int, ...], int] = {}
+    for k, response in enumerate(responses):
+        first = first_with.setdefault(tuple(response), k)
+        tied = record.ratings is not None and record.ratings[first] == record.ratings[k]
+        if first != k and not tied:
+            raise RecordError(
+                f"{names[first]} and {names[k]} have the same tokens, which prefers nothing (what "
+                "tells their texts apart is lost in the tokenizer or the template); remove the "
+                "record"
+            )
 
 
-def _name(tokenizer: PreTrainedTokenizerBase) -> str:
-    return tokenizer.name_or_path or type(tokenizer).__name__
+def _texts_of(record: Record) -> Iterator[str]:
+    """Yield the texts that somebody wrote: prompt and responses, or the contents of messages."""
+    for text in (record.prompt, *record.responses):
+        if isinstance(text, str):
+            yield text
+            continue
+        for message in text:
+            yield message.get("content", "")

@@ -18,6 +18,7 @@ from una_fast.data.records import (
     RecordError,
     Text,
     as_object,
+    listed,
     parse_prompt,
     parse_record,
 )
@@ -25,6 +26,7 @@ from una_fast.data.settings import RecordOptions
 from una_fast.data.sources import Source, read_rows
 from una_fast.data.units import record_feedback, score_offset, source_scores
 from una_fast.feedback import KIND_NAMES, Feedback
+from una_fast.printable import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,6 +80,7 @@ class SourceReport:
     ties_dropped: pairs of equal ratings without a unit
     unlabelled: records without a label, taken as label True
     ignored_columns: unused column -> records with the column
+    special_tokens: records whose texts spell a special token of the tokenizer
     score_center: centre of the scores, the source of the offset of score units
     """
 
@@ -91,7 +94,13 @@ class SourceReport:
     ties_dropped: int = 0
     unlabelled: int = 0
     ignored_columns: Counter[str] = field(default_factory=Counter)
+    special_tokens: int = 0
     score_center: float | None = None
+
+    def read(self, encoded: Encoded) -> None:
+        """Count a record that was tokenised."""
+        self.truncated_prompts += encoded.truncated
+        self.special_tokens += encoded.special
 
     def skip(self, message: str) -> None:
         """Count a malformed record."""
@@ -108,7 +117,7 @@ class SourceReport:
     def __str__(self) -> str:
         units = ", ".join(f"{self.units[kind]} {kind}" for kind in KIND_NAMES if self.units[kind])
         notes = [
-            f"{self.path}: {self.records} records -> {self.examples} examples "
+            f"{printable(self.path)}: {self.records} records -> {self.examples} examples "
             f"({units or 'no'} units)"
         ]
         if self.truncated_prompts:
@@ -119,8 +128,13 @@ class SourceReport:
             notes.append(f"{self.unlabelled} without a label, taken as good")
         if self.skipped:
             notes.append(f"{self.skipped} skipped (first: {self.skip_messages[0]})")
+        if self.special_tokens:
+            notes.append(
+                f"{self.special_tokens} with special tokens of the tokenizer in their texts"
+            )
         if self.ignored_columns:
-            columns = ", ".join(f"{name} ({n})" for name, n in self.ignored_columns.items())
+            counts = self.ignored_columns.items()
+            columns = listed(f"{printable(name, 30)} ({n})" for name, n in counts)
             notes.append(f"ignored columns {columns}")
         if self.score_center is not None:
             notes.append(f"score centre {self.score_center:.6g}")
@@ -147,7 +161,7 @@ def load_examples(
     def read(row: dict[str, Any]) -> tuple[Record, Encoded]:
         record, ignored = parse_record(row, options, require_unit_scores=require_unit_scores)
         encoded = encoder.encode(record)
-        report.truncated_prompts += encoded.truncated
+        report.read(encoded)
         report.unlabelled += record.label_implied
         report.ignored_columns.update(ignored)
         return record, encoded
@@ -160,7 +174,10 @@ def load_examples(
     )
     examples = []
     for (origin, (record, encoded)), own_scores in zip(found, scores, strict=True):
-        feedback, ties_dropped = record_feedback(record, own_scores, options, offset)
+        try:
+            feedback, ties_dropped = record_feedback(record, own_scores, options, offset)
+        except ValueError as error:  # a number that is finite, but not the difference of two
+            raise ValueError(f"{origin}: {error}") from None
         report.ties_dropped += ties_dropped
         if not feedback.num_units:  # ratings with nothing but dropped ties
             continue
@@ -196,7 +213,7 @@ def load_prompts(
     def read(row: dict[str, Any]) -> tuple[Record, Encoded, dict[str, Any]]:
         record, others = parse_prompt(row, options)
         encoded = encoder.encode(record, room=max_new_tokens)
-        report.truncated_prompts += encoded.truncated
+        report.read(encoded)
         return record, encoded, {name: row[name] for name in others}
 
     prompts = []
@@ -237,4 +254,6 @@ def _usable(
                 ) from None
             report.skip(f"{origin}: {error}")
             continue
+        except ValueError as error:  # of the tokenizer or its template, for whatever record
+            raise ValueError(f"{origin}: {error}") from None
         yield origin, found

@@ -1,0 +1,123 @@
+"""Chats as the text of a tokenizer's chat template, which is foreign code under bounds."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from una_fast.data.bounded import fault_of_trial, interrupted_after
+from una_fast.data.records import Message, RecordError
+from una_fast.printable import printable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# For a chat. A record of a megabyte takes a hundredth of a second.
+SECONDS = 3
+MEMORY = 1 << 30
+LONGEST_CHAT = 1 << 26  # characters
+
+_tried: set[str] = set()  # templates that have shown in a child that they end
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    *,
+    add_generation_prompt: bool = False,
+) -> str:
+    """Return messages as the text of the tokenizer's chat template.
+
+    tokenizer: has the template
+    messages: the chat
+    add_generation_prompt: end with the header of the assistant's next turn
+
+    Raises RecordError where the template refuses the messages; ValueError without a template, and
+    for a template that takes more than SECONDS, MEMORY or LONGEST_CHAT.
+    """
+    name = name_of(tokenizer)
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"the record is a chat, but tokenizer {name} has no chat template; set "
+            "chat_template in its tokenizer_config.json, or give prompts and responses as plain "
+            "strings"
+        )
+
+    def render(chat: list[Message], header: bool) -> str:
+        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=header)
+
+    try:
+        template = tokenizer.get_chat_template()
+        if template not in _tried:
+            _try_in_child(name, render, messages)
+            _tried.add(template)
+        text = interrupted_after(SECONDS, lambda: render(messages, add_generation_prompt))
+    except _EndlessError:
+        raise
+    except (TimeoutError, MemoryError) as error:
+        raise _endless(name, str(error) or "more memory than there is") from None
+    except Exception as error:
+        # Templates raise their own refusals, and any error of the expressions in them.
+        raise RecordError(
+            f"the chat template of {name} refuses the messages: "
+            f"{type(error).__name__}: {printable(error)}"
+        ) from None
+    if len(text) > LONGEST_CHAT:
+        raise _endless(name, f"{len(text)} characters")
+    return text
+
+
+class _EndlessError(ValueError):
+    """Refusal of a template that does not end."""
+
+
+def _endless(name: str, amount: str) -> _EndlessError:
+    return _EndlessError(
+        f"the chat template of {name} takes {amount} for one chat; use the template of the model's "
+        "publisher (chat_template.jinja)"
+    )
+
+
+def _try_in_child(
+    name: str, render: Callable[[list[Message], bool], str], messages: list[Message]
+) -> None:
+    """Render a chat, and a longer one, in a child first; _EndlessError if that does not end.
+
+    name: of the tokenizer
+    render: from messages, with or without the header of the next turn, to text
+    messages: the chat
+    """
+    turns = [{"role": "user", "content": "a " * 500}, {"role": "assistant", "content": "b " * 500}]
+    longer = [*turns * 10, turns[0]]
+
+    def trial() -> None:
+        for chat, header in itertools.product((messages, longer), (True, False)):
+            try:
+                render(chat, header)
+            except MemoryError:
+                raise
+            except Exception:  # a refusal: a template may want other roles
+                continue
+
+    fault = fault_of_trial(trial, seconds=SECONDS, memory=MEMORY)
+    if fault is not None:
+        raise _endless(name, fault)
+
+
+def text_after_answer(tokenizer: PreTrainedTokenizerBase, prompt: list[Message]) -> tuple[str, str]:
+    """Return the text after an answer in the chat template: (end of turn, white space), such as
+    ("<|im_end|>", "\\n"). The end of turn may be "".
+
+    Errors as in `render_chat`.
+    """
+    answer = "una-answer"
+    text = render_chat(tokenizer, [*prompt, {"role": "assistant", "content": answer}])
+    tail = text.rpartition(answer)[2]
+    end = tail.rstrip()
+    return end, tail[len(end) :]
+
+
+def name_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the path or the class of a tokenizer, for messages."""
+    return printable(tokenizer.name_or_path or type(tokenizer).__name__)
