@@ -266,7 +266,7 @@ def _parser(arguments: Sequence[str]) -> Parser:
     return parser
 
 
-LARGEST_SIZE = 2**24  # of --op: the plan is made chunk by chunk
+LARGEST_SIZE = 2**21  # of --op: the plan is made chunk by chunk
 
 
 def _size(text: str) -> int:

@@ -15,8 +15,8 @@ import yaml
 
 from una_fast.printable import printable, shown
 
-LONGEST = 2**20  # bytes of a file, characters of a flag
-MOST_VALUES = 10**6  # every alias counted as often as it is used
+LONGEST = 2**18  # bytes of a file, characters of a flag
+MOST_VALUES = 10**5  # every alias counted as often as it is used
 DEEPEST = 20  # levels of lists and mappings
 
 NULL = frozenset(("", "~", "null", "Null", "NULL"))

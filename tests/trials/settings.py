@@ -10,6 +10,7 @@ exit status 1 or 2 and one printable line that names the setting or the file.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -19,8 +20,10 @@ import random
 import sys
 import types
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import yaml
 from common import Trial, in_process, main
@@ -147,19 +150,22 @@ accepted: list[Any] = []
 """The settings that the command was given."""
 
 
-def replace_commands() -> None:
+@contextlib.contextmanager
+def replaced_commands() -> Iterator[None]:
     """Put `keep` in the place of everything that a command would load and do."""
+    fakes = {}
     for module, name in (
         ("una_fast.train.loop", "train"),
         ("una_fast.train.precompute", "precompute_reference"),
         ("una_fast.train.memory_plan", "plan_run"),
         ("una_fast.demo.run", "run_demo"),
     ):
-        fake = types.ModuleType(module)
-        setattr(fake, name, keep if name != "precompute_reference" else lambda s: keep(s) and {})
-        sys.modules[module] = fake
+        fakes[module] = types.ModuleType(module)
+        keeper = keep if name != "precompute_reference" else lambda settings: keep(settings) and {}
+        setattr(fakes[module], name, keeper)
     check = cli.COMMANDS["check"]._replace(run=lambda parsed: keep(cli._settings(parsed)))
-    cli.COMMANDS["check"] = check
+    with mock.patch.dict(sys.modules, fakes), mock.patch.dict(cli.COMMANDS, check=check):
+        yield
 
 
 def insane(settings: Any) -> str | None:
@@ -366,10 +372,13 @@ def judge(words: list[str], names: list[str]) -> tuple[str, str]:
 
 def run(trial: Trial) -> None:
     """Try mutations drawn by the seed, and count them."""
-    replace_commands()
     folder = trial.new_folder("settings")
     make_places(folder)
-    os.chdir(folder)
+    with replaced_commands(), contextlib.chdir(folder):
+        _run(trial, folder)
+
+
+def _run(trial: Trial, folder: Path) -> None:
     mutator = Mutator(trial.seed, folder)
     counts: Counter[str] = Counter()
     for _ in range(SHORT if trial.short else MUTATIONS):
@@ -380,7 +389,6 @@ def run(trial: Trial) -> None:
             trial.report(f"{verdict}: {detail!a}", False, ascii(description)[:300])
     trial.report("no foreign code ran", not (folder / "PWNED").exists(), str(dict(counts)))
     trial.total += counts["accepted"] + counts["refused"]
-    os.chdir("/")
 
 
 if __name__ == "__main__":

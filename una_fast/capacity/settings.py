@@ -20,6 +20,9 @@ GPU_GIB = {
 }
 """GPU -> GiB that torch sees."""
 
+MOST_TOKENS = 2**24
+MOST_RANKS = 2**16
+
 
 @dataclass
 class PlanOptions:
@@ -51,6 +54,11 @@ class RunPlanConfig(RunConfig, HeadCallOptions, PlanOptions):
         check_at_least(0, self, ["prompt", "pairs"])
         if min(self.responses, default=1) < 1:
             raise ValueError(f"responses={shown(self.responses)} must be at least 1 token each")
+        if self.prompt + sum(self.responses) > MOST_TOKENS or self.world_size > MOST_RANKS:
+            raise ValueError(
+                f"prompt={self.prompt}, responses={shown(self.responses)}, world_size="
+                f"{self.world_size}: at most {MOST_TOKENS} tokens and {MOST_RANKS} ranks"
+            )
         if bool(self.prompt) != bool(self.responses):
             raise ValueError("a planned row needs both --prompt and --responses")
         if self.gpu is not None and self.device == "cpu":

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from una_fast.checks import check_at_least, check_one_of, check_types
+from una_fast.checks import check_one_of, check_types
 
 DEVICES = ("cpu", "cuda")
+
+MOST_PAIRS = 2**16
 
 
 @dataclass
@@ -33,6 +35,7 @@ class PlanConfig(HeadCallOptions):
     def __post_init__(self) -> None:
         check_types(self)
         check_one_of("device", self.device, DEVICES)
-        check_at_least(0, self, ["pairs"])
-        if self.workspace_mb is not None and not self.workspace_mb > 0:
-            raise ValueError(f"workspace_mb={self.workspace_mb} must be positive and finite")
+        if not 0 <= self.pairs <= MOST_PAIRS:
+            raise ValueError(f"pairs={self.pairs} must be at least 0, and at most {MOST_PAIRS}")
+        if self.workspace_mb is not None and not self.workspace_mb >= 1:
+            raise ValueError(f"workspace_mb={self.workspace_mb} must be at least 1, or null")
