@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
+import decimal
+import gzip
 import json
 import math
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from email.utils import formatdate
+from itertools import chain, repeat
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +27,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
     LlamaConfig,
@@ -30,11 +39,15 @@ from transformers import (
 
 from judge_server import JudgeServer, chat, wait_for
 from tiny import make_tokenizer
+from una_fast import signals
+from una_fast.online.sampling import Completion, Sampling, whole_text
+from una_fast.rewards import client as reward_client
 from una_fast.rewards import http as reward_http
 from una_fast.rewards import scale as scale_module
+from una_fast.rewards.client import Reply
 from una_fast.rewards.outcome import Failure
 from una_fast.rewards.scale import RewardScale
-from una_fast.rewards.settings import RewardError, parse_rewards
+from una_fast.rewards.settings import RewardError, RewardsDown, parse_rewards
 from una_fast.rewards.total import Rewards
 from una_fast.score_maps import mid_ranks, sigmoid, to_range
 
@@ -122,7 +135,10 @@ JUDGE = {"judge": "http://h/v1", "judge_model": "m"}
         ([JUDGE, JUDGE], "name 'h' is taken"),
         ([{"function": "a.b", "weight": 0}], "weight=0"),
         ([{"function": "a.b", "weight": math.nan}], "weight=nan"),
-        ([{"function": "a.b", "weight": True}], "weight=True"),
+        ([{"function": "a.b", "weight": True}], "weight=true"),
+        ([{**JUDGE, "patience": -1}], "patience=-1 must not be negative"),
+        ([{**JUDGE, "timeout": 1e300}], "timeout=.* must be at most"),
+        ([{"function": "a.b", "keep_special_tokens": "yes"}], "must be true or false"),
         ([{"function": None}], "target=None"),
         ([{"model": "m", "template": "jinja"}], "template='jinja' is not one of auto, chat, plain"),
         ([{"model": "m", "batch_size": 0}], "batch_size=0"),
@@ -152,6 +168,7 @@ def test_default_names():
 # ---- functions and the sum -----------------------------------------------------------------------
 
 FUNCTIONS = """
+import decimal, fractions, os, random, signal, sys, time
 import numpy as np, torch
 from dataclasses import dataclass
 
@@ -202,6 +219,75 @@ def greedy(prompts, completions, **columns):
     completions.clear()
     return [1.0, 1.0]
 
+def times(prompts, completions):
+    return np.array(["2020-01-01"] * 2, dtype="datetime64[ns]")
+
+def mapping(prompts, completions):
+    return {"a": 1.0, "b": 1.0}
+
+def waited(prompts, completions):
+    async def later():
+        return [1.0, 1.0]
+    return later()
+
+async def asynchronous(prompts, completions):
+    return [1.0, 1.0]
+
+def endless(prompts, completions):
+    while True:
+        yield 1.0
+
+def leaves(prompts, completions):
+    sys.exit(0)
+
+def leaves_at_once(prompts, completions):
+    os._exit(0)
+
+def interrupts(prompts, completions):
+    raise KeyboardInterrupt
+
+def rings(prompts, completions):
+    signal.setitimer(signal.ITIMER_REAL, 0.001)
+    time.sleep(5)
+
+class Mute(BaseException):
+    def __str__(self):
+        raise RuntimeError
+
+def mute(prompts, completions):
+    raise Mute
+
+def leaks(prompts, completions):
+    raise RuntimeError("no answer for " + os.environ["UNA_TEST_KEY"])
+
+def natural(completions, kind):
+    values = [len(text) for text in completions]
+    return {
+        "bools": [bool(value) for value in values],
+        "numpy": np.array(values, dtype=np.float16),
+        "numpy bools": [np.bool_(value) for value in values],
+        "gradient": torch.tensor(values, dtype=torch.bfloat16, requires_grad=True),
+        "tensors": [torch.tensor(float(value)) for value in values],
+        "tuple": tuple(values),
+        "iterator": (value for value in values),
+        "decimals": [decimal.Decimal(value) for value in values],
+        "fractions": [fractions.Fraction(value) for value in values],
+    }[kind[0]]
+
+def vandal(prompts, completions, chats):
+    os.chdir("/")
+    torch.set_grad_enabled(False)
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0), np.random.seed(0), random.seed(0)
+    sys.stdout.close()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    chats[0][0]["content"] = "changed"
+    prompts.clear()
+    return [1.0, 1.0]
+
+def drawn(completions):
+    return [random.random() + np.random.rand() + torch.rand(()).item() for _ in completions]
+
 def positional(p, c):
     return [1.0, 1.0]
 """
@@ -211,6 +297,8 @@ def positional(p, c):
 def functions(tmp_path, monkeypatch):
     """A folder with functions that is importable only as the current directory."""
     (tmp_path / "own_rewards.py").write_text(FUNCTIONS)
+    (tmp_path / "leaving.py").write_text("import sys; sys.exit(0)")
+    (tmp_path / "broken.py").write_text("def f(:")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
     monkeypatch.delitem(sys.modules, "own_rewards", raising=False)
@@ -237,9 +325,7 @@ def test_functions_get_what_they_name(functions):
     assert sys.modules["own_rewards"].seen.calls == [
         (["prompt 0", "prompt 1"], ["a", "b"], ["a", "x"])
     ]
-    assert sys.path[-1] == str(functions), (
-        "behind installed packages, which a folder here must not hide"
-    )
+    assert str(functions) not in sys.path, "a file here must not be taken for a package"
     with pytest.raises(RewardError, match="strict.*needs column 'answer'.*columns: level"):
         reward(["own_rewards.strict"], columns={"level": [1, 2]})
 
@@ -253,16 +339,27 @@ def test_functions_of_one_file_share_its_state(functions):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("booleans", "returned bool True"),
         ("texts", "returned str '1'"),
-        ("nested", "returned list"),
+        ("nested", r"returned ndarray of shape \(2, 1\)"),
+        ("times", "returned ndarray of shape .*datetime64"),
+        ("mapping", "returned dict"),
+        ("waited", "returned a coroutine"),
+        ("endless", "returned 3 or more rewards for 2 completions"),
+        ("leaves", "raised SystemExit: 0"),
+        ("leaves_at_once", r"raised Exited: os._exit\(0\)"),
+        ("interrupts", "raised KeyboardInterrupt"),
+        ("rings", "raised Alarm"),
+        ("mute", "raised Mute: <Mute without a text"),
+        ("leaks", r"raised RuntimeError: no answer for \*\*\* \(own_rewards.py:"),
         ("short", "returned 1 rewards for 2 completions"),
         ("number", "returned float"),
         ("breaks", "raised ZeroDivisionError"),
     ],
 )
-def test_a_wrong_answer_of_a_function_stops_the_run(functions, name, message):
-    with pytest.raises(RewardError, match=f"{name}: function own_rewards.{name} {message}"):
+def test_a_wrong_answer_of_a_function_stops_the_run(functions, monkeypatch, name, message):
+    monkeypatch.setenv("UNA_TEST_KEY", "secret-12345")
+    error = pytest.raises(RewardError, match=f"{name}: function own_rewards.{name} {message}")
+    with signals.requests.listening(), error:
         reward([f"own_rewards.{name}"])
 
 
@@ -274,6 +371,10 @@ def test_a_wrong_answer_of_a_function_stops_the_run(functions, name, message):
         ("no_such_file.py:f", "there is no file"),
         ("own_rewards.seen", "cannot be called"),
         ("own_rewards.positional", "must take prompts and completions by these names"),
+        ("own_rewards.asynchronous", "is async"),
+        ("leaving.py:f", "raised SystemExit: 0"),
+        ("broken.py:f", "raised SyntaxError"),
+        ("builtins.dict", "has no signature"),
     ],
 )
 def test_functions_are_loaded_before_the_first_sample(functions, target, message):
@@ -290,7 +391,10 @@ def test_no_reward_is_never_zero(functions):
     assert found.failures == Counter({"holes: None": 1, "holes: not finite": 3})
     again = {"function": "own_rewards.tiny", "weight": 9.0, "name": "b"}
     found = reward(["own_rewards.tiny", again])
-    assert found.total == [None, None] and found.failures == Counter({"total: not finite": 2})
+    assert found.total == [None, None]
+    assert found.failures == Counter({"tiny: larger than 1e+09": 2, "b: larger than 1e+09": 2})
+    heavy = {"function": "own_rewards.lengths", "weight": 1e300}
+    assert reward([heavy]).failures == Counter({"total: larger than 1e+09": 2})
 
 
 def test_weights_and_penalty(functions):
@@ -304,6 +408,54 @@ def test_weights_and_penalty(functions):
     )
     assert found.total == [-2.0 + 2.0, -6.0 + 8.0 - 0.75]
     assert found.parts == {"lengths": [1.0, 3.0], "scalars": [0.5, 2.0]}
+
+
+KINDS = ("bools", "numpy", "numpy bools", "gradient", "tensors", "tuple", "iterator", "decimals")
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "fractions"])
+def test_the_natural_forms_of_numbers_are_taken(functions, kind):
+    found = reward(["own_rewards.natural"], columns={"kind": [kind] * 2})
+    assert found.total == [1.0, 1.0]
+
+
+def test_a_function_cannot_change_the_run(functions):
+    """Nor the records that it is given, which later steps read again."""
+
+    def state():
+        handler = signal.getsignal(signal.SIGTERM)
+        drawn = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+        modes = torch.is_grad_enabled(), torch.get_default_dtype(), sys.stdout.closed
+        return os.getcwd(), handler, os._exit, *drawn, *modes
+
+    before = state()
+    chats = [[{"content": "as it was"}], [{}]]
+    assert reward(["own_rewards.vandal"], columns={"chats": chats}).total == [1.0, 1.0]
+    assert state() == before and chats[0][0]["content"] == "as it was"
+
+
+def test_random_numbers_of_a_function_follow_the_seed_of_the_step(functions):
+    """A resumed run draws them again; the random states of the run itself are untouched."""
+    rewards = Rewards(parse_rewards(["own_rewards.drawn"]))
+    before = torch.get_rng_state()
+    totals = [rewards(["p"] * 2, ["a"] * 2, [True] * 2, {}, seed=n).total for n in (1, 2, 1)]
+    assert totals[0] == totals[2] != totals[1]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_real_interrupt_passes_a_function(functions, monkeypatch):
+    """Ctrl-C, as it arrives without and with the handlers of a command."""
+    rewards = Rewards(parse_rewards(["own_rewards.interrupts"]))
+    with pytest.raises(KeyboardInterrupt):
+        rewards(["p"], ["a"], [True], {})
+    (function,) = rewards.rewards
+
+    def stop(**_):
+        raise signals.Stopped(signal.SIGINT)
+
+    monkeypatch.setattr(function, "function", stop)
+    with pytest.raises(signals.Stopped):
+        rewards(["p"], ["a"], [True], {})
 
 
 def test_rewards_do_not_disturb_each_other(functions):
@@ -406,8 +558,8 @@ def test_a_model_reads_the_decoded_text_with_its_own_tokenizer(judges):
 
     rewards = Rewards(parse_rewards([{"model": judges["chat"], "name": "rm"}]))
     (model,) = rewards.rewards
-    assert model.ids("the mat", text) == wanted
-    assert model.ids([{"role": "user", "content": "the mat"}], text) == wanted
+    assert model.text("the mat", text).ids == wanted
+    assert model.text([{"role": "user", "content": "the mat"}], text).ids == wanted
     found = rewards(["the mat"], [text], [True], {})
     (truth,) = alone(judges["chat"], [wanted])
     assert found.parts["rm"] == [pytest.approx(truth, rel=1e-5)]
@@ -415,8 +567,8 @@ def test_a_model_reads_the_decoded_text_with_its_own_tokenizer(judges):
     wanted = words("[BOS] the mat cat sat on")
     for entry in ({"model": judges["plain"]}, {"model": judges["chat"], "template": "plain"}):
         (plain,) = Rewards(parse_rewards([entry])).rewards
-        assert plain.ids("the mat ", text) == wanted
-        assert plain.ids("[BOS] the mat ", text) == wanted
+        assert plain.text("the mat ", text).ids == wanted
+        assert plain.text("[BOS] the mat ", text).ids == wanted
 
 
 @pytest.mark.parametrize("which", ["chat", "absolute", "no_pad"])
@@ -466,6 +618,61 @@ def test_models_that_give_no_reward_are_refused(judges, tmp_path):
     chats = [[{"role": "user", "content": "cat"}]]
     with pytest.raises(RewardError, match="prompts are chats"):
         reward([{"model": judges["plain"]}], completions=["a"], prompts=chats)
+
+
+def save_pair_judge(directory) -> str:
+    """A cross-encoder: [CLS] question [SEP] answer [SEP], with segments."""
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "cat", "sat"]
+    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    raw.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    special = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"}
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, model_input_names=names, **special)
+    tokenizer.save_pretrained(directory)
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=7, intermediate_size=16, num_labels=1, pad_token_id=0, **sizes)
+    config.initializer_range = 0.5
+    BertForSequenceClassification(config).save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.mark.parametrize("template", ["auto", "pair"])
+def test_a_model_of_pairs_is_given_question_and_answer(tmp_path, template):
+    path = save_pair_judge(tmp_path)
+    prompts = ["the cat", [{"role": "user", "content": "the"}]]
+    found = reward(
+        [{"model": path, "template": template, "name": "m"}], ["sat", "cat sat"], prompts
+    )
+    model = AutoModelForSequenceClassification.from_pretrained(path).eval()
+    for ids, split, got in (([2, 4, 5, 3, 6, 3], 4, 0), ([2, 4, 3, 5, 6, 3], 3, 1)):
+        segments = torch.tensor([[0] * split + [1] * (6 - split)])
+        with torch.no_grad():
+            truth = model(input_ids=torch.tensor([ids]), token_type_ids=segments).logits.item()
+        assert found.total[got] == pytest.approx(truth, rel=1e-5)
+
+
+# ---- special tokens ------------------------------------------------------------------------------
+
+
+def test_special_tokens_and_an_opened_thought_can_be_kept(functions):
+    tokenizer = make_tokenizer()
+    encode = lambda text: np.array(tokenizer(text, add_special_tokens=False)["input_ids"])  # noqa: E731
+    ids = np.append(encode(f"the cat</think>{tokenizer.bos_token}sat"), tokenizer.eos_token_id)
+    sampling = Sampling(1, 9, stop_ids=(tokenizer.eos_token_id,))
+    completion = Completion(ids, True, -1.0, 0)
+    kept = f"the cat</think>{tokenizer.bos_token}sat"
+    assert whole_text(tokenizer, encode("the mat<think>\n"), completion, sampling) == (
+        f"<think>\n{kept}"
+    )
+    for prompt in ("the mat", "<think>the mat", "the mat<think></think>\n"):
+        assert whole_text(tokenizer, encode(prompt), completion, sampling) == kept
+    entries = ["own_rewards.lengths"]
+    entries += [{"function": "own_rewards.lengths", "keep_special_tokens": True, "name": "whole"}]
+    rewards = Rewards(parse_rewards(entries))
+    parts = rewards(["p"], ["a"], [True], {}, whole=["<think>a"]).parts
+    assert rewards.need_whole_texts and parts == {"lengths": [1.0], "whole": [8.0]}
 
 
 # ---- judges --------------------------------------------------------------------------------------
@@ -605,7 +812,8 @@ NOW = 1e9
 def test_429_then_fine(monkeypatch):
     """Retry-After is honoured up to a cap, in seconds or as a date; if unreadable, as if absent."""
     asked = ["7", formatdate(NOW + 20, usegmt=True), "999999", "soon", "nan"]
-    waits, found = post_until_fine(monkeypatch, asked, retries=5)
+    asked += ["-5", "Mon, 1 Jan 0001 00:00:00 -0000", "Fri, 99 Foo 99999 99:99:99 GMT"]
+    waits, found = post_until_fine(monkeypatch, asked, retries=8)
     assert found == 0.5 and waits[:3] == [7, 20, reward_http.MAX_WAIT]
     # BACKOFF * 2**n, half to half as much again
     assert 0.004 <= waits[3] <= 0.012 and 0.008 <= waits[4] <= 0.024
@@ -625,14 +833,14 @@ def post_until_fine(monkeypatch, asked, *, retries):
         def wait(self, seconds):
             waits.append(seconds)
 
-    def post(*args, **kwargs):
+    def post(body):
         wait = answers.pop(0)
         if wait is None:
-            return judge.httpx.Response(200, json=chat("50")[1])
-        return judge.httpx.Response(429, json={}, headers={"Retry-After": wait})
+            return Reply(200, {}, json.dumps(chat("50")[1]).encode())
+        return Reply(429, {"retry-after": wait}, b"{}")
 
     monkeypatch.setattr(judge.client, "post", post)
-    return waits, judge._outcome(judge._post(b"{}", Stop()))
+    return waits, judge._outcome(judge._post({}, Stop()))
 
 
 def test_errors_that_pass_are_retried(ask):
@@ -660,19 +868,182 @@ def test_500_always(ask):
     assert states() == before
 
 
-def test_judge_down():
+def test_a_judge_that_is_down_pauses_the_run():
     with JudgeServer(lambda payload, number: chat("1")) as server:
         pass  # its port is free again
-    found = reward([{"judge": server.url, "judge_model": "m", "name": "j", "retries": 1}])
-    assert found.total == [None, None] and found.failures == Counter({"j: no connection": 2})
+    entry = {"judge": server.url, "judge_model": "m", "name": "j", "retries": 1, "patience": 0.05}
+    with pytest.raises(RewardsDown, match=r"reward j: judge .* is down.*patience=0.05 s.*paused"):
+        reward([entry])
+
+
+def test_a_judge_that_is_back_in_time_goes_on(ask):
+    """The first request of a step is asked again until there is an answer; then all of them."""
+
+    def answer(payload, number):
+        return (503, "starting", {}) if number < 6 else chat("50")
+
+    found, server = ask(answer, "ab", retries=0, patience=30)
+    assert found.total == [0.5, 0.5] and not found.failures
+    assert len(server.requests) == 9
 
 
 def test_judge_slow():
     with JudgeServer(lambda payload, number: chat("1"), delay=600) as server:
         entry = {"judge": server.url, "judge_model": "m", "name": "j", "timeout": 0.1, "retries": 1}
-        found = reward([entry], completions=["a"])
-    assert found.total == [None] and found.failures == Counter({"j: timeout": 1})
+        with pytest.raises(RewardsDown, match="timeout"):
+            reward([entry | {"patience": 0}], completions=["a"])
     assert len(server.requests) == 2
+
+
+class Raw:
+    """A server that answers the first request with the bytes of a generator, until it is closed."""
+
+    def __init__(self, parts) -> None:
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}/score"
+        self.parts = parts
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self) -> None:
+        with contextlib.suppress(OSError), self.socket.accept()[0] as connection:
+            connection.recv(65536)
+            for part in self.parts:
+                connection.sendall(part)
+
+
+def ask_raw(parts, **settings):
+    """Return (outcome, seconds) of a request to a server that answers with some bytes."""
+    server = Raw(parts)
+    entry = {"endpoint": server.url, "name": "e", "retries": 0, **settings}
+    (endpoint,) = Rewards(parse_rewards([entry])).rewards
+    start = time.monotonic()
+    answer, _ = endpoint._ask({})
+    server.socket.close()
+    endpoint.close()
+    return answer, time.monotonic() - start
+
+
+def drip(start):
+    yield start
+    while True:
+        time.sleep(0.02)
+        yield b"x"
+
+
+@pytest.mark.parametrize(
+    "start", [b"H", b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n"]
+)
+def test_the_deadline_holds_for_the_whole_request(start):
+    """However slowly the status, the headers or the body drip in."""
+    answer, seconds = ask_raw(drip(start), timeout=0.3)
+    assert answer.reason == "timeout" and answer.passes and seconds < 2
+
+
+def test_bodies_and_headers_are_bounded(monkeypatch):
+    monkeypatch.setattr(reward_client, "LARGEST_REPLY", 10**5)
+    endless = chain([b"HTTP/1.1 200 OK\r\n\r\n"], repeat(b" " * 4096))
+    assert ask_raw(endless)[0].reason == "reply too large"
+    packed = gzip.compress(b" " * 10**7)
+    head = "HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: {}\r\n\r\n"
+    answer, _ = ask_raw([head.format(len(packed)).encode(), packed])
+    assert len(packed) < 10**5 and answer.reason == "reply too large"
+    small = gzip.compress(b'{"rewards": []}')
+    assert ask_raw([head.format(len(small)).encode(), small])[0] == {"rewards": []}
+    assert ask_raw([head.format(5).encode(), b"hello"])[0].reason == "wrong JSON"
+    flood = chain([b"HTTP/1.1 200 OK\r\n"], repeat(b"X-Y: " + b"z" * 4000 + b"\r\n"))
+    assert ask_raw(flood)[0].reason == "no connection"
+
+
+def test_replies_are_read_in_linear_time(ask):
+    replies = [" " * 200_000 + "x", "<think>" * 30_000, "<think>" * 30_000 + "</think> 50"]
+    start = time.monotonic()
+    found, _ = ask(lambda payload, number: chat(replies[int(payload["messages"][0]["content"])]),
+        "012", instruction="{completion}")  # fmt: skip
+    assert found.total == [None, None, 0.5] and time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("proxy", ["http://127.0.0.1:9", "::junk::"])
+def test_a_server_of_this_machine_is_asked_without_a_proxy(ask, monkeypatch, proxy):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, proxy)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    found, _ = ask(lambda payload, number: chat("50"))
+    assert found.total == [0.5]
+    away = {"endpoint": "http://example.test/", "name": "e", "retries": 0}
+    if proxy == "::junk::":
+        with pytest.raises(ValueError, match="reward e: .*HTTP_PROXY must be a URL"):
+            Rewards(parse_rewards([away]))
+    else:
+        (endpoint,) = Rewards(parse_rewards([away])).rewards
+        assert endpoint._ask({})[0].reason == "no connection", "others go through it"
+
+
+def test_addresses_of_this_machine():
+    here = [
+        "localhost",
+        "a.localhost",
+        "127.0.0.1",
+        "127.9.9.9",
+        "127.1",
+        "[::1]",
+        "::ffff:127.0.0.1",
+    ]
+    assert all(map(reward_client.is_loopback, [*here, "0.0.0.0", "LOCALHOST."]))
+    assert not any(
+        map(reward_client.is_loopback, ["localhost.com", "10.0.0.1", "::2", "128.0.0.1"])
+    )
+
+
+def test_a_judge_that_takes_other_parameters(ask, caplog):
+    """As the reasoning models of OpenAI; the parameters are found once, and said once."""
+
+    def answer(payload, number):
+        if "max_tokens" in payload:
+            name = "'max_tokens' is not supported with this model. Use 'max_completion_tokens'"
+            return 400, {"error": {"message": f"Unsupported parameter: {name} instead."}}, {}
+        if "temperature" in payload:
+            text = "Unsupported value: 'temperature' does not support 0 with this model."
+            return 400, {"error": {"message": text}}, {}
+        assert payload["max_completion_tokens"] == 900
+        return chat("50")
+
+    found, server = ask(answer, "abcdef", max_tokens=900, concurrency=3)
+    assert found.total == [0.5] * 6
+    assert len(server.requests) <= 6 + 2 * 3
+    assert [record.message.count("refuses the parameter") for record in caplog.records] == [1, 1]
+
+
+def test_messages_without_text_are_asked_about(ask):
+    """Tool calls, parts, nulls."""
+    call = {"function": {"name": "add", "arguments": {"x": 2}}}
+    prompt = [
+        {"role": "user", "content": [{"type": "text", "text": "2+2"}, {"type": "image"}]},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": None},
+    ]
+    _, server = ask(
+        lambda payload, number: chat("1"), prompts=[prompt], instruction="{prompt}{completion}"
+    )
+    text = server.requests[0][2]["messages"][0]["content"]
+    assert text == (
+        'user: 2+2 {"type": "image"}\nassistant: [{"function": {"name": "add", "arguments": '
+        '{"x": 2}}}]\ntool: a'
+    )
+
+
+def test_secrets_of_a_server_are_in_no_message(running, monkeypatch, caplog):
+    """Not even where the server repeats what it was sent."""
+    monkeypatch.setenv("UNA_TEST_KEY", "k-1")
+    running.start(lambda payload, number: (500, "\x1b[31m k-1 hunter2 token77 x", {}))
+    url = running.url.replace("//", "//user:hunter2@") + "/score?key=token77"
+    entry = {"endpoint": url, "name": "e", "api_key_env": "UNA_TEST_KEY", "retries": 0}
+    with pytest.raises(RewardsDown) as error:
+        reward([entry | {"patience": 0.01}])
+    told = str(error.value) + caplog.text
+    assert "HTTP 500" in told and "*** *** *** x" in told
+    for secret in ("k-1", "hunter2", "token77", "\x1b"):
+        assert secret not in told
 
 
 def test_order_and_bounded_concurrency(ask, running):
@@ -754,10 +1125,21 @@ def test_an_endpoint_without_a_number(send):
     assert found.failures == Counter({"e: not finite": 3, "e: null": 1, "e: not a number": 3})
 
 
-@pytest.mark.parametrize("value", [math.nan, b"bytes"])
-def test_columns_that_json_cannot_hold_are_named(send, value):
-    with pytest.raises(RewardError, match="cannot be sent the records as JSON"):
-        send(lambda payload, number: (200, {}, {}), ["a"], columns={"x": [value]})
+def test_columns_beyond_json_are_sent_as_json_holds_them(send):
+    day = datetime.datetime(2026, 1, 2, 3, 4)
+    columns = {"x": [math.nan], "day": [day], "d": [decimal.Decimal("0.5")], "b": [b"ab"]}
+    columns |= {"n": [np.float32(2)], "a": [np.arange(2)], "o": [{1: day.date()}]}
+    _, server = send(lambda payload, number: (200, {"rewards": [1]}, {}), ["a"], columns=columns)
+    sent = server.requests[0][2]
+    assert sent["x"] == [None] and sent["day"] == ["2026-01-02T03:04:00"] and sent["d"] == [0.5]
+    assert sent["b"] == ["ab"] and sent["n"] == [2.0] and sent["a"] == [[0, 1]]
+    assert sent["o"] == [{"1": "2026-01-02"}]
+
+
+def test_a_key_that_stands_twice_is_no_answer(send):
+    body = b'{"rewards": [9], "rewards": [1]}'
+    found, _ = send(lambda payload, number: (200, body, {}), ["a"])
+    assert found.failures == Counter({"e: wrong JSON": 1})
 
 
 def test_a_failure_is_logged_once_with_what_came_back(running, caplog):

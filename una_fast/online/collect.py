@@ -20,8 +20,8 @@ from una_fast.data.examples import Prompt
 from una_fast.distributed import World
 from una_fast.online.metrics import RolloutMeter
 from una_fast.online.rollouts import Rollout
-from una_fast.online.sampling import Completion, Sampler, completion_text
-from una_fast.rewards.settings import RewardError
+from una_fast.online.sampling import Completion, Sampler, completion_text, whole_text
+from una_fast.rewards.settings import RewardError, RewardsDown
 from una_fast.rewards.total import Rewards
 
 
@@ -31,11 +31,13 @@ class _Share:
 
     failures: reason -> samples without a reward
     error: the failure of a reward, which ends the run; the rollouts are empty then
+    is_down: the failure is a server that is down
     """
 
     rollouts: list[Rollout]
     failures: Counter[str]
     error: str | None
+    is_down: bool = False
 
 
 class RolloutCollector:
@@ -97,22 +99,28 @@ class RolloutCollector:
                 version=version,
             )
         with meter.timed("time/reward"):  # includes the wait for the slowest rank
-            shares = self.world.gather(self._reward(mine, drawn[: len(mine)]))
+            shares = self.world.gather(self._reward(mine, drawn[: len(mine)], stream))
 
         for share in shares:
             if share.error:
-                raise RewardError(share.error)
+                raise (RewardsDown if share.is_down else RewardError)(share.error)
         failures = sum((share.failures for share in shares), Counter())
         rollouts = [shares[i % size].rollouts[i // size] for i in range(len(prompts))]
         meter.add_rollouts(rollouts)
         return rollouts, failures
 
-    def _reward(self, prompts: list[Prompt], drawn: list[list[Completion]]) -> _Share:
-        """Return the rollouts of this rank; a single call rewards all samples."""
+    def _reward(self, prompts: list[Prompt], drawn: list[list[Completion]], seed: int) -> _Share:
+        """Return the rollouts of this rank; a single call rewards all samples.
+
+        seed: of the random numbers that rewards draw
+        """
         samples: list[tuple[Prompt, Completion]] = []
         for prompt, completions in zip(prompts, drawn, strict=True):
             samples += [(prompt, completion) for completion in completions]
         texts = [self._text(prompt, completion) for prompt, completion in samples]
+        whole = None
+        if self.rewards.need_whole_texts:
+            whole = [self._whole_text(prompt, completion) for prompt, completion in samples]
         columns = {}
         for name in self.columns:
             columns[name] = [prompt.columns.get(name) for prompt, _ in samples]
@@ -122,9 +130,11 @@ class RolloutCollector:
                 texts,
                 [completion.finished for _, completion in samples],
                 columns,
+                whole=whole,
+                seed=seed,
             )
         except RewardError as error:  # the other ranks wait, and must hear of the failure
-            return _Share([], Counter(), str(error))
+            return _Share([], Counter(), str(error), isinstance(error, RewardsDown))
 
         rollouts = []
         start = 0
@@ -143,6 +153,9 @@ class RolloutCollector:
 
     def _text(self, prompt: Prompt, completion: Completion) -> str:
         return completion_text(self.tokenizer, prompt.prompt_ids, completion, self.sampler.sampling)
+
+    def _whole_text(self, prompt: Prompt, completion: Completion) -> str:
+        return whole_text(self.tokenizer, prompt.prompt_ids, completion, self.sampler.sampling)
 
     def close(self) -> None:
         """Close the connections of the rewards."""

@@ -11,6 +11,7 @@ import numpy as np
 from una_fast.data.examples import Example, Prompt
 from una_fast.feedback import Feedback
 from una_fast.online.sampling import Completion
+from una_fast.rewards.outcome import plain_json
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Rollout:
     def lines(self) -> Iterator[dict[str, Any]]:
         """Yield the line of completions.jsonl of every sample."""
         for k, completion in enumerate(self.completions):
-            yield {
+            line = {
                 "policy_version": completion.version,
                 "origin": self.prompt.origin,
                 "prompt": self.prompt.text,
@@ -79,3 +80,4 @@ class Rollout:
                 "score": self.scores[k],
                 "rewards": {name: values[k] for name, values in self.rewards_by_name.items()},
             }
+            yield plain_json(line)

@@ -5,6 +5,7 @@ A sampler draws from the policy as the policy is at the call. Sampled ids are ne
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -125,12 +126,53 @@ def completion_text(
     The stop token and special tokens are left out. Prompt and completion are decoded together:
     some decoders take a space from the start of a text.
     """
+    ids = _without_stop(completion, sampling)
+    return _added_text(tokenizer, prompt, ids, skip_special_tokens=True)
+
+
+# The tag of a thought at the end of a prompt: <think>, <thinking>, <seed:think>, [THINK] and such.
+OPENED = re.compile(r"[<\[]/?[\w|:]{0,20}(?:think|thought|reason)[\w|:]{0,20}[>\]]\s*\Z", re.I)
+LONGEST_TAG = 80  # characters, white space behind it included
+
+
+def whole_text(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: np.ndarray,
+    completion: Completion,
+    sampling: Sampling,
+) -> str:
+    """Return the text of a completion as the policy wrote it, for rewards that ask for it.
+
+    Parameters as in `completion_text`. Special tokens are kept, but for the stop token; where the
+    prompt ends with the opening tag of a thought, which the chat template wrote, the text begins
+    with the tag.
+    """
+    ids = _without_stop(completion, sampling)
+    text = _added_text(tokenizer, prompt, ids, skip_special_tokens=False)
+    tail = tokenizer.decode(prompt, skip_special_tokens=False)[-LONGEST_TAG:]
+    tag = OPENED.search(tail)
+    if tag is None or "/" in tag[0]:  # a thought that is closed already
+        return text
+    return tag[0] + text
+
+
+def _without_stop(completion: Completion, sampling: Sampling) -> np.ndarray:
     ids = completion.ids
-    if ids[-1] in sampling.stop_ids:
-        ids = ids[:-1]
-    before = tokenizer.decode(prompt, skip_special_tokens=True)
-    whole = tokenizer.decode(np.concatenate([prompt, ids]), skip_special_tokens=True)
+    return ids[:-1] if ids[-1] in sampling.stop_ids else ids
+
+
+def _added_text(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: np.ndarray,
+    ids: np.ndarray,
+    *,
+    skip_special_tokens: bool,
+) -> str:
+    """Return the text that token ids add to the text of a prompt."""
+    special = {"skip_special_tokens": skip_special_tokens}
+    before = tokenizer.decode(prompt, **special)
+    whole = tokenizer.decode(np.concatenate([prompt, ids]), **special)
     if whole.startswith(before):
         return whole[len(before) :]
     # A character that begins in the prompt's last token belongs to neither text.
-    return tokenizer.decode(ids, skip_special_tokens=True)
+    return tokenizer.decode(ids, **special)

@@ -23,7 +23,7 @@ from una_fast.online.collect import RolloutCollector
 from una_fast.online.metrics import RolloutMeter
 from una_fast.online.rollouts import Rollout
 from una_fast.rewards.scale import RewardScale
-from una_fast.rewards.settings import RewardError
+from una_fast.rewards.settings import RewardError, RewardsDown
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,11 @@ class Online:
         for number in range(first, stop):
             if number % inner == 0:
                 self._before = self.state_dict()
-                step = self._roll_out(number // inner, version=number)
+                try:
+                    step = self._roll_out(number // inner, version=number)
+                except BaseException:  # a checkpoint may follow, of the steps before
+                    self.load_state_dict(self._before)
+                    raise
                 if self.stopped:
                     return  # the completions of this step stay, for take_completions
             yield replace(step, epoch=(number + 1) / self.steps_per_epoch)
@@ -161,12 +165,17 @@ class Online:
         missing: Counter[str] = Counter()
         size = self.config.online_batch_size() * self.config.samples_per_prompt
         for start in range(0, len(prompts), size):
-            rollouts, failures = self.collector.collect(
-                prompts[start : start + size],
-                meter,
-                seed=[self.config.seed, EVALUATION, start],
-                samples=1,
-            )
+            try:
+                rollouts, failures = self.collector.collect(
+                    prompts[start : start + size],
+                    meter,
+                    seed=[self.config.seed, EVALUATION, start],
+                    samples=1,
+                )
+            except RewardsDown as error:  # an evaluation is not worth the steps that were taken
+                if self.is_main:
+                    logger.warning("the evaluation is left out: %s", error)
+                return {}
             missing += failures
             examples = [rollout.example(rollout.rewards) for rollout in rollouts if rollout.kept()]
             if examples:

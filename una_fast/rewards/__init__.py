@@ -7,6 +7,7 @@ from una_fast.lazy import lazy_names
 _PUBLIC = {
     "Rewards": "total",
     "RewardError": "settings",
+    "RewardsDown": "settings",
     "parse_rewards": "settings",
 }
 __all__ = [*_PUBLIC]

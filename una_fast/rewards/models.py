@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from una_fast.rewards.outcome import EXCERPT, Failure, Outcome, PromptText, Reward
-from una_fast.rewards.settings import RewardError, RewardSpec
+from una_fast.printable import printable
+from una_fast.rewards.outcome import Failure, Outcome, PromptText, Reward, chat_text, redacted
+from una_fast.rewards.settings import RewardError, RewardSpec, Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class _Text(NamedTuple):
+    """Token ids of a sample; segments: 0 or 1 per token of a pair, if the model reads them."""
+
+    ids: list[int]
+    segments: list[int] | None = None
 
 
 class RewardModel(Reward):
@@ -40,7 +48,7 @@ class RewardModel(Reward):
         """
         from transformers import AutoTokenizer
 
-        self.where = f"reward {spec.name}: model {spec.target}"
+        self.where = f"reward {spec.name}: model {printable(spec.target)}"
         if (Path(spec.target) / "adapter_config.json").is_file():
             raise ValueError(
                 f"{self.where} is a PEFT adapter; give a checkpoint with the adapter merged into "
@@ -53,9 +61,10 @@ class RewardModel(Reward):
         model = self._load(spec.target, dtype, remote)
         self.model = model.to(device).eval().requires_grad_(False)
         self.model.config.use_cache = False
+        self.embeddings = self.model.get_input_embeddings().weight.shape[0]
         if spec.template == "chat" and not self.tokenizer.chat_template:
             raise ValueError(f"{self.where} has no chat template; set template: plain")
-        self.chat = spec.template != "plain" and bool(self.tokenizer.chat_template)
+        self.template = self._template(spec.template)
         # Models pool at the last token that is not the config's pad token; without a pad token
         # only single texts are right.
         text_config = model.config.get_text_config()
@@ -63,6 +72,16 @@ class RewardModel(Reward):
         self.batch_size = 1 if self.pad is None else spec.batch_size
         positions = getattr(text_config, "max_position_embeddings", None) or math.inf
         self.limit = spec.max_tokens or min(positions, self.tokenizer.model_max_length)
+
+    def _template(self, given: Template) -> Template:
+        """Return the form of the text: the given one, or for "auto" the one of the tokenizer."""
+        tokenizer = self.tokenizer
+        if given != "auto":
+            return given
+        if tokenizer.chat_template:
+            return "chat"
+        takes_pairs = tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None
+        return "pair" if takes_pairs else "plain"
 
     def _load(self, target: str, dtype: torch.dtype, remote: dict[str, bool]) -> PreTrainedModel:
         from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -89,42 +108,51 @@ class RewardModel(Reward):
     ) -> list[Outcome]:
         """Return [S] outcomes; a text fails if too long, empty, or refused by the template."""
         outcomes: list[Outcome] = [Failure("not scored")] * len(completions)
-        ids: dict[int, list[int]] = {}  # of the samples that can be scored
+        texts: dict[int, _Text] = {}  # of the samples that can be scored
         for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            found = self._usable_ids(prompt, completion)
+            found = self._usable_text(prompt, completion)
             if isinstance(found, Failure):
                 outcomes[i] = found
             else:
-                ids[i] = found
+                texts[i] = found
         # Longest first: little padding, and no late surprise.
-        order = sorted(ids, key=lambda i: len(ids[i]), reverse=True)
+        order = sorted(texts, key=lambda i: len(texts[i].ids), reverse=True)
         scored = []
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
-            scored.append(self._forward([ids[i] for i in batch]))
+            scored.append(self._forward([texts[i] for i in batch]))
         rewards = torch.cat(scored).tolist() if scored else []  # one wait for the device
         for i, reward in zip(order, rewards, strict=True):
             outcomes[i] = reward
         return outcomes
 
-    def _usable_ids(self, prompt: PromptText, completion: str) -> list[int] | Failure:
-        ids = self.ids(prompt, completion)
-        if isinstance(ids, Failure):
-            return ids
-        if not ids:
+    def _usable_text(self, prompt: PromptText, completion: str) -> _Text | Failure:
+        text = self.text(prompt, completion)
+        if isinstance(text, Failure):
+            return text
+        if not text.ids:
             return Failure("empty text")
-        if len(ids) > self.limit:
-            return Failure(f"text over {self.limit} tokens", f"it has {len(ids)}; see max_tokens")
-        return ids
+        if len(text.ids) > self.limit:
+            detail = f"it has {len(text.ids)}; see max_tokens"
+            return Failure(f"text over {self.limit} tokens", detail)
+        if max(text.ids) >= self.embeddings:
+            return Failure("a token without an embedding", str(max(text.ids)))
+        return text
 
-    def ids(self, prompt: PromptText, completion: str) -> list[int] | Failure:
-        """Return the token ids of a sample, with a single BOS at most."""
-        if self.chat:
+    def text(self, prompt: PromptText, completion: str) -> _Text | Failure:
+        """Return the tokens of a sample, with a single BOS at most."""
+        if self.template == "pair":
+            return self._pair(prompt, completion)
+        ids = self._ids(prompt, completion)
+        return ids if isinstance(ids, Failure) else _Text(ids)
+
+    def _ids(self, prompt: PromptText, completion: str) -> list[int] | Failure:
+        if self.template == "chat":
             return self._chat_ids(prompt, completion)
         if not isinstance(prompt, str):
             raise RewardError(
                 f"{self.where} is given plain text, but the prompts are chats; use a reward model "
-                "with a chat template (template: auto or chat), or plain prompts"
+                "with a chat template (template: auto or chat), template: pair, or plain prompts"
             )
         ids = self._tokens(prompt + completion, add_special_tokens=True)
         bos_twice = ids[:2] == [self.tokenizer.bos_token_id] * 2  # the text brought its own
@@ -139,27 +167,42 @@ class RewardModel(Reward):
             text = self.tokenizer.apply_chat_template([*messages, answer], tokenize=False)
         except Exception as error:
             # Templates raise their own refusals, and any error of the expressions in them.
-            return Failure("the chat template refuses the messages", str(error)[:EXCERPT])
+            return Failure("the chat template refuses the messages", redacted(error))
         return self._tokens(text, add_special_tokens=False)  # the template has written them
+
+    def _pair(self, prompt: PromptText, completion: str) -> _Text:
+        """Return the tokens of (question, answer); a chat of one message is the message."""
+        question = prompt
+        if not isinstance(prompt, str):
+            content = prompt[0].get("content") if len(prompt) == 1 else None
+            question = content if isinstance(content, str) else chat_text(prompt)
+        encoded = self.tokenizer(question, completion, verbose=False)
+        return _Text(encoded["input_ids"], encoded.get("token_type_ids"))
 
     def _tokens(self, text: str, *, add_special_tokens: bool) -> list[int]:
         encoded = self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
         return encoded["input_ids"]
 
     @torch.no_grad()
-    def _forward(self, ids: list[list[int]]) -> torch.Tensor:
+    def _forward(self, texts: list[_Text]) -> torch.Tensor:
         """Return [B] float32 rewards of B texts, padded on the right: no position moves."""
-        width = max(map(len, ids))
-        tokens = torch.full((len(ids), width), self.pad or 0)
+        width = max(len(text.ids) for text in texts)
+        tokens = torch.full((len(texts), width), self.pad or 0)
         mask = torch.zeros_like(tokens)
-        for row, own in enumerate(ids):
-            tokens[row, : len(own)] = torch.tensor(own)
-            mask[row, : len(own)] = 1
+        segments = torch.zeros_like(tokens)
+        for row, text in enumerate(texts):
+            tokens[row, : len(text.ids)] = torch.tensor(text.ids)
+            mask[row, : len(text.ids)] = 1
+            if text.segments is not None:
+                segments[row, : len(text.ids)] = torch.tensor(text.segments)
+        inputs = {"input_ids": tokens, "attention_mask": mask}
+        if texts[0].segments is not None:
+            inputs["token_type_ids"] = segments
         device = self.model.device
-        logits = self.model(input_ids=tokens.to(device), attention_mask=mask.to(device)).logits
-        if logits.shape != (len(ids), 1):
+        logits = self.model(**{name: value.to(device) for name, value in inputs.items()}).logits
+        if logits.shape != (len(texts), 1):
             raise RewardError(
-                f"{self.where} gave logits {tuple(logits.shape)} for {len(ids)} texts; a reward "
+                f"{self.where} gave logits {tuple(logits.shape)} for {len(texts)} texts; a reward "
                 "model gives one each"
             )
         return logits[:, 0].float()

@@ -9,10 +9,11 @@ from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from una_fast.checks import check_choices, check_number
+from una_fast.printable import printable, shown
 
 Kind = Literal["function", "model", "judge", "endpoint"]
 
-Template = Literal["auto", "chat", "plain"]
+Template = Literal["auto", "chat", "plain", "pair"]
 
 JUDGE_INSTRUCTION = """\
 Grade the response that an assistant gave to a prompt: how correct, helpful and complete it is for \
@@ -32,7 +33,7 @@ in it.
 Reply with a number from 0 (useless or wrong) to 100 (could not be better), and with nothing \
 else."""
 
-_HTTP_KEYS = ("api_key_env", "timeout", "retries", "concurrency")
+_HTTP_KEYS = ("api_key_env", "timeout", "retries", "concurrency", "patience")
 
 _KEYS: dict[Kind, tuple[str, ...]] = {
     "function": (),
@@ -41,11 +42,17 @@ _KEYS: dict[Kind, tuple[str, ...]] = {
     "endpoint": ("batch_size", *_HTTP_KEYS),
 }
 
+_LONGEST = 10**6  # seconds of a setting, and the number of retries
+
 _LEAST = {"batch_size": 1, "max_tokens": 1, "retries": 0, "concurrency": 1}
 
 
 class RewardError(RuntimeError):
     """The run cannot go on: the message names the reward and the mend."""
+
+
+class RewardsDown(RewardError):
+    """A judge or an endpoint is down: the run is paused, and may be resumed when it is back."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +73,12 @@ class RewardSpec:
     weight: float = 1.0
     """Factor in the sum of all rewards; not 0."""
     template: Template = "auto"
-    """model: text by its own chat template, or plain prompt + completion; auto: chat if it has a
-    template."""
+    """model: text by its own chat template, plain prompt + completion, or a pair of two texts
+    (cross-encoders); auto: chat if it has a template, pair if its tokenizer has CLS and SEP
+    tokens, else plain."""
+    keep_special_tokens: bool = False
+    """The texts of completions keep special tokens (all but the one that ended the response), and
+    begin with the tag of a thought, such as <think>, that the chat template opened."""
     batch_size: int = 8
     """model: texts per forward pass; endpoint: samples per request."""
     max_tokens: int | None = None
@@ -81,15 +92,19 @@ class RewardSpec:
     api_key_env: str | None = None
     """Environment variable that holds the server's key, sent as a bearer token; null: no key."""
     timeout: float = 30.0
-    """Seconds to wait for a connection, and for an answer."""
+    """Seconds for a request: connection and whole answer."""
     retries: int = 3
     """Further attempts after a failed connection, a timeout, or HTTP 408, 429 and 5xx."""
     concurrency: int = 8
     """Requests in flight at a time."""
+    patience: float = 10.0
+    """Seconds that a server is asked again when no request of a step got an answer; then the run is
+    paused, with a checkpoint."""
 
     def identity(self) -> dict[str, Any]:
         """Return the fields behind the numbers; the address of a server is left out."""
         names = ("kind", "name", "weight", "template", "max_tokens", "judge_model", "instruction")
+        names += ("keep_special_tokens",)
         found = {name: getattr(self, name) for name in names}
         served = self.kind in ("judge", "endpoint")
         found["target"] = "" if served else self.target
@@ -99,7 +114,13 @@ class RewardSpec:
         for name in ("target", "name"):
             value = getattr(self, name)
             if not isinstance(value, str) or not value.strip():
-                raise ValueError(f"{name}={value!r} must be a text")
+                raise ValueError(f"{name}={shown(value)} must be a text")
+        if not self.name.isprintable():  # a column of metrics and logs
+            raise ValueError(f"name={shown(self.name)} must be a printable text")
+        if not isinstance(self.keep_special_tokens, bool):
+            raise ValueError(
+                f"keep_special_tokens={shown(self.keep_special_tokens)} must be true or false"
+            )
         self._check_numbers()
         check_choices(self)
         if self.kind == "function":
@@ -126,9 +147,14 @@ class RewardSpec:
             if name == "max_tokens" and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value!r} must be a whole number, at least {least}")
+                raise ValueError(f"{name}={shown(value)} must be a whole number, at least {least}")
         if check_number("timeout", self.timeout) <= 0:
             raise ValueError(f"timeout={self.timeout} must be positive, in seconds")
+        if check_number("patience", self.patience) < 0:
+            raise ValueError(f"patience={self.patience} must not be negative, in seconds")
+        for name in ("timeout", "patience", "retries"):
+            if getattr(self, name) > _LONGEST:
+                raise ValueError(f"{name}={shown(getattr(self, name))} must be at most {_LONGEST}")
 
 
 def parse_rewards(entries: list[str | dict[str, Any]]) -> list[RewardSpec]:
@@ -139,14 +165,14 @@ def parse_rewards(entries: list[str | dict[str, Any]]) -> list[RewardSpec]:
     Raises ValueError, by the entry and the key, before anything is imported, loaded or asked.
     """
     if not isinstance(entries, (list, tuple)):
-        raise ValueError(f"rewards={entries!r} must be a list of function names and mappings")
+        raise ValueError(f"rewards={shown(entries)} must be a list of function names and mappings")
     specs: list[RewardSpec] = []
     for number, entry in enumerate(entries):
         try:
             spec = _parse(entry)
             if spec.name in [other.name for other in specs]:
                 raise ValueError(
-                    f"name {spec.name!r} is taken by another reward; give this one a `name`"
+                    f"name {shown(spec.name)} is taken by another reward; give this one a `name`"
                 )
         except ValueError as error:
             raise ValueError(f"rewards[{number}]{_label(entry)}: {error}") from None
@@ -170,10 +196,12 @@ def _parse(entry: object) -> RewardSpec:
     kind = given[0]
     target = entry[kind]
     settings = {key: value for key, value in entry.items() if key != kind}
-    known = ("name", "weight", *_KEYS[kind])
+    known = ("name", "weight", "keep_special_tokens", *_KEYS[kind])
     for key in settings:
         if key not in known:
-            raise ValueError(f"unknown key {key!r} of a {kind}; known keys: {', '.join(known)}")
+            raise ValueError(
+                f"unknown key {shown(key)} of a {kind}; known keys: {', '.join(known)}"
+            )
     if settings.get("name") is None:
         settings["name"] = _default_name(kind, target)
     return RewardSpec(kind=kind, target=target, **settings)
@@ -182,11 +210,11 @@ def _parse(entry: object) -> RewardSpec:
 def _label(entry: object) -> str:
     """Return an entry in short for a message, without the secrets of a URL."""
     if isinstance(entry, str):
-        return f" ({entry})"
+        return f" ({printable(entry)})"
     if isinstance(entry, dict):
         given = [kind for kind in get_args(Kind) if kind in entry]
         return "".join(f" ({kind} {shown_url(entry[kind])})" for kind in given)
-    return f" ({entry!r})"
+    return f" ({shown(entry)})"
 
 
 def _default_name(kind: Kind, target: object) -> str:
@@ -213,8 +241,8 @@ def is_url(target: str) -> bool:
 
 
 def shown_url(url: object) -> str:
-    """Return a URL without the secrets: user, password and query."""
-    return re.sub(r"(?<=//)[^/@]*@|[?#].*", "", str(url), flags=re.DOTALL)
+    """Return a URL for a message, without the secrets: user, password and query."""
+    return printable(re.sub(r"(?<=//)[^/@]*@|[?#].*", "", str(url), flags=re.DOTALL))
 
 
 def split_function(target: str) -> tuple[str, str]:
@@ -226,6 +254,6 @@ def split_function(target: str) -> tuple[str, str]:
     place, _, attribute = target.rpartition(separator)
     if not place or not attribute or target.endswith(".py"):
         raise ValueError(
-            f"function {target!r} must be package.module.function, or path/file.py:function"
+            f"function {shown(target)} must be package.module.function, or path/file.py:function"
         )
     return place, attribute

@@ -4,6 +4,9 @@
       -> total = sum of weight * reward, less missing_eos_penalty if the completion did not end
       -> RewardScale -> scores
 
+Rewards, and their total, lie within LARGEST: beyond, sums of squares and gradients overflow in
+float32, and the sample is left out like one whose reward is NaN.
+
 A sample with an unknown reward has no total: the sample is left out and counted, never scored 0.
 Trouble of a single sample (a silent server, a reply without a number, NaN) is counted; lasting
 trouble (a wrong key, an exception in a function) is a `RewardError`. Unusable settings are a
@@ -27,8 +30,11 @@ from una_fast.rewards.http import Endpoint, Judge
 from una_fast.rewards.models import RewardModel
 from una_fast.rewards.outcome import Failure, Outcome, PromptText, Reward
 from una_fast.rewards.settings import RewardSpec
+from una_fast.rewards.shelter import unharmed
 
 logger = logging.getLogger(__name__)
+
+LARGEST = 1e9  # size of a reward
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,8 @@ class Rewards:
         self.logged: set[str] = set()  # reasons of failures
         try:
             for spec in self.specs:
-                self.rewards.append(_load(spec, device, dtype, trust_remote_code))
+                with unharmed():  # importing runs code
+                    self.rewards.append(_load(spec, device, dtype, trust_remote_code))
         except BaseException:
             self.close()
             raise
@@ -84,6 +91,9 @@ class Rewards:
         completions: Sequence[str],
         finished: Sequence[bool],
         columns: dict[str, list[Any]],
+        *,
+        whole: Sequence[str] | None = None,
+        seed: int | None = None,
     ) -> Rewarded:
         """Return the rewards of S samples.
 
@@ -91,6 +101,8 @@ class Rewards:
         completions: [S] decoded texts
         finished: [S], False for a completion without an end-of-sequence token
         columns: name -> [S] values, the other columns of the records
+        whole: [S] texts with special tokens, for rewards that keep them; None: completions
+        seed: of random numbers that rewards draw; None: from the generators as they are
 
         Raises RewardError if the run cannot go on.
         """
@@ -103,7 +115,11 @@ class Rewards:
         failures: Counter[str] = Counter()
         parts: dict[str, list[float | None]] = {}
         for spec, reward in zip(self.specs, self.rewards, strict=True):
-            outcomes = reward(list(prompts), list(completions), columns) if count else []
+            texts = completions if whole is None or not spec.keep_special_tokens else whole
+            outcomes: list[Outcome] = []
+            if count:
+                with unharmed(seed):
+                    outcomes = reward(list(prompts), list(texts), columns)
             parts[spec.name] = [self._finite(spec.name, outcome, failures) for outcome in outcomes]
 
         total: list[float | None] = []
@@ -115,6 +131,11 @@ class Rewards:
             penalty = self.penalty * (not finished[i])
             total.append(self._finite("total", weighted - penalty, failures))
         return Rewarded(total, parts, failures)
+
+    @property
+    def need_whole_texts(self) -> bool:
+        """Return whether any reward keeps special tokens."""
+        return any(spec.keep_special_tokens for spec in self.specs)
 
     def close(self) -> None:
         """Close the connections."""
@@ -128,11 +149,13 @@ class Rewards:
         return sum(spec.weight * rewards[spec.name] for spec in self.specs)
 
     def _finite(self, name: str, outcome: Outcome, failures: Counter[str]) -> float | None:
-        """Return a finite outcome; count the rest as failures, and log a reason once."""
+        """Return an outcome within LARGEST; count others as failures, and log a reason once."""
         if not isinstance(outcome, Failure):
-            if math.isfinite(outcome):
+            if abs(outcome) <= LARGEST:
                 return outcome
-            outcome = Failure("not finite", repr(outcome))
+            beyond = math.isfinite(outcome)
+            reason = f"larger than {LARGEST:g}" if beyond else "not finite"
+            outcome = Failure(reason, repr(outcome))
         reason = f"{name}: {outcome.reason}"
         failures[reason] += 1
         if reason not in self.logged:
