@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import hashlib
 import io
 import json
@@ -352,18 +353,25 @@ def forked(
         sys.stderr.flush()
         pid = os.fork()
         if pid == 0:
-            _child(function, paths, cwd)
+            _child(function, paths, cwd, timeout)
         if during is not None:
             during(pid)
         status, timed_out = _wait(pid, start + timeout)
         code = os.waitstatus_to_exitcode(status)
         # A child may die before its first line.
         texts = [path.read_text(errors="replace") if path.exists() else "" for path in paths]
+    if timed_out:
+        print(f"# a hang of {timeout:.0f} s:\n{texts[1][-3000:]}", flush=True)
     return Result(code, *texts, time.monotonic() - start, timed_out)
 
 
-def _child(function: Callable[[], int | None], paths: Sequence[Path], cwd: Path | None) -> None:
-    """Run the function of a child, and end the process."""
+def _child(
+    function: Callable[[], int | None], paths: Sequence[Path], cwd: Path | None, timeout: float
+) -> None:
+    """Run the function of a child, and end the process; shortly before its time, say where it is.
+
+    As `forked`.
+    """
     code = 70
     try:
         os.setpgid(0, 0)
@@ -373,6 +381,7 @@ def _child(function: Callable[[], int | None], paths: Sequence[Path], cwd: Path 
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         sys.stdout = os.fdopen(os.dup(1), "w", buffering=1, errors="backslashreplace")
         sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
+        faulthandler.dump_traceback_later(max(timeout - 3, 1))
         if cwd is not None:
             os.chdir(cwd)
         code = status_of(function)
