@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # For a chat. A record of a megabyte takes a hundredth of a second.
-SECONDS = 3
+SECONDS = 1
 MEMORY = 1 << 30
 LONGEST_CHAT = 1 << 26  # characters
 
@@ -36,10 +36,9 @@ def render_chat(
     Raises RecordError where the template refuses the messages; ValueError without a template, and
     for a template that takes more than SECONDS, MEMORY or LONGEST_CHAT.
     """
-    name = name_of(tokenizer)
     if not tokenizer.chat_template:
         raise ValueError(
-            f"the record is a chat, but tokenizer {name} has no chat template; set "
+            f"the record is a chat, but tokenizer {name_of(tokenizer)} has no chat template; set "
             "chat_template in its tokenizer_config.json, or give prompts and responses as plain "
             "strings"
         )
@@ -50,21 +49,21 @@ def render_chat(
     try:
         template = tokenizer.get_chat_template()
         if template not in _tried:
-            _try_in_child(name, render, messages)
+            _try_in_child(name_of(tokenizer), render, messages)
             _tried.add(template)
         text = interrupted_after(SECONDS, lambda: render(messages, add_generation_prompt))
     except _EndlessError:
         raise
     except (TimeoutError, MemoryError) as error:
-        raise _endless(name, str(error) or "more memory than there is") from None
+        raise _endless(name_of(tokenizer), str(error) or "more memory than there is") from None
     except Exception as error:
         # Templates raise their own refusals, and any error of the expressions in them.
         raise RecordError(
-            f"the chat template of {name} refuses the messages: "
+            f"the chat template of {name_of(tokenizer)} refuses the messages: "
             f"{type(error).__name__}: {printable(error)}"
         ) from None
     if len(text) > LONGEST_CHAT:
-        raise _endless(name, f"{len(text)} characters")
+        raise _endless(name_of(tokenizer), f"{len(text)} characters")
     return text
 
 
