@@ -268,6 +268,8 @@ def test_a_background_save_is_of_its_own_step(whole, tmp_path, monkeypatch):
         for path in ("model.safetensors", "training/rank-00000.safetensors"):
             assert (run / name / path).read_bytes() == (out / name / path).read_bytes()
         Manifest.read(run / name).verify(run / name)
+        steps = len((run / name / "metrics.jsonl").read_bytes().splitlines())
+        assert name == f"checkpoint-{steps}", "no line of a later step"
 
 
 # ---- signals ----

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 SAVE = (signal.SIGUSR1,)
@@ -111,11 +112,25 @@ class Requests:
         """Ask the run to end when another process has become the parent; then make it end."""
         launcher = os.getppid()
         while not ended.wait(1.0):
-            if os.getppid() != launcher:
+            if os.getppid() != launcher or _is_orphan():
                 self.stop = signal.SIGTERM
                 # Other ranks may be gone already, and a collective would wait for them.
                 time.sleep(PATIENCE)
                 os._exit(128 + signal.SIGTERM)
+
+
+def _is_orphan() -> bool:
+    """Return whether the system's first process is the parent, and is no launcher itself.
+
+    A launcher may have died before the rank looked; and it may be the first process of a container.
+    """
+    if os.getppid() != 1:
+        return False
+    try:
+        first = Path("/proc/1/cmdline").read_bytes()
+    except OSError:
+        return True
+    return b"python" not in first and b"torchrun" not in first
 
 
 requests = Requests()

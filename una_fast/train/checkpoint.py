@@ -19,6 +19,7 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -106,11 +107,20 @@ def newest_whole(output_dir: Path, say: Callable[[str], None]) -> Path | None:
 
 
 def remove_leftovers(output_dir: Path) -> None:
-    """Remove the half-written and half-deleted checkpoints that a killed run left behind."""
+    """Remove the half-written and half-deleted directories that a killed run left behind.
+
+    ValueError for a file or a link of such a name, which no run leaves.
+    """
     for path in output_dir.glob(f"*{ASIDE}"):
         name = path.name.removesuffix(ASIDE)
-        if _NAME.fullmatch(name) and path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+        if not _NAME.fullmatch(name) and name != "model":
+            continue
+        if path.is_symlink() or not path.is_dir():
+            raise ValueError(
+                f"{path} is in the way: {name} is written there before it takes its name; move it "
+                "away, or set another output_dir"
+            )
+        shutil.rmtree(path)
 
 
 # ---- weights ----
@@ -246,6 +256,7 @@ class Saver:
         self.keep = keep
         self.in_background = in_background
         self._job: _Job | None = None
+        self._buffers: dict[str, Tensor] = {}
 
     def save(
         self,
@@ -274,26 +285,29 @@ class Saver:
         shard = take_shard(_training_tensors(policy, optimizer, self.world, reference), self.world)
         text = json.dumps({**state, "optimizer": _training_numbers(policy, optimizer)}, indent=1)
         if self.in_background:
-            shard = shard.copied()
-            weights = host_copies(weights)
+            shard = shard.copied(self._buffers)
+            weights = host_copies(weights, self._buffers)
         aside = directory.with_name(directory.name + ASIDE)
         needed = sum(tensor.nbytes for tensor in _distinct(weights)) + _SLACK
         needed += shard.nbytes * self.world.size
         self.world.on_main(lambda: self._open(aside, needed))
 
+        # The file grows while a checkpoint is written in the background.
+        known_metrics = state["lines"]["metrics.jsonl"]
+        own_file = f"{_TRAINING}/rank-{self.world.rank:05d}.safetensors"
+
         def write() -> dict[str, Any]:
+            with ThreadPoolExecutor(1) as pool:
+                written = pool.submit(write_shard, aside / own_file, shard)
+                if self.world.is_main:
+                    save_pretrained(policy, aside, tokenizer, weights)
+                    (aside / "state.json").write_text(text, encoding="utf-8")
+                    copy_start(self.output_dir / "metrics.jsonl", aside, known_metrics)
+                written.result()
+            # The files of a rank are hashed where they were written.
+            names = [own_file]
             if self.world.is_main:
-                save_pretrained(policy, aside, tokenizer, weights)
-                (aside / "state.json").write_text(text, encoding="utf-8")
-                metrics = self.output_dir / "metrics.jsonl"
-                if metrics.exists():
-                    shutil.copyfile(metrics, aside / metrics.name)
-            write_shard(aside / _TRAINING / f"rank-{self.world.rank:05d}.safetensors", shard)
-            names = files_below(aside)
-            if self.world.sharded:  # the files of a rank are hashed where they were written
-                own_file = f"{_TRAINING}/rank-{self.world.rank:05d}.safetensors"
-                others = [] if not self.world.is_main else _without_training(names)
-                names = [own_file, *others]
+                names += [name for name in files_below(aside) if not name.startswith(_TRAINING)]
             return hash_files(aside, names, flush=True)
 
         job = _Job(aside, state["step"], state["run"], needed, write)
@@ -409,8 +423,11 @@ def flush_names(directory: Path) -> None:
     sync_directory(directory)
 
 
-def _without_training(names: list[str]) -> list[str]:
-    return [name for name in names if not name.startswith(f"{_TRAINING}/")]
+def copy_start(path: Path, directory: Path, size: int) -> None:
+    """Copy the first bytes of a file, if it has any, into a directory."""
+    if size:
+        with path.open("rb") as file:
+            (directory / path.name).write_bytes(file.read(size))
 
 
 def _distinct(tensors: dict[str, Tensor]) -> Iterator[Tensor]:

@@ -70,8 +70,7 @@ class Reporter:
         """Write one line of metrics, and show the most telling metrics in the progress bar."""
         if not self.world.is_main:
             return
-        with self.metrics_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        _append(self.metrics_path, json.dumps({"step": step, **metrics}) + "\n")
         if self.loggers is not None:
             self.loggers.write(step, metrics)
         if self.bar is not None:
@@ -80,9 +79,8 @@ class Reporter:
     def completions(self, step: int, lines: Sequence[dict[str, Any]]) -> None:
         """Write sampled responses, a line per response, to completions.jsonl."""
         if self.world.is_main and lines:
-            with self.completions_path.open("a", encoding="utf-8") as file:
-                for line in lines:
-                    file.write(json.dumps({"step": step, **line}, ensure_ascii=False) + "\n")
+            texts = [json.dumps({"step": step, **line}, ensure_ascii=False) for line in lines]
+            _append(self.completions_path, "\n".join(texts) + "\n")
 
     def advance(self) -> None:
         """Move the progress bar by a step."""
@@ -110,6 +108,16 @@ class Reporter:
             self.bar.close()
         if self.loggers is not None:
             self.loggers.close(failed=sys.exc_info()[0] is not None)
+
+
+def _append(path: Path, text: str) -> None:
+    """Add lines to a file; an OSError names the file."""
+    try:
+        # A lone surrogate of a decoded sample becomes its JSON escape.
+        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+    except OSError as error:  # of a write, which names no file
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def model_card(

@@ -155,7 +155,9 @@ def rewind_lines(output_dir: Path, checkpoint: Path | None, say: Callable[[str],
         return
     sizes = read_state(checkpoint)["lines"]
     metrics = output_dir / "metrics.jsonl"
-    known = (checkpoint / metrics.name).read_bytes() if sizes[metrics.name] else b""
+    known = b""
+    if sizes[metrics.name]:
+        known = (checkpoint / metrics.name).read_bytes()
     if not _starts_with(metrics, known):
         moved = ""
         if metrics.exists():

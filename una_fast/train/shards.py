@@ -46,19 +46,27 @@ class Shard:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def copied(self) -> Shard:
-        """Return the shard with copies of its tensors on the host."""
-        return Shard(host_copies(self.tensors), self.offsets)
+    def copied(self, buffers: dict[str, Tensor]) -> Shard:
+        """Return the shard with copies of its tensors on the host; see `host_copies`."""
+        return Shard(host_copies(self.tensors, buffers), self.offsets)
 
 
-def host_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return copies on the host; tensors that share their memory share it in the copies too."""
+def host_copies(tensors: dict[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies on the host; tensors that share their memory share it in the copies too.
+
+    tensors: by name
+    buffers: copies of an earlier call, by name, which are overwritten; gets the new ones. The
+        system gives fresh memory page by page, which costs more than the copy itself
+    """
     copies: dict[Any, Tensor] = {}
     copied = {}
     for name, tensor in tensors.items():
         place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         if place not in copies or not tensor.numel():
-            copies[place] = tensor.detach().to("cpu", copy=True)
+            buffer = buffers.get(name)
+            if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+                buffer = buffers[name] = torch.empty_like(tensor.detach(), device="cpu")
+            copies[place] = buffer.copy_(tensor.detach())
         copied[name] = copies[place]
     return copied
 
