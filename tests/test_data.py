@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import os
+import socket
+import string
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +26,8 @@ from una_fast.data.examples import load_examples, load_prompts
 from una_fast.data.loader import mixture_order
 from una_fast.data.records import Record
 from una_fast.data.settings import RecordOptions
-from una_fast.data.sources import Source
+from una_fast.data.sources import Source, read_rows
+from una_fast.data.template_date import fix_template_date
 from una_fast.feedback import BINARY, PAIR, SCORE
 
 CHATML = (
@@ -479,6 +483,90 @@ def test_not_utf8(tmp_path, tokenizer):
         load_examples(Source(str(tmp_path / "x.jsonl")), tokenizer, require_unit_scores=True)
 
 
+HOSTILE = {
+    "half a pair": ('"x\\udfff"', r"x is 'x\\udfff', with half of a surrogate pair"),
+    "half a pair in a key": ('{"\\ud800": 1}', "x key .* holds half of a surrogate pair"),
+    "half a pair far inside": ('[{"y": ["\\ud800"]}]', r"x\[0\]\.y\[0\] is "),
+    "nesting": ("[" * 200_000 + "]" * 200_000, "nested deeper than 100 levels"),
+    "nesting that Python reads": ("[" * 150 + "]" * 150, "x.*nested deeper than 100 levels"),
+    "digits": ("9" * 5000, "x is inf; it must be finite"),
+    "beyond floats": ("9" * 310, "x is 999.*it must be finite"),
+    "NaN": ("[1, NaN]", r"x\[1\] is nan; it must be finite"),
+    "key twice": ('{"a": 1, "a": 2}', "key 'a' is given twice in one object"),
+    "two objects": ("1} {", "Extra data"),
+    "escape": ('"\x1b[2J"', "invalid JSON .Invalid control character"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_rows_are_strict_json_and_messages_one_line(load, case):
+    value, message = HOSTILE[case]
+    row = '{"prompt": "p", "chosen": "a", "rejected": "b", "x": ' + value + "}"
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1: .*" + message) as refusal:
+        load(row)
+    assert str(refusal.value).isprintable() and len(str(refusal.value)) < 1000
+    assert load(PAIR_ROW, row, on_bad_record="skip")[1].skipped == 1
+
+
+def test_names_of_columns_are_cut_and_escaped(load):
+    columns = {f"\x1b[31mcolumn {k}\n": 1 for k in range(4000)}
+    _, report = load({**PAIR_ROW, **columns})
+    with pytest.raises(ValueError, match="and 3980 more") as refusal:
+        load(columns)
+    for text in (str(report), str(refusal.value)):
+        assert text.isprintable() and len(text) < 2000
+
+
+CALL = {"function": {"name": "f", "arguments": {"a": None}}}
+CALLING = CHATML.replace(
+    "{{ m.content | trim }}",
+    "{{ m.content or '' }}{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}",
+)
+
+
+@pytest.mark.parametrize("content", [{"content": ""}, {"content": None}, {}])
+def test_answers_may_call_tools_without_a_text(load, content):
+    tokenizer = make_tokenizer(template=CALLING)
+    turn = {"role": "assistant", **content, "tool_calls": [CALL]}
+    prompt = [USER, turn, {"role": "tool", "content": ""}]
+    row = {"prompt": prompt, "chosen": [turn], "rejected": "b"}
+    (example,), _ = load(row, tokenizer=tokenizer)
+    text = tokenizer.decode(example.responses[0])
+    assert '"arguments": {"a": null}' in text  # a null of JSONL was written on purpose
+    assert '"arguments": {"a": null}' in tokenizer.decode(example.prompt_ids)
+
+
+@pytest.mark.parametrize(
+    ("message", "refusal"),
+    [
+        ({"role": "assistant", "tool_calls": "x"}, r"\.tool_calls is 'x' \(str\); write a list"),
+        ({"role": "assistant", "tool_calls": [1]}, r"\.tool_calls\[0\] is 1; a call is an object"),
+        ({"role": "assistant", "content": "", "tool_calls": []}, r"\.content is empty"),
+        ({"role": 1, "content": "x"}, r"\.role is 1 \(int\)"),
+        ({"role": "assistant", "content": [{"type": "text"}]}, r"\.content is a list of parts"),
+    ],
+)
+def test_malformed_messages(load, message, refusal):
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: chosen\[0\]" + refusal):
+        load({"prompt": [USER], "chosen": [message], "rejected": "b"})
+
+
+@pytest.mark.parametrize("sums", [[-1.0, 1e-6], [-1e300, -1.0], [-1.0, -1e7]])
+def test_log_probs_that_no_model_gives(load, sums):
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: ref_logps\[\d\] is .*precompute-ref"):
+        load({**PAIR_ROW, "ref_logps": sums})
+
+
+def test_preferences_between_equal_tokens(load):
+    pair = {"prompt": [USER], "chosen": "a", "rejected": "a "}  # the template trims
+    with pytest.raises(ValueError, match="chosen and rejected have the same tokens"):
+        load(pair)
+    several = {"prompt": [USER], "completions": ["a", "b", " a"], "scores": [0.1, 0.2, 0.3]}
+    with pytest.raises(ValueError, match=r"completions\[0\] and completions\[2\] have the same"):
+        load(several, feedback="pairs")
+    assert len(load(several)[0]) == 1  # scores of one text are an average, no contradiction
+
+
 def test_nothing_usable_is_an_error(load):
     with pytest.raises(ValueError, match="no usable record: .*1 records -> 0 examples .*1 skipped"):
         load("{", on_bad_record="skip")
@@ -588,6 +676,87 @@ def test_paths_that_hold_no_data(tmp_path, tokenizer):
     refuse(tmp_path / "x.parquet", "x.parquet is not a Parquet file")
 
 
+def test_parquet_shows_the_templates_what_was_written(tmp_path):
+    """Arrow gives every tool call the arguments of the others, with null."""
+    tokenizer = make_tokenizer(template=CALLING)
+    rows = []
+    for arguments in ({"city": "Oslo"}, {"day": 3, "list": [{"a": 1}, {"b": None}]}):
+        call = {"role": "assistant", "tool_calls": [{"function": {"arguments": arguments}}]}
+        rows.append({"prompt": [USER], "chosen": [call], "rejected": "b", "extra": {"n": None}})
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
+    examples, _ = load_examples(
+        Source(str(tmp_path / "t.parquet")), tokenizer, require_unit_scores=True
+    )
+    texts = [tokenizer.decode(example.responses[0]) for example in examples]
+    assert '{"city": "Oslo"}' in texts[0] and '{"day": 3, "list": [{"a": 1}, {}]}' in texts[1]
+
+
+def test_damaged_parquet_is_named(tmp_path, tokenizer):
+    def read():
+        return load_examples(Source(str(path)), tokenizer, require_unit_scores=True)[0]
+
+    path = tmp_path / "d.parquet"
+    rows = pyarrow.Table.from_pylist([{**PAIR_ROW, "prompt": f"p{k}"} for k in range(20)])
+    pyarrow.parquet.write_table(rows, path, row_group_size=10)
+    content = bytearray(path.read_bytes())
+    start = pyarrow.parquet.ParquetFile(path).metadata.row_group(1).column(0).dictionary_page_offset
+    content[start : start + 40] = bytes(40)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="d.parquet: row group 1 is damaged, at its row 0"):
+        read()
+    path.write_bytes(content[:-20])
+    with pytest.raises(ValueError, match="d.parquet is not a Parquet file"):
+        read()
+    bad = pyarrow.array([b"a", b"\xff"]).view(pyarrow.string())
+    table = pyarrow.table({"prompt": ["p", "p"], "completion": bad})
+    pyarrow.parquet.write_table(table, path)
+    with pytest.raises(ValueError, match="d.parquet:1: column 'completion' cannot be read .*utf-8"):
+        read()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("fifo", "is a FIFO, and data is read from regular files alone"),
+        ("socket", "is a socket"),
+        ("device", "is a device"),
+        ("circle", "cannot be read: Too many levels of symbolic links"),
+        ("nothing", "is a symbolic link to nothing"),
+        ("directory", "is a directory, and data"),
+    ],
+)
+def test_only_regular_files_are_read(tmp_path, monkeypatch, kind, message):
+    """A FIFO waits for ever, and /dev/zero never ends."""
+    monkeypatch.chdir(tmp_path)  # the path of a socket is short
+    path = Path("d/x.jsonl")
+    path.parent.mkdir()
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "socket":
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(path))
+    elif kind == "directory":
+        path.mkdir()
+    else:
+        targets = {"device": "/dev/zero", "circle": "x.jsonl", "nothing": "y.jsonl"}
+        path.symlink_to(targets[kind])
+    for source in [str(path.parent)] + [str(path)] * (kind != "directory"):
+        with pytest.raises(ValueError, match="d/x.jsonl " + message):
+            next(read_rows(Source(source)))
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["json", "csv", "text:../../etc/passwd", "-x", "a/../../etc", "org/name:..", "\u202ea/b"],
+)
+def test_paths_that_are_no_names_of_datasets(monkeypatch, path):
+    """The readers of `datasets` (csv, text ...) would take the rest as files."""
+    monkeypatch.setattr(datasets, "load_dataset", None)
+    with pytest.raises(ValueError, match="is neither a file.*owner/name") as refusal:
+        next(read_rows(Source(path)))
+    assert str(refusal.value).isprintable()
+
+
 def test_dataset_by_name(monkeypatch, tokenizer):
     calls = []
 
@@ -670,6 +839,72 @@ def test_tokenizer_that_puts_a_space_before_any_text():
     assert answer[-1] == END
 
 
+def test_responses_spell_the_middle_of_a_text(load):
+    """SentencePiece-like tokenizers put a space before any text: "def f( x)" was trained on."""
+    raw = Tokenizer(models.BPE(unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    raw.decoder = decoders.Metaspace(prepend_scheme="first")
+    alphabet = [*string.printable, "\u2581"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=150,
+        special_tokens=["</s>", "<unk>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    raw.train_from_iterator(["some plain words"], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", unk_token="<unk>")
+    for response in ("x): return x", " words", "\nplain", ".words"):
+        (example,), _ = load({"prompt": "def f(", "completion": response}, tokenizer=tokenizer)
+        whole = [*example.prompt_ids, *example.responses[0][:-1]]
+        assert tokenizer.decode(whole) == "def f(" + response
+        assert whole[: len(example.prompt_ids)] == ids(tokenizer, "def f(")
+
+
+def test_texts_with_special_tokens_are_counted(load):
+    _, report = load(PAIR_ROW, {**PAIR_ROW, "prompt": "a<|im_end|>b"})
+    assert report.special_tokens == 1
+    assert "1 with special tokens of the tokenizer in their texts" in str(report)
+    _, report = load({"prompt": [{**USER, "content": "a</s>"}], "completion": "a"})
+    assert report.special_tokens == 1
+
+
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+ENDLESS = {
+    "loops": (LOOP, "1 s of computing"),
+    "one operation": ("{{ 9 ** (9 ** 9) }}", "1 s of computing"),
+    "one text": ("{{ 'x' * 2000000000 }}", "1024 MiB of memory"),
+    "for one record": (
+        "{% if messages[0].content == 'z' %}" + LOOP + "{% endif %}" + CHATML,
+        "1 s",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ENDLESS)
+def test_templates_that_do_not_end(load, case):
+    template, message = ENDLESS[case]
+    message = f"the chat template of tiny-bpe takes more than {message}"
+    row = {"prompt": [USER], "completion": "a"}
+    last = {**row, "prompt": [{**USER, "content": "z"}]}
+    with pytest.raises(ValueError, match=r"rows\.jsonl:\d: " + message):
+        load(row, last, tokenizer=make_tokenizer(template=template), on_bad_record="skip")
+
+
+def test_template_that_prints_today_is_given_a_day(tmp_path):
+    template = "\n{{ strftime_now('%d %b %Y, %A, %-d, 100%%') }}{{ messages[0].content }}"
+    tokenizer = make_tokenizer(template=template)
+    tokenizer.save_pretrained(tmp_path / "before")
+    fix_template_date(tokenizer, "2020-02-03")
+    fix_template_date(tokenizer, "2024-02-03")
+    tokenizer.save_pretrained(tmp_path / "after")
+    text = tokenizer.apply_chat_template([USER], tokenize=False)
+    assert text == "\n03 Feb 2024, Saturday, 3, 100%hi there"
+    for file in (tmp_path / "before").iterdir():
+        assert file.read_bytes() == (tmp_path / "after" / file.name).read_bytes()
+    with pytest.raises(ValueError, match="isoformat"):
+        fix_template_date(tokenizer, "today")
+
+
 SHIFTING = "{{ messages | length }}" + CHATML + "{{ messages | length }}"
 SOMETIMES = CHATML.replace("<|im_end|>", "{% if m.content != 'a' %}<|im_end|>{% endif %}")
 
@@ -705,6 +940,23 @@ def test_truncation_keeps_bos_and_the_end_of_the_prompt(load, tokenizer):
         assert report.truncated_prompts == 1 and "1 prompts truncated" in str(report)
     _, report = load(row, max_tokens=len(full.prompt_ids) + len(full.responses[1]))
     assert report.truncated_prompts == 0
+
+
+def test_chats_are_cut_by_whole_turns(load, tokenizer):
+    """Cut in a turn, a chat begins in a word, without its system message."""
+    system = {"role": "system", "content": "be good"}
+    turns = [USER, bot("the cat"), {**USER, "content": "how are you"}, bot("good"), USER]
+    row = {"prompt": [system, *turns], "completion": "a"}
+    wanted = load({**row, "prompt": [system, *turns[2:]]})[0][0]
+    options = {"prompt_overflow": "truncate_left"}
+    for spare in (0, 3):
+        limit = len(wanted.prompt_ids) + spare
+        (example,), report = load(row, max_prompt_tokens=limit, **options)
+        assert example.prompt_ids.tolist() == wanted.prompt_ids.tolist()
+        assert example.responses[0].tolist() == wanted.responses[0].tolist()
+        assert report.truncated_prompts == 1
+    with pytest.raises(ValueError, match="last turn of the prompt alone has .*whole turns"):
+        load(row, max_prompt_tokens=8, **options)
 
 
 # ---- mixing --------------------------------------------------------------------------------------

@@ -66,8 +66,9 @@ class Encoder:
         self.eos = tokenizer.eos_token_id
         self.prefix = self._prefix()
         self.opens_texts = self._ids("a") != self._ids_inside("a")
-        special = sorted(map(re.escape, tokenizer.all_special_tokens))
-        self._special = re.compile("|".join(special))
+        added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        special = {*tokenizer.all_special_tokens, *added}
+        self._special = re.compile("|".join(map(re.escape, sorted(special))))
         self._turn_end: tuple[str, str] | None = None  # asked for with the first chat
 
     def encode(self, record: Record, room: int = 0) -> Encoded:
