@@ -20,13 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from una_fast.distributed import World
+from una_fast.printable import printable
+from una_fast.train.manifest import DamagedError
 
 OFFSETS = "offsets"  # key of the header
 
@@ -112,8 +114,11 @@ class ShardReader:
 
     def __enter__(self) -> ShardReader:
         for path in self._paths:
-            file = self._stack.enter_context(safe_open(path, framework="pt"))
-            offsets = json.loads((file.metadata() or {}).get(OFFSETS, "{}"))
+            try:
+                file = self._stack.enter_context(safe_open(path, framework="pt"))
+                offsets = json.loads((file.metadata() or {}).get(OFFSETS, "{}"))
+            except (SafetensorError, ValueError) as error:
+                raise DamagedError(f"{printable(path)} is damaged: {printable(error)}") from None
             for name in file.keys():  # noqa: SIM118 (not a mapping)
                 self._places.setdefault(name, []).append((file, offsets.get(name)))
         return self
