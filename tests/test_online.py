@@ -422,6 +422,23 @@ def test_a_failing_reward_ends_the_command_by_name_and_the_run_can_go_on(
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == list(range(1, 7))
 
 
+def test_a_failed_step_leaves_no_trace_in_the_state(model, prompts, tmp_path, monkeypatch):
+    """Rewards were counted and ranked already: a checkpoint must be of the steps before."""
+    settings = {"reward_map": "quantile", "score": "mse", "rewards": [LENGTH]}
+    trainer = open_trainer(online(model, prompts, tmp_path / "run", **settings))
+    steps = trainer.source.steps(0, 2)
+    next(steps)
+    before = json.dumps(trainer.online.state_dict())
+
+    def fail(*_):
+        raise RewardError("late")
+
+    monkeypatch.setattr(trainer.online.anchors, "anchor", fail)
+    with pytest.raises(RewardError, match="late"):
+        next(steps)
+    assert json.dumps(trainer.online.state_dict()) == before and '"recent": [' in before
+
+
 @pytest.mark.parametrize("generation", ["padded", "continuous"])
 def test_a_judge_and_a_function_with_weights(model, prompts, tmp_path, generation):
     """Through the command line, with a judge that now and then fails: its samples are skipped."""
