@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""A run of an hour, with evaluation, checkpoints and TensorBoard; in the long form another hour
-with sampling and rewards. Memory must be flat within 2 % over the second half, open files constant.
+"""A run of an hour, with evaluation, checkpoints and TensorBoard; in the long form another one
+beside it, with sampling and rewards. Memory must be flat within 2 % over the second half, open
+files constant.
 """
 
 from __future__ import annotations
@@ -29,52 +30,69 @@ class Look(NamedTuple):
 
 
 def run(trial: Trial) -> None:
-    """Soak an offline run; in the long form an online run too."""
+    """Soak an offline run and, in the long form, an online run beside it."""
     endless = {"epochs": 1_000_000, "learning_rate": 1e-5, "save_every": 50}
     offline = {"eval_data": trial.fixtures.evaluation, "eval_every": 20, "loggers": "[tensorboard]"}
-    soak(trial, "offline", train_words(trial.fixtures, **endless, **offline))
+    words = {"offline": train_words(trial.fixtures, **endless, **offline)}
     if not trial.short:
         online = {**endless, "batch_size": 2, "offset": "ema", "max_steps": 10_000_000}
-        soak(trial, "online", online_words(trial.fixtures, **online))
-
-
-def soak(trial: Trial, kind: str, words: list[str]) -> None:
-    """Look at a run again and again, and report how its memory and open files went."""
+        words["online"] = online_words(trial.fixtures, **online)
     seconds = SHORT_SECONDS if trial.short else float(os.environ.get("SOAK", SECONDS))
-    out = trial.new_folder(f"soak-{kind}")
-    command = Command([*words, *as_words({"output_dir": out / "run"})], out / "log")
-    metrics = out / "run" / "metrics.jsonl"
-    command.when(lambda: lines_in(metrics) > 0)
-    start, looks = time.monotonic(), []
-    while time.monotonic() - start < seconds and command.is_running:
+    soaks = [Soak(trial, kind, of_kind) for kind, of_kind in words.items()]
+    start = time.monotonic()
+    while time.monotonic() - start < seconds and any(s.command.is_running for s in soaks):
         time.sleep(min(EVERY, seconds / 8))
-        if command.is_running:
-            looks.append(look(command.pid, time.monotonic() - start, lines_in(metrics)))
-    is_alive = command.is_running
-    command.kill()
-    result = command.wait()
-    if not is_alive:
-        trial.report(f"soak {kind}", False, result.last)
-        return
-    half = looks[len(looks) // 2 :]
-    third = max(len(half) // 3, 1)
-    # Means of the first and the last third: single looks catch a checkpoint being written.
-    first, last = (mean(part, "mib") for part in (half[:third], half[-third:]))
-    growth = last / first - 1
-    files = [max(part.files for part in piece) for piece in (half[:third], half[-third:])]
-    figures: dict[str, Any] = {
-        "seconds": round(looks[-1].seconds),
-        "steps": looks[-1].steps,
-        "mib_at_half": round(first, 1),
-        "mib_at_end": round(last, 1),
-        "growth": round(growth, 5),
-        "open_files": files,
-        "threads": [half[0].threads, half[-1].threads],
-        "output_mib": round(size_of(out) / 2**20, 1),
-    }
-    trial.figures[kind] = figures
-    good = growth <= MOST_GROWTH and files[1] <= files[0]
-    trial.report(f"soak {kind}", good or trial.short, str(figures))
+        for soak in soaks:
+            soak.look(time.monotonic() - start)
+    for soak in soaks:
+        soak.report(trial)
+
+
+class Soak:
+    """A run that is looked at again and again."""
+
+    def __init__(self, trial: Trial, kind: str, words: list[str]) -> None:
+        """Start the command, and wait for its first step."""
+        self.kind = kind
+        self.out = trial.new_folder(f"soak-{kind}")
+        output = as_words({"output_dir": self.out / "run"})
+        self.command = Command([*words, *output], self.out / "log")
+        self.metrics = self.out / "run" / "metrics.jsonl"
+        self.command.when(lambda: lines_in(self.metrics) > 0)
+        self.looks: list[Look] = []
+
+    def look(self, seconds: float) -> None:
+        """Note the state of the process, `seconds` after the start."""
+        if self.command.is_running:
+            self.looks.append(look(self.command.pid, seconds, lines_in(self.metrics)))
+
+    def report(self, trial: Trial) -> None:
+        """End the run, and report how its memory and open files went."""
+        is_alive = self.command.is_running
+        self.command.kill()
+        result = self.command.wait()
+        if not is_alive:
+            trial.report(f"soak {self.kind}", False, result.last)
+            return
+        half = self.looks[len(self.looks) // 2 :]
+        third = max(len(half) // 3, 1)
+        # Means of the first and the last third: single looks catch a checkpoint being written.
+        first, last = (mean(part, "mib") for part in (half[:third], half[-third:]))
+        growth = last / first - 1
+        files = [max(part.files for part in piece) for piece in (half[:third], half[-third:])]
+        figures: dict[str, Any] = {
+            "seconds": round(self.looks[-1].seconds),
+            "steps": self.looks[-1].steps,
+            "mib_at_half": round(first, 1),
+            "mib_at_end": round(last, 1),
+            "growth": round(growth, 5),
+            "open_files": files,
+            "threads": [half[0].threads, half[-1].threads],
+            "output_mib": round(size_of(self.out) / 2**20, 1),
+        }
+        trial.figures[self.kind] = figures
+        good = growth <= MOST_GROWTH and files[1] <= files[0]
+        trial.report(f"soak {self.kind}", good or trial.short, str(figures))
 
 
 def look(pid: int, seconds: float, steps: int) -> Look:
