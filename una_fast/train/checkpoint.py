@@ -467,8 +467,14 @@ def _newest(output_dir: Path) -> str:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Return the content of state.json."""
-    return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    """Return the content of state.json; ValueError, by the file, if it is none of ours."""
+    path = checkpoint / "state.json"
+    try:
+        state = json.loads(path.read_bytes())
+        assert isinstance(state["step"], int)
+    except (ValueError, TypeError, KeyError, AssertionError, RecursionError) as error:
+        raise ValueError(f"{path} is not the state of a run ({type(error).__name__})") from None
+    return state
 
 
 def load_training_state(

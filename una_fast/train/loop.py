@@ -200,9 +200,9 @@ class Trainer:
         """Take all steps that are left; return (steps taken, last metrics)."""
         config, last = self.config, self.reporter.last
         number = self.state["step"]
-        if number == 0:
-            last |= self.evaluate(0)
         try:
+            if number == 0:
+                last |= self.evaluate(0)
             steps = self.source.steps(number, self.total_steps)
             while (step := self.next_step(steps, number)) is not None:
                 number += 1
