@@ -119,7 +119,7 @@ def start_world(device: str = "auto") -> World:
 
 def is_loss_of_a_rank(error: Exception) -> bool:
     """Return whether an error only tells that another rank of the run is gone."""
-    of_torch = isinstance(error, RuntimeError) and type(error).__module__ in ("builtins", "torch.distributed")
+    of_torch = type(error) is RuntimeError or isinstance(error, dist.DistError)
     return of_torch and dist.is_initialized() and _LOST.search(str(error)) is not None
 
 
