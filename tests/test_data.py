@@ -768,6 +768,7 @@ def test_dataset_by_name(monkeypatch, tokenizer):
         return datasets.Dataset.from_list([row, {**row, "label": None}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
     with pytest.raises(ValueError, match=r"^org/set:small\[test\]:1: label is null"):
         load_examples(Source("org/set:small", split="test"), tokenizer, require_unit_scores=True)
     assert calls == [("org/set", "small", "test")]

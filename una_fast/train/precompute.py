@@ -208,7 +208,8 @@ class _Writer:
             device=self.device,
             pad_id=self.tokenizer.pad_token_id,
         )
-        values = iter(self.scoring.logps(self.reference, batch).tolist())
+        # A sum of logs of probabilities near 1 may round to a number above 0.
+        values = iter(self.scoring.logps(self.reference, batch).clamp_max(0.0).tolist())
         found = []
         for example in micro_batch:
             own = [next(values) for _ in example.responses]
