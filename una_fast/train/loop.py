@@ -224,12 +224,15 @@ class Trainer:
                 self.reporter.say(self.online.stopped)
                 last |= self._stop(number)
         finally:
-            # A save in the background is finished, not lost, whatever ends the run.
-            if not self.world.sharded or sys.exc_info()[0] is None:
-                self.saver.finish()
-            if self.online:
-                self.online.close()
-            self.reporter.close()
+            try:
+                # A save in the background is finished, not lost, whatever ends the run; after an
+                # error of one rank the others may not take part.
+                if not self.world.sharded or sys.exc_info()[0] is None:
+                    self.saver.finish()
+            finally:
+                if self.online:
+                    self.online.close()
+                self.reporter.close()
         return number, last
 
     def next_step(self, steps: Iterator[Step], number: int) -> Step | None:
@@ -274,12 +277,15 @@ class Trainer:
     def _heed_signals(self, number: int) -> None:
         """Save or end the run after step `number` if a signal asks for it; finish saves.
 
-        The ranks agree first: signals reach them at different times.
+        The ranks agree first: signals reach them at different times. Between the steps on one
+        rollout a signal waits, for the samples are in no checkpoint.
         """
         asked = (requests.stop, requests.save, not self.saver.is_done)
         stop, save, unfinished = self.world.maximum([int(value) for value in asked])
         if self.saver.is_pending and not unfinished:
             self.saver.finish()
+        if not self._may_save(number):
+            return
         if save:
             requests.save = 0
             self._save_once(number)
@@ -287,6 +293,10 @@ class Trainer:
         if stop and number < self.total_steps:
             self._save_once(number)
             raise Stopped(stop)
+
+    def _may_save(self, number: int) -> bool:
+        """Return whether a run can go on from step `number`: not in the middle of a rollout."""
+        return self.config.mode == "offline" or number % self.config.inner_epochs == 0
 
     def _stop(self, number: int) -> dict[str, float]:
         """Report, evaluate and save a run that ends early, after step `number`.
@@ -342,7 +352,7 @@ class Trainer:
     def _refuse_divergence(self, number: int, step: Step) -> None:
         """Save and end the run if too many steps in a row were skipped; DivergedError."""
         in_row = self.skipped["in_row"]
-        if in_row <= self.config.max_skipped_steps:
+        if in_row <= self.config.max_skipped_steps or not self._may_save(number):
             return
         self._save_once(number)
         raise DivergedError(
