@@ -223,6 +223,10 @@ class Trainer:
             if self.online and self.online.stopped:
                 self.reporter.say(self.online.stopped)
                 last |= self._stop(number)
+        except (RewardError, SamplerError):  # of an evaluation: the steps are saved all the same
+            if self._may_save(number):
+                self._save_once(number)
+            raise
         finally:
             try:
                 # A save in the background is finished, not lost, whatever ends the run; after an
