@@ -485,6 +485,7 @@ def random_weights(case: Case, setup: Setup) -> Iterator[None]:
 
     with (
         mock.patch.object(policy, "load_causal_lm", load),
+        mock.patch.object(resolved.StoredDtypes, "of", lambda *_: None),
         mock.patch.object(resolved, "outline_of", shapes),
         mock.patch.object(train, "make_optimizer", drifted),
         mock.patch.object(train, "refuse_too_large", plan_nothing),

@@ -56,7 +56,7 @@ MEMORY_SETTINGS = {
 }
 
 
-def open_run(directory, tokenizer, output_dir, batch, **changes):
+def open_trainer(directory, tokenizer, output_dir, batch, **changes):
     settings = {
         "device": "cuda",
         "batch_size": 1,
@@ -76,7 +76,7 @@ def open_run(directory, tokenizer, output_dir, batch, **changes):
 def test_the_plan_of_a_step_is_within_a_tenth_of_what_is_allocated(name, llama_200m, tmp_path):
     batch = [Row(12000, (1000, 1500)).example()]
     before = torch.cuda.memory_allocated()
-    config, trainer = open_run(*llama_200m, tmp_path / "run", batch, **MEMORY_SETTINGS[name])
+    config, trainer = open_trainer(*llama_200m, tmp_path / "run", batch, **MEMORY_SETTINGS[name])
     measured = measured_peak(trainer, batch) - before
     planned = StepTracer(config).step(batch)
     assert planned.peak == pytest.approx(measured, rel=0.1), planned.parts
@@ -95,7 +95,7 @@ def test_what_travels_beside_the_computation_arrives(name, llama_200m, tmp_path)
         )
     norms = []
     for number, changes in enumerate((on, off)):
-        _, trainer = open_run(*llama_200m, tmp_path / f"run{number}", batch, **changes)
+        _, trainer = open_trainer(*llama_200m, tmp_path / f"run{number}", batch, **changes)
         norms.append([trainer.take_step(Step(0.0, [batch], 1))["grad_norm"] for _ in range(3)])
     assert norms[0] == pytest.approx(norms[1], rel=0 if name == "offload" else 1e-5)
 
@@ -107,7 +107,7 @@ def test_liger_computes_what_the_model_does(llama_200m, tmp_path):
     for number, liger in enumerate(
         (False, True)
     ):  # in this order: liger patches the family for the whole process
-        _, trainer = open_run(
+        _, trainer = open_trainer(
             *llama_200m, tmp_path / f"run{number}", batch, liger=liger, mlp_tile=100
         )
         norms.append(trainer.take_step(Step(0.0, [batch], 1))["grad_norm"])

@@ -342,11 +342,12 @@ def test_one_process_resumes_what_two_ranks_began(two_ranks, cases, tmp_path, na
     run_case(cases[name] | {"output_dir": str(run), "resume": True})
     ours, theirs = read_metrics(run), read_metrics(two_ranks[name])
     assert [line["step"] for line in theirs] == [0, 2, 4, 5, 5]
-    assert [line["step"] for line in ours] == [4, 5, 5]
+    assert ours[:2] == theirs[:2], "the checkpoint brings the metrics before it"
+    assert [line["step"] for line in ours[2:]] == [4, 5, 5]
     if name == "adam 8 bits":
-        assert ours[0]["loss"] == pytest.approx(theirs[2]["loss"], abs=0.02)
+        assert ours[2]["loss"] == pytest.approx(theirs[2]["loss"], abs=0.02)
         return
-    for mine, whole in zip(ours, theirs[2:], strict=True):
+    for mine, whole in zip(ours[2:], theirs[2:], strict=True):
         assert mine == pytest.approx(whole, rel=1e-3, abs=1e-4)
     assert worst_error(saved_weights(run), saved_weights(two_ranks[name])) <= 1e-3
 
@@ -357,7 +358,8 @@ def test_sharded_bf16(two_ranks, one_process, name):
     seen = torch.load(two_ranks[name] / "seen.pt", weights_only=True)
     dtype = torch.bfloat16 if name == "adam bf16" else torch.float32
     assert seen["dtypes"] == [str(dtype)]
-    assert {tensor.dtype for tensor in saved_weights(two_ranks[name]).values()} == {dtype}
+    files = {tensor.dtype for tensor in saved_weights(two_ranks[name]).values()}
+    assert files == {torch.float32}, "the final model is in the dtype that the model came in"
     sharded, alone = read_metrics(two_ranks[name])[:2], read_metrics(one_process(name)[0])[:2]
     assert [line["step"] for line in sharded] == [0, 2]
     assert sharded[1]["grad_norm"] == pytest.approx(alone[1]["grad_norm"], rel=0.05)

@@ -508,13 +508,10 @@ def load_training_state(
             random = {name: tensors.pop(name) for name in _random_states(world)}
             reader.fill(tensors, world)
             # A rank that the saved run did not have finds no random state, and keeps its own.
-            found = {n: t for n, t in random.items() if reader.has(n, t, world)}
+            found = {name: tensor for name, tensor in random.items() if reader.has(name)}
             reader.fill(found, world)
     except ValueError as error:
-        advice = ""
-        if world.sharded or len(paths) > 1:
-            advice = "; adamw_8bit goes on with the number of ranks it was saved with"
-        raise ValueError(f"{checkpoint} does not go with this run: {error}{advice}") from None
+        raise ValueError(f"{checkpoint} does not go with this run: {error}") from None
     for group, rate in zip(optimizer.param_groups, numbers["rates"], strict=True):
         group["lr"] = rate
     for name, state in _states(policy, optimizer).items():

@@ -307,11 +307,11 @@ class Trainer:
 
         Metrics and completions include the samples that stopped the run.
         """
-        self.reporter.completions(number + 1, self.online.take_completions())
         metrics = self.log(number, {}) | {"stopped_at_step": number}
         if not _is_due(self.config.eval_every, number):
             metrics |= self.evaluate(number)
-        self._save_once(number)  # to go on from with another ceiling
+        self._save_once(number)  # to go on from with another ceiling, and these samples again
+        self.reporter.completions(number + 1, self.online.take_completions())
         return metrics
 
     def take_step(self, step: Step) -> dict[str, float]:

@@ -3,7 +3,7 @@
 A rank writes the tensors that it alone holds:
 
     a slice of a DTensor       with the offsets of the slice in the whole tensor, in the header
-    rank-R.<name>              a tensor of rank R alone: a random state, moments in 8 bits
+    rank-R.<name>              a tensor of rank R alone: a random state, the codes of its moments
     any other plain tensor     equal on all ranks, and written by rank 0
 
 Files hold tensors and JSON, and reading them runs no code; DCP's own metadata is a pickle, and its
@@ -13,7 +13,8 @@ HuggingFaceStorageReader was tried: it reads no tensor without dimensions, such 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,20 +82,24 @@ def own(name: str, world: World) -> str:
 def take_shard(tensors: dict[str, Tensor], world: World) -> Shard:
     """Return what this rank writes of some tensors.
 
-    tensors: name -> live tensor: plain, sharded, or a subclass made of plain tensors
+    tensors: name -> live tensor: plain, sharded, or in 8 bits
     """
     written: dict[str, Tensor] = {}
     offsets: dict[str, list[int]] = {}
-    for name, tensor in _plain_parts(tensors, world):
+    for name, tensor in tensors.items():
         place = Place.of(tensor)
-        is_own = name.startswith(own("", world))
-        if isinstance(tensor, DTensor):
-            if not place.local.numel():  # more ranks than rows
-                continue
-            offsets[name] = list(place.offsets)
-        elif not (world.is_main or is_own):
+        is_slice = isinstance(tensor, DTensor)
+        if is_slice and not place.local.numel():  # more ranks than rows
             continue
-        written[name] = place.local.contiguous()
+        if _is_quantized(place.local):
+            for part in PARTS:
+                written[f"{own(name, world)}.{part}"] = getattr(place.local, part)
+            offsets[f"{own(name, world)}.{CODES}"] = list(place.offsets)
+        elif is_slice:
+            written[name] = place.local.contiguous()
+            offsets[name] = list(place.offsets)
+        elif world.is_main or name.startswith(own("", world)):
+            written[name] = place.local.contiguous()
     return Shard(written, offsets)
 
 
@@ -111,6 +116,7 @@ class ShardReader:
         self._paths = list(paths)
         self._stack = ExitStack()
         self._places: dict[str, list[tuple[Any, list[int] | None]]] = {}
+        self._quantized: dict[str, list[str]] = {}  # name -> names of the codes of all ranks
 
     def __enter__(self) -> ShardReader:
         for path in self._paths:
@@ -121,14 +127,17 @@ class ShardReader:
                 raise DamagedError(f"{printable(path)} is damaged: {printable(error)}") from None
             for name in file.keys():  # noqa: SIM118 (not a mapping)
                 self._places.setdefault(name, []).append((file, offsets.get(name)))
+                quantized = _OF_A_RANK.fullmatch(name)
+                if quantized is not None:
+                    self._quantized.setdefault(quantized[1], []).append(name)
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
-    def has(self, name: str, tensor: Tensor, world: World) -> bool:
-        """Return whether all parts of a tensor were saved."""
-        return all(part in self._places for part, _ in _plain_parts({name: tensor}, world))
+    def has(self, name: str) -> bool:
+        """Return whether a plain tensor was saved."""
+        return name in self._places
 
     @torch.no_grad()
     def fill(self, tensors: dict[str, Tensor], world: World) -> None:
@@ -139,13 +148,41 @@ class ShardReader:
 
         ValueError for a tensor that was not saved, or in other sizes.
         """
-        for name, tensor in _plain_parts(tensors, world):
+        for name, tensor in tensors.items():
             place = Place.of(tensor)
-            missing = place.local.numel()
-            for file, offsets in self._places.get(name, []):
-                missing -= _copy_overlap(file, name, offsets, place)
-            if missing:
-                raise ValueError(f"{name} was not saved, or in other sizes")
+            if not _is_quantized(place.local):
+                self._fill_numbers(name, place)
+            elif not self._fill_codes(name, place, world):
+                # Other ranks had other blocks: their numbers are put together and quantized anew.
+                numbers = torch.zeros(place.local.shape)
+                self._fill_numbers(name, Place(numbers, place.offsets))
+                place.local.copy_(numbers.to(place.local.device))
+
+    def _fill_codes(self, name: str, place: Place, world: World) -> bool:
+        """Copy the 8-bit codes and scales of this very slice; return whether they were saved."""
+        saved = self._places.get(f"{own(name, world)}.{CODES}")
+        if saved is None:
+            return False
+        file, offsets = saved[0]
+        shape = file.get_slice(f"{own(name, world)}.{CODES}").get_shape()
+        if tuple(offsets) != place.offsets or tuple(shape) != tuple(place.local.shape):
+            return False
+        for part in PARTS:
+            getattr(place.local, part).copy_(file.get_tensor(f"{own(name, world)}.{part}"))
+        return True
+
+    def _fill_numbers(self, name: str, place: Place) -> None:
+        """Copy a slice from the slices of any ranks, plain or in 8 bits."""
+        missing = place.local.numel()
+        for file, offsets in self._places.get(name, []):
+            shape = file.get_slice(name).get_shape()
+            missing -= _copy_overlap(file.get_slice(name), shape, offsets, place)
+        for key in self._quantized.get(name, []):
+            ((file, offsets),) = self._places[key]
+            numbers = _numbers_of(file, key)
+            missing -= _copy_overlap(numbers, list(numbers.shape), offsets, place)
+        if missing:
+            raise ValueError(f"{name} was not saved, or in other sizes")
 
 
 @dataclass(frozen=True)
@@ -163,22 +200,24 @@ class Place:
     def of(tensor: Tensor) -> Place:
         """Return the part of a tensor that this rank holds: a slice, or the whole."""
         if not isinstance(tensor, DTensor):
-            return Place(tensor.detach(), (0,) * tensor.dim())
+            local = tensor if _is_quantized(tensor) else tensor.detach()
+            return Place(local, (0,) * tensor.dim())
         _, offsets = compute_local_shape_and_global_offset(
             tensor.shape, tensor.device_mesh, tensor.placements
         )
-        return Place(tensor.to_local().detach(), tuple(offsets))
+        local = tensor.to_local()
+        return Place(local if _is_quantized(local) else local.detach(), tuple(offsets))
 
 
-def _copy_overlap(file: Any, name: str, offsets: list[int] | None, place: Place) -> int:
-    """Copy what a saved part has of a place; return the count of numbers copied."""
-    saved = file.get_slice(name)
-    shape = saved.get_shape()
+def _copy_overlap(saved: Any, shape: list[int], offsets: list[int] | None, place: Place) -> int:
+    """Copy what a saved part has of a place; return the count of numbers copied.
+
+    saved: a tensor, or the slice of a file, to be indexed
+    shape: of the part
+    offsets: of the part in the whole; None for the whole
+    """
     if len(shape) != place.local.dim():
         return 0
-    if not shape:
-        place.local.copy_(file.get_tensor(name))
-        return 1
     source, target = [], []
     starts = offsets or [0] * len(shape)
     for start, length, own_start, own_length in zip(
@@ -190,23 +229,24 @@ def _copy_overlap(file: Any, name: str, offsets: list[int] | None, place: Place)
             return 0
         source.append(slice(first - start, last - start))
         target.append(slice(first - own_start, last - own_start))
-    part = saved[tuple(source)]
+    part = saved[tuple(source)] if shape else saved[...]
     place.local[tuple(target)].copy_(part)
     return part.numel()
 
 
-def _plain_parts(tensors: dict[str, Tensor], world: World) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor), a subclass such as torchao's 8-bit moments as its inner tensors.
+# ---- moments in 8 bits ----
 
-    Inner tensors of a sharded subclass belong to their rank: blocks of 256 numbers share a scale,
-    and another number of ranks would cut the blocks.
-    """
-    for name, tensor in tensors.items():
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
-        if not hasattr(local, "__tensor_flatten__"):
-            yield name, tensor
-            continue
-        inner, _ = local.__tensor_flatten__()
-        prefix = own(name, world) if world.sharded else name
-        for part in inner:
-            yield f"{prefix}.{part}", getattr(local, part)
+PARTS = ("codes", "scale", "qmap")  # of torchao's OptimState8bit
+CODES = PARTS[0]
+_OF_A_RANK = re.compile(rf"rank-\d+\.(.*)\.{CODES}")
+
+
+def _is_quantized(local: Tensor) -> bool:
+    return all(hasattr(local, part) for part in PARTS)
+
+
+def _numbers_of(file: Any, key: str) -> Tensor:
+    """Return the numbers of saved 8-bit codes; every block of codes shares a scale."""
+    codes, scale, table = (file.get_tensor(f"{key.removesuffix(CODES)}{part}") for part in PARTS)
+    blocks = table[codes.long()].view(scale.numel(), -1)
+    return (blocks * scale[:, None]).view(codes.shape)
