@@ -35,7 +35,7 @@ def run(trial: Trial) -> None:
     offline = {"eval_data": trial.fixtures.evaluation, "eval_every": 20, "loggers": "[tensorboard]"}
     words = {"offline": train_words(trial.fixtures, **endless, **offline)}
     if not trial.short:
-        online = {**endless, "batch_size": 2, "offset": "ema", "max_steps": 10_000_000}
+        online = {**endless, "batch_size": 2, "offset": "ema", "max_steps": 5_000_000}
         words["online"] = online_words(trial.fixtures, **online)
     seconds = SHORT_SECONDS if trial.short else float(os.environ.get("SOAK", SECONDS))
     soaks = [Soak(trial, kind, of_kind) for kind, of_kind in words.items()]

@@ -20,7 +20,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -209,27 +209,29 @@ class _Job:
     directory: written aside; takes its name at the end
     step, run: for the manifest
     bytes: size of the checkpoint, about
-    write: writes this rank's files, and returns their manifest entries
-    thread: runs `write` in the background; None if it ran already
-    files: result of `write`
-    error: of `write`
+    copied: set when the live tensors are not read any more
+    thread: writes in the background; None in the foreground
+    files: manifest entries of this rank's files, when they are written
+    error: of the writing
     """
 
     directory: Path
     step: int
     run: dict[str, Any]
     bytes: int
-    write: Callable[[], dict[str, Any]]
+    copied: threading.Event = field(default_factory=threading.Event)
     thread: threading.Thread | None = None
     files: dict[str, Any] | None = None
     error: Exception | None = None
 
-    def work(self) -> None:
+    def work(self, write: Callable[[_Job], dict[str, Any]]) -> None:
         """Write the files; an error is kept for the main thread."""
         try:
-            self.files = self.write()
+            self.files = write(self)
         except Exception as error:
             self.error = error
+        finally:
+            self.copied.set()
 
     @property
     def is_done(self) -> bool:
@@ -239,8 +241,9 @@ class _Job:
 class Saver:
     """Writes the checkpoints of a run, one at a time, in the foreground or in the background.
 
-    A background save copies all tensors to the host and goes on with the run; `finish` gives the
-    checkpoint its name when every rank has written its files.
+    A background save first copies all tensors to the host, while the gradients of the next step
+    are computed: weights and moments change when the optimizer steps, and `hold` waits before that.
+    `finish` gives the checkpoint its name when every rank has written its files.
     """
 
     def __init__(self, output_dir: Path, world: World, keep: int, *, in_background: bool) -> None:
@@ -257,6 +260,7 @@ class Saver:
         self.in_background = in_background
         self._job: _Job | None = None
         self._buffers: dict[str, Tensor] = {}
+        self._removal: threading.Thread | None = None
 
     def save(
         self,
@@ -284,40 +288,53 @@ class Saver:
         weights = _weights(policy, self.world)
         shard = take_shard(_training_tensors(policy, optimizer, self.world, reference), self.world)
         text = json.dumps({**state, "optimizer": _training_numbers(policy, optimizer)}, indent=1)
-        if self.in_background:
-            shard = shard.copied(self._buffers)
-            weights = host_copies(weights, self._buffers)
         aside = directory.with_name(directory.name + ASIDE)
         needed = sum(tensor.nbytes for tensor in _distinct(weights)) + _SLACK
         needed += shard.nbytes * self.world.size
         self.world.on_main(lambda: self._open(aside, needed))
 
         # The file grows while a checkpoint is written in the background.
-        known_metrics = state["lines"]["metrics.jsonl"]
+        known_metrics = state.get("lines", {}).get("metrics.jsonl", 0)
         own_file = f"{_TRAINING}/rank-{self.world.rank:05d}.safetensors"
 
-        def write() -> dict[str, Any]:
+        def write(job: _Job) -> dict[str, Any]:
+            mine, whole = shard, weights
+            if job.thread is not None:
+                mine = shard.copied(self._buffers)
+                if not self.world.sharded:  # or else they are gathered copies
+                    whole = host_copies(weights, self._buffers)
+                job.copied.set()
+
+            def write_state() -> dict[str, Any]:
+                write_shard(aside / own_file, mine)
+                return hash_files(aside, [own_file], flush=True)
+
+            # The disk writes one part while the other is hashed.
             with ThreadPoolExecutor(1) as pool:
-                written = pool.submit(write_shard, aside / own_file, shard)
+                state_files = pool.submit(write_state)
+                files = {}
                 if self.world.is_main:
-                    save_pretrained(policy, aside, tokenizer, weights)
+                    save_pretrained(policy, aside, tokenizer, whole)
                     (aside / "state.json").write_text(text, encoding="utf-8")
                     copy_start(self.output_dir / "metrics.jsonl", aside, known_metrics)
-                written.result()
-            # The files of a rank are hashed where they were written.
-            names = [own_file]
-            if self.world.is_main:
-                names += [name for name in files_below(aside) if not name.startswith(_TRAINING)]
-            return hash_files(aside, names, flush=True)
+                    others = [n for n in files_below(aside) if not n.startswith(_TRAINING)]
+                    files = hash_files(aside, others, flush=True)
+                return files | state_files.result()
 
-        job = _Job(aside, state["step"], state["run"], needed, write)
+        job = _Job(aside, state["step"], state["run"], needed)
         if self.in_background:
-            job.thread = threading.Thread(target=job.work, name="una-fast-save")
+            name = "una-fast-save"
+            job.thread = threading.Thread(target=job.work, args=(write,), name=name)
             job.thread.start()
             self._job = job
         else:
-            job.work()
+            job.work(write)
             self._finish(job)
+
+    def hold(self) -> None:
+        """Wait until the live tensors may change: a save in the background has its copies."""
+        if self._job is not None:
+            self._job.copied.wait()
 
     @property
     def is_pending(self) -> bool:
@@ -338,6 +355,12 @@ class Saver:
         if job is not None:
             job.thread.join()
             self._finish(job)
+
+    def close(self) -> None:
+        """Finish a save that is under way, and wait until old checkpoints are deleted."""
+        self.finish()
+        if self._removal is not None:
+            self._removal.join()
 
     def _finish(self, job: _Job) -> None:
         errors, files = [], {}
@@ -401,10 +424,16 @@ class Saver:
             raise SaveError(
                 f"{aside.name} was not written: {error}. {_newest(self.output_dir)}"
             ) from error
-        for old in complete_checkpoints(self.output_dir)[: -self.keep]:
-            # Renamed first: a half-deleted checkpoint must not look whole.
-            gone = old.rename(old.with_name(old.name + ASIDE))
-            shutil.rmtree(gone)
+        # Renamed first: a half-deleted checkpoint must not look whole.
+        olds = complete_checkpoints(self.output_dir)[: -self.keep]
+        gone = [old.rename(old.with_name(old.name + ASIDE)) for old in olds]
+        if self.in_background:  # a second per gigabyte and a half
+            if self._removal is not None:
+                self._removal.join()
+            self._removal = threading.Thread(target=_remove, args=(gone,), name="una-fast-remove")
+            self._removal.start()
+        else:
+            _remove(gone)
 
 
 def set_aside(path: Path, ending: str) -> Path:
@@ -421,6 +450,11 @@ def flush_names(directory: Path) -> None:
         if path.is_dir():
             sync_directory(path)
     sync_directory(directory)
+
+
+def _remove(directories: list[Path]) -> None:
+    for directory in directories:
+        shutil.rmtree(directory)
 
 
 def copy_start(path: Path, directory: Path, size: int) -> None:

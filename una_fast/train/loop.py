@@ -232,7 +232,7 @@ class Trainer:
                 # A save in the background is finished, not lost, whatever ends the run; after an
                 # error of one rank the others may not take part.
                 if not self.world.sharded or sys.exc_info()[0] is None:
-                    self.saver.finish()
+                    self.saver.close()
             finally:
                 if self.online:
                     self.online.close()
@@ -333,6 +333,7 @@ class Trainer:
             taken["grad_norm"] = value
             if self.config.max_grad_norm is not None:
                 torch.nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, norm)
+            self.saver.hold()
             self.optimizer.step()
             self.skipped["in_row"] = 0
         else:
