@@ -956,8 +956,21 @@ def test_chats_are_cut_by_whole_turns(load, tokenizer):
         assert example.prompt_ids.tolist() == wanted.prompt_ids.tolist()
         assert example.responses[0].tolist() == wanted.responses[0].tolist()
         assert report.truncated_prompts == 1
-    with pytest.raises(ValueError, match="last turn of the prompt alone has .*whole turns"):
+    with pytest.raises(ValueError, match="headers of the last turn alone are over max_prompt"):
         load(row, max_prompt_tokens=8, **options)
+
+
+def test_a_last_turn_that_is_too_long_is_cut_in_its_text(load, tokenizer):
+    """A long document in a single turn: its end stays, below the system message and the header."""
+    system = {"role": "system", "content": "be good"}
+    turn = {**USER, "content": "the cat sat on the mat and " * 40 + "why?"}
+    options = {"prompt_overflow": "truncate_left", "max_prompt_tokens": 60}
+    (example,), report = load({"prompt": [system, turn], "completion": "a"}, **options)
+    text = tokenizer.decode(example.prompt_ids)
+    short = load({"prompt": [system, {**turn, "content": "why?"}], "completion": "a"})[0][0]
+    header = tokenizer.decode(short.prompt_ids).partition("why?")[0]
+    assert text.startswith(header) and "mat and why?" in text
+    assert 50 < len(example.prompt_ids) <= 60 and report.truncated_prompts == 1
 
 
 # ---- mixing --------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -109,31 +109,58 @@ class Encoder:
     def _chat_ids(self, record: Record, room: int) -> tuple[list[int], list[list[int]], bool]:
         """Return the prompt, the responses, and whether the oldest turns were left out.
 
-        Turns go as wholes: a chat that begins in a word, or without its system message, is none.
+        Turns go as wholes: a chat without its system message, or without the header of a turn, is
+        none. Where the last turn alone is too long, its text is cut on the left.
         """
         found = self._rendered(record.prompt, record.responses)
         if not self._excess(*found, room):
             return *found, False
         system, starts = _where_to_cut(record.prompt)
-        # Fewer turns are fewer tokens: look for the first start that fits between two others.
-        low, high = 0, len(starts)
+
+        def without_turns(number: int) -> list[Message]:
+            return [*system, *record.prompt[starts[number] :]]
+
+        last, *others = record.prompt[starts[-1] if starts else len(system) :] or [None]
+        text = "" if last is None else last.get("content") or ""
+
+        def without_characters(number: int) -> list[Message]:
+            return [*system, {**last, "content": text[number + 1 :]}, *others]
+
+        found = self._first_that_fits(record, room, len(starts), without_turns)
+        if found is None:
+            found = self._first_that_fits(record, room, len(text) - 1, without_characters)
+        if found is None:
+            raise RecordError(
+                "the system message and the headers of the last turn alone are over "
+                f"{self._limits()}; raise the limit, or shorten the record"
+            )
+        return *found, True
+
+    def _first_that_fits(
+        self,
+        record: Record,
+        room: int,
+        count: int,
+        shortened: Callable[[int], list[Message]],
+    ) -> tuple[list[int], list[list[int]]] | None:
+        """Return the tokens of the longest of some prompts that fits, with the responses.
+
+        record: has the responses
+        room: as in `encode`
+        count: of the prompts
+        shortened: number of a prompt -> messages; a higher number has fewer tokens
+        """
+        low, high = 0, count
         fitting = None
         while low < high:
             middle = (low + high) // 2
-            messages = [*system, *record.prompt[starts[middle] :]]
-            found = self._rendered(messages, record.responses)
+            found = self._rendered(shortened(middle), record.responses)
             if self._excess(*found, room):
                 low = middle + 1
             else:
                 fitting = found
                 high = middle
-        if fitting is None:
-            raise RecordError(
-                f"the last turn of the prompt alone has {len(found[0])} tokens, system message "
-                f"and headers included, over {self._limits()}, and prompt_overflow: truncate_left "
-                "leaves out whole turns of a chat; raise the limit or shorten the turn"
-            )
-        return *fitting, True
+        return fitting
 
     def _rendered(
         self, prompt: list[Message], answers: Sequence[list[Message]]

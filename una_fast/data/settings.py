@@ -88,7 +88,7 @@ class RecordOptions:
     max_tokens: int | None = None
     """Longest prompt plus one response in tokens; null: no limit. Responses are never cut."""
     prompt_overflow: PromptOverflow = "error"
-    """Over the limits: error | truncate_left (counted; BOS stays; of a chat whole old turns go)."""
+    """Over the limits: error | truncate_left (counted; BOS stays; of a chat old turns go first)."""
 
     def __post_init__(self) -> None:
         check_choices(self, [f.name for f in fields(RecordOptions)])
