@@ -306,6 +306,28 @@ def functions(tmp_path, monkeypatch):
     sys.modules.pop("own_rewards", None)
 
 
+def test_functions_may_import_what_lies_beside_them(functions, monkeypatch):
+    """When they are loaded and when they are called; nothing there hides a package."""
+    folder = functions / "elsewhere"
+    folder.mkdir()
+    (folder / "sibling_helper.py").write_text("VALUE = 0.25")
+    (folder / "json.py").write_text("raise ImportError")
+    (folder / "scored.py").write_text(
+        "from sibling_helper import VALUE\n"
+        "def early(completions): return [VALUE] * len(completions)\n"
+    )
+    (functions / "late_helper.py").write_text("VALUE = 0.5")
+    (functions / "late.py").write_text(
+        "def score(completions):\n"
+        "    import late_helper\n"
+        "    return [late_helper.VALUE] * len(completions)\n"
+    )
+    for name in ("late", "late_helper", "sibling_helper"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    found = reward([f"{folder}/scored.py:early", "late.score"])
+    assert found.total == [0.75, 0.75] and str(folder) not in sys.path
+
+
 def test_functions_get_what_they_name(functions):
     columns = {"answer": ["a", "x"], "level": [1, 2]}
     entries = [

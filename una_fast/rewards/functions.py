@@ -9,7 +9,6 @@ import importlib.util
 import inspect
 import itertools
 import numbers
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
@@ -59,8 +58,9 @@ class FunctionReward(Reward):
 
     def _load(self, spec: RewardSpec) -> Callable[..., Any]:
         place, attribute = split_function(spec.target)
+        self.folder = Path(place).resolve().parent if place.endswith(".py") else Path.cwd()
         where = f"{self.where} cannot be imported: the import"
-        module = guarded(lambda: _import(place), where, ValueError)
+        module = guarded(lambda: _import(place, self.folder), where, ValueError)
         function: Any = module
         for name in attribute.split("."):
             function = getattr(function, name, None)
@@ -79,7 +79,8 @@ class FunctionReward(Reward):
         arguments = self._arguments(prompts, completions, columns)
 
         def call() -> list[Any]:
-            return self._listed(self.function(**arguments), len(completions))
+            with findable(self.folder):  # a function may import when it is called
+                return self._listed(self.function(**arguments), len(completions))
 
         values = guarded(call, self.where, RewardError)
         return [self._outcome(value) for value in values]
@@ -163,23 +164,23 @@ def _is_async(function: object) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
 
 
-def _import(place: str) -> ModuleType:
-    """Import a module by dotted name, or a .py file by path."""
-    if place.endswith(".py"):
-        return _import_file(Path(place).resolve())
-    with _working_directory():
+def _import(place: str, folder: Path) -> ModuleType:
+    """Import a module by dotted name, or a .py file by path; its folder may hold more of them."""
+    with findable(folder):
+        if place.endswith(".py"):
+            return _import_file(Path(place).resolve())
         return importlib.import_module(place)
 
 
 @contextlib.contextmanager
-def _working_directory() -> Iterator[None]:
-    """Find modules of the working directory too, behind all others, inside the block.
+def findable(folder: Path) -> Iterator[None]:
+    """Find modules of a folder too, behind all others, inside the block.
 
     Afterwards they are not found any more: other packages look for optional ones by name, and a
     file here must not be taken for one.
     """
-    here = os.getcwd()
-    if here in sys.path or "" in sys.path:
+    here = str(folder)
+    if here in sys.path:
         yield
         return
     importlib.invalidate_caches()
