@@ -25,6 +25,7 @@ from runs import again, assert_same_weights
 from tiny import make_config, read_metrics
 from una_fast.config import RunConfig
 from una_fast.distributed import World
+from una_fast.files import sha256_of
 from una_fast.signals import Stopped, requests
 from una_fast.train.checkpoint import SaveError, complete_checkpoints, newest_whole
 from una_fast.train.loop import DivergedError, Trainer, train
@@ -499,6 +500,54 @@ def test_a_manifest_that_is_not_one_is_damage(tmp_path):
         (tmp_path / "COMPLETE").write_text(text)
         with naming(text=text[:20]), pytest.raises(DamagedError):
             Manifest.read(tmp_path)
+
+
+def test_a_file_that_cannot_be_read_is_damage(whole, tmp_path, monkeypatch):
+    """A bad sector: the checkpoint before is taken."""
+    run = tmp_path / "run"
+    shutil.copytree(whole[1], run)
+
+    def bad(path):
+        if "checkpoint-4" in str(path):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return sha256_of(path)
+
+    monkeypatch.setattr("una_fast.train.manifest.sha256_of", bad)
+    said: list[str] = []
+    assert newest_whole(run, said.append) == run / "checkpoint-3"
+    assert "cannot be read" in said[0]
+
+
+def test_a_copy_under_another_name_does_not_count_when_old_ones_go(whole, tmp_path):
+    config, out = whole
+    run = tmp_path / "run"
+    shutil.copytree(out, run)
+    shutil.rmtree(run / "checkpoint-4")
+    (run / "COMPLETE").unlink()
+    shutil.copytree(run / "checkpoint-3", run / "checkpoint-3000")
+    train(RunConfig(**again(config, run, resume=True, keep_checkpoints=1)))
+    assert (run / "checkpoint-4" / "COMPLETE").exists() and (run / "checkpoint-3000").exists()
+    assert not (run / "checkpoint-3").exists()
+
+
+def test_a_checkpoint_before_the_first_metrics_resumes(whole, tmp_path):
+    config, out = whole
+    run = tmp_path / "run"
+    rare = {"log_every": 50, "save_every": 1}
+    stop = signalled(RunConfig(**again(config, run, **rare)), signal.SIGTERM, 2)
+    assert stop.number == signal.SIGTERM and not (run / "metrics.jsonl").exists()
+    train(RunConfig(**again(config, run, resume=True, **rare)))
+    assert_same_weights(run, out)
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with requests.listening():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_find_checkpoint_removes_what_a_kill_left(tmp_path):

@@ -491,7 +491,7 @@ HOSTILE = {
     "nesting that Python reads": ("[" * 150 + "]" * 150, "x.*nested deeper than 100 levels"),
     "digits": ("9" * 5000, "x is inf; it must be finite"),
     "beyond floats": ("9" * 310, "x is 999.*it must be finite"),
-    "NaN": ("[1, NaN]", r"x\[1\] is nan; it must be finite"),
+    "NaN": ("[1, NaN]", r"x\[1\] is nan; it must be finite .*not JSON.: write null, or"),
     "key twice": ('{"a": 1, "a": 2}', "key 'a' is given twice in one object"),
     "two objects": ("1} {", "Extra data"),
     "escape": ('"\x1b[2J"', "invalid JSON .Invalid control character"),
@@ -869,6 +869,18 @@ def test_texts_with_special_tokens_are_counted(load):
     assert report.special_tokens == 1
 
 
+def test_any_special_token_is_found_and_nothing_else():
+    tokens = ["<|a|>", "<|a", "<|.|>", "<b>", "|", "é!", "é?x"]
+    special = make_tokenizer(additional_special_tokens=tokens)
+    encoder = Encoder(special, RecordOptions())
+    for text in (*tokens, "</s>"):
+        assert encoder.encode(Record(prompt=f"x{text}y", responses=("a",), label=True)).special
+    for text in ("<", "<b", "b>", "é", "é?", "s>", "<x|"):
+        expected = any(token in text for token in (*tokens, *special.all_special_tokens))
+        record = Record(prompt=f"x{text}y", responses=("a",), label=True)
+        assert encoder.encode(record).special == expected
+
+
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 ENDLESS = {
     "loops": (LOOP, "1 s of computing"),
@@ -907,6 +919,7 @@ def test_template_that_prints_today_is_given_a_day(tmp_path):
 
 
 SHIFTING = "{{ messages | length }}" + CHATML + "{{ messages | length }}"
+THINKING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
 SOMETIMES = CHATML.replace("<|im_end|>", "{% if m.content != 'a' %}<|im_end|>{% endif %}")
 
 
@@ -924,6 +937,10 @@ SOMETIMES = CHATML.replace("<|im_end|>", "{% if m.content != 'a' %}<|im_end|>{% 
             "rows.jsonl:1: the chat template of tiny-bpe refuses.*roles must alternate",
         ),
         ({"template": SOMETIMES}, "does not end this response"),
+        (
+            {"template": THINKING},
+            "tiny-bpe ends in an opened <think>, which this answer lacks.*take <think> out of",
+        ),
     ],
 )
 def test_templates_and_tokenizers_that_cannot_work(load, special, message):

@@ -6,11 +6,12 @@ file is therefore as short as can be.
 
 import signal
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in the background of a shell
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import os  # noqa: E402
-import sys  # noqa: E402
-import threading  # noqa: E402
+import os
+import sys
+import threading
 
 PATIENCE = 10.0  # seconds for threads, such as of a reward function, after the command
 

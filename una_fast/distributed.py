@@ -8,6 +8,7 @@ the head is built in that same forward, and reduced once.
 
 from __future__ import annotations
 
+import datetime
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +21,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+
+# A rank may hash or write hundreds of gigabytes, or ask a judge, while the others wait for it. A
+# rank that has died is noticed by its launcher.
+PATIENCE = datetime.timedelta(hours=3)
 
 Result = TypeVar("Result")
 
@@ -111,7 +116,7 @@ def start_world(device: str = "auto") -> World:
         torch.cuda.set_device(index)
     if size > 1 and not dist.is_initialized():
         backend = "nccl" if kind == "cuda" else "gloo"
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=PATIENCE)
     rank = dist.get_rank() if size > 1 else 0
     place = torch.device(kind, index) if kind == "cuda" else torch.device(kind)
     return World(rank, size, place)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+BLOCK = 2**22  # bytes read at a time
 
 ASIDE = ".tmp"  # suffix of files and directories that are not whole yet
 
@@ -73,9 +74,9 @@ def sync_tree(directory: Path) -> None:
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        if os.fstat(file.fileno()).st_size:  # no empty file can be mapped
-            # Mapped, the bytes are hashed where the system has them: twice as fast as reading.
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                digest.update(content)
+    with path.open("rb", buffering=0) as file:
+        # Not mapped: a page that the disk cannot give would end the process without a word.
+        buffer = memoryview(bytearray(BLOCK))
+        while size := file.readinto(buffer):
+            digest.update(buffer[:size])
     return digest.hexdigest()

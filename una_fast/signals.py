@@ -64,6 +64,8 @@ class Requests:
             yield
             return
         handled = (signal.SIGINT, *SAVE, *STOP)
+        # What the starter of the process told it to ignore (nohup) stays ignored.
+        handled = [n for n in handled if signal.getsignal(n) is not signal.SIG_IGN]
         before = {number: signal.signal(number, self._handle) for number in handled}
         self.stop = self.save = 0
         self._is_listening = True
@@ -75,7 +77,7 @@ class Requests:
             yield
         finally:
             ended.set()
-            self._is_listening = False
+            self._is_listening = self._deferred = False
             for number, handler in before.items():
                 signal.signal(number, handler)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -21,6 +22,9 @@ _SYSTEM = ("system", "developer")
 
 # Texts before which a response is tokenised where a tokenizer opens every text with a space.
 _BEFORE = ("\n", ".", "x")
+
+# A tag that a generation prompt opens for the model, such as "<think>\n".
+_OPENED = re.compile(r"<\w+>\s*\Z")
 
 
 class Encoded(NamedTuple):
@@ -68,7 +72,7 @@ class Encoder:
         self.opens_texts = self._ids("a") != self._ids_inside("a")
         added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
         special = {*tokenizer.all_special_tokens, *added}
-        self._special = re.compile("|".join(map(re.escape, sorted(special))))
+        self._special = _any_of(special)
         self._turn_end: tuple[str, str] | None = None  # asked for with the first chat
 
     def encode(self, record: Record, room: int = 0) -> Encoded:
@@ -223,6 +227,15 @@ class Encoder:
     ) -> list[int]:
         whole = render_chat(self.tokenizer, [*prompt, *response])
         if not whole.startswith(prompt_text):
+            opened = _OPENED.search(prompt_text)
+            if opened and whole.startswith(prompt_text[: opened.start()]):
+                tag = opened.group().rstrip()
+                raise RecordError(
+                    f"the generation prompt of the chat template of {name_of(self.tokenizer)} ends "
+                    f"in an opened {tag}, which this answer lacks once rendered; take {tag} out of "
+                    "the template's add_generation_prompt part (and let the template keep it in "
+                    "answers that bring it), or give prompts and responses as plain strings"
+                )
             raise RecordError(
                 f"the chat template of {name_of(self.tokenizer)} renders prompt + response "
                 "differently from the prompt with its generation prompt, which must be its "
@@ -293,6 +306,19 @@ class Encoder:
         if prompt[: len(self.prefix)] == self.prefix:
             return len(self.prefix)
         return int(prompt[0] == self.tokenizer.bos_token_id)
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Return a pattern that finds any of the texts.
+
+    Texts of one beginning are one branch: a model has a thousand special tokens such as
+    "<|reserved_7|>", and every branch is tried at every place.
+    """
+    branches = []
+    for beginning, group in itertools.groupby(sorted(texts), key=lambda text: text[:2]):
+        rests = "|".join(re.escape(text[2:]) for text in group)
+        branches.append(f"{re.escape(beginning)}(?:{rests})")
+    return re.compile("|".join(branches))
 
 
 def _where_to_cut(prompt: list[Message]) -> tuple[list[Message], list[int]]:

@@ -88,7 +88,10 @@ def _check(value: Any, depth: int) -> None:
     elif isinstance(value, (dict, list)):
         _check_inside(value, depth)
     elif isinstance(value, (int, float)) and not abs(value) <= sys.float_info.max:
-        raise JsonFault(f"is {shown(value)}; it must be finite: fix or remove the record")
+        raise JsonFault(
+            f"is {shown(value)}; it must be finite (NaN and Infinity are not JSON): write null, "
+            "or leave the record out"
+        )
 
 
 def _check_inside(value: dict[str, Any] | list[Any], depth: int) -> None:

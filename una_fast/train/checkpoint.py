@@ -15,6 +15,7 @@ instant leaves the checkpoints that were there before. Nothing in a checkpoint i
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 import threading
@@ -41,9 +42,11 @@ from una_fast.model.policy import Policy
 from una_fast.train.manifest import MARKER, DamagedError, Manifest, files_below, hash_files
 from una_fast.train.shards import ShardReader, host_copies, own, take_shard, write_shard
 
+logger = logging.getLogger(__name__)
+
 _NAME = re.compile(r"checkpoint-(\d+)")
 _TRAINING = "training"
-_SLACK = 2**20  # bytes of config, tokenizer and JSON files, at most about this much
+_SLACK = 2**20  # bytes of configs and other small files, at most about this much
 
 
 class SaveError(ValueError):
@@ -120,7 +123,7 @@ def remove_leftovers(output_dir: Path) -> None:
                 f"{path} is in the way: {name} is written there before it takes its name; move it "
                 "away, or set another output_dir"
             )
-        shutil.rmtree(path)
+        _remove([path])
 
 
 # ---- weights ----
@@ -147,9 +150,16 @@ def save_final(
     """
     weights = _weights(policy, world)
     aside = output_dir / f"model{ASIDE}"
+    needed = sum(tensor.nbytes for tensor in _distinct(weights)) + _SLACK
 
     def write() -> None:
         shutil.rmtree(aside, ignore_errors=True)
+        free = shutil.disk_usage(output_dir).free
+        if free < needed:
+            raise SaveError(
+                f"the model was not written: No space on the disk. It needs {_size(needed)}, and "
+                f"{_room(output_dir)}. {_newest(output_dir)}"
+            )
         try:
             aside.mkdir()
             save_pretrained(policy, aside, tokenizer, weights, final=True)
@@ -290,7 +300,8 @@ class Saver:
         text = json.dumps({**state, "optimizer": _training_numbers(policy, optimizer)}, indent=1)
         aside = directory.with_name(directory.name + ASIDE)
         needed = sum(tensor.nbytes for tensor in _distinct(weights)) + _SLACK
-        needed += shard.nbytes * self.world.size
+        needed += shard.nbytes * self.world.size + _tokenizer_bytes(tokenizer)
+        needed += state.get("lines", {}).get("metrics.jsonl", 0)
         self.world.on_main(lambda: self._open(aside, needed))
 
         # The file grows while a checkpoint is written in the background.
@@ -389,7 +400,10 @@ class Saver:
                 "move it away, and go on with resume=true"
             )
         try:
-            Manifest.read(directory).verify(directory)
+            manifest = Manifest.read(directory)
+            manifest.verify(directory)
+            if directory.name != f"checkpoint-{manifest.step}":
+                raise DamagedError(f"{directory} is of step {manifest.step}")
         except DamagedError:
             set_aside(directory, ".damaged")
             return False
@@ -401,6 +415,9 @@ class Saver:
             shutil.rmtree(aside, ignore_errors=True)
             (aside / _TRAINING).mkdir(parents=True)
             free = shutil.disk_usage(self.output_dir).free
+            if free < needed and self._removal is not None:
+                self._removal.join()  # of an old checkpoint, whose room this one takes
+                free = shutil.disk_usage(self.output_dir).free
         except OSError as error:
             raise SaveError(f"{aside.parent} takes no checkpoint: {error}") from error
         if free < needed:
@@ -425,7 +442,7 @@ class Saver:
                 f"{aside.name} was not written: {error}. {_newest(self.output_dir)}"
             ) from error
         # Renamed first: a half-deleted checkpoint must not look whole.
-        olds = complete_checkpoints(self.output_dir)[: -self.keep]
+        olds = _before(self.output_dir, manifest.step)[: 1 - self.keep or None]
         gone = [old.rename(old.with_name(old.name + ASIDE)) for old in olds]
         if self.in_background:  # a second per gigabyte and a half
             if self._removal is not None:
@@ -452,9 +469,23 @@ def flush_names(directory: Path) -> None:
     sync_directory(directory)
 
 
+def _before(output_dir: Path, step: int) -> list[Path]:
+    """Return the complete checkpoints before a step, under their own names, oldest first."""
+    found = []
+    for path in complete_checkpoints(output_dir):
+        own_step = Manifest.read(path).step
+        if own_step < step and path.name == f"checkpoint-{own_step}":
+            found.append(path)
+    return found
+
+
 def _remove(directories: list[Path]) -> None:
+    """Delete directories; one that a reader keeps open is left, with a warning."""
     for directory in directories:
-        shutil.rmtree(directory)
+        try:
+            shutil.rmtree(directory)
+        except OSError as error:
+            logger.warning("%s is not deleted: %s", directory, error)
 
 
 def copy_start(path: Path, directory: Path, size: int) -> None:
@@ -462,6 +493,16 @@ def copy_start(path: Path, directory: Path, size: int) -> None:
     if size:
         with path.open("rb") as file:
             (directory / path.name).write_bytes(file.read(size))
+
+
+def _tokenizer_bytes(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the bytes of a tokenizer's files, where they are in a local directory."""
+    directory = Path(tokenizer.name_or_path or ".")
+    if not (directory / "tokenizer_config.json").is_file():
+        return 0
+    names = ("token", "vocab", "merges", "spiece", "chat_template")
+    files = (path for path in directory.iterdir() if any(n in path.name for n in names))
+    return sum(path.stat().st_size for path in files if path.is_file())
 
 
 def _distinct(tensors: dict[str, Tensor]) -> Iterator[Tensor]:

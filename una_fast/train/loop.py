@@ -11,7 +11,6 @@ import datetime
 import logging
 import math
 import signal
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -94,7 +93,7 @@ def _train(config: RunConfig, output_dir: Path, world: World) -> TrainResult:
     tokenizer = load_tokenizer(
         config.tokenizer or config.model, trust_remote_code=config.trust_remote_code
     )
-    date = _date_of(config, checkpoint)
+    date = _date_of(config, checkpoint, finished)
     fix_template_date(tokenizer, date)
     data = load_data(config, tokenizer)
     opened = open_run(config, world, data, checkpoint, show=True)
@@ -121,19 +120,21 @@ def _train(config: RunConfig, output_dir: Path, world: World) -> TrainResult:
     with requests.deferred():
         steps, metrics = trainer.run()
         card = model_card(config, data.reports, metrics, trainer.policy.is_adapter)
-        manifest = Manifest(steps, trainer.state["run"], {}, metrics)
+        manifest = Manifest(steps, {**trainer.state["run"], "date": date}, {}, metrics)
         texts = {"README.md": card}
         save_final(output_dir, trainer.policy, tokenizer, world, manifest, texts)
     return TrainResult(output_dir, steps, metrics)
 
 
-def _date_of(config: RunConfig, checkpoint: Path | None) -> str:
+def _date_of(config: RunConfig, checkpoint: Path | None, finished: Manifest | None) -> str:
     """Return the date that chat templates print: of the run's start, wherever it goes on.
 
     A run on cached log-probs takes the date that they were computed with.
     """
     if checkpoint is not None:
         return read_state(checkpoint)["date"]
+    if finished is not None:
+        return finished.run["date"]
     return date_of_caches(config) or datetime.date.today().isoformat()
 
 
@@ -200,6 +201,7 @@ class Trainer:
         """Take all steps that are left; return (steps taken, last metrics)."""
         config, last = self.config, self.reporter.last
         number = self.state["step"]
+        ended = False
         try:
             if number == 0:
                 last |= self.evaluate(0)
@@ -211,6 +213,7 @@ class Trainer:
                 if self.online:
                     self.reporter.completions(number, self.online.take_completions())
                 if config.reference_refresh and number % config.reference_refresh == 0:
+                    self.saver.hold()
                     self.reference.refresh(self.policy)
                 if number % config.log_every == 0 or number == self.total_steps:
                     last |= self.log(number, {"epoch": step.epoch, **taken})
@@ -223,20 +226,22 @@ class Trainer:
             if self.online and self.online.stopped:
                 self.reporter.say(self.online.stopped)
                 last |= self._stop(number)
-        except (RewardError, SamplerError):  # of an evaluation: the steps are saved all the same
+            ended = True
+        except RewardError:  # of an evaluation, on all ranks: the steps are saved all the same
             if self._may_save(number):
                 self._save_once(number)
+            self.saver.finish()
             raise
         finally:
             try:
                 # A save in the background is finished, not lost, whatever ends the run; after an
                 # error of one rank the others may not take part.
-                if not self.world.sharded or sys.exc_info()[0] is None:
+                if ended or not self.world.sharded:
                     self.saver.close()
             finally:
                 if self.online:
                     self.online.close()
-                self.reporter.close()
+                self.reporter.close(failed=not ended)
         return number, last
 
     def next_step(self, steps: Iterator[Step], number: int) -> Step | None:
@@ -252,12 +257,19 @@ class Trainer:
         on_device = None
         if self.world.device.type == "cuda":
             on_device = torch.cuda.get_rng_state(self.world.device)
-        # One rank must not leave while the others wait for it in a collective.
-        at_once = contextlib.nullcontext() if self.world.sharded else requests.at_once()
+        at_once = contextlib.nullcontext()
+        # One rank must not leave while the others wait for it in a collective; in the middle of a
+        # rollout, and after the last step, there is nothing to interrupt.
+        if not self.world.sharded and self._may_save(number) and number < self.total_steps:
+            at_once = requests.at_once()
         try:
             with at_once:
                 return next(steps, None)
         except (RewardError, SamplerError, Stopped) as error:
+            # Of these only the failure of a reward is known to all ranks.
+            is_of_all = not self.world.sharded or isinstance(error, RewardError)
+            if not is_of_all or not self._may_save(number):
+                raise
             torch.set_rng_state(random)
             if on_device is not None:
                 torch.cuda.set_rng_state(on_device, self.world.device)
@@ -483,7 +495,8 @@ class Trainer:
         self.state["lines"] = line_sizes(self.output_dir)
         self.saver.save(self.policy, self.optimizer, self.tokenizer, self.state, self.refreshed)
         self.saved_step = number
-        self.reporter.say(f"saved {self.output_dir / f'checkpoint-{number}'}")
+        done = "saving" if self.config.save_async else "saved"
+        self.reporter.say(f"{done} {self.output_dir / f'checkpoint-{number}'}")
         self.clock.go_on()
 
 

@@ -67,7 +67,16 @@ class Manifest:
             raise DamagedError(f"{path} is no manifest ({type(error).__name__})") from None
 
     def verify(self, directory: Path) -> None:
-        """Compare all files of a directory with the manifest; DamagedError by the file's name."""
+        """Compare all files of a directory with the manifest; DamagedError by the file's name.
+
+        A file that cannot be read is damaged, too.
+        """
+        try:
+            self._compare(directory)
+        except OSError as error:
+            raise DamagedError(f"{error.filename or directory} cannot be read: {error}") from None
+
+    def _compare(self, directory: Path) -> None:
         for name, entry in self.files.items():
             path = directory / name
             if not path.is_file():

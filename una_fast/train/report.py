@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +55,7 @@ class Reporter:
         self.metrics_path = output_dir / "metrics.jsonl"
         self.completions_path = output_dir / "completions.jsonl"
         rewind_lines(output_dir, checkpoint, logger.warning)
-        if checkpoint is not None:
+        if checkpoint is not None and self.metrics_path.exists():
             for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
                 self.last |= json.loads(line)
             self.last.pop("step", None)
@@ -102,12 +101,12 @@ class Reporter:
         except BrokenPipeError:
             logger.debug("nobody reads stdout")
 
-    def close(self) -> None:
-        """Close the progress bar, and end the runs of the loggers: as failed within an error."""
+    def close(self, *, failed: bool = False) -> None:
+        """Close the progress bar, and end the runs of the loggers, as failed after an error."""
         if self.bar is not None:
             self.bar.close()
         if self.loggers is not None:
-            self.loggers.close(failed=sys.exc_info()[0] is not None)
+            self.loggers.close(failed=failed)
 
 
 def _append(path: Path, text: str) -> None:

@@ -49,9 +49,8 @@ def locked(output_dir: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
         file.flush()
+        # The file stays, unlocked: another run may have opened it already.
         yield
-        # A run that ended by itself leaves no lock file; one that was killed leaves it unlocked.
-        path.unlink(missing_ok=True)
 
 
 def _lock(file: IO[str], output_dir: Path) -> None:
