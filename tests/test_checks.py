@@ -15,6 +15,9 @@ from una_fast.checks import (
     check_range,
     check_types,
 )
+from una_fast.flags import given_settings
+from una_fast.printable import without_secrets
+from una_fast.rewards.settings import shown_url
 
 
 @dataclass
@@ -142,3 +145,46 @@ def test_values_of_the_right_types_pass(values):
 def test_values_of_other_types_are_refused_by_name(name, value, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         check_types(Typed(**{name: value}))
+
+
+@pytest.mark.parametrize(
+    ("text", "shown_text"),
+    [
+        ("path a&b=c.jsonl", "path a&b=c.jsonl"),
+        ("what?x=1 of http://h/v1", "what?x=1 of http://h/v1"),
+        ("https://u:p@ss@h/v1?key=s&b=t", "https://***@h/v1?key=***&b=***"),
+        ("https://u:p#s@s@h/v1", "https://***@h/v1"),
+        ("https://h/v1?s at http://u@h", "https://h/v1?*** at http://***@h"),
+    ],
+)
+def test_secrets_of_urls_alone_are_left_out(text, shown_text):
+    assert without_secrets(text) == shown_text
+
+
+def test_a_url_is_shown_without_secrets():
+    assert shown_url("https://u:p@ss@h:1/v1?key=s#t") == "https://h:1/v1"
+
+
+@dataclass
+class Texts:
+    plain: str = ""
+    path: str | None = None
+    count: int | None = None
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("plain", "runs/exp #2", "runs/exp #2"),
+        ("plain", "null", "null"),
+        ("plain", "10", "10"),
+        ("path", "runs/exp #2", "runs/exp #2"),
+        ("path", "NULL", "NULL"),
+        ("path", "null", None),
+        ("path", "~", None),
+        ("count", "3 # three", 3),
+        ("count", "null", None),
+    ],
+)
+def test_flags_of_texts_are_taken_as_they_are(name, text, value):
+    assert given_settings(Texts, [(name, text)]) == {name: value}

@@ -381,6 +381,9 @@ def test_a_bug_of_ours_gives_a_traceback_and_says_so(fail):
     status, said = fail(KeyError("gone"))
     assert status == 70 and said.startswith("Traceback")
     assert said.endswith("this is a bug of una_fast; please report it with the traceback above\n")
+    _, said = fail(RuntimeError("\x1b[2J https://u:PASS@h/?key=SECRET"))
+    assert "RuntimeError: \\x1b[2J https://***@h/?key=***\n" in said
+    assert "\x1b" not in said and "PASS" not in said and "SECRET" not in said
 
 
 def test_a_reader_of_stdout_that_goes_away_is_no_error(monkeypatch, capsys):

@@ -37,6 +37,9 @@ for before, after in zip("abcdefg", "bcdefgh", strict=True):
         ("[a, {b: 1}]", ["a", {"b": 1}]),
         ("a: &x [1]\nb: *x", {"a": [1], "b": [1]}),
         ("|\n a\n b", "a\nb"),
+        ("a: &x {b: 1, c: 2}\nd: {c: 3, <<: *x}", {"a": {"b": 1, "c": 2}, "d": {"b": 1, "c": 3}}),
+        ("<<: [{a: 1}, {a: 2, b: 2}]", {"a": 1, "b": 2}),
+        ("'<<': 1", {"<<": 1}),
     ],
 )
 def test_plain_values(text, value):
@@ -60,6 +63,9 @@ def test_plain_values(text, value):
         ("\ud800", "no YAML"),
         ("9" * 5000, "is no usable number"),
         ("a\n---\nb", "line 2: a second document"),
+        ("<<: [{a: 1}, 2]", "line 1: << takes a mapping or a list of mappings"),
+        ("<<: {a: 1}\n<<: {b: 1}", "line 2: << is given twice"),
+        (BOMB.replace("[", "{<<: [").replace("]", "]}").replace("x", "{}"), "aliases counted"),
         ("x" * (settings_file.LONGEST + 1), "longer than"),
     ],
     ids=lambda text: text[:12].encode("ascii", "backslashreplace").decode(),

@@ -16,7 +16,6 @@ import select
 import signal
 import sys
 import time
-import traceback
 import warnings
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -114,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         text = _for_users(error)
         if text is None:
-            traceback.print_exc()
+            print(LineFormatter().formatException(sys.exc_info()), file=sys.stderr)
             text = "this is a bug of una_fast; please report it with the traceback above"
             return _failed(command, text, status=70)
         return _failed(command, text)

@@ -1,6 +1,6 @@
 """Flags of the command line: one for every field of a dataclass of settings, and --config.
 
-    --name VALUE     the value as in YAML: --data '[a.jsonl, b.jsonl]', --tokenizer null
+    --name VALUE     a text as it is, other values as in YAML: --data '[a.jsonl, b.jsonl]'
     --lora.r 8       a field of settings within settings
     --config FILE    a YAML file of settings; later flags and files win
 
@@ -129,10 +129,12 @@ def _from_file(path: str, hints: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_text(name: str, text: str, hint: Any) -> Any:
-    """Return the value of a flag: what the text means in YAML, or the text itself where it fits."""
+    """Return the value of a flag: a text as it is, or what it means in YAML where that fits."""
+    if hint == str | None and text in ("null", "~"):
+        return None
     problem = None
     value: Any = text
-    if text.strip():
+    if text.strip() and hint not in (str, str | None):
         try:
             value = parse_value(text)
         except ValueError as error:

@@ -12,9 +12,10 @@ import reprlib
 LONGEST = 200  # characters of a foreign value in a message
 LONGEST_LINE = 1500  # of a message
 
-# A password in user:password@host, every value of a query (?key=..., &token=...), and a query of a
-# URL that is a value alone.
-_PASSWORD = re.compile(r"(?<=://)[^/?#\s]*@")
+# Of a URL: user:password@, whatever the password holds, every value of a query (?key=...,
+# &token=...), and a query that is a value alone.
+_URL = re.compile(r"://\S+")
+_PASSWORD = re.compile(r"(?<=://)(?:[^/?#\s:]*:[^/\s]*|[^/?#\s]*)@")
 _QUERY_VALUE = re.compile(r"([?&][^=&\s#'\"]+)=[^&\s#'\"]*")
 _QUERY_ALONE = re.compile(r"(://[^\s'\"?#]*\?)[^=&\s#'\"]+(?![^&\s#'\"])")
 
@@ -53,8 +54,12 @@ def told(text: object) -> str:
 
 def without_secrets(text: str) -> str:
     """Return a text with the user, the password and the query values of its URLs left out."""
-    text = _QUERY_VALUE.sub(r"\1=***", _PASSWORD.sub("***@", text))
-    return _QUERY_ALONE.sub(r"\1***", text)
+    return _URL.sub(_url_without_secrets, text)
+
+
+def _url_without_secrets(found: re.Match[str]) -> str:
+    url = _QUERY_VALUE.sub(r"\1=***", _PASSWORD.sub("***@", found[0]))
+    return _QUERY_ALONE.sub(r"\1***", url)
 
 
 def was_redacted(value: object) -> bool:

@@ -143,16 +143,33 @@ class _Builder:
 
     def _mapping(self, depth: int) -> dict[Any, Any]:
         values: dict[Any, Any] = {}
+        merged: dict[Any, Any] | None = None
         for event in self.events:
             if isinstance(event, yaml.MappingEndEvent):
                 break
             key = self._value(event, depth + 1)
+            plain = isinstance(event, yaml.ScalarEvent) and event.implicit[0]
+            if key == "<<" and plain:  # in quotes it is a key as any other
+                if merged is not None:
+                    raise ValueError(f"{_line(event)}: << is given twice; give it a list")
+                merged = self._merged(next(self.events), depth + 1)
+                continue
             if isinstance(key, (list, dict)):
                 raise ValueError(f"{_line(event)}: a list or a mapping cannot be a key")
             if key in values:
                 raise ValueError(f"{_line(event)}: {shown(key)} is given twice; remove one")
             values[key] = self._value(next(self.events), depth + 1)
-        return values
+        return {**merged, **values} if merged else values
+
+    def _merged(self, event: yaml.Event, depth: int) -> dict[Any, Any]:
+        """Return the keys of the mapping after `<<`, or of the list of them; earlier ones win."""
+        value = self._value(event, depth)
+        found: dict[Any, Any] = {}
+        for mapping in reversed(value if isinstance(value, list) else [value]):
+            if not isinstance(mapping, dict):
+                raise ValueError(f"{_line(event)}: << takes a mapping or a list of mappings")
+            found |= mapping
+        return found
 
 
 def _scalar(event: yaml.ScalarEvent) -> Any:

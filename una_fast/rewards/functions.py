@@ -188,7 +188,8 @@ def findable(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        sys.path.remove(here)
+        with contextlib.suppress(ValueError):  # the function may have removed it
+            sys.path.remove(here)
 
 
 def _import_file(path: Path) -> ModuleType:

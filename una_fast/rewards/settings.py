@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from una_fast.checks import check_choices, check_number
-from una_fast.printable import printable, shown
+from una_fast.printable import printable, shown, without_secrets
 
 Kind = Literal["function", "model", "judge", "endpoint"]
 
@@ -241,8 +241,10 @@ def is_url(target: str) -> bool:
 
 
 def shown_url(url: object) -> str:
-    """Return a URL for a message, without the secrets: user, password and query."""
-    return printable(re.sub(r"(?<=//)[^/@]*@|[?#].*", "", str(url), flags=re.DOTALL))
+    """Return a URL for a message, without user and password, query and fragment."""
+    return printable(
+        re.sub(r"(?<=://)\*\*\*@|[?#].*", "", without_secrets(str(url)), flags=re.DOTALL)
+    )
 
 
 def split_function(target: str) -> tuple[str, str]:
