@@ -40,7 +40,7 @@ from una_fast.files import ASIDE, sync_directory
 from una_fast.model.export import save_pretrained
 from una_fast.model.policy import Policy
 from una_fast.train.manifest import MARKER, DamagedError, Manifest, files_below, hash_files
-from una_fast.train.shards import ShardReader, host_copies, own, take_shard, write_shard
+from una_fast.train.shards import Shard, ShardReader, host_copies, own, take_shard, write_shard
 
 logger = logging.getLogger(__name__)
 
@@ -298,39 +298,20 @@ class Saver:
         weights = _weights(policy, self.world)
         shard = take_shard(_training_tensors(policy, optimizer, self.world, reference), self.world)
         text = json.dumps({**state, "optimizer": _training_numbers(policy, optimizer)}, indent=1)
+        # The file grows while a checkpoint is written in the background.
+        metrics = state.get("lines", {}).get("metrics.jsonl", 0)
         aside = directory.with_name(directory.name + ASIDE)
         needed = sum(tensor.nbytes for tensor in _distinct(weights)) + _SLACK
-        needed += shard.nbytes * self.world.size + _tokenizer_bytes(tokenizer)
-        needed += state.get("lines", {}).get("metrics.jsonl", 0)
+        needed += shard.nbytes * self.world.size + _tokenizer_bytes(tokenizer) + metrics
         self.world.on_main(lambda: self._open(aside, needed))
 
-        # The file grows while a checkpoint is written in the background.
-        known_metrics = state.get("lines", {}).get("metrics.jsonl", 0)
-        own_file = f"{_TRAINING}/rank-{self.world.rank:05d}.safetensors"
+        def write_model(directory: Path, whole: dict[str, Tensor]) -> None:
+            save_pretrained(policy, directory, tokenizer, whole)
+            (directory / "state.json").write_text(text, encoding="utf-8")
+            copy_start(self.output_dir / "metrics.jsonl", directory, metrics)
 
         def write(job: _Job) -> dict[str, Any]:
-            mine, whole = shard, weights
-            if job.thread is not None:
-                mine = shard.copied(self._buffers)
-                if not self.world.sharded:  # or else they are gathered copies
-                    whole = host_copies(weights, self._buffers)
-                job.copied.set()
-
-            def write_state() -> dict[str, Any]:
-                write_shard(aside / own_file, mine)
-                return hash_files(aside, [own_file], flush=True)
-
-            # The disk writes one part while the other is hashed.
-            with ThreadPoolExecutor(1) as pool:
-                state_files = pool.submit(write_state)
-                files = {}
-                if self.world.is_main:
-                    save_pretrained(policy, aside, tokenizer, whole)
-                    (aside / "state.json").write_text(text, encoding="utf-8")
-                    copy_start(self.output_dir / "metrics.jsonl", aside, known_metrics)
-                    others = [n for n in files_below(aside) if not n.startswith(_TRAINING)]
-                    files = hash_files(aside, others, flush=True)
-                return files | state_files.result()
+            return self._write(job, shard, weights, write_model)
 
         job = _Job(aside, state["step"], state["run"], needed)
         if self.in_background:
@@ -341,6 +322,42 @@ class Saver:
         else:
             job.work(write)
             self._finish(job)
+
+    def _write(
+        self,
+        job: _Job,
+        shard: Shard,
+        weights: dict[str, Tensor],
+        write_model: Callable[[Path, dict[str, Tensor]], None],
+    ) -> dict[str, Any]:
+        """Write the files of this rank; return their manifest entries.
+
+        job: the checkpoint
+        shard: of this rank, live tensors
+        weights: of the whole model, live or gathered; the main rank writes them
+        write_model: writes them, and the files of JSON, into a directory
+        """
+        if job.thread is not None:
+            shard = shard.copied(self._buffers)
+            if not self.world.sharded:  # or else they are gathered copies
+                weights = host_copies(weights, self._buffers)
+            job.copied.set()
+        own_file = f"{_TRAINING}/rank-{self.world.rank:05d}.safetensors"
+
+        def write_state() -> dict[str, Any]:
+            write_shard(job.directory / own_file, shard)
+            return hash_files(job.directory, [own_file], flush=True)
+
+        # The disk writes one part while the other is hashed.
+        with ThreadPoolExecutor(1) as pool:
+            state_files = pool.submit(write_state)
+            files = {}
+            if self.world.is_main:
+                write_model(job.directory, weights)
+                names = files_below(job.directory)
+                others = [name for name in names if not name.startswith(_TRAINING)]
+                files = hash_files(job.directory, others, flush=True)
+            return files | state_files.result()
 
     def hold(self) -> None:
         """Wait until the live tensors may change: a save in the background has its copies."""
@@ -500,8 +517,8 @@ def _tokenizer_bytes(tokenizer: PreTrainedTokenizerBase) -> int:
     directory = Path(tokenizer.name_or_path or ".")
     if not (directory / "tokenizer_config.json").is_file():
         return 0
-    names = ("token", "vocab", "merges", "spiece", "chat_template")
-    files = (path for path in directory.iterdir() if any(n in path.name for n in names))
+    names = ("token", "special_tokens", "vocab", "merges", "spiece", "chat_template")
+    files = [path for path in directory.iterdir() if path.name.startswith(names)]
     return sum(path.stat().st_size for path in files if path.is_file())
 
 
