@@ -20,8 +20,9 @@ LAYERS = """
 feedback offsets counters distributed printable files lazy signals score_maps
 checks logs settings_file
 attention losses kernels flags
-data rewards head
+data head
 model
+rewards
 config
 optim resolved
 online capacity

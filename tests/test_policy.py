@@ -41,7 +41,7 @@ from una_fast.model.loading import load_causal_lm, load_tokenizer, remove_dropou
 from una_fast.model.lora import add_lora
 from una_fast.model.policy import install_scorer, load_policy, make_policy
 from una_fast.model.positions import longer_records
-from una_fast.model.quantized import is_plain, refuse_quantized
+from una_fast.model.quantized import is_plain, quantized_weight, refuse_quantized
 from una_fast.model.reference import fingerprint
 from una_fast.model.settings import LoraOptions, MemoryOptions
 from una_fast.model.stored import StoredDtypes
@@ -673,6 +673,28 @@ def test_a_damaged_model_is_refused_in_one_line(kind, copy_of):
     assert str(refusal.value).isprintable() and str(directory) in str(refusal.value)
 
 
+def test_numbers_that_are_no_sizes_may_be_large(copy_of):
+    directory = copy_of()
+    edit(directory / "config.json", rope_theta=10**11, num_parameters=7 * 10**10)
+    load_causal_lm(directory, dtype=torch.float32)
+    for name in ("vocab_size", "num_hidden_layers", "max_position_embeddings"):
+        before = (directory / "config.json").read_text()
+        edit(directory / "config.json", **{name: 2**40})
+        with pytest.raises(ValueError, match=f"{name}=1099511627776 is larger than any size"):
+            load_causal_lm(directory, dtype=torch.float32)
+        (directory / "config.json").write_text(before)
+
+
+def test_files_that_nobody_reads_are_not_blamed(copy_of):
+    directory = copy_of()
+    (directory / "aaa.json").write_text("{")
+    (directory / "aaa.safetensors").write_bytes(b"no tensors")
+    load_causal_lm(directory, dtype=torch.float32)
+    edit(directory / "config.json", model_type="none")
+    with pytest.raises(ValueError, match=f"model {directory} cannot be read"):
+        load_causal_lm(directory, dtype=torch.float32)
+
+
 @pytest.mark.parametrize("file", ["../model.safetensors", "/etc/passwd", "gone.safetensors", 5])
 def test_an_index_names_files_beside_it(file, copy_of):
     directory = copy_of()
@@ -819,6 +841,66 @@ def test_quantized_weights_are_told_apart():
         refuse_quantized(holder, "here")
 
 
+class PackedLinear(torch.nn.Module):
+    """A linear layer as GPTQ and AWQ keep it: buffers, and no parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("qweight", torch.ones(4, 32, dtype=torch.int32))
+        self.register_buffer("scales", torch.ones(1, 32, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("name", ["qweight", "weight"])
+def test_packed_buffers_are_quantized_weights(name):
+    model = build("LlamaConfig")
+    model.register_buffer("steps", torch.zeros(4, 4, dtype=torch.int64))
+    model.register_buffer("mask", torch.ones(4, 4, dtype=torch.int32), persistent=False)
+    assert quantized_weight(model) is None
+    packed = PackedLinear()
+    packed._buffers[name] = packed._buffers.pop("qweight")
+    model.model.layers[1].self_attn.q_proj = packed
+    assert quantized_weight(model) == f"model.layers.1.self_attn.q_proj.{name}"
+    with pytest.raises(ValueError, match=rf"q_proj\.{name} is quantized.*set lora"):
+        refuse_quantized(model, "here")
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_only_a_spent_quantization_is_dropped(packed):
+    model = build("LlamaConfig")
+    model.config.quantization_config = {"quant_method": "gptq"}
+    if packed:
+        model.model.layers[0].self_attn.q_proj = PackedLinear()
+    loading._drop_spent_quantization(model)
+    assert hasattr(model.config, "quantization_config") == packed
+
+
+BIAS = "model.layers.1.mlp.up_proj.bias"
+
+
+@pytest.mark.parametrize(
+    ("quantized", "name", "value", "refused"),
+    [
+        (True, BIAS, 0.0, False),
+        (True, BIAS, 0.5, True),
+        (True, BIAS, torch.nan, True),
+        (True, "score.weight", 0.0, True),
+        (False, BIAS, 0.0, True),
+    ],
+)
+def test_biases_of_zeros_beside_quantized_weights_are_left_out(
+    quantized, name, value, refused, copy_of, caplog
+):
+    directory = copy_of()
+    rewrite(directory, lambda w: w.update({name: torch.full((48,), value)}))
+    found = {"mismatched_keys": [], "missing_keys": [], "unexpected_keys": {name}}
+    if refused:
+        with pytest.raises(ValueError, match=f"no place for: {name}"):
+            loading._check_found(str(directory), found, quantized=quantized)
+        return
+    loading._check_found(str(directory), found, quantized=quantized)
+    assert "1 weights are not part of the text model, and are left out" in caplog.text
+
+
 # ---- positions ---------------------------------------------------------------------------------
 
 
@@ -898,6 +980,29 @@ def test_the_tokenizer_is_saved_byte_by_byte(saved, tmp_path, tokenizer):
     save_pretrained(policy_of("LlamaConfig"), tmp_path / "anew", loaded)
     assert AutoTokenizer.from_pretrained(tmp_path / "anew").pad_token is None
     assert loaded.pad_token == "</s>"
+
+
+def test_the_code_of_a_tokenizer_is_saved(tmp_path, tokenizer):
+    """What auto_map names, and what that imports; the copy loads with the code, as the original."""
+    base = tmp_path / "base"
+    tokenizer.save_pretrained(base)
+    (base / "parts.py").write_text("WORD = 'own'\n")
+    (base / "other.py").write_text("")
+    (base / "own_words.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\n"
+        "from .parts import WORD\n"
+        "class OwnWords(PreTrainedTokenizerFast):\n"
+        "    word = WORD\n"
+    )
+    names = {"AutoTokenizer": [None, "own_words.OwnWords"], "AutoProcessor": "org/name--far.Far"}
+    edit(base / "tokenizer_config.json", auto_map=names, tokenizer_class="OwnWords")
+    (base / "preprocessor_config.json").write_text("{}")
+    loaded = load_tokenizer(base, trust_remote_code=True)
+    out = tmp_path / "out"
+    save_pretrained(policy_of("LlamaConfig"), out, loaded)
+    assert {file.name for file in out.glob("*.py")} == {"own_words.py", "parts.py"}
+    assert (out / "preprocessor_config.json").read_text() == "{}"
+    assert load_tokenizer(out, trust_remote_code=True).word == "own"
 
 
 def test_the_end_of_turn_stops_generation(tmp_path, tokenizer):

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from families import FAMILIES, SMALL, build, randomize_weights
 from tiny import make_config, make_tokenizer
+from una_fast import resolved
 from una_fast.attention.probe import packing_refusal
 from una_fast.data.batch import collate
 from una_fast.data.examples import Example
@@ -255,6 +256,23 @@ class Words:
 
     def save_pretrained(self, directory):
         pass
+
+
+def test_packed_buffers_are_not_sharded(tmp_path, monkeypatch):
+    """GPTQ and AWQ keep their weights as buffers, beside plain parameters."""
+    directory = save(build("LlamaConfig"), tmp_path / "model")
+    config = make_config(directory, "data.jsonl", tmp_path / "run", precision="bf16", lora=LORA)
+    run = resolve(config, find_facts(config, [], device="cpu"))
+    load = resolved.load_policy
+
+    def packed(*args, **kwargs):
+        policy = load(*args, **kwargs)
+        policy.causal_lm.register_buffer("qweight", torch.ones(4, 4, dtype=torch.int32))
+        return policy
+
+    monkeypatch.setattr(resolved, "load_policy", packed)
+    with pytest.raises(ValueError, match="is quantized, and quantized weights are not sharded"):
+        load_trained(config, dataclasses.replace(run, ranks=2))
 
 
 def test_an_adapter_directory_is_seen(tmp_path):

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,11 +20,13 @@ import time
 from collections import Counter
 from email.utils import formatdate
 from itertools import chain, repeat
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForSequenceClassification,
@@ -640,6 +643,59 @@ def test_models_that_give_no_reward_are_refused(judges, tmp_path):
     chats = [[{"role": "user", "content": "cat"}]]
     with pytest.raises(RewardError, match="prompts are chats"):
         reward([{"model": judges["plain"]}], completions=["a"], prompts=chats)
+
+
+def change_weights(directory, change) -> None:
+    file = Path(directory) / "model.safetensors"
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def change_config(directory, **changes) -> None:
+    file = Path(directory) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+HEAD = "score.weight"
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+DAMAGED_JUDGES = {  # damage of a directory -> words of the refusal
+    "another shape": (
+        lambda d: change_weights(d, lambda w: w.update({HEAD: torch.ones(1, 15)})),
+        r"score\.weight is \[1, 15\] and must be \[1, 16\]",
+    ),
+    "not finite": (
+        lambda d: change_weights(d, lambda w: w[HEAD].fill_(torch.nan)),
+        "reward rm: model .*score.weight has numbers that are not finite",
+    ),
+    "pickle": (
+        lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"),
+        "pytorch_model.bin is a pickle",
+    ),
+    "header": (
+        lambda d: (d / "model.safetensors").write_bytes(b"\xff" * 4000),
+        "model.safetensors is damaged",
+    ),
+    "pipe": (lambda d: os.mkfifo(d / "special_tokens_map.json"), "is a pipe"),
+    "config": (lambda d: (d / "config.json").write_text("{"), "config.json is damaged"),
+    "width": (lambda d: change_config(d, hidden_size=10**8), "larger model than its weight files"),
+    "tokenizer": (lambda d: (d / "tokenizer.json").write_text("{"), "tokenizer.json is damaged"),
+    "template": (
+        lambda d: (d / "chat_template.jinja").write_text(ENDLESS),
+        "the chat template of .* takes more than",
+    ),
+    "gone": (lambda d: d.rename(d.with_name("moved")), "does not exist"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED_JUDGES)
+def test_a_damaged_model_is_refused_in_one_line(judges, tmp_path, kind):
+    damage, message = DAMAGED_JUDGES[kind]
+    directory = shutil.copytree(judges["chat"], tmp_path / "judge")
+    damage(directory)
+    with pytest.raises(ValueError, match=message) as refusal:
+        Rewards(parse_rewards([{"model": str(directory), "name": "rm"}]))
+    assert str(refusal.value).isprintable() and str(directory) in str(refusal.value)
 
 
 def save_pair_judge(directory) -> str:

@@ -35,7 +35,7 @@ from una_fast.model.directory import reading
 from una_fast.model.loading import is_flash, model_and_adapter, sized_outline
 from una_fast.model.policy import Policy, load_policy
 from una_fast.model.positions import longer_records, positions_of
-from una_fast.model.quantized import is_plain, refuse_quantized
+from una_fast.model.quantized import quantized_weight, refuse_quantized
 from una_fast.model.reference import has_cached_logps
 from una_fast.model.scoring import Scoring, match_autocast
 from una_fast.model.stored import StoredDtypes
@@ -352,7 +352,7 @@ def load_trained(
     policy.stored = StoredDtypes.of(config.model, config.save_dtype)
     if not policy.is_adapter:
         refuse_quantized(policy.model, printable(config.model))
-    elif run.ranks > 1 and not all(map(is_plain, policy.model.parameters())):
+    elif run.ranks > 1 and quantized_weight(policy.model) is not None:
         raise ValueError(
             f"{printable(config.model)} is quantized, and quantized weights are not sharded; start "
             "one process, or give the model in bf16"

@@ -18,7 +18,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 LARGEST_TEXT = 1 << 28  # bytes of a JSON file or a template; the largest tokenizers have 2**25
 MOST_LAYERS = 1000  # the deepest models have 130
 MOST_TENSORS = 200_000  # of a model; 256 experts in 61 layers, each in three parts, are 47,000
-LARGEST_INTEGER = 2**31
+LARGEST_SIZE = 2**31
+LARGEST_INTEGER = 2**63  # of any other number, such as rope_theta
 
 # Small files that are JSON objects; tokenizer.json is large, and looked at after a failure alone.
 _OBJECTS = (
@@ -48,6 +49,15 @@ _OBJECTS = (
     "added_tokens.json",
     ADAPTER_CONFIG,
     INDEX,
+)
+# Every JSON file of a directory that transformers reads; others are nobody's.
+_READ = (
+    *_OBJECTS,
+    "tokenizer.json",
+    "vocab.json",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
 )
 _TEXTS = (".json", ".jinja", ".txt")
 _LAYERS = re.compile(r"(.*_)?(layers?|depths?)")
@@ -111,17 +121,20 @@ def reading(
 
 
 def _damaged_file(path: str) -> str | None:
-    """Return the name of a file of a directory that is no JSON or no safetensors file, if any."""
+    """Return the name of a file that is read and is no JSON or no safetensors file, if any."""
     directory = Path(path)
     if not directory.is_dir():
         return None
-    for file in sorted(directory.iterdir()):
+    files = [directory / name for name in (*_READ, ADAPTER)]
+    with suppress(ModelError):  # no weights: a tokenizer, or an adapter
+        files += weight_files(directory)
+    for file in files:
         if not file.is_file():
             continue
         try:
             if file.suffix == ".json":
                 json.loads(file.read_bytes())
-            elif file.suffix == ".safetensors":
+            else:
                 with safe_open(file, "pt"):
                     pass
         except Exception:
@@ -227,9 +240,18 @@ def _check_numbers(value: object, file: Path, key: str) -> None:
                 _check_numbers(inner, file, key)
     elif isinstance(value, float) and not math.isfinite(value):
         _refuse_number(file, key, value, "is not a finite number")
-    elif isinstance(value, int) and not -LARGEST_INTEGER <= value <= LARGEST_INTEGER:
+    elif isinstance(value, int):
+        _check_integer(value, file, key)
+
+
+def _check_integer(value: int, file: Path, key: str) -> None:
+    """Check a whole number in a config by what its key names: layers, a size, or anything."""
+    name = key.split(".")[-1]
+    if abs(value) > LARGEST_INTEGER:
+        _refuse_number(file, key, value, "is larger than any number of a model")
+    elif abs(value) > LARGEST_SIZE and (_SIZES.fullmatch(name) or _LAYERS.fullmatch(name)):
         _refuse_number(file, key, value, "is larger than any size of a model")
-    elif isinstance(value, int) and value > MOST_LAYERS and _LAYERS.fullmatch(key.split(".")[-1]):
+    elif value > MOST_LAYERS and _LAYERS.fullmatch(name):
         _refuse_number(file, key, value, f"is more than {MOST_LAYERS} layers")
 
 

@@ -21,6 +21,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from una_fast.data.encode import text_after_answer
 from una_fast.model.loading import is_finite, set_padding
@@ -39,6 +40,8 @@ _TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
 )
 _TEMPLATES = "additional_chat_templates"
 
@@ -189,12 +192,27 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
         original.save_pretrained(directory)
         return
     directory.mkdir(parents=True, exist_ok=True)
-    for name in {*_TOKENIZER_FILES, *tokenizer.vocab_files_names.values()}:
+    for name in {*_TOKENIZER_FILES, *tokenizer.vocab_files_names.values(), *_own_code(source)}:
         if (source / name).is_file():
             _copy(source / name, directory / name)
     for template in (source / _TEMPLATES).glob("*.jinja"):
         (directory / _TEMPLATES).mkdir(exist_ok=True)
         _copy(template, directory / _TEMPLATES / template.name)
+
+
+def _own_code(source: Path) -> set[str]:
+    """Return the Python files beside a tokenizer that its auto_map names, and those they import."""
+    config = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
+    classes = config.get("auto_map") or {}
+    classes = list(classes.values()) if isinstance(classes, dict) else [classes]
+    files = set()
+    for named in classes:
+        for name in named if isinstance(named, list) else [named]:
+            module = str(name).partition(".")[0]  # "org/name--module.Class" has no file here
+            file = source / f"{module}.py"
+            if module.isidentifier() and file.is_file():
+                files |= {file.name, *(Path(f).name for f in get_relative_import_files(file))}
+    return files
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -37,7 +38,7 @@ from una_fast.model.directory import (
     within_budget,
 )
 from una_fast.model.head_probe import is_number
-from una_fast.model.quantized import is_plain
+from una_fast.model.quantized import is_plain, quantized_weight
 from una_fast.printable import printable, shown
 
 logger = logging.getLogger(__name__)
@@ -65,11 +66,8 @@ def load_tokenizer(
     token, eos pads (lengths, not ids, mark padding). ValueError for a directory that does not
     exist or is damaged, and for a tokenizer without an end-of-sequence token.
     """
-    found = _tokenizer_directory(_find(path, "tokenizer"))
-    check_directory(found)
-    with reading(found, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(found, trust_remote_code=trust_remote_code)
-        tokenizer("a b")  # damage that shows in use alone
+    found = _tokenizer_directory(find(path, "tokenizer"))
+    tokenizer = read_tokenizer(found, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"the tokenizer of {printable(found)} has no eos token, and every response must end "
@@ -82,6 +80,15 @@ def load_tokenizer(
             f"{shown(tokenizer.eos_token)} pads"
         )
         say_once(logging.INFO, message, logger)
+    return tokenizer
+
+
+def read_tokenizer(path: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """Read the tokenizer of a directory or hub name as it is; ValueError for a damaged one."""
+    check_directory(path)
+    with reading(path, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer("a b")  # damage that shows in use alone
     return tokenizer
 
 
@@ -110,7 +117,7 @@ def _tokenizer_directory(path: str) -> str:
     return base
 
 
-def _find(path: str | os.PathLike[str], kind: str) -> str:
+def find(path: str | os.PathLike[str], kind: str) -> str:
     """Return the absolute path of a local directory, or a hub name as given.
 
     path: a directory or a hub name
@@ -142,7 +149,7 @@ def model_and_adapter(
     ValueError for a directory with damaged files (see check_directory), and for an adapter without
     a base model.
     """
-    path = _find(path, "model")
+    path = find(path, "model")
     check_directory(path)
     if not (Path(path) / ADAPTER_CONFIG).is_file():
         return path, None
@@ -163,7 +170,7 @@ def model_and_adapter(
         raise ModelError(
             f"{where}: base_model_name_or_path={shown(base)} must be a model directory or hub name"
         )
-    base = _find(base, f"{where}: base_model_name_or_path, model")
+    base = find(base, f"{where}: base_model_name_or_path, model")
     check_directory(base)
     return base, path
 
@@ -288,7 +295,8 @@ def load_causal_lm(
             output_loading_info=True,
             **options,
         )
-    _check_found(base, found)
+    quantized = getattr(model.config, "quantization_config", None) is not None
+    _check_found(base, found, quantized=quantized)
     _drop_spent_quantization(model)
     if adapter is not None:
         model = _load_adapter(model, adapter)
@@ -333,16 +341,22 @@ def _refuse_integers(path: str, model: PreTrainedModel, stored: dict[str, Stored
             )
 
 
-def _check_found(path: str, found: dict[str, Any]) -> None:
+def _check_found(path: str, found: dict[str, Any], *, quantized: bool) -> None:
     """Refuse weights that transformers would make up, leave out, or fill with random numbers.
 
     path: of the model
     found: loading info of transformers
+    quantized: the config says that weights are quantized; AutoGPTQ writes a bias of zeros for
+        every layer, and such may be left out
     """
-    _refuse_misshapen(path, found["mismatched_keys"], "config.json")
+    refuse_misshapen(path, found["mismatched_keys"], "config.json")
     _refuse_missing(path, sorted(found["missing_keys"]))
     unexpected = sorted(found["unexpected_keys"])
-    _refuse_unexpected(path, [name for name in unexpected if not _LEFT_OUT.search(name)])
+    strange = [name for name in unexpected if not _LEFT_OUT.search(name)]
+    if quantized and strange:
+        zeros = _zero_biases(path, strange)
+        strange = [name for name in strange if name not in zeros]
+    _refuse_unexpected(path, strange)
     if unexpected:
         message = (
             f"{printable(path)}: {len(unexpected)} weights are not part of the text model, and are "
@@ -351,13 +365,27 @@ def _check_found(path: str, found: dict[str, Any]) -> None:
         say_once(logging.WARNING, message, logger)
 
 
+def _zero_biases(path: str, names: Iterable[str]) -> set[str]:
+    """Return those of the names that are biases of zeros in the files of a local directory."""
+    found: set[str] = set()
+    if not Path(path).is_dir():
+        return found
+    biases = {name for name in names if name.endswith(".bias")}
+    for file in weight_files(Path(path)):
+        with reading(path, "model"), safe_open(file, "pt") as opened:
+            for name in biases.intersection(opened.keys()):
+                if not opened.get_tensor(name).any():
+                    found.add(name)
+    return found
+
+
 def _drop_spent_quantization(model: PreTrainedModel) -> None:
     """Forget the quantization of a model whose weights are plain numbers again.
 
     transformers leaves it in the config, and then refuses to save the model.
     """
     quantized = getattr(model.config, "quantization_config", None) is not None
-    if quantized and all(is_plain(p) for p in model.parameters()):
+    if quantized and quantized_weight(model) is None:
         del model.config.quantization_config
         model.hf_quantizer = None
         model.is_quantized = False
@@ -384,7 +412,7 @@ def _check_adapter(model: PreTrainedModel, path: str) -> None:
     shapes = []
     for name, tensor in wanted.items():
         shapes.append((name, stored[name].shape, tuple(tensor.shape)))
-    _refuse_misshapen(path, shapes, ADAPTER_CONFIG)
+    refuse_misshapen(path, shapes, ADAPTER_CONFIG)
 
 
 def _load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
@@ -395,7 +423,7 @@ def _load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
         return PeftModel.from_pretrained(model, path, is_trainable=True, torch_device="cpu")
 
 
-def _refuse_misshapen(path: str, shapes: Iterable[tuple[str, Any, Any]], config: str) -> None:
+def refuse_misshapen(path: str, shapes: Iterable[tuple[str, Any, Any]], config: str) -> None:
     """Refuse weights of another shape than the model's.
 
     path: of the files

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from una_fast.data.chat_template import render_chat
+from una_fast.data.records import RecordError
 from una_fast.printable import printable
 from una_fast.rewards.outcome import Failure, Outcome, PromptText, Reward, chat_text, redacted
 from una_fast.rewards.settings import RewardError, RewardSpec, Template
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 class _Text(NamedTuple):
@@ -44,27 +48,30 @@ class RewardModel(Reward):
         dtype: of the weights and the forward pass
         trust_remote_code: run code that comes with the model
 
-        Raises ValueError for a checkpoint without a reward, OSError for a missing checkpoint.
+        Raises ValueError for a checkpoint that is missing or damaged, or has no reward.
         """
-        from transformers import AutoTokenizer
+        from una_fast.model.loading import find, read_tokenizer
 
         self.where = f"reward {spec.name}: model {printable(spec.target)}"
-        if (Path(spec.target) / "adapter_config.json").is_file():
+        target = find(spec.target, f"{self.where},")
+        if (Path(target) / "adapter_config.json").is_file():
             raise ValueError(
                 f"{self.where} is a PEFT adapter; give a checkpoint with the adapter merged into "
                 "its base"
             )
         remote = {"trust_remote_code": trust_remote_code}
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            spec.target, **remote
-        )
-        model = self._load(spec.target, dtype, remote)
+        self.tokenizer: PreTrainedTokenizerBase = read_tokenizer(target, **remote)
+        model = self._load(target, dtype, remote)
         self.model = model.to(device).eval().requires_grad_(False)
         self.model.config.use_cache = False
         self.embeddings = self.model.get_input_embeddings().weight.shape[0]
         if spec.template == "chat" and not self.tokenizer.chat_template:
             raise ValueError(f"{self.where} has no chat template; set template: plain")
         self.template = self._template(spec.template)
+        if self.template == "chat":
+            # A template without end stops the run now, not in its first rollout.
+            with suppress(RecordError):
+                render_chat(self.tokenizer, [{"role": "user", "content": "a"}])
         # Models pool at the last token that is not the config's pad token; without a pad token
         # only single texts are right.
         text_config = model.config.get_text_config()
@@ -84,24 +91,56 @@ class RewardModel(Reward):
         return "pair" if takes_pairs else "plain"
 
     def _load(self, target: str, dtype: torch.dtype, remote: dict[str, bool]) -> PreTrainedModel:
-        from transformers import AutoConfig, AutoModelForSequenceClassification
+        from transformers import AutoModelForSequenceClassification
 
-        config = AutoConfig.from_pretrained(target, **remote)
+        from una_fast.model.directory import reading, stored_tensors, weight_files
+        from una_fast.model.loading import load_config, refuse_misshapen, refuse_non_finite
+
+        config = load_config(target, **remote)
         if config.num_labels != 1:
             raise ValueError(
                 f"{self.where} has {config.num_labels} labels, but a reward is one number; give a "
                 "sequence classification model with num_labels=1"
             )
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
-            target, config=config, dtype=dtype, output_loading_info=True, **remote
-        )
+        if Path(target).is_dir():
+            stored_tensors(weight_files(Path(target)))  # damage, and pickles, are named
+            self._check_size(target, config, remote)
+        with reading(target, "reward model"):
+            model, loading = AutoModelForSequenceClassification.from_pretrained(
+                target,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                # Refused below, by name and shape.
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **remote,
+            )
+        refuse_misshapen(target, loading["mismatched_keys"], "config.json")
         if loading["missing_keys"]:
             missing = ", ".join(sorted(loading["missing_keys"])[:5])
             raise ValueError(
                 f"{self.where} lacks the weights {missing}, so its rewards would be random; give a "
                 "checkpoint that was saved with its classification head"
             )
+        refuse_non_finite(model.named_parameters(), self.where)
         return model
+
+    def _check_size(self, target: str, config: PreTrainedConfig, remote: dict[str, bool]) -> None:
+        """Refuse a model that is larger than its weight files, before it is allocated."""
+        from transformers import AutoModelForSequenceClassification
+
+        from una_fast.model.directory import ModelError, element_budget, within_budget
+
+        quantized = getattr(config, "quantization_config", None) is not None
+        budget = element_budget(target, quantized=quantized)
+        try:
+            with within_budget(target, budget), torch.device("meta"):
+                AutoModelForSequenceClassification.from_config(copy.deepcopy(config), **remote)
+        except ModelError:
+            raise
+        except Exception:  # model code may fail in any way without numbers; loading will say
+            return
 
     def __call__(
         self, prompts: list[PromptText], completions: list[str], columns: dict[str, list[Any]]
@@ -164,10 +203,11 @@ class RewardModel(Reward):
             messages = [{"role": "user", "content": prompt}]
         answer = {"role": "assistant", "content": completion}
         try:
-            text = self.tokenizer.apply_chat_template([*messages, answer], tokenize=False)
-        except Exception as error:
-            # Templates raise their own refusals, and any error of the expressions in them.
+            text = render_chat(self.tokenizer, [*messages, answer])
+        except RecordError as error:
             return Failure("the chat template refuses the messages", redacted(error))
+        except ValueError as error:
+            raise RewardError(f"{self.where}: {redacted(error)}") from error
         return self._tokens(text, add_special_tokens=False)  # the template has written them
 
     def _pair(self, prompt: PromptText, completion: str) -> _Text:
