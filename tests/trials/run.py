@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Run trials one after another: all of them, or those that are named.
 
-    python tests/trials/run.py --short             a few cases of every kind, for CI
+    python tests/trials/run.py --short             a few cases of every kind
     python tests/trials/run.py --seed 7            all cases: about an hour, and the soak's hours
     python tests/trials/run.py damage kills        two of them
 
