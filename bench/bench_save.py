@@ -7,9 +7,9 @@ The model has the shapes of SmolLM2-135M, with float32 weights and AdamW: 1.6 GB
 round writes a checkpoint in every way, in an order that turns from round to round. In the
 background, the seconds are those in which the step waits: for the call, for the copies before the
 optimizer steps, and for the name of the checkpoint; the gradients of a step of 512 tokens are
-computed meanwhile. `before` is
-what commit 5e7b693 did: save_pretrained, torch.distributed.checkpoint, no hash and no fsync. Needs
-6 GB of memory and 7 GB in --folder; run it while nothing else runs.
+computed meanwhile. `before` is what commit 5e7b693 did: save_pretrained and
+torch.distributed.checkpoint, no hash, and no fsync of the weights. Needs 6 GB of memory and 7 GB in
+--folder; run it while nothing else runs.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ class Run:
 
     def state(self) -> dict[str, Any]:
         self.number += 1
-        return {"step": self.number, "run": {"data": "none"}, "scheduler": {}, "meter": []}
+        state = {"step": self.number, "run": {"data": "none"}, "scheduler": {}, "meter": []}
+        return state | {"lines": {"metrics.jsonl": 0}}
 
     # ---- ways to save; each returns (seconds of the step, seconds until the checkpoint is there)
 

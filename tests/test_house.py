@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import subprocess
 import sys
@@ -175,6 +176,17 @@ def test_kernels_import_only_torch_and_triton():
                 )
 
 
+@pytest.mark.parametrize(
+    "name", ["una_fast", "una_fast.data", "una_fast.rewards", "una_fast.train"]
+)
+def test_a_face_shows_what_it_names(name):
+    face = importlib.import_module(name)
+    for public in face.__all__:
+        assert getattr(face, public) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = face.nothing
+
+
 def test_import_needs_torch_alone():
     others = [
         "transformers",
@@ -182,7 +194,6 @@ def test_import_needs_torch_alone():
         "peft",
         "datasets",
         "safetensors",
-        "jsonargparse",
         "yaml",
         "tqdm",
         "tensorboard",

@@ -1,6 +1,7 @@
 """Signals to a command, and the death of its launcher.
 
     SIGTERM, SIGHUP   a checkpoint at the end of the step, then the run ends: exit status 143, 129
+                      (SIGHUP under nohup is ignored)
     SIGUSR1           a checkpoint at the end of the step; the run goes on
     SIGINT            the command ends at once; exit status 130
 

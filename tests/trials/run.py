@@ -2,7 +2,7 @@
 """Run trials one after another: all of them, or those that are named.
 
     python tests/trials/run.py --short             a few cases of every kind
-    python tests/trials/run.py --seed 7            all cases: about an hour, and the soak's hours
+    python tests/trials/run.py --seed 7            all cases: about an hour, and the soak's hour
     python tests/trials/run.py damage kills        two of them
 
 A line per trial is printed at the end; the exit status is 0 if nothing failed.

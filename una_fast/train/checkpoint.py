@@ -14,6 +14,7 @@ instant leaves the checkpoints that were there before. Nothing in a checkpoint i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -68,14 +69,20 @@ def all_checkpoints(output_dir: Path) -> list[Path]:
 
 def complete_checkpoints(output_dir: Path) -> list[Path]:
     """Return the checkpoints of a run with a readable manifest, oldest first."""
-    return [path for path in all_checkpoints(output_dir) if _manifest(path) is not None]
+    found = []
+    for path in all_checkpoints(output_dir):
+        with contextlib.suppress(DamagedError):
+            read_manifest(path)
+            found.append(path)
+    return found
 
 
-def _manifest(path: Path) -> Manifest | None:
-    try:
-        return Manifest.read(path)
-    except DamagedError:
-        return None
+def read_manifest(checkpoint: Path) -> Manifest:
+    """Read the manifest of a checkpoint; DamagedError for none, or for that of another step."""
+    manifest = Manifest.read(checkpoint)
+    if checkpoint.name != f"checkpoint-{manifest.step}":
+        raise DamagedError(f"{checkpoint} is of step {manifest.step}; give it back its name")
+    return manifest
 
 
 def newest_whole(output_dir: Path, say: Callable[[str], None]) -> Path | None:
@@ -90,10 +97,7 @@ def newest_whole(output_dir: Path, say: Callable[[str], None]) -> Path | None:
     fault = ""
     for path in reversed(checkpoints):
         try:
-            manifest = Manifest.read(path)
-            manifest.verify(path)
-            if path.name != f"checkpoint-{manifest.step}":
-                raise DamagedError(f"{path} is of step {manifest.step}; give it back its name")
+            read_manifest(path).verify(path)
         except DamagedError as error:
             fault = str(error)
             say(f"{path.name} is damaged and not used: {fault}")
@@ -154,12 +158,7 @@ def save_final(
 
     def write() -> None:
         shutil.rmtree(aside, ignore_errors=True)
-        free = shutil.disk_usage(output_dir).free
-        if free < needed:
-            raise SaveError(
-                f"the model was not written: No space on the disk. It needs {_size(needed)}, and "
-                f"{_room(output_dir)}. {_newest(output_dir)}"
-            )
+        refuse_full_disk("the model", output_dir, needed)
         try:
             aside.mkdir()
             save_pretrained(policy, aside, tokenizer, weights, final=True)
@@ -299,7 +298,7 @@ class Saver:
         shard = take_shard(_training_tensors(policy, optimizer, self.world, reference), self.world)
         text = json.dumps({**state, "optimizer": _training_numbers(policy, optimizer)}, indent=1)
         # The file grows while a checkpoint is written in the background.
-        metrics = state.get("lines", {}).get("metrics.jsonl", 0)
+        metrics = state["lines"]["metrics.jsonl"]
         aside = directory.with_name(directory.name + ASIDE)
         needed = sum(tensor.nbytes for tensor in _distinct(weights)) + _SLACK
         needed += shard.nbytes * self.world.size + _tokenizer_bytes(tokenizer) + metrics
@@ -308,7 +307,7 @@ class Saver:
         def write_model(directory: Path, whole: dict[str, Tensor]) -> None:
             save_pretrained(policy, directory, tokenizer, whole)
             (directory / "state.json").write_text(text, encoding="utf-8")
-            copy_start(self.output_dir / "metrics.jsonl", directory, metrics)
+            _copy_start(self.output_dir / "metrics.jsonl", directory, metrics)
 
         def write(job: _Job) -> dict[str, Any]:
             return self._write(job, shard, weights, write_model)
@@ -417,10 +416,7 @@ class Saver:
                 "move it away, and go on with resume=true"
             )
         try:
-            manifest = Manifest.read(directory)
-            manifest.verify(directory)
-            if directory.name != f"checkpoint-{manifest.step}":
-                raise DamagedError(f"{directory} is of step {manifest.step}")
+            read_manifest(directory).verify(directory)
         except DamagedError:
             set_aside(directory, ".damaged")
             return False
@@ -431,20 +427,16 @@ class Saver:
         try:
             shutil.rmtree(aside, ignore_errors=True)
             (aside / _TRAINING).mkdir(parents=True)
-            free = shutil.disk_usage(self.output_dir).free
-            if free < needed and self._removal is not None:
-                self._removal.join()  # of an old checkpoint, whose room this one takes
-                free = shutil.disk_usage(self.output_dir).free
+            is_full = shutil.disk_usage(self.output_dir).free < needed
         except OSError as error:
             raise SaveError(f"{aside.parent} takes no checkpoint: {error}") from error
-        if free < needed:
+        if is_full and self._removal is not None:
+            self._removal.join()  # the new checkpoint takes the room of the old one
+        try:
+            refuse_full_disk(aside.name.removesuffix(ASIDE), self.output_dir, needed)
+        except SaveError:
             shutil.rmtree(aside, ignore_errors=True)
-            name = aside.name.removesuffix(ASIDE)
-            raise SaveError(
-                f"{name} was not written: No space on the disk. It needs {_size(needed)}, and "
-                f"{_room(self.output_dir)}. "
-                f"{_newest(self.output_dir)}"
-            )
+            raise
 
     def _publish(self, aside: Path, manifest: Manifest) -> None:
         """Give a written checkpoint its name, and delete the oldest ones."""
@@ -459,7 +451,8 @@ class Saver:
                 f"{aside.name} was not written: {error}. {_newest(self.output_dir)}"
             ) from error
         # Renamed first: a half-deleted checkpoint must not look whole.
-        olds = _before(self.output_dir, manifest.step)[: 1 - self.keep or None]
+        before = self._before(manifest.step)
+        olds = before[: max(len(before) + 1 - self.keep, 0)]
         gone = [old.rename(old.with_name(old.name + ASIDE)) for old in olds]
         if self.in_background:  # a second per gigabyte and a half
             if self._removal is not None:
@@ -468,6 +461,11 @@ class Saver:
             self._removal.start()
         else:
             _remove(gone)
+
+    def _before(self, step: int) -> list[Path]:
+        """Return the complete checkpoints before a step, oldest first."""
+        whole = complete_checkpoints(self.output_dir)
+        return [path for path in whole if read_manifest(path).step < step]
 
 
 def set_aside(path: Path, ending: str) -> Path:
@@ -486,16 +484,6 @@ def flush_names(directory: Path) -> None:
     sync_directory(directory)
 
 
-def _before(output_dir: Path, step: int) -> list[Path]:
-    """Return the complete checkpoints before a step, under their own names, oldest first."""
-    found = []
-    for path in complete_checkpoints(output_dir):
-        own_step = Manifest.read(path).step
-        if own_step < step and path.name == f"checkpoint-{own_step}":
-            found.append(path)
-    return found
-
-
 def _remove(directories: list[Path]) -> None:
     """Delete directories; one that a reader keeps open is left, with a warning."""
     for directory in directories:
@@ -505,7 +493,7 @@ def _remove(directories: list[Path]) -> None:
             logger.warning("%s is not deleted: %s", directory, error)
 
 
-def copy_start(path: Path, directory: Path, size: int) -> None:
+def _copy_start(path: Path, directory: Path, size: int) -> None:
     """Copy the first bytes of a file, if it has any, into a directory."""
     if size:
         with path.open("rb") as file:
@@ -523,7 +511,7 @@ def _tokenizer_bytes(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _distinct(tensors: dict[str, Tensor]) -> Iterator[Tensor]:
-    """Yield tensors, those of the same memory once."""
+    """Yield tensors; of several in the same memory, the first."""
     seen = set()
     for tensor in tensors.values():
         if tensor.data_ptr() not in seen:
@@ -546,6 +534,20 @@ def _size(count: int) -> str:
 
 def _room(directory: Path) -> str:
     return f"{directory} has {_size(shutil.disk_usage(directory).free)} of free space"
+
+
+def refuse_full_disk(what: str, output_dir: Path, needed: int) -> None:
+    """Raise SaveError where a disk has no room for something to be written.
+
+    what: name of the thing, for the message
+    output_dir: a directory on the disk
+    needed: bytes
+    """
+    if shutil.disk_usage(output_dir).free < needed:
+        raise SaveError(
+            f"{what} was not written: No space on the disk. It needs {_size(needed)}, and "
+            f"{_room(output_dir)}. {_newest(output_dir)}"
+        )
 
 
 def _newest(output_dir: Path) -> str:
@@ -584,7 +586,7 @@ def load_training_state(
     world: the ranks; all of them must call
     reference: a reference that changes during the run; its weights are overwritten
 
-    ValueError for a state of other parameters, or of another number of ranks where that matters.
+    ValueError for a state of other parameters.
     """
     numbers = read_state(checkpoint)["optimizer"]
     names = Manifest.read(checkpoint).files

@@ -22,7 +22,7 @@ from una_fast.train.checkpoint import (
     remove_leftovers,
     set_aside,
 )
-from una_fast.train.manifest import DamagedError, Manifest
+from una_fast.train.manifest import MARKER, DamagedError, Manifest
 
 LOCK = ".run.lock"
 LINES = ("metrics.jsonl", "completions.jsonl")
@@ -33,6 +33,7 @@ def locked(output_dir: Path) -> Iterator[None]:
     """Create an output directory, and keep other runs out of it inside the block.
 
     The system gives the lock back when the process ends, however it ends: a lock is never stale.
+    Where a file system has no locks, the process that the lock file names must be alive.
     ValueError if another run holds it, or if the directory cannot be written in.
     """
     path = output_dir / LOCK
@@ -116,7 +117,7 @@ def finished_run(output_dir: Path, say: Callable[[str], None]) -> Manifest | Non
     output_dir: of the run
     say: told of a damaged model
     """
-    if not (output_dir / "COMPLETE").exists():
+    if not (output_dir / MARKER).exists():
         return None
     try:
         manifest = Manifest.read(output_dir)
