@@ -39,8 +39,8 @@ from una_fast.config import RunConfig
 from una_fast.distributed import World, start_world
 from una_fast.model.policy import Policy, load_policy
 from una_fast.optim import make_optimizer
-from una_fast.train.checkpoint import Saver
 from una_fast.train.manifest import Manifest
+from una_fast.train.saver import Saver
 
 WAYS = ("before", "now", "in the background")
 TOKENS = 512  # of the step beside a background save

@@ -19,7 +19,6 @@ import torch
 from torch.optim import AdamW
 
 import una_fast.signals as signals_module
-import una_fast.train.checkpoint as checkpoint_module
 from helpers import naming
 from runs import again, assert_same_weights
 from tiny import make_config, read_metrics
@@ -27,11 +26,18 @@ from una_fast.config import RunConfig
 from una_fast.distributed import World
 from una_fast.files import sha256_of
 from una_fast.signals import Stopped, requests
-from una_fast.train.checkpoint import SaveError, complete_checkpoints, newest_whole
+from una_fast.train import room, saver
+from una_fast.train.checkpoint import complete_checkpoints, newest_whole, read_state
 from una_fast.train.loop import DivergedError, Trainer, train
 from una_fast.train.manifest import DamagedError, Manifest, files_below, hash_files
+from una_fast.train.room import SaveError
 from una_fast.train.run_dir import find_checkpoint, locked, rewind_lines
 from una_fast.train.shards import ShardReader, take_shard, write_shard
+from una_fast.train.training_state import (
+    load_training_state,
+    training_numbers,
+    training_tensors,
+)
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -182,7 +188,7 @@ def test_metrics_are_restored_from_the_checkpoint(whole, tmp_path, how):
 
 def test_a_disk_without_room_is_seen_before_writing(whole, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")(10**9, 10**9 - 1000, 1000)
-    monkeypatch.setattr(checkpoint_module.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: usage)
     settings = again(whole[0], tmp_path / "run")
     message = (
         "checkpoint-1 was not written: No space.* needs .* MB, and .*run has 0.001 MB of free space"
@@ -192,13 +198,27 @@ def test_a_disk_without_room_is_seen_before_writing(whole, tmp_path, monkeypatch
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
+def test_too_little_room_is_said_before_the_first_step(whole, tmp_path, monkeypatch, capsys):
+    """Two checkpoints are kept, and a third is written before the oldest is deleted."""
+    monkeypatch.setattr(saver, "_SLACK", 0)
+    config, out = whole
+    files = list((out / "checkpoint-4").rglob("*.safetensors"))
+    checkpoint = sum(file.stat().st_size for file in files)
+    needed = 3 * checkpoint + (out / "model.safetensors").stat().st_size
+    for free, is_told in ((1.1 * needed, False), (0.9 * needed, True)):
+        usage = namedtuple("usage", "total used free")(10**12, 0, int(free))
+        monkeypatch.setattr(room.shutil, "disk_usage", lambda path, usage=usage: usage)
+        train(RunConfig(**again(config, tmp_path / str(is_told), save_every=1)))
+        assert ("3 checkpoints and the model will take about" in capsys.readouterr().out) == is_told
+
+
 @pytest.mark.parametrize("name", ["save_pretrained", "write_shard", "hash_files"])
 @pytest.mark.parametrize("save_async", [False, True])
 def test_a_disk_that_fills_loses_nothing(whole, tmp_path, monkeypatch, name, save_async):
     """Step 3 cannot be saved: one line, the half-written checkpoint is gone, the run resumes."""
     config, out = whole
     run = tmp_path / "run"
-    write = getattr(checkpoint_module, name)
+    write = getattr(saver, name)
 
     def full(*args, **kwargs):
         if (run / "checkpoint-3.tmp").exists():
@@ -207,7 +227,7 @@ def test_a_disk_that_fills_loses_nothing(whole, tmp_path, monkeypatch, name, sav
 
     settings = again(config, run, save_async=save_async)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_module, name, full)
+        patch.setattr(saver, name, full)
         with pytest.raises(SaveError, match="checkpoint-3 was not written: .*No space left.*-2 is"):
             train(RunConfig(**settings))
     assert names(run) == ["checkpoint-1", "checkpoint-2"] and not list(run.glob("*.tmp"))
@@ -246,7 +266,7 @@ def test_a_background_save_is_of_its_own_step(whole, tmp_path, monkeypatch):
     config, out = whole
     run = tmp_path / "run"
     going = threading.Event()
-    write = checkpoint_module.save_pretrained
+    write = saver.save_pretrained
 
     def slow(policy, directory, *args, **kwargs):
         if directory.name == "checkpoint-3.tmp":
@@ -261,7 +281,7 @@ def test_a_background_save_is_of_its_own_step(whole, tmp_path, monkeypatch):
             going.set()  # step 4 is taken
         return taken
 
-    monkeypatch.setattr(checkpoint_module, "save_pretrained", slow)
+    monkeypatch.setattr(saver, "save_pretrained", slow)
     monkeypatch.setattr(Trainer, "take_step", step)
     train(RunConfig(**again(config, run, save_async=True)))
     assert going.is_set()
@@ -422,9 +442,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_told(whole, tmp_path, monkeypa
     assert [line.get("skipped_steps") for line in lines] == [None, 1, 1, 1]
     assert "loss" not in lines[1] and "grad_norm" not in lines[1]
     assert all("NaN" not in json.dumps(line) for line in lines)
-    first, second = (
-        checkpoint_module.read_state(whole[1] / f"checkpoint-{n}")["optimizer"] for n in (3, 4)
-    )
+    first, second = (read_state(whole[1] / f"checkpoint-{n}")["optimizer"] for n in (3, 4))
     assert first["states"] == second["states"]
 
 
@@ -480,14 +498,14 @@ def test_a_parameter_without_gradients_resumes(whole, tmp_path):
     model["used"](torch.ones(1, 2)).sum().backward()
     first.step()
     first.zero_grad()
-    tensors = checkpoint_module._training_tensors(policy, first, ALONE, None)
+    tensors = training_tensors(policy, first, ALONE, None)
     (tmp_path / "training").mkdir()
     write_shard(tmp_path / "training" / "rank-00000.safetensors", take_shard(tensors, ALONE))
-    numbers = checkpoint_module._training_numbers(policy, first)
+    numbers = training_numbers(policy, first)
     (tmp_path / "state.json").write_text(json.dumps({"step": 1, "optimizer": numbers}))
     Manifest(1, {}, hash_files(tmp_path, files_below(tmp_path)), {}).write(tmp_path)
     second = optimizer()
-    checkpoint_module.load_training_state(tmp_path, policy, second, ALONE)
+    load_training_state(tmp_path, policy, second, ALONE)
     assert set(second.state) == set(model["used"].parameters())
     for parameter, state in first.state.items():
         for key, value in state.items():

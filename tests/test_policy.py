@@ -42,7 +42,7 @@ from una_fast.model.lora import add_lora
 from una_fast.model.policy import install_scorer, load_policy, make_policy
 from una_fast.model.positions import longer_records
 from una_fast.model.quantized import is_plain, quantized_weight, refuse_quantized
-from una_fast.model.reference import fingerprint
+from una_fast.model.reference import fingerprint, saved_tensors
 from una_fast.model.settings import LoraOptions, MemoryOptions
 from una_fast.model.stored import StoredDtypes
 
@@ -737,6 +737,14 @@ ADAPTERS = {
         lambda d: rewrite(d, lambda w: next(iter(w.values())).fill_(torch.nan)),
         "lora_A.*not finite",
     ),
+    "integers": (
+        lambda d: rewrite(d, lambda w: w.update({k: v.to(torch.int8) for k, v in w.items()})),
+        "lora_A.weight is stored as I8",
+    ),
+    "a regular expression without end": (
+        lambda d: edit(d / "adapter_config.json", target_modules=r"(.*.*.*.*.*.*.*.*)*q_prox"),
+        "target_modules.*more than 2 s of computing",
+    ),
     "pickle": (
         lambda d: (d / "adapter_model.safetensors").rename(d / "adapter_model.bin"),
         "adapter_model.bin is a pickle",
@@ -835,6 +843,10 @@ def test_quantized_weights_are_told_apart():
     first = fingerprint([("w", packed)])
     packed.scale_of = torch.full((1,), 0.25)
     assert fingerprint([("w", packed)]) != first
+    plain = torch.ones(4, 300, dtype=torch.bfloat16)
+    first = fingerprint([("w", plain)])
+    plain[2, 123] = 1.0078125  # the next number after 1
+    assert fingerprint([("w", plain)]) != first
     holder = torch.nn.Module()
     holder.register_parameter("w", torch.nn.Parameter(packed.data_of, requires_grad=False))
     with pytest.raises(ValueError, match="here: the weight w is quantized.*set lora"):
@@ -857,6 +869,9 @@ def test_packed_buffers_are_quantized_weights(name):
     model.register_buffer("mask", torch.ones(4, 4, dtype=torch.int32), persistent=False)
     assert quantized_weight(model) is None
     packed = PackedLinear()
+    first = fingerprint(saved_tensors(packed))
+    packed.qweight[0, 0] = 2
+    assert fingerprint(saved_tensors(packed)) != first
     packed._buffers[name] = packed._buffers.pop("qweight")
     model.model.layers[1].self_attn.q_proj = packed
     assert quantized_weight(model) == f"model.layers.1.self_attn.q_proj.{name}"

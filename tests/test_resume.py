@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-import una_fast.train.checkpoint as checkpoint_module
 from fsdp_worker import run_case
 from runs import LORA, again, assert_same_weights
 from tiny import make_config, make_records, read_metrics, save_llama, write_jsonl
 from una_fast.config import RunConfig
 from una_fast.model.settings import LoraOptions
+from una_fast.train import saver
 from una_fast.train.checkpoint import complete_checkpoints
 from una_fast.train.loop import train
 from una_fast.train.manifest import Manifest, hash_files
@@ -145,7 +145,7 @@ def test_a_checkpoint_that_was_not_finished_is_ignored(uninterrupted, tmp_path, 
     config, whole = uninterrupted("short")
     run = tmp_path / "run"
     settings = again(config, run)
-    write = getattr(checkpoint_module, name)
+    write = getattr(saver, name)
 
     def torn(*args, **kwargs):
         result = write(*args, **kwargs)
@@ -154,7 +154,7 @@ def test_a_checkpoint_that_was_not_finished_is_ignored(uninterrupted, tmp_path, 
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_module, name, torn)
+        patch.setattr(saver, name, torn)
         with pytest.raises(Killed):
             train(RunConfig(**settings))
     assert any((run / "checkpoint-4.tmp").iterdir())

@@ -191,17 +191,16 @@ def _not_text(name: str, value: str) -> str | None:
     return None
 
 
-def check_number(name: str, value: object, else_allowed: str = "") -> float:
+def check_number(name: str, value: object) -> float:
     """Return the value of a setting if the value is a finite number.
 
     name: the setting, for the error
     value: the value; True and False are no numbers
-    else_allowed: further values for the error to name, such as "auto or "
 
     ValueError, by the name, otherwise.
     """
     if not _is_number(value):
-        raise ValueError(f"{name}={as_given(value)} must be {else_allowed}a finite number")
+        raise ValueError(f"{name}={as_given(value)} must be a finite number")
     return value
 
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from una_fast.checks import check_at_least, check_types
+from una_fast.checks import check_at_least
 from una_fast.data.settings import RecordOptions
 from una_fast.files import write_text
 from una_fast.model.settings import LoraOptions, MemoryOptions
@@ -469,9 +469,8 @@ class RunConfig(
     """A training run. Fields of records (columns, scores, limits) are defaults of every source."""
 
     def __post_init__(self) -> None:
-        check_types(self)
-        _check_redacted(self._plain())
         super().__post_init__()
+        _check_redacted(self._plain())
         self._read_plain_values()
         self.check_online()
         self._choose_forms()

@@ -28,7 +28,7 @@ def written_whole(path: Path, mode: int = 0o666) -> Iterator[IO[str]]:
     try:
         aside.unlink(missing_ok=True)  # of a kill: its permissions would stay
         descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        with named_in_errors(path), os.fdopen(descriptor, "w", encoding="utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -37,6 +37,17 @@ def written_whole(path: Path, mode: int = 0o666) -> Iterator[IO[str]]:
         aside.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+@contextmanager
+def named_in_errors(path: Path) -> Iterator[None]:
+    """Name a file in the OSErrors of a block that writes it: a full disk gives none by itself."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def write_text(path: Path, text: str, mode: int = 0o666) -> None:

@@ -19,6 +19,11 @@ _PASSWORD = re.compile(r"(?<=://)(?:[^/?#\s:]*:[^/\s]*|[^/?#\s]*)@")
 _QUERY_VALUE = re.compile(r"([?&][^=&\s#'\"]+)=[^&\s#'\"]*")
 _QUERY_ALONE = re.compile(r"(://[^\s'\"?#]*\?)[^=&\s#'\"]+(?![^&\s#'\"])")
 
+# A secret by its name in a query without a host, such as the target of a request.
+_SECRET = re.compile(
+    r"(?i)([?&][^=&\s#'\"]*(?:key|token|secret|passw|auth|sig|credential)[^=&\s#'\"]*)=[^&\s#'\"]*"
+)
+
 _REDACTED = re.compile(r"://\*\*\*@|\?\*\*\*|[?&][^=&\s#'\"]+=\*\*\*(?![^&\s#'\"])")
 
 
@@ -54,7 +59,7 @@ def told(text: object) -> str:
 
 def without_secrets(text: str) -> str:
     """Return a text with the user, the password and the query values of its URLs left out."""
-    return _URL.sub(_url_without_secrets, text)
+    return _SECRET.sub(r"\1=***", _URL.sub(_url_without_secrets, text))
 
 
 def _url_without_secrets(found: re.Match[str]) -> str:

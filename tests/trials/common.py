@@ -115,6 +115,9 @@ def main(run: Callable[[Trial], None], description: str | None) -> int:
     parser.add_argument("--keep", action="store_true", help="keep the temporary folder")
     parser.add_argument("--out", type=Path, help="file for the result, as JSON")
     options = parser.parse_args()
+    # A shell's background and nohup ignore them, and commands would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     root = Path(tempfile.mkdtemp(prefix="una-trial-"))
     start = time.monotonic()
     try:

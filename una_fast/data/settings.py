@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from una_fast.checks import check_choices, check_number, check_range
+from una_fast.checks import check_range, check_types
 from una_fast.score_maps import ScoreMap
 
 FIELDS = (
@@ -91,7 +91,7 @@ class RecordOptions:
     """Over the limits: error | truncate_left (counted; BOS stays; of a chat old turns go first)."""
 
     def __post_init__(self) -> None:
-        check_choices(self, [f.name for f in fields(RecordOptions)])
+        check_types(self)
         _check_columns(self.columns)
         self._check_limits()
         if self.preset == "none":
@@ -120,9 +120,9 @@ class RecordOptions:
             limit = getattr(self, name)
             if limit is None:
                 continue
-            if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+            if limit < 1:
                 raise ValueError(
-                    f"{name}={limit!r} must be a positive number of tokens, or null for no limit"
+                    f"{name}={limit} must be a positive number of tokens, or null for no limit"
                 )
         if self.max_prompt_tokens and self.max_tokens and self.max_prompt_tokens >= self.max_tokens:
             raise ValueError(
@@ -133,8 +133,6 @@ class RecordOptions:
     def _check_scores(self) -> None:
         self._check_score_columns()
         check_range("score_map", self.score_map, "score_range", self.score_range)
-        if self.score_center not in ("none", "dataset"):
-            check_number("score_center", self.score_center, "none, dataset or ")
         if self.feedback == "scores" and (self.margin != "none" or self.ties != "drop"):
             name = "margin" if self.margin != "none" else "ties"
             raise ValueError(
@@ -144,15 +142,9 @@ class RecordOptions:
             )
 
     def _check_score_columns(self) -> None:
-        if self.score_columns is not None:
-            if not isinstance(self.score_columns, dict) or not self.score_columns:
-                raise ValueError(
-                    f"score_columns={self.score_columns!r} must map columns to factors, "
-                    "{column: factor}"
-                )
-            for column, factor in self.score_columns.items():
-                check_number(f"score_columns.{column}", factor)
-        if check_number("divide", self.divide) == 0:
+        if self.score_columns == {}:
+            raise ValueError("score_columns={} must map columns to factors, {column: factor}")
+        if self.divide == 0:
             raise ValueError("divide=0 cannot divide the score")
         if self.divide != 1 and self.score_columns is None:
             raise ValueError(
@@ -161,16 +153,9 @@ class RecordOptions:
             )
 
 
-def _check_columns(columns: object) -> None:
-    if not isinstance(columns, dict):
-        raise ValueError(
-            f"columns={columns!r} must map our fields to columns of the data, "
-            "{completion: response}"
-        )
-    for ours, theirs in columns.items():
+def _check_columns(columns: dict[str, str]) -> None:
+    for ours in columns:
         if ours not in FIELDS:
             raise ValueError(
                 f"columns: {ours!r} is not a field of a record; known fields: {', '.join(FIELDS)}"
             )
-        if not isinstance(theirs, str):
-            raise ValueError(f"columns.{ours}={theirs!r} must be the name of a column of the data")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import re
@@ -24,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from una_fast.data.bounded import fault_of_trial
 from una_fast.logs import say_once
 from una_fast.model.directory import (
     ADAPTER_CONFIG,
@@ -53,6 +55,10 @@ _LEFT_OUT = re.compile(
     r"([._]|$)"
     r"|(^|\.)(inv_freq|masked_bias|attn\.bias|attention\.bias|position_ids)$"
 )
+
+# Settings of an adapter that are, or may be, regular expressions.
+_PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
+_NAME = re.compile(r"[\w.-]*")  # is found at once
 
 _DROPOUT_NAME = re.compile(r"dropout|pdrop|drop_path|drop_rate|layerdrop|jitter")
 
@@ -172,6 +178,11 @@ def model_and_adapter(
         )
     base = find(base, f"{where}: base_model_name_or_path, model")
     check_directory(base)
+    if Path(base).is_dir() and not (Path(base) / "config.json").is_file():
+        raise ModelError(
+            f"{where}: base_model_name_or_path is {printable(base)}, a directory without "
+            "config.json; give the directory or hub name of the model"
+        )
     return base, path
 
 
@@ -398,9 +409,16 @@ def _check_adapter(model: PreTrainedModel, path: str) -> None:
     path: adapter directory
     """
     stored = stored_tensors([adapter_file(Path(path))])
+    for name, tensor in stored.items():
+        if not tensor.is_float:
+            raise ModelError(
+                f"{printable(path)}: the weight {printable(name)} is stored as {tensor.dtype}, and "
+                "the weights of adapters are floating-point numbers"
+            )
     whole = {f"base_model.model.{name}" for name in model.state_dict()}
     with reading(path, "adapter"), torch.device("meta"):
         config = PeftConfig.from_pretrained(path)
+        _try_patterns(path, config, model)
         config.inference_mode = False
         if hasattr(config, "init_lora_weights"):
             config.init_lora_weights = True  # some others compute with the weights of the model
@@ -413,6 +431,32 @@ def _check_adapter(model: PreTrainedModel, path: str) -> None:
     for name, tensor in wanted.items():
         shapes.append((name, stored[name].shape, tuple(tensor.shape)))
     refuse_misshapen(path, shapes, ADAPTER_CONFIG)
+
+
+def _try_patterns(path: str, config: PeftConfig, model: PreTrainedModel) -> None:
+    """Refuse an adapter whose regular expressions take no end on the names of a model's modules.
+
+    path: adapter directory
+    config: of the adapter
+    model: outline of the base model
+    """
+    patterns: list[str] = []
+    for name in _PATTERNS:
+        value = getattr(config, name, None)
+        patterns += [value] if isinstance(value, str) else list(value or ())
+    patterns = [pattern for pattern in patterns if not _NAME.fullmatch(pattern)]
+    names = [name for name, _ in model.named_modules()]
+
+    def match_all() -> None:
+        for pattern, name in itertools.product(patterns, names):
+            re.match(rf"(.*\.)?({pattern})$", name)  # the longest form that peft makes of them
+
+    fault = fault_of_trial(match_all, seconds=2, memory=1 << 30) if patterns else None
+    if fault is not None:
+        raise ModelError(
+            f"{printable(path)}/{ADAPTER_CONFIG}: matching {', '.join(_PATTERNS)} with the names "
+            f"of the layers takes {fault}; give names instead of regular expressions"
+        )
 
 
 def _load_adapter(model: PreTrainedModel, path: str) -> PeftModel:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from una_fast.data.batch import Batch
 from una_fast.data.examples import Example
@@ -46,7 +46,7 @@ class FrozenReference:
         assert not policy.model.training, "a reference in train mode"
         self.policy = policy
         self.scoring = scoring
-        self.identity = "frozen:" + fingerprint(policy.model.named_parameters())
+        self.identity = "frozen:" + fingerprint(saved_tensors(policy.model))
 
     def logps(self, batch: Batch) -> Tensor:
         """Return the log-probs [S] float64 of a batch's responses."""
@@ -67,7 +67,7 @@ class AdapterReference:
     def __init__(self, policy: Policy, scoring: Scoring) -> None:
         self.policy = policy
         self.scoring = scoring
-        base = ((name, p) for name, p in policy.model.named_parameters() if not p.requires_grad)
+        base = ((name, t) for name, t in saved_tensors(policy.model) if not t.requires_grad)
         self.identity = "adapter:" + fingerprint(base)
 
     def logps(self, batch: Batch) -> Tensor:
@@ -100,19 +100,45 @@ class CachedReference:
         return batch.ref_logps
 
 
-def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
-    """Return a hash of names, shapes and a sample of the values.
+def saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the names and tensors that decide what a model computes: parameters, saved buffers.
 
-    The hash is cheap, and different for any two trained models.
+    GPTQ and AWQ keep packed weights as buffers.
+    """
+    yield from model.named_parameters()
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, buffer
+
+
+def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return a hash of names, shapes and all values: of every row, the sum of its bits.
+
+    The sums are of whole numbers (modulo 2^64), the same in any order. Changes in a row that cancel
+    each other are told apart by a sample of the values alone.
     """
     digest = hashlib.sha256()
-    for name, parameter in parameters:
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        for part in plain_parts(parameter.detach()):
-            flat = part.reshape(-1)
-            sample = flat[:: max(flat.numel() // 64, 1)].float().cpu()
+    for name, tensor in tensors:
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        for part in plain_parts(tensor.detach()):
+            bits = _bits(part)
+            digest.update(bits.sum(dim=1, dtype=torch.int64).cpu().numpy().tobytes())
+            flat = bits.reshape(-1)
+            sample = flat[:: max(flat.numel() // 64, 1)].cpu()
             digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Return a plain tensor as a matrix of whole numbers: of 8 bytes, where its rows allow it."""
+    tensor = tensor.contiguous()
+    if tensor.storage_offset() * tensor.element_size() % 8:
+        tensor = tensor.clone()  # at the start of memory of its own
+    columns = tensor.shape[-1] if tensor.dim() else 1
+    rows = tensor.reshape(-1, max(columns, 1))
+    whole = columns * tensor.element_size() % 8 == 0
+    return rows.view(torch.int64 if whole else torch.uint8)
 
 
 def has_cached_logps(examples: Sequence[Example]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from contextlib import suppress
 from pathlib import Path
@@ -12,12 +13,16 @@ import torch
 
 from una_fast.data.chat_template import render_chat
 from una_fast.data.records import RecordError
+from una_fast.logs import say_once
 from una_fast.printable import printable
 from una_fast.rewards.outcome import Failure, Outcome, PromptText, Reward, chat_text, redacted
 from una_fast.rewards.settings import RewardError, RewardSpec, Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+logger = logging.getLogger(__name__)
 
 
 class _Text(NamedTuple):
@@ -122,6 +127,14 @@ class RewardModel(Reward):
             raise ValueError(
                 f"{self.where} lacks the weights {missing}, so its rewards would be random; give a "
                 "checkpoint that was saved with its classification head"
+            )
+        if loading["unexpected_keys"]:
+            left_out = printable(", ".join(sorted(loading["unexpected_keys"])[:5]))
+            say_once(
+                logging.WARNING,
+                f"{self.where} has no place for {len(loading['unexpected_keys'])} weights of its "
+                f"files, and they are left out: {left_out}",
+                logger,
             )
         refuse_non_finite(model.named_parameters(), self.where)
         return model

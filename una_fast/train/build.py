@@ -47,12 +47,13 @@ from una_fast.resolved import (
 )
 from una_fast.rewards.settings import parse_rewards
 from una_fast.rewards.total import Rewards
-from una_fast.train.checkpoint import load_training_state, read_state
+from una_fast.train.checkpoint import read_state
 from una_fast.train.data_checks import check_data
 from una_fast.train.metrics import Clock, Meter
 from una_fast.train.ref_cache import refuse_other_model
 from una_fast.train.report import Reporter
 from una_fast.train.run_data import RunData
+from una_fast.train.training_state import load_training_state
 
 logger = logging.getLogger(__name__)
 

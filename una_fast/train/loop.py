@@ -33,13 +33,15 @@ from una_fast.resolved import ResolvedRun
 from una_fast.rewards.settings import RewardError
 from una_fast.signals import Stopped, requests
 from una_fast.train.build import RunParts, build_run, open_run, refuse_another_run
-from una_fast.train.checkpoint import Saver, complete_checkpoints, read_state, save_final
+from una_fast.train.checkpoint import complete_checkpoints, read_state
 from una_fast.train.manifest import Manifest
 from una_fast.train.metrics import Meter, peak_gib, peak_tflops
 from una_fast.train.ref_cache import date_of_caches, verify_cached_logps
 from una_fast.train.report import model_card
+from una_fast.train.room import tell_of_little_room
 from una_fast.train.run_data import RunData, load_data
 from una_fast.train.run_dir import find_checkpoint, finished_run, line_sizes, locked
+from una_fast.train.saver import Saver, save_final
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +119,7 @@ def _train(config: RunConfig, output_dir: Path, world: World) -> TrainResult:
         trainer.reporter.say(str(report))
     if world.is_main:
         _save_settings(output_dir, config, trainer.resolved, data)
+        tell_of_little_room(output_dir, trainer.policy, config, trainer.reporter.say)
     with requests.deferred():
         steps, metrics = trainer.run()
         card = model_card(config, data.reports, metrics, trainer.policy.is_adapter)

@@ -32,7 +32,7 @@ from una_fast.distributed import World
 from una_fast.files import sha256_of, write_json
 from una_fast.model.policy import Policy
 from una_fast.model.quantized import is_plain
-from una_fast.model.reference import fingerprint
+from una_fast.model.reference import fingerprint, saved_tensors
 from una_fast.model.scoring import Scoring
 from una_fast.printable import printable, shown
 from una_fast.resolved import ResolvedRun
@@ -180,13 +180,13 @@ def _reference_weights(
     policy: Policy, compute: torch.dtype, new_adapter: bool
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights of the reference: under the names and in the dtype of a frozen copy."""
-    for name, parameter in policy.model.named_parameters():
-        if new_adapter and parameter.requires_grad:
+    for name, tensor in saved_tensors(policy.model):
+        if new_adapter and tensor.requires_grad:
             continue
         name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        if is_plain(parameter):
-            parameter = parameter.detach().to(compute)
-        yield name, parameter
+        if is_plain(tensor):
+            tensor = tensor.detach().to(compute)
+        yield name, tensor
 
 
 def tokens_of(examples: Iterable[Example]) -> str:

@@ -14,6 +14,7 @@ import yaml
 from una_fast.config import RunConfig
 from una_fast.data.examples import SourceReport
 from una_fast.distributed import World
+from una_fast.files import named_in_errors
 from una_fast.printable import told, without_secrets
 from una_fast.train.loggers import Loggers
 from una_fast.train.run_dir import rewind_lines
@@ -111,12 +112,9 @@ class Reporter:
 
 def _append(path: Path, text: str) -> None:
     """Add lines to a file; an OSError names the file."""
-    try:
-        # A lone surrogate of a decoded sample becomes its JSON escape.
-        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
-    except OSError as error:  # of a write, which names no file
-        raise OSError(error.errno, error.strerror, str(path)) from None
+    # A lone surrogate of a decoded sample becomes its JSON escape.
+    with named_in_errors(path), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(text)
 
 
 def model_card(

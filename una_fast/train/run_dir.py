@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from una_fast.files import named_in_errors
 from una_fast.printable import printable
 from una_fast.train.checkpoint import (
     all_checkpoints,
@@ -47,11 +48,17 @@ def locked(output_dir: Path) -> Iterator[None]:
         ) from error
     with file:
         _lock(file, output_dir)
-        file.truncate(0)
-        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
-        file.flush()
+        with named_in_errors(path):
+            _write_holder(file)
         # The file stays, unlocked: another run may have opened it already.
         yield
+
+
+def _write_holder(file: IO[str]) -> None:
+    """Write this process into the lock file, for the messages of other runs."""
+    file.truncate(0)
+    file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+    file.flush()
 
 
 def _lock(file: IO[str], output_dir: Path) -> None:
