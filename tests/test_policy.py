@@ -642,6 +642,7 @@ DAMAGE = {  # damage of a directory -> words of the refusal, after the name of t
     "width": (lambda d: edit(d / "config.json", hidden_size=10**9), "larger model than its weight"),
     "vocabulary": (lambda d: edit(d / "config.json", vocab_size=10**8), "larger model than its"),
     "null": (lambda d: edit(d / "config.json", num_hidden_layers=None), "copy"),
+    "window": (lambda d: edit(d / "config.json", sliding_window=0), "sliding_window=0 lets no"),
     "no class": (lambda d: edit(d / "config.json", model_type="none"), "copy"),
     "own code": (
         lambda d: edit(d / "config.json", model_type="x", auto_map={"AutoConfig": "evil.C"}),

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from common import Result, Trial, differences, forked, main, preload, train_words, una_fast
 
+INDEX = "model.safetensors.index.json"
+
 
 def stopped_run(words: list[str], step: int, *, logs: Path | None = None) -> Result:
     """Run a command that is killed right after the checkpoint of a step is complete."""
@@ -74,10 +76,13 @@ def added_files(newest: Path) -> dict[str, Callable[[], None]]:
     """Return ways to put files of others beside the weights."""
 
     def add(name: str) -> Callable[[], None]:
-        return lambda: shutil.copyfile(newest / "model.safetensors", newest / name)
+        def copy() -> None:
+            weights = next(newest.glob("*model.safetensors"))
+            shutil.copyfile(weights, newest / name)
 
-    names = ("pytorch_model.bin", "adapter_model.safetensors", "model.safetensors.index.json")
-    return {f"added {name}": add(name) for name in names}
+        return copy
+
+    return {f"added {name}": add(name) for name in ("pytorch_model.bin", "more.safetensors", INDEX)}
 
 
 def run(trial: Trial) -> None:

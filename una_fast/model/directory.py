@@ -65,6 +65,7 @@ _LAYERS = re.compile(r"(.*_)?(layers?|depths?)")
 _SIZES = re.compile(
     r"(.*_)?(size|dim|window|embeddings)|n_(head|embd|positions|ctx)|num_.*(heads|experts)"
 )
+_WINDOWS = ("sliding_window", "attention_chunk_size")
 _FLOATS = {"F64", "F32", "F16", "BF16"}  # dtypes of safetensors
 
 
@@ -253,6 +254,8 @@ def _check_integer(value: int, file: Path, key: str) -> None:
         _refuse_number(file, key, value, "is larger than any size of a model")
     elif value > MOST_LAYERS and _LAYERS.fullmatch(name):
         _refuse_number(file, key, value, f"is more than {MOST_LAYERS} layers")
+    elif value == 0 and name in _WINDOWS:
+        _refuse_number(file, key, value, "lets no token see any; null is no window")
 
 
 def _refuse_number(file: Path, key: str, value: object, fault: str) -> None:
