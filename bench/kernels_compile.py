@@ -34,7 +34,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from una_fast.kernels import gather, gemm, logp_partials, rowgrad, una_loss
+from una_fast.kernels import gather, gemm, logp_partials, one_read, rowgrad, una_loss
 
 RESULTS = Path(__file__).parent / "results" / "kernels_compile.json"
 TARGETS = {
@@ -46,7 +46,7 @@ TARGETS = {
 DTYPES = ("fp32", "bf16", "fp16")
 FLAGS = [(), ("bias",), ("softcap",), ("bias", "softcap")]
 SPECIALISED = re.compile(
-    r"(row_logps \| fp32|row_\w*grad \| fp32->bf16) \| (bf16 bias softcap|-)$"
+    r"(row_logps \| fp32|(row_grad|one_read) \| fp32->bf16) \| (bf16 bias softcap|-)$"
     r"|gather.* \| -$"
     r"|(linear_logps|mm) \| (bf16|fp32) \| (-|tma|bias softcap|\w+ x \w+ \+=)$"
     r"|merge"
@@ -55,7 +55,7 @@ SPECIALISED = re.compile(
 )
 SUBSET = re.compile(
     r"row_grad \| fp32->bf16 \| fp16 bias softcap \|"
-    r"|row_logps_grad \| fp32->bf16 \| (one|small) "
+    r"|one_read \| fp32->bf16 \| (one|small) "
     r"|row_logps \| fp32 \| softcap "
     r"|gather_backward \| bf16 \| unaligned "
     r"|linear_logps \| fp16 \| bias \| (sm_80|gfx)"
@@ -106,21 +106,62 @@ def split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def row_variants() -> list[Variant]:
-    """Return row_logps, row_grad and row_logps_grad by dtypes, bias and softcap."""
+    """Return row_logps, row_grad and one_read by dtypes, bias and softcap."""
     usual, *wider = rowgrad.BLOCKS
     biases = (None, *DTYPES)
     softcaps = (False, True)
     same = list(zip(DTYPES, DTYPES, strict=True))
     narrowing = [("fp32", "bf16"), ("fp32", "fp16")]
     found = []
-    for logps, grad in ((True, False), (False, True), (True, True)):
+    for logps, grad in ((True, False), (False, True)):
         outputs = {"logps": logps, "grad": grad}
         pairs = same + narrowing if grad else same
         for (u, du), bias, softcap in itertools.product(pairs, biases, softcaps):
             found.append(row_variant(u, du, bias, softcap, usual, **outputs))
         for blocks in wider:
             found.append(row_variant("fp32", "bf16", None, False, blocks, **outputs))
+    wide = [("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "bf16")]
+    for (u, e), bias, softcap in itertools.product(wide, biases, softcaps):
+        found.append(one_read_variant(u, e, bias, softcap, usual))
+    for blocks in wider:
+        found.append(one_read_variant("fp32", "bf16", None, False, blocks))
     return found
+
+
+def one_read_variant(
+    u: str, e: str, bias: str | None, softcap: bool, blocks: tuple[int, int]
+) -> Variant:
+    """Return a launch of one_read_kernel; parameters as of `row_variant`."""
+    types = {"u_ptr": f"*{u}", "e_ptr": f"*{e}", "targets_ptr": "*i64"}
+    types |= {"logp_ptr": "*fp32", "factor_ptr": "*fp32"}
+    if bias:
+        types["bias_ptr"] = f"*{bias}"
+    aligned = (*pointers(types), "u_stride", "e_stride")
+    types |= dict.fromkeys(("u_stride", "e_stride", "width"), "i32")
+    types |= dict.fromkeys(("inner", "outer", "slope_of_all"), "fp32")
+    block, options = split({**rowgrad.LAUNCH, "BLOCK": blocks[0], "num_warps": blocks[1]})
+    flags = {"HAS_BIAS": bool(bias), "HAS_SOFTCAP": softcap}
+    return Variant(
+        f"one_read | {u}->{e} | {_words(bias, softcap, blocks)}",
+        one_read.one_read_kernel,
+        types,
+        {**flags, **block},
+        aligned,
+        options,
+        overwrites=True,
+    )
+
+
+def _words(bias: str | None, softcap: bool, blocks: tuple[int, int]) -> str:
+    """Return what is unusual about a row kernel, for its name."""
+    words = []
+    if bias:
+        words.append(f"{bias} bias")
+    if softcap:
+        words.append("softcap")
+    if blocks != rowgrad.BLOCKS[0]:
+        words.append("{}x{}".format(*blocks))
+    return " ".join(words) or "-"
 
 
 def row_variant(
@@ -161,17 +202,10 @@ def row_variant(
         "LOGPS": logps,
         "GRAD": grad,
     }
-    words = []
-    if bias:
-        words.append(f"{bias} bias")
-    if softcap:
-        words.append("softcap")
-    if blocks != rowgrad.BLOCKS[0]:
-        words.append("{}x{}".format(*blocks))
     name = "_".join(["row"] + ["logps"] * logps + ["grad"] * grad)
     dtypes = f"{u}->{du}" if grad else u
     return Variant(
-        f"{name} | {dtypes} | {' '.join(words) or '-'}",
+        f"{name} | {dtypes} | {_words(bias, softcap, blocks)}",
         rowgrad.rows_kernel,
         types,
         {**flags, **block},

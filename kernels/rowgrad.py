@@ -326,39 +326,17 @@ def row_grad(
     coef: Tensor,
     lse: Tensor,
     *,
-    dtype: torch.dtype,
+    out: Tensor,
     **options: Tensor | float | None,
-) -> Tensor:
-    """Return du = coef * (onehot - softmax(z)) * dz/du, [C, T], over the storage of u (u is lost).
+) -> None:
+    """Write du = coef * (onehot - softmax(z)) * dz/du, [C, T]; u is lost where du lies over it.
 
     u: [C, T] raw logits, as in row_logps
     targets: [C] indices into the whole vocabulary; a target outside the tile has no onehot
     coef: [C] float32, gradient of the loss by the row's log-prob; must be 0 for a row without a
         target (-100), to get zeros
     lse: [C] float32, logsumexp over the whole vocabulary
-    dtype: of du, no wider than u; the row stride of du, in elements of du, is the row stride of u
-        times the ratio of the element sizes
+    out: [C, T] for du, last stride 1: overlay(u, dtype), or elsewhere
     options: as in row_logps
     """
-    du = overlay(u, dtype)
-    _launch(u, targets, lse=lse, du=du, coef=coef, **options)
-    return du
-
-
-def row_logps_grad(
-    u: Tensor,
-    targets: Tensor,
-    coef: Tensor,
-    *,
-    dtype: torch.dtype,
-    **options: Tensor | float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (logsumexp, target logit, du) in one launch, bit for bit row_logps then row_grad.
-
-    For a tile of the whole vocabulary and a coef known beforehand. Arguments as in row_grad.
-    """
-    lse = torch.empty(u.shape[0], dtype=torch.float32, device=u.device)
-    target_logit = torch.empty_like(lse)
-    du = overlay(u, dtype)
-    _launch(u, targets, lse=lse, target_logit=target_logit, du=du, coef=coef, **options)
-    return lse, target_logit, du
+    _launch(u, targets, lse=lse, du=out, coef=coef, **options)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from helpers import MIXED, MIXED_LENGTHS, PAIR, TWO_PAIRS, Problem, evaluate
 from una_fast import Feedback, linear_una_loss
-from una_fast.head.plan import HeadSize, head_size
+from una_fast.head.plan import LOGIT_ROWS, HeadSize, head_size
 
 
 def drawn(
@@ -68,7 +68,14 @@ class Call:
 
     def budget(self, size: int, head: HeadSize) -> int:
         """Bytes."""
-        return int(size * self.rows * head.row_bytes(gathered=True)) + 8
+        rows = size * self.rows
+        copied = head.copied_bytes(gathered=True, sliced=False, trained=True)
+        if head.operand_bytes == head.acc_bytes or rows <= LOGIT_ROWS:
+            return int(rows * head.row_bytes(gathered=True, trained=True)) + 8
+        # Gradients have a buffer of their own.
+        stride = head.stride(head.vocab)
+        logits = LOGIT_ROWS * stride * head.acc_bytes
+        return int(rows * (stride * head.operand_bytes + copied)) + logits
 
     def drawn(
         self, size: int, dim: int, vocab: int, *, device: torch.device, dtype: torch.dtype
@@ -88,9 +95,9 @@ class Call:
         }
 
 
-# 1700 to 9000 rows. As on a CPU in "mixed in every way", an accumulator takes what the logits of 3
+# 1700 to 9000 rows. As on a CPU in "mixed in every way", an accumulator takes what the gradients of 3
 # x size rows do.
-GPU_SIZE, GPU_DIM = 192, 576
+GPU_SIZE, GPU_DIM = 192, 288
 STREAMED = Call(PAIR, (5, 4), 4, 24, "streamed")
 CALLS = {
     "resident pairs": Call(TWO_PAIRS, (4, 3, 3, 2), 7, 24, "resident"),

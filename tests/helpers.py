@@ -203,14 +203,15 @@ class Way:
             lengths=self.lengths, dim=self.dim, vocab=vocab, feedback=self.feedback, **arguments
         )
 
-    def workspace_mb(self, dtype: torch.dtype, vocab: int = 101) -> float:
+    def workspace_mb(self, dtype: torch.dtype, vocab: int = 101, *, trained: bool = True) -> float:
         """The budget that holds `rows` rows; narrow operands need room to be cast as well, as do
         several components for rows gathered from several places.
         """
         narrow = dtype in (torch.bfloat16, torch.float16)
         acc_bytes = 8 if dtype == torch.float64 else 4
         copies = narrow or len(components(self.feedback, self.lengths, False)) > 1
-        row_bytes = acc_bytes * (vocab + 2 * self.dim * copies)
+        # Beside the logits: hidden rows times their factors, or the cast ones.
+        row_bytes = acc_bytes * (vocab + self.dim * (2 * copies + (trained and not narrow)))
         return (self.rows * row_bytes * (8 / 7 if narrow else 1) + 8) / 2**20
 
 

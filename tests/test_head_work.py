@@ -33,7 +33,8 @@ def work(
     p = way.problem(VOCAB, dtype=dtype)
     ref = reference(p, arguments.pop("ref", "cached"))
     if op is linear_una_loss:
-        arguments["workspace_mb"] = way.workspace_mb(dtype)
+        trained = "weight" in arguments.get("train", TRAINED)
+        arguments["workspace_mb"] = way.workspace_mb(dtype, trained=trained)
     with FlopCounter() as counter:
         evaluate(op, p, **ref, **arguments)
     return counter.passes(len(p.hidden), way.dim, VOCAB)
@@ -53,10 +54,13 @@ def test_trained_head(way, dtype):
     """3 passes, 4 where logits are recomputed, 1 for responses in no unit; the reference costs 1 or
     nothing.
     """
+    # What a bfloat16 weight saves of its accumulator holds all logits of so small a call.
+    is_direct = dtype == torch.bfloat16 and way == "pair, a few cells"
     way = WAYS[way]
+    passes = 3 if is_direct else way.passes
     arguments = {"train": TRAINED, "dtype": dtype}
-    assert work(way, **arguments) == pytest.approx(way.passes, abs=1e-9)
-    assert work(way, ref="policy", **arguments) == pytest.approx(way.passes + 1, abs=1e-9)
+    assert work(way, **arguments) == pytest.approx(passes, abs=1e-9)
+    assert work(way, ref="policy", **arguments) == pytest.approx(passes + 1, abs=1e-9)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -104,10 +108,11 @@ def test_weight_only_and_bias_only(way):
     assert work(way, train=("weight",)) == pytest.approx(way.passes - 1, abs=1e-9), (
         "nobody asked for dL/dh"
     )
-    assert work(way, train=("bias",)) == pytest.approx(1, abs=1e-9), (
+    # A sum over rows, each with a factor, is a product with a vector.
+    assert work(way, train=("bias",)) == pytest.approx(1 + 1 / way.dim, abs=1e-9), (
         "a bias needs no [V, D] accumulator"
     )
-    assert work(way, train=("hidden", "bias")) == pytest.approx(2, abs=1e-9)
+    assert work(way, train=("hidden", "bias")) == pytest.approx(2 + 1 / way.dim, abs=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,14 @@ from una_fast.head.torch_engine import LogitTransform
 from una_fast.losses import Objective
 
 pytest.importorskip("triton")
-from una_fast.kernels import gather, gemm, logp_partials, rowgrad, una_loss
+from una_fast.kernels import gather, gemm, logp_partials, one_read, rowgrad, una_loss
 
 CUDA = torch.cuda.is_available()
 pytestmark = [
     # numpy of the interpreter warns of log(0), in unused lanes and in tiles that are all -inf,
     pytest.mark.filterwarnings("ignore:divide by zero encountered in log"),
+    # of ratios to a target without probability,
+    pytest.mark.filterwarnings("ignore:(divide by zero|invalid value) encountered in (div|mul)"),
     # and of exp(2x) above x = 44, which the softcap takes as inf
     pytest.mark.filterwarnings("ignore:overflow encountered in exp"),
 ]
@@ -132,16 +134,14 @@ def test_row_kernels(rows, width, logits, grad, transform):
     check(stats[0], lse, exact)
     check(stats[1], target_logit, exact)
 
-    over = rowgrad.row_grad(u, targets, coef, stats[0], dtype=grad, **options)
+    over = rowgrad.overlay(u, grad)
+    rowgrad.row_grad(u, targets, coef, stats[0], out=over, **options)
     check(over, du, narrow)
-    assert over.data_ptr() == u.data_ptr() and over.dtype == grad
     assert buffer[:, width:].isnan().all(), "the guard columns are as they were"
 
-    again = kept[:, :width]
-    fused = rowgrad.row_logps_grad(again, targets, coef, dtype=grad, **options)
-    for a, b in zip(fused, (*stats, over), strict=True):
-        assert torch.equal(a, b), "the same blocks: the same bits"
-    assert kept[:, width:].isnan().all()
+    beside = torch.empty(rows, width, dtype=grad, device=DEVICE)
+    rowgrad.row_grad(kept[:, :width], targets, coef, stats[0], out=beside, **options)
+    assert torch.equal(beside, over), "the same blocks: the same bits"
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,8 @@ def test_the_slope_of_a_softcap_is_exact_at_both_caps(dtype, tolerance):
     coef = (-1 / slope).float()
     targets = torch.full((len(x),), -100, device=DEVICE)
     lse, _ = rowgrad.row_logps(u, targets, softcap=softcap)
-    du = rowgrad.row_grad(u, targets, coef, lse, dtype=dtype, softcap=softcap)
+    du = rowgrad.overlay(u, dtype)
+    rowgrad.row_grad(u, targets, coef, lse, out=du, softcap=softcap)
     error = (du.squeeze(1).double() - 1).abs()
     worst = int(error.argmax())
     assert error[worst] <= tolerance, f"slope off by {error[worst]:.1e} at x = {x[worst]:.2f}"
@@ -172,10 +173,15 @@ def test_a_softcap_of_extreme_logits_is_finite():
     u = torch.tensor([[1e30, -1e30, 300.0, -300.0, 0.0]], device=DEVICE)
     targets = torch.tensor([4], device=DEVICE)
     coef = torch.ones(1, device=DEVICE)
-    expected = truth(u, targets, LogitTransform(softcap=2.0), None, 0, coef)
-    actual = rowgrad.row_logps_grad(u, targets, coef, dtype=torch.float32, softcap=2.0)
-    for a, b in zip(actual, expected, strict=True):
-        check(a, b, SOFTCAP)
+    lse, target_logit, du = truth(u, targets, LogitTransform(softcap=2.0), None, 0, coef)
+    stats = rowgrad.row_logps(u, targets, softcap=2.0)
+    check(stats[0], lse, SOFTCAP)
+    check(stats[1], target_logit, SOFTCAP)
+    logps, actual = one_read_of(u.clone(), targets, coef, softcap=2.0)
+    check(logps, target_logit - lse, SOFTCAP)
+    check(actual, du, SOFTCAP)
+    rowgrad.row_grad(u, targets, coef, stats[0], out=u, softcap=2.0)
+    check(u, du, SOFTCAP)
 
 
 def test_row_kernels_on_logits_of_minus_infinity():
@@ -186,9 +192,70 @@ def test_row_kernels_on_logits_of_minus_infinity():
     bias[: BLOCK + 3] = float("-inf")
     targets[:] = torch.tensor([BLOCK + 5, BLOCK + 9])
     lse, target_logit, du = truth(u, targets, LogitTransform(), bias, 0, coef)
-    actual = rowgrad.row_logps_grad(u, targets, coef, dtype=torch.float32, bias=bias)
-    for a, b in zip(actual, (lse, target_logit, du.nan_to_num()), strict=True):
-        check(a, b, 1e-6)
+    stats = rowgrad.row_logps(u, targets, bias=bias)
+    check(stats[0], lse, 1e-6)
+    check(stats[1], target_logit, 1e-6)
+    logps, actual = one_read_of(u.clone(), targets, coef, bias=bias)
+    check(logps, target_logit - lse, 1e-6)
+    check(actual, du.nan_to_num(), 1e-6)
+    rowgrad.row_grad(u, targets, coef, stats[0], out=u, bias=bias)
+    check(u, du.nan_to_num(), 1e-6)
+
+
+# ---- one read ----
+
+
+def one_read_of(u, targets, coef, out=None, **options):
+    """Return ([C] log-probs, [C, V] float64 gradient) of one_read; E over the logits, or in out."""
+    out = u if out is None else out
+    logps, factors = one_read.one_read(u, targets, out=out, **options)
+    return logps, out.double() * (coef.double() * factors.double()).unsqueeze(1)
+
+
+# what is added to the targets' logits: log-probs from -1e-30 down to -400
+BOOSTS = (120.0, 40.0, 0.0, -60.0, -130.0, -400.0)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("grad", [torch.float32, *([torch.bfloat16] if CUDA else [])], ids=str)
+@pytest.mark.parametrize("width", [1, BLOCK, 3 * BLOCK + 5])
+def test_one_read_is_exact_at_any_log_prob(width, grad, transform):
+    """Beyond e^100 times the target's probability the shift moves, once or block after block."""
+    rows = len(BOOSTS)
+    buffer, u, targets, coef = row_case(rows, width, torch.float32, 0)
+    targets.clamp_(0, width - 1)
+    coef = torch.randn(rows, generator=generator(3)).to(DEVICE)
+    u[torch.arange(rows), targets] += torch.tensor(BOOSTS, device=DEVICE)
+    # The largest logits come last: every block moves the shift of the last rows.
+    u += torch.arange(width, device=DEVICE) // BLOCK * 70.0 * (coef < 0).unsqueeze(1)
+    bias = torch.randn(width, generator=generator(1)).to(DEVICE) if width > 1 else None
+    options = {"bias": bias, **vars(transform)}
+    lse, target_logit, du = truth(u, targets, transform, bias, 0, coef)
+    beside = torch.empty(rows, width, dtype=grad, device=DEVICE)
+    logps, apart = one_read_of(u.clone(), targets, coef, beside, **options)
+    exact = 2e-6 if transform.softcap is None else SOFTCAP
+    assert_close(logps.double().cpu(), target_logit - lse, rtol=5e-7, atol=exact)
+    largest = du.abs().amax(1, keepdim=True).clamp_min(1e-15)
+    narrow = {torch.float32: 30 * exact, torch.bfloat16: 8e-3}[grad]
+    assert_close(apart.cpu() / largest, du / largest, rtol=narrow, atol=exact)
+
+    over = rowgrad.overlay(u, grad)
+    again, above = one_read_of(u, targets, coef, over, **options)
+    assert torch.equal(again, logps) and torch.equal(above, apart), "the same blocks: the same bits"
+    assert buffer[:, width:].isnan().all(), "the guard columns are as they were"
+
+
+def test_one_read_of_a_target_that_is_not_there():
+    """Masked: a log-prob of -inf, and no NaN in the gradient. Outside: no onehot."""
+    u = torch.randn(2, 9, generator=generator()).to(DEVICE)
+    u[0, 4] = float("-inf")
+    targets = torch.tensor([4, 9], device=DEVICE)
+    coef = torch.ones(2, device=DEVICE)
+    logps, du = one_read_of(u.clone(), targets, coef)
+    assert logps[0] == float("-inf")
+    expected = -torch.softmax(u.double(), 1)
+    expected[0, 4] = 1.0
+    check(du, expected.cpu(), 1e-6)
 
 
 def test_row_kernels_take_any_row_stride_and_no_rows():
@@ -484,10 +551,12 @@ def test_no_rows_launch_nothing(monkeypatch):
     weight = torch.zeros(5, 9, dtype=torch.float16, device=DEVICE)
     targets = torch.zeros(0, dtype=torch.int64, device=DEVICE)
     none = torch.zeros(0, device=DEVICE)
-    stats = rowgrad.row_logps_grad(logits.float(), targets, none, dtype=torch.float16)
+    stats = rowgrad.row_logps(logits, targets)
+    rowgrad.row_grad(logits, targets, none, stats[0], out=logits)
+    scores = one_read.one_read(logits, targets, out=logits.float())
     both = gather.gather_logps(logits, targets)
     linear = logp_partials.linear_logps(logits, weight, targets)
-    for x in (*stats[:2], *both, *linear):
+    for x in (*stats, *scores, *both, *linear):
         assert x.shape == (0,) and x.dtype == torch.float32
     for out in (None, logits):
         grad = gather.gather_logps_backward(logits, targets, none, none, out=out)
@@ -519,9 +588,16 @@ def test_offsets_beyond_32_bits():
     logps, sums = gather.gather_logps(u, targets)
     check(logps, target_logit - lse, 1e-5)
     check(sums, lse, 1e-5)
-    actual = rowgrad.row_logps_grad(u, targets, coef, dtype=torch.float16)
-    for a, b in zip(actual, (lse, target_logit, du), strict=True):
-        check(a, b, 1e-3)
+    stats = rowgrad.row_logps(u, targets)
+    check(stats[0], lse, 1e-3)
+    check(stats[1], target_logit, 1e-3)
+    rowgrad.row_grad(u, targets, coef, stats[0], out=u)
+    check(u, du, 1e-3)
+    u.copy_(kept)
+    wide = torch.empty(3, u.shape[1], device=DEVICE)
+    logps, apart = one_read_of(u, targets, coef, wide)
+    check(logps, target_logit - lse, 1e-5)
+    check(apart, du, 1e-5)
     u.copy_(kept)
     check(gather.gather_logps_backward(u, targets, sums, coef, out=u), du, 1e-3)
 

@@ -54,25 +54,29 @@ class PlannedHead:
         self.lengths = batch.cu_seqlens.diff().tolist()
         self.flop = 0.0
 
-    def size(self, weight: Tensor) -> HeadSize:
-        """Return the size of the head of a weight."""
-        return head_size(*weight.shape, self.device, weight.itemsize)
+    def size(self, weight: Tensor, leaf: torch.dtype | None = None) -> HeadSize:
+        """Return the size of the head of a weight; leaf: dtype of the gradient, if any."""
+        leaf_bytes = leaf.itemsize if leaf == torch.bfloat16 else None
+        return head_size(*weight.shape, self.device, weight.itemsize, leaf_bytes)
 
     def budget(self, size: HeadSize) -> int:
         """Return the bytes for tiles."""
         return tile_budget(self.workspace, cast=size.cast)
 
-    def allocate(self, size: HeadSize, tile: Tile, *, gathered: bool) -> list[Tensor]:
+    def allocate(
+        self, size: HeadSize, tile: Tile, *, gathered: bool, trained: bool = False
+    ) -> list[Tensor]:
         """Allocate the workspace of a pass: logits, copies of hidden rows, casts, temporaries."""
-        logits = tile.rows * size.stride(tile.vocab) * size.acc_bytes
-        copies = tile.rows * size.copied_bytes(gathered, tile.vocab < size.vocab)
+        logits = tile.logit_bytes(size)
+        copies = tile.rows * size.copied_bytes(gathered, tile.vocab < size.vocab, trained)
         cast = block = 0
         if size.cast:
             whole = size.vocab * size.hidden * size.acc_bytes
             cast = min(cast_bytes(self.workspace), whole)
         if self.device == "cpu":
             block = min(CACHE_BLOCK_BYTES, logits)  # of the row operations
-        return [torch.empty(n, dtype=torch.int8) for n in (logits, copies, cast, block)]
+        sizes = (logits, tile.gradient_bytes(size), copies, cast, block)
+        return [torch.empty(n, dtype=torch.int8) for n in sizes]
 
     def logps(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Stand in for sequence_logps: a scalar without a number."""
@@ -98,8 +102,8 @@ class _PlannedLoss(torch.autograd.Function):
     ) -> Tensor:
         with memory_category("head"):
             operand = _autocast_copy(weight)  # lives as long as the pass
-            size = head.size(operand)
             trained = ctx.needs_input_grad[1]
+            size = head.size(operand, weight.dtype if trained else None)
             width = size.hidden if trained else 0
             with unset_fake_temporarily():  # the plan reads the feedback
                 plan = make_plan(
@@ -111,10 +115,11 @@ class _PlannedLoss(torch.autograd.Function):
                     length_normalize=head.normalize,
                 )
             head.flop += cost(plan, head.lengths, size, width).flop
-            live = head.allocate(size, plan.tile, gathered=plan.gathered)
+            live = head.allocate(size, plan.tile, gathered=plan.gathered, trained=trained)
             live += [torch.empty(weight.shape, dtype=torch.float32) for _ in range(plan.scratch)]
             ctx.hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-            ctx.weight = torch.empty(weight.shape, dtype=torch.float32) if trained else None
+            dtype = weight.dtype if plan.direct else torch.float32
+            ctx.weight = torch.empty(weight.shape, dtype=dtype) if trained else None
             del live, operand  # freed once the gradients are there
         ctx.dtype = weight.dtype
         ctx.bias = None if bias is None else torch.empty_like(bias)

@@ -51,7 +51,8 @@ def describe_op(rows: int, hidden: int, vocab: int, settings: PlanConfig) -> str
             f"--op {rows} {hidden} {vocab}: N, D and V must be positive, and N at least "
             f"{responses} here"
         )
-    size = head_size(vocab, hidden, settings.device, 2 if settings.device == "cuda" else 4)
+    number = 2 if settings.device == "cuda" else 4
+    size = head_size(vocab, hidden, settings.device, number, number)
     budget = workspace_bytes(settings.device, settings.workspace_mb)
     bounds = [rows * i // responses for i in range(responses + 1)]
     lengths = [b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
@@ -105,14 +106,17 @@ def _work(
 
 def _memory(plan: Plan, rows: int, size: HeadSize, width: int) -> list[str]:
     """Return the lines on bytes: workspace, gradients, and the [N, V] logits of other methods."""
-    logits = plan.tile.rows * size.stride(plan.tile.vocab) * size.acc_bytes
-    accumulator = _mib(size.vocab * width * size.acc_bytes)
+    logits = _mib(plan.tile.logit_bytes(size))
+    if plan.tile.logit_rows is not None:
+        logits += f", their gradients {_mib(plan.tile.gradient_bytes(size))}"
+    number, name = (size.leaf_bytes, "bfloat16") if plan.direct else (size.acc_bytes, "float32")
+    accumulator = _mib(size.vocab * width * number)
     scratch = ""
     if plan.scratch and width:
         scratch = f", {plan.scratch} more accumulators of {accumulator}"
-    of_head = f", head {accumulator} in float32" if width else ""
+    of_head = f", head {accumulator} in {name}" if width else ""
     return [
-        f"workspace  logits {_mib(logits)}{scratch}",
+        f"workspace  logits {logits}{scratch}",
         f"gradients  hidden {_mib(rows * size.hidden * size.operand_bytes)}{of_head}",
         f"never      [N, V] logits: {_mib(rows * size.vocab * size.acc_bytes)} in float32",
     ]

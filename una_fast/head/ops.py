@@ -163,8 +163,10 @@ def linear_una_loss(
             if logps is None:
                 logps, _ = head.logps(hidden, targets)
             return loss.output(logps)
-    plan = head.plan(feedback, lengths, needs[1], needs[2], objective.length_normalize)
-    job = OnePass(head, plan, hidden, targets, loss, needs)
+    leaf = leaves[1].dtype
+    train_weight = leaf if needs[1] else None
+    plan = head.plan(feedback, lengths, train_weight, needs[2], objective.length_normalize)
+    job = OnePass(head, plan, hidden, targets, loss, needs, leaf)
     return UnaOutput(*_LinearUna.apply(*leaves, job))
 
 

@@ -7,8 +7,8 @@ autograd, on detached tensors; ops.py puts the autograd functions on top.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,12 +26,13 @@ from una_fast.head.plan import (
     forward_plan,
     holds_both,
     make_plan,
+    pieces_of,
     span_rows,
     tile_budget,
     workspace_bytes,
 )
 from una_fast.head.segment_loss import Lengths, SegmentLoss
-from una_fast.head.torch_engine import LogitTransform, TorchEngine, log_probs
+from una_fast.head.torch_engine import LogitTransform, TorchEngine, log_probs, where_known
 from una_fast.logs import say_once
 from una_fast.losses import UnaOutput
 
@@ -69,6 +70,7 @@ class Head:
         self.size = self.engine.size()
         self.budget = tile_budget(self.workspace, cast=self.engine.cast)
         self._buffer: Tensor | None = None
+        self._gradients: Tensor | None = None
 
     # --- plans ---
 
@@ -80,7 +82,7 @@ class Head:
         self,
         feedback: Feedback,
         lengths: Lengths,
-        train_weight: bool,
+        train_weight: torch.dtype | None,
         train_bias: bool,
         length_normalize: bool,
     ) -> Plan:
@@ -88,13 +90,18 @@ class Head:
 
         feedback: units over the responses
         lengths: bounds of the responses
-        train_weight, train_bias: wanted gradients
+        train_weight: dtype of the wanted gradient of the weight, if any
+        train_bias: the gradient of the bias is wanted
         length_normalize: log-ratios are means over tokens
         """
+        leaf_bytes = None
+        # float16 loses small numbers before a loss scale is multiplied in.
+        if train_weight == torch.bfloat16:
+            leaf_bytes = train_weight.itemsize
         plan = make_plan(
             feedback,
             lengths.ints,
-            self.size,
+            replace(self.size, leaf_bytes=leaf_bytes),
             budget=self.budget,
             accumulator_width=self.dim if train_weight else int(train_bias),
             length_normalize=length_normalize,
@@ -119,17 +126,48 @@ class Head:
 
     def drop_buffer(self) -> Head:
         """Free the logits, and return the head."""
-        self._buffer = None
+        self._buffer = self._gradients = None
         return self
 
     def buffer(self, tile: Tile, rows: int, width: int) -> Tensor:
         """Return a [rows, width] view of the logits buffer, with the row stride of the engine."""
         if self._buffer is None:
-            size = tile.rows * self.size.stride(tile.vocab)
-            device = self.engine.weight.device
-            self._buffer = torch.empty(size, dtype=self.engine.acc, device=device)
+            self._buffer = self._empty(tile.logit_bytes(self.size), self.engine.acc)
+        return self._view(self._buffer, rows, width)
+
+    def _empty(self, size: int, dtype: torch.dtype) -> Tensor:
+        """Return memory of `size` bytes on the device of the head."""
+        return torch.empty(size // dtype.itemsize, dtype=dtype, device=self.engine.weight.device)
+
+    def _view(self, memory: Tensor, rows: int, width: int) -> Tensor:
+        """Return the start of memory as [rows, width], with the row stride of the engine."""
         stride = self.size.stride(width)
-        return self._buffer[: rows * stride].view(rows, stride)[:, :width]
+        return memory[: rows * stride].view(rows, stride)[:, :width]
+
+    def gradients(
+        self,
+        hidden: Tensor,
+        vocab: Span,
+        tile: Tile,
+        replace_: Callable[[slice, Tensor, Tensor | None], Tensor],
+    ) -> Tensor:
+        """Return [C, T] gradients of logits, in a buffer: valid until the next call.
+
+        hidden: [C, D]
+        vocab: range of T entries
+        tile: of the plan
+        replace_: is given rows, their logits, and where their gradients go (None: over the logits);
+            returns the gradients
+        """
+        rows, width = len(hidden), vocab[1] - vocab[0]
+        if tile.logit_rows is None:
+            return replace_(slice(0, rows), self.logits(hidden, vocab, tile), None)
+        if self._gradients is None:
+            self._gradients = self._empty(tile.gradient_bytes(self.size), self.engine.operand)
+        gradients = self._view(self._gradients, rows, width)
+        for piece in _pieces(rows, tile):
+            replace_(piece, self.logits(hidden[piece], vocab, tile), gradients[piece])
+        return gradients
 
     def slices(self, tile: Tile) -> list[Span]:
         """Return the vocabulary ranges of the tiles of a row."""
@@ -145,10 +183,13 @@ class Head:
     # --- log-probs ---
 
     def chunk_stats(self, hidden: Tensor, targets: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
-        """Return ([C] logsumexp, [C] target logit) of a chunk.
-
-        The logits of a tile over all V stay in the buffer.
-        """
+        """Return ([C] logsumexp, [C] target logit) of a chunk."""
+        if tile.logit_rows is not None and len(hidden) > tile.logit_rows:
+            parts = [
+                self.chunk_stats(hidden[p], targets[p], tile) for p in _pieces(len(hidden), tile)
+            ]
+            lse, target_logit = zip(*parts, strict=True)
+            return torch.cat(lse), torch.cat(target_logit)
         if tile.vocab < self.vocab:
             self.drop_buffer()  # makes room for partial sums
             stats = self.engine.linear_logps(hidden, targets, self.budget)
@@ -213,12 +254,18 @@ class Grads:
     """Gradients under construction.
 
     hidden: [N, D]
-    weight, bias: [V, D] and [V] in the accumulator dtype
+    weight, bias: [V, D] and [V] in the accumulator dtype, or the weight's in a narrower one
     missing: factors not multiplied in yet
     """
 
     def __init__(
-        self, head: Head, tile: Tile, weight: bool, bias: bool, hidden: Tensor | None = None
+        self,
+        head: Head,
+        tile: Tile,
+        weight: bool,
+        bias: bool,
+        hidden: Tensor | None = None,
+        weight_dtype: torch.dtype | None = None,
     ) -> None:
         """Allocate the gradients of the head.
 
@@ -226,6 +273,7 @@ class Grads:
         tile: logits in memory at once
         weight, bias: wanted gradients
         hidden: [N, D] to be written row by row; None: not wanted
+        weight_dtype: of a weight gradient that a single chunk writes; None: the accumulator's
         """
         device, acc = head.engine.weight.device, head.engine.acc
         self.engine = head.engine
@@ -234,7 +282,8 @@ class Grads:
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
         if weight:
-            self.weight = torch.empty(head.vocab, head.dim, dtype=acc, device=device)
+            dtype = weight_dtype or acc
+            self.weight = torch.empty(head.vocab, head.dim, dtype=dtype, device=device)
         if bias:
             self.bias = torch.empty(head.vocab, dtype=acc, device=device)
         self.of_head = [x for x in (self.weight, self.bias) if x is not None]
@@ -242,47 +291,74 @@ class Grads:
         self.missing = Missing()
 
     def add(
-        self, spans: Sequence[Span], hidden: Tensor, tiles: Iterable[tuple[Span, Tensor]]
+        self,
+        spans: Sequence[Span],
+        hidden: Tensor,
+        tiles: Iterable[tuple[Span, Tensor]],
+        factors: Tensor | None = None,
+        *,
+        scale_rows: bool = True,
     ) -> None:
         """Add the gradients of a chunk.
 
         spans: rows of the chunk
         hidden: [C, D], the rows of the spans
         tiles: (vocabulary range, du [C, T]) of every tile of the chunk
+        factors: [C] factors that the rows of du lack; None: 1
+        scale_rows: multiply the rows of the hidden gradient by the factors now; else they are
+            missing, and the caller's to count
         """
         self._settle()
+        in_place = self._in_place(spans, is_scaled=factors is not None and scale_rows)
+        if factors is not None:
+            factors = factors.unsqueeze(1)
+            if self.of_head:
+                hidden = self.engine.scaled_operand(hidden, factors)
         rows = None
         for vocab, du in tiles:
             if self.hidden is not None:
-                rows = self._rows_to_write(spans) if rows is None else rows
+                if rows is None:
+                    rows = self._rows_to_write(spans, in_place)
                 self.engine.hidden_grad(du, vocab, rows, vocab[0] > 0)
             if self.weight is not None:
                 weight = self.weight[slice(*vocab)]
                 self.engine.weight_grad(du, hidden, weight, self.started)
             if self.bias is not None:
-                self._add_bias(vocab, du)
+                self._add_bias(vocab, du, factors)
         self.started = True
-        if rows is not None and not self._in_place(spans):
+        if rows is None:
+            return
+        if factors is not None and scale_rows:
+            rows.mul_(factors)
+        if not in_place:
             _put(self.hidden, spans, rows)
 
-    def _add_bias(self, vocab: Span, du: Tensor) -> None:
+    def _add_bias(self, vocab: Span, du: Tensor, factors: Tensor | None) -> None:
         bias = self.bias[slice(*vocab)]
-        total = du.sum(0, dtype=bias.dtype)
+        if factors is None:
+            total = du.sum(0, dtype=bias.dtype)
+        else:
+            total = self.engine.weighted_sum(du, factors)
         bias.copy_(bias + total if self.started else total)
 
-    def _in_place(self, spans: Sequence[Span]) -> bool:
-        """Return whether GEMMs can write the rows of the hidden gradient themselves."""
-        if len(spans) > 1 or not self.engine.writes(self.hidden.dtype):
+    def _in_place(self, spans: Sequence[Span], is_scaled: bool) -> bool:
+        """Return whether GEMMs can write the rows of the hidden gradient themselves.
+
+        is_scaled: the rows are scaled afterwards, and rounded once: in the accumulator dtype
+        """
+        if self.hidden is None or len(spans) > 1 or not self.engine.writes(self.hidden.dtype):
+            return False
+        if is_scaled and self.hidden.dtype != self.engine.acc:
             return False
         # Over slices the rows are a running sum, kept in the accumulator dtype.
         return self.hidden.dtype == self.engine.acc or not self.sliced
 
-    def _rows_to_write(self, spans: Sequence[Span]) -> Tensor:
+    def _rows_to_write(self, spans: Sequence[Span], in_place: bool) -> Tensor:
         """Return [C, D] for GEMMs to write, and to add to over slices.
 
         The rows of the gradient itself, or an accumulator beside the gradient.
         """
-        if self._in_place(spans):
+        if in_place:
             return self.hidden[slice(*spans[0])]
         shape = (span_rows(spans), self.hidden.shape[1])
         return torch.empty(shape, dtype=self.engine.acc, device=self.hidden.device)
@@ -347,12 +423,23 @@ def recompute(
     def tiles(rows: Tensor, spans: Sequence[Span]) -> Iterator[tuple[Span, Tensor]]:
         labels, factors, sums = (_take(x, spans) for x in (targets, coef, lse))
         for vocab in head.slices(tile):
-            u = head.logits(rows, vocab, tile)
-            yield vocab, head.engine.row_grad_(u, labels, vocab, factors, sums)
+
+            def replace_(p: slice, u: Tensor, out: Tensor | None, vocab: Span = vocab) -> Tensor:
+                return head.engine.row_grad_(u, labels[p], vocab, factors[p], sums[p], out)
+
+            yield vocab, head.gradients(rows, vocab, tile, replace_)
 
     for spans in cuts:
         rows = _take(hidden, spans)
         grads.add(spans, rows, tiles(rows, spans))
+
+
+def _pieces(rows: int, tile: Tile) -> Iterator[slice]:
+    """Yield the rows of a chunk whose logits are in memory at once."""
+    start = 0
+    for count in pieces_of(rows, tile):
+        yield slice(start, start + count)
+        start += count
 
 
 def _take(x: Tensor, spans: Sequence[Span]) -> Tensor:
@@ -384,6 +471,7 @@ class OnePass:
         targets: Tensor,
         loss: SegmentLoss,
         needs: Sequence[bool],
+        weight_dtype: torch.dtype,
     ) -> None:
         """Prepare a call.
 
@@ -393,11 +481,13 @@ class OnePass:
         targets: [N]
         loss: from token log-probs to the loss
         needs: whether hidden, weight and bias want a gradient
+        weight_dtype: of the leaf of the weight
         """
         self.head, self.plan, self.targets, self.loss = head, plan, targets, loss
         self.hidden = hidden.detach()
         self.lengths = loss.lengths
         self.need_hidden, self.need_weight, self.need_bias = needs
+        self.weight_dtype = weight_dtype if plan.direct else None
         self.whole = (0, head.vocab)
 
     def run(self) -> tuple[UnaOutput, Grads]:
@@ -425,7 +515,8 @@ class OnePass:
         return self.plan.cuts(responses, self.lengths.cu)
 
     def _make_grads(self, hidden: Tensor | None) -> Grads:
-        return Grads(self.head, self.plan.tile, self.need_weight, self.need_bias, hidden)
+        wanted = (self.need_weight, self.need_bias)
+        return Grads(self.head, self.plan.tile, *wanted, hidden, self.weight_dtype)
 
     def _per_row(self, per_response: Tensor) -> Tensor:
         return self.lengths.per_row(per_response.to(self.logps.dtype))
@@ -440,11 +531,24 @@ class OnePass:
     def _resident(self, block: Sequence[int]) -> None:
         """Compute whole components in a chunk: coefficients are known before du is formed."""
         (spans,) = self._cuts(block)
-        hidden, targets, lse = self._forward(spans)
+        hidden, scores, factors = self._one_read(spans)
         coef = _take(self._per_row(self.loss.coefficients(self.logps)), spans)
-        u = self.head.buffer(self.plan.tile, len(hidden), self.head.vocab)
-        du = self.head.engine.row_grad_(u, targets, self.whole, coef, lse)
-        self.grads.add(spans, hidden, [(self.whole, du)])
+        self.grads.add(spans, hidden, [(self.whole, scores)], coef * factors)
+
+    def _one_read(self, spans: Sequence[Span]) -> tuple[Tensor, Tensor, Tensor]:
+        """Write the log-probs of a chunk; return hidden rows, unscaled du and the factors of it."""
+        hidden, targets = _take(self.hidden, spans), _take(self.targets, spans)
+        logps = torch.empty(len(hidden), dtype=self.logps.dtype, device=hidden.device)
+        factors = torch.empty_like(logps)
+
+        def replace_(piece: slice, u: Tensor, out: Tensor | None) -> Tensor:
+            found = self.head.engine.one_read_(u, targets[piece], out)
+            logps[piece], scores, factors[piece] = found
+            return scores
+
+        scores = self.head.gradients(hidden, self.whole, self.plan.tile, replace_)
+        _put(self.logps, spans, where_known(logps, targets, self.head.vocab))
+        return hidden, scores, factors
 
     def _stream(self) -> None:
         """Build the gradients of streamed responses before the coefficients are known.
@@ -458,6 +562,7 @@ class OnePass:
                 for i, factor in zip(group.responses, group.factors, strict=True):
                     factors[i], streamed[i] = factor, 1.0
         device = self.hidden.device
+        self.row_factors = torch.ones_like(self.logps)
         factors_S = constant(tuple(factors), torch.float64, device)
         streamed_S = constant(tuple(streamed), torch.float64, device) > 0
         if self.grads.of_head:
@@ -465,7 +570,8 @@ class OnePass:
         else:
             self._stream_frozen_head(factors_S)
         scalars_S = self.loss.coefficients(self.logps) / factors_S
-        self.grads.missing.rows = self._per_row(torch.where(streamed_S, scalars_S, 1.0))
+        scalars_N = self._per_row(torch.where(streamed_S, scalars_S, 1.0))
+        self.grads.missing.rows = scalars_N * self.row_factors
 
     def _stream_frozen_head(self, factors_S: Tensor) -> None:
         """Stream all rows: no sum crosses rows, so every row is scaled last."""
@@ -497,14 +603,15 @@ class OnePass:
                     self.grads.fold(sums, scalar)
 
     def _stream_rows(self, responses: Sequence[int], factors_N: Tensor, grads: Grads) -> None:
-        """Write log-probs, and add gradients without the scalar of the group."""
+        """Write log-probs, and add gradients without the scalar of the group.
+
+        Rows of the hidden gradient wait for the scalar, and lack the other factors as well.
+        """
         for spans in self._cuts(responses):
-            hidden, targets = _take(self.hidden, spans), _take(self.targets, spans)
-            u = self.head.logits(hidden, self.whole, self.plan.tile)
-            factors = _take(factors_N, spans)
-            lse, target_logit, du = self.head.engine.row_logps_grad_(u, targets, factors)
-            _put(self.logps, spans, log_probs(target_logit, lse, targets, self.head.vocab))
-            grads.add(spans, hidden, [(self.whole, du)])
+            hidden, scores, factors = self._one_read(spans)
+            factors = factors * _take(factors_N, spans)
+            _put(self.row_factors, spans, factors)
+            grads.add(spans, hidden, [(self.whole, scores)], factors, scale_rows=False)
 
     def _recompute(self) -> None:
         """Compute log-probs first, then the logits again with known coefficients."""

@@ -6,6 +6,9 @@ the plan picks the cheapest way within the budget; a GEMM pass is 2 N D V flop:
 
     resident     the component fits in a chunk: all logits are in memory when c_i becomes known
                                                                                         3 passes
+    direct       resident, and the only chunk of the call: the gradient of a bfloat16 weight is
+                 written once, in its own dtype, where other ways need an accumulator in float32
+                 beside it. What is saved may hold logits instead                       3 passes
     streamed     gradients are built without c_i and multiplied by c_i at the end. A component that
                  depends on one number (one response, or one pair) needs one accumulator, any other
                  component one per response. The first streamed component uses the weight gradient
@@ -18,8 +21,7 @@ With a frozen head nothing is accumulated across rows: everything streams, each 
 Every chunk of a trained head reads and writes the [V, D] gradient. When the budget holds few rows
 of logits, tiles of many rows and a slice of the vocabulary do better although they recompute: the
 logsumexp of a row needs all slices. Such a plan is *sliced*: by decision of the cost model, or for
-    a
-budget below a row of logits.
+a budget below a row of logits.
 
 Cost model (`cost`): a GEMM takes the longer of flop and operand bytes; bytes written by GEMMs, and
 bytes read and written by row operations, come on top. Rates are the rates of a `Machine`.
@@ -37,6 +39,10 @@ from una_fast.feedback import PAIR, Feedback
 
 DEFAULT_WORKSPACE_MB = {"cpu": 256, "cuda": 2048}
 CAST_SHARE = 8  # one byte in 8 of the workspace is for slices of a weight that GEMMs need cast
+# Rows of float32 logits at once, where the gradient that replaces them is narrower and has a buffer
+# of its own: a product of so many rows still takes longer than reading the weight.
+LOGIT_ROWS = 256
+CLEARLY = 0.97  # of the modelled time: what another kernel must save to be taken
 FEW_ROWS = 1024  # below so many rows per chunk, rereading weight and gradient shows in the time
 
 Span = tuple[int, int]  # rows [start, stop)
@@ -92,6 +98,7 @@ class HeadSize:
     quantum: chunks of more than `quantum` rows are multiples of `quantum`
     machine: rates of the device; None: unknown, and the vocabulary is sliced only if a row of
         logits does not fit
+    leaf_bytes: bytes of a number of the weight's gradient, as the caller gets it; None: acc_bytes
     """
 
     vocab: int
@@ -102,39 +109,54 @@ class HeadSize:
     align: int = 1
     quantum: int = 1
     machine: Machine | None = None
+    leaf_bytes: int | None = None
 
     def stride(self, vocab: int) -> int:
         """Return the logits per row of a buffer for `vocab` logits."""
         return -(-vocab // self.align) * self.align
 
-    def copied_bytes(self, gathered: bool, sliced: bool) -> int:
+    def copied_bytes(self, gathered: bool, sliced: bool, trained: bool) -> int:
         """Return the bytes per row of copies of the hidden state and of the hidden gradient.
 
-        Copies are made if operands are cast, if the rows of a chunk are gathered from several
-        places, and if a gradient narrower than the accumulator is summed over slices.
+        gathered: the rows of a chunk come from several places
+        sliced: the gradient of a row is summed over slices of the vocabulary
+        trained: the rows of a trained head are multiplied by factors, on both sides
+
+        Sums and products are rounded once: they are in the accumulator dtype.
         """
         if self.cast:
             return self.hidden * 2 * self.acc_bytes
-        if gathered:
-            return self.hidden * (self.operand_bytes + self.acc_bytes)
-        if sliced and self.operand_bytes < self.acc_bytes:
-            return self.hidden * self.acc_bytes
-        return 0
+        scaled = trained and not sliced
+        copied = 0
+        if gathered or ((sliced or scaled) and self.operand_bytes < self.acc_bytes):
+            copied += self.acc_bytes
+        copied += self.operand_bytes * (gathered + scaled)
+        return self.hidden * copied
 
-    def row_bytes(self, gathered: bool) -> int:
+    def row_bytes(self, gathered: bool, trained: bool) -> int:
         """Return the bytes of a row of a chunk over the whole vocabulary."""
-        return self.stride(self.vocab) * self.acc_bytes + self.copied_bytes(gathered, sliced=False)
+        copied = self.copied_bytes(gathered, sliced=False, trained=trained)
+        return self.stride(self.vocab) * self.acc_bytes + copied
+
+    @property
+    def accumulator_excess(self) -> int:
+        """Return the bytes of a [V, D] accumulator beyond the bytes of the returned gradient."""
+        leaf = self.acc_bytes if self.leaf_bytes is None else self.leaf_bytes
+        return self.vocab * self.hidden * (self.acc_bytes - leaf)
 
 
-def head_size(vocab: int, hidden: int, device: str, operand_bytes: int) -> HeadSize:
+def head_size(
+    vocab: int, hidden: int, device: str, operand_bytes: int, leaf_bytes: int | None = None
+) -> HeadSize:
     """Return the size of a head on a kind of device.
 
     device: "cuda" (the Triton engine) or "cpu"
     operand_bytes: bytes of a number of the weight
+    leaf_bytes: as of HeadSize
     """
     if device == "cpu":
-        return HeadSize(vocab, hidden, cast=operand_bytes < 4)
-    return HeadSize(vocab, hidden, 4, operand_bytes, align=64, quantum=128, machine=HOPPER)
+        return HeadSize(vocab, hidden, cast=operand_bytes < 4, leaf_bytes=leaf_bytes)
+    return HeadSize(vocab, hidden, 4, operand_bytes, False, 64, 128, HOPPER, leaf_bytes)
 
 
 # --- components -----------------------------------------------------------------------------------
@@ -231,20 +253,61 @@ def tokens_of(component: Component, lengths: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class Tile:
-    """Logits in memory at once: `rows` x `vocab`. vocab < V: a sliced plan."""
+    """The numbers of a chunk in memory at once: `rows` x `vocab`.
+
+    vocab: less than V: a sliced plan
+    logit_rows: rows of logits at once; their gradients, `rows` of them, have a buffer of their own.
+        None: all rows, and gradients lie over the logits
+    """
 
     rows: int
     vocab: int
+    logit_rows: int | None = None
+
+    def logit_bytes(self, size: HeadSize) -> int:
+        """Return the bytes of the buffer of logits."""
+        rows = self.rows if self.logit_rows is None else self.logit_rows
+        return rows * size.stride(self.vocab) * size.acc_bytes
+
+    def gradient_bytes(self, size: HeadSize) -> int:
+        """Return the bytes of the buffer of gradients beside the logits."""
+        if self.logit_rows is None:
+            return 0
+        return self.rows * size.stride(self.vocab) * size.operand_bytes
 
 
-def fit_tile(size: HeadSize, rows: int, budget: int, gathered: bool) -> Tile:
-    """Return the largest tile for `rows` rows within `budget` bytes: whole rows, or a slice."""
-    whole = budget // size.row_bytes(gathered)
+def fit_tile(
+    size: HeadSize,
+    rows: int,
+    budget: int,
+    gathered: bool,
+    *,
+    gradients: bool = False,
+    trained: bool = False,
+) -> Tile:
+    """Return the largest tile for a number of rows: whole rows, or a slice.
+
+    size: of the head
+    rows: of the call
+    budget: bytes
+    gathered: the rows of a chunk come from several places
+    gradients: gradients replace the logits
+    trained: of the weight or the bias, too
+    """
+    whole = budget // size.row_bytes(gathered, trained)
+    logit_rows = None
+    if gradients and size.operand_bytes < size.acc_bytes and rows > LOGIT_ROWS:
+        copied = size.copied_bytes(gathered, sliced=False, trained=trained)
+        stride = size.stride(size.vocab)
+        left = budget - LOGIT_ROWS * stride * size.acc_bytes
+        beside = left // (stride * size.operand_bytes + copied)
+        if beside > max(whole, LOGIT_ROWS):
+            whole, logit_rows = beside, LOGIT_ROWS
     if whole < 1:
         return sliced_tile(size, rows, budget, gathered)
     if rows > whole > size.quantum:
         whole -= whole % size.quantum
-    return Tile(min(whole, max(rows, 1)), size.vocab)
+    return Tile(min(whole, max(rows, 1)), size.vocab, logit_rows)
 
 
 def sliced_tile(size: HeadSize, rows: int, budget: int, gathered: bool) -> Tile:
@@ -254,7 +317,7 @@ def sliced_tile(size: HeadSize, rows: int, budget: int, gathered: bool) -> Tile:
     """
     # Where the copies of one row alone would take more than a quarter, so small a budget is
     # exceeded.
-    copied = min(size.copied_bytes(gathered, sliced=True), budget // 4)
+    copied = min(size.copied_bytes(gathered, sliced=True, trained=False), budget // 4)
     logit = size.acc_bytes
     side = (math.isqrt(copied * copied + 4 * logit * budget) - copied) // (2 * logit)
     if side > size.quantum:
@@ -301,6 +364,12 @@ def chunks(
         yield chunk
 
 
+def pieces_of(rows: int, tile: Tile) -> list[int]:
+    """Return the rows of every product that makes the logits of a chunk."""
+    step = rows if tile.logit_rows is None else tile.logit_rows
+    return [min(step, rows - start) for start in range(0, rows, step)]
+
+
 def span_rows(spans: Sequence[Span]) -> int:
     """Return the number of rows in spans."""
     return sum(stop - start for start, stop in spans)
@@ -329,7 +398,7 @@ def forward_plan(size: HeadSize, rows: int, budget: int) -> ForwardPlan:
         # No pass is lost to slices without gradients.
         sliced = sliced_tile(size, rows, budget, gathered=False)
         seconds = [forward_pass(size, rows, each).seconds(size.machine) for each in (tile, sliced)]
-        tile = sliced if seconds[1] < seconds[0] else tile
+        tile = sliced if seconds[1] < CLEARLY * seconds[0] else tile
     cuts = chunks([0], [0, rows], tile.rows, size.quantum)
     return ForwardPlan(tile, tuple(chain.from_iterable(cuts)))
 
@@ -354,6 +423,7 @@ class Plan:
     quantum: see HeadSize
     gathered: the rows of a chunk may come from several places
     scratch: [V, D] accumulators needed beside the weight gradient
+    direct: the gradient of the weight is written once, in the dtype of the leaf
     """
 
     tile: Tile
@@ -364,6 +434,7 @@ class Plan:
     quantum: int = 1
     gathered: bool = False
     scratch: int = 0
+    direct: bool = False
 
     def streamed_responses(self) -> list[int]:
         """Return the responses of all streamed components."""
@@ -403,27 +474,40 @@ def make_plan(
     scored = sorted(chain.from_iterable(c.responses for c in linked))
     unscored = tuple(sorted(set(range(len(lengths))) - set(scored)))
     gathered = bool(unscored) or any(component.gaps for component in linked)
-    tile = fit_tile(size, rows, budget, gathered)
+    trained = accumulator_width > 0
+    wanted = {"gradients": True, "trained": trained}
+    tile = fit_tile(size, rows, budget, gathered, **wanted)
     long = any(tokens_of(component, lengths) > tile.rows for component in linked)
     if not gathered and len(linked) > 1 and long:
         gathered = True  # the rows left over for resident blocks may have gaps
-        tile = fit_tile(size, rows, budget, gathered)
+        tile = fit_tile(size, rows, budget, gathered, **wanted)
     common = {"unscored": unscored, "quantum": size.quantum, "gathered": gathered}
-    sliced = Plan(sliced_tile(size, rows, budget, gathered), recomputed=tuple(scored), **common)
-    if tile.vocab < size.vocab:
-        return sliced
-    if accumulator_width:
+    candidates: list[Plan] = []
+    if accumulator_width >= size.hidden and scored and size.accumulator_excess:
+        # What the accumulator would take holds logits.
+        large = fit_tile(size, rows, budget + size.accumulator_excess, gathered, **wanted)
+        if large.vocab == size.vocab and large.rows >= sum(lengths[i] for i in scored):
+            candidates.append(Plan(large, resident=(tuple(scored),), direct=True, **common))
+    if tile.vocab == size.vocab and trained:
         accumulator = size.vocab * accumulator_width * size.acc_bytes
-        plan = _trained_plan(linked, lengths, size, Plan(tile, **common), budget, accumulator)
-    else:
+        empty = Plan(tile, **common)
+        candidates.append(_trained_plan(linked, lengths, size, empty, budget, accumulator))
+    elif tile.vocab == size.vocab:
         groups = tuple(Group((i,), (1.0,)) for i in scored)
         streamed = (Component(tuple(scored), groups),) if scored else ()
-        plan = Plan(tile, streamed, **common)
-    if size.machine is None or tile.rows >= rows:
-        return plan
-    work = [cost(each, lengths, size, accumulator_width) for each in (plan, sliced)]
-    whole_seconds, sliced_seconds = (each.seconds(size.machine) for each in work)
-    return sliced if sliced_seconds < whole_seconds else plan
+        candidates.append(Plan(tile, streamed, **common))
+    if not candidates or tile.rows < rows or tile.vocab < size.vocab:
+        sliced = sliced_tile(size, rows, budget, gathered)
+        candidates.append(Plan(sliced, recomputed=tuple(scored), **common))
+    if size.machine is None:
+        return candidates[0]
+    machine = size.machine
+
+    def seconds(plan: Plan) -> float:
+        modelled = cost(plan, lengths, size, accumulator_width).seconds(machine)
+        return modelled if plan.tile.vocab == size.vocab else modelled / CLEARLY
+
+    return min(candidates, key=seconds)
 
 
 def _trained_plan(
@@ -440,7 +524,7 @@ def _trained_plan(
     accumulator: bytes of an accumulator of the head's gradients
     """
     # Scratch may take half of the budget, and must leave room for one row of logits.
-    room = min(budget // 2, budget - size.row_bytes(empty.gathered))
+    room = min(budget // 2, budget - size.row_bytes(empty.gathered, trained=True))
     streamed: list[Component] = []
     recomputed: list[int] = []
     long = [c for c in linked if tokens_of(c, lengths) > empty.tile.rows]
@@ -455,7 +539,7 @@ def _trained_plan(
     scratch = max(accumulators(streamed), default=0)
     if scratch:
         left = budget - scratch * accumulator
-        tile = fit_tile(size, sum(lengths), left, empty.gathered)
+        tile = fit_tile(size, sum(lengths), left, empty.gathered, gradients=True, trained=True)
     short = [c for c in linked if c not in long]
     # Scratch took the room in which these would have been resident.
     crowded = [c for c in short if tokens_of(c, lengths) > tile.rows]
@@ -543,16 +627,39 @@ def forward_pass(size: HeadSize, rows: int, tile: Tile) -> Cost:
 
 
 def backward_cost(size: HeadSize, rows: float, vocab: float, accumulator_width: int) -> Cost:
-    """Return the cost of the gradients of a tile: du, dH, and dW of a trained head."""
+    """Return the cost of the gradients of a tile: du written, dH, and the product of dW.
+
+    The logits were read when their log-probs were taken; see `head_gradient_bytes` for dW.
+    """
     narrow, wide, dim = size.operand_bytes, size.acc_bytes, size.hidden
     flop = 2 * rows * vocab * dim
     cells = rows * vocab
     gemms = [(flop, narrow * (cells + vocab * dim))]
+    traffic = narrow * cells + 2 * wide * rows * dim
     if accumulator_width >= dim:
         gemms.append((flop, narrow * (cells + rows * dim)))
-    sums = 2 * rows * dim if vocab < size.vocab else rows * dim
-    traffic = (wide + narrow) * cells + wide * (sums + 2 * vocab * accumulator_width)
+        traffic += 2 * narrow * rows * dim  # hidden rows times their factors
     return Cost(tuple(gemms), traffic)
+
+
+def head_gradient_bytes(plan: Plan, adds: int, size: HeadSize, accumulator_width: int) -> float:
+    """Return the bytes that the gradients of weight and bias move, the last scaling included.
+
+    plan: of the call
+    adds: chunks that add to the gradients
+    size: of the head
+    accumulator_width: see make_plan
+    """
+    if not adds:
+        return 0.0
+    cells = size.vocab * accumulator_width
+    leaf = size.acc_bytes if size.leaf_bytes is None else size.leaf_bytes
+    if plan.direct:
+        return 3.0 * leaf * cells  # written, scaled
+    folds = sum(accumulators(plan.streamed))
+    # The first chunk of every accumulator writes it; a fold reads two and writes one.
+    accumulated = 2 * adds - 1 - folds + 3 * folds
+    return cells * (size.acc_bytes * (accumulated + 1) + leaf)
 
 
 def cost(plan: Plan, lengths: Sequence[int], size: HeadSize, accumulator_width: int) -> Cost:
@@ -571,11 +678,14 @@ def cost(plan: Plan, lengths: Sequence[int], size: HeadSize, accumulator_width: 
     ways += [(block, 1, 1) for block in plan.resident]
     ways += [(plan.recomputed, 2, 1), (plan.unscored, 1, 0)]
     total = Cost()
+    adds = 0
     for responses, forwards, backwards in ways:
         for rows, times in Counter(map(span_rows, plan.cuts(responses, cu))).items():
-            tile = forward_cost(size, rows, width) * forwards
+            tile = Cost()
+            for piece, pieces in Counter(pieces_of(rows, plan.tile)).items():
+                tile += forward_cost(size, piece, width) * (forwards * pieces)
             if backwards:
                 tile += backward_cost(size, rows, width, accumulator_width)
+                adds += times
             total += tile * (times * slices)
-    folds = sum(accumulators(plan.streamed)) if accumulator_width else 0
-    return total + Cost(traffic=3 * folds * size.vocab * accumulator_width * size.acc_bytes)
+    return total + Cost(traffic=head_gradient_bytes(plan, adds, size, accumulator_width))

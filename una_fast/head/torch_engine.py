@@ -33,6 +33,10 @@ IGNORE = -100  # the target of a row without one
 CACHE_BLOCK_BYTES = 1 << 20
 GPU_BLOCK_BYTES = 8 << 20
 
+# Logarithms, as in kernels/one_read.py.
+SHIFT = 40.0  # of the target's E below 1
+LARGEST = 60.0  # of an E
+
 Vocab = tuple[int, int]  # vocabulary entries [start, stop)
 
 
@@ -145,8 +149,9 @@ def row_grad_(
     bias: Tensor | None = None,
     start: int = 0,
     dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Return du = coef * (onehot - softmax(z)) * dz/du, [C, T], over the storage of u.
+    """Return du = coef * (onehot - softmax(z)) * dz/du, [C, T], over the storage of u or in out.
 
     u: [C, T] raw logits of the vocabulary from `start` on; lost
     targets: [C] indices into the whole vocabulary
@@ -156,9 +161,10 @@ def row_grad_(
     bias: [T], dtype of u
     start: first vocabulary entry of the tile
     dtype: dtype of du, no wider than the dtype of u; None: the dtype of u
+    out: [C, T] beside u, for du in the dtype of out
     """
     inside, local = _local(targets, start, start + u.shape[1])
-    du = overlay(u, dtype or u.dtype)
+    du = overlay(u, dtype or u.dtype) if out is None else out
     for rows in _blocks_of(u):
         block = u[rows] if bias is None else u[rows].add_(bias)
         slope = transform.apply_(block)
@@ -174,15 +180,76 @@ def row_grad_(
     return du
 
 
-def log_probs(target_logit: Tensor, lse: Tensor, targets: Tensor, vocab: int) -> Tensor:
-    """Return target_logit - lse.
+def one_read_(
+    u: Tensor,
+    targets: Tensor,
+    transform: LogitTransform,
+    bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ([C] log-probs, E [C, V], [C] factors), with du = coef * factor * E row by row.
 
-    0 where the target is -100, NaN for any other target outside the vocabulary.
+    The algebra is in kernels/one_read.py: E = exp(z - shift) of all entries but the target's, over
+    the storage of u, before the sum of any row is known.
+
+    u: [C, V] raw logits; lost
+    targets: [C] indices
+    transform: from u to z
+    bias: [V], dtype of u
+    dtype: dtype of E, no wider than the dtype of u; None: the dtype of u
+    out: [C, V] beside u, for E in the dtype of out
+    """
+    inside, index = _local(targets, 0, u.shape[1])
+    inside = inside.unsqueeze(1)
+    scores = overlay(u, dtype or u.dtype) if out is None else out
+    logps = u.new_empty(len(u), 1)
+    factors = torch.empty_like(logps)
+    for rows in _blocks_of(u):
+        at, known = index[rows], inside[rows]
+        block = u[rows] if bias is None else u[rows].add_(bias)
+        slope = transform.apply_(block)
+        # Differences first: their rounding errors are in proportion to them, not to the logits.
+        origin = block.gather(1, at)
+        block.sub_(torch.where(origin > -1e30, origin, 0.0))  # 0 for a masked target
+        shift = (block.amax(1, keepdim=True) - LARGEST).clamp_min_(SHIFT)
+        own_log = block.gather(1, at) - shift
+        block.sub_(shift).exp_()
+        at_index = block.gather(1, at)
+        own = torch.where(known, at_index, 0.0)
+        block.scatter_(1, at, at_index - own)
+        rest = block.sum(1, keepdim=True)
+        ratio = rest / own
+        small = torch.log1p(ratio).neg_()
+        logps[rows] = torch.where(ratio < 1e30, small, own_log - rest.log())
+        total = own + rest
+        if isinstance(slope, Tensor):
+            block.mul_(slope)
+            slope_at = slope.gather(1, at)
+            factors[rows] = -1 / total
+        else:
+            slope_at = 1.0
+            factors[rows] = -slope / total
+        at_target = torch.where(known, -rest * slope_at, block.gather(1, at))
+        block.scatter_(1, at, at_target)
+        # The storage of both overlaps: the cast makes a copy in between.
+        if scores is not u:
+            scores[rows] = block.to(scores.dtype)
+    return logps.squeeze(1), scores, factors.squeeze(1)
+
+
+def log_probs(target_logit: Tensor, lse: Tensor, targets: Tensor, vocab: int) -> Tensor:
+    """Return target_logit - lse where the targets are known; see `where_known`."""
+    return where_known(target_logit - lse, targets, vocab)
+
+
+def where_known(logps: Tensor, targets: Tensor, vocab: int) -> Tensor:
+    """Return log-probs; 0 where the target is -100, NaN for other targets outside the vocabulary.
+
     On a GPU targets are not checked beforehand: a check would wait for the device.
     """
     outside = (targets < 0) | (targets >= vocab)
-    known = torch.where(outside, math.nan, target_logit - lse)
-    return torch.where(targets == IGNORE, 0.0, known)
+    return torch.where(targets == IGNORE, 0.0, torch.where(outside, math.nan, logps))
 
 
 # --- the engine -----------------------------------------------------------------------------------
@@ -275,36 +342,64 @@ class TorchEngine:
     def weight_grad(
         self, du: Tensor, hidden: Tensor, out: Tensor, accumulate: bool = False
     ) -> None:
-        """Compute out [T, D] (+)= du^T @ hidden, in the accumulator dtype."""
-        self._mm(du.T, hidden.to(self.operand), out, accumulate)
+        """Compute out [T, D] (+)= du^T @ hidden, in the accumulator dtype.
+
+        Without accumulating, in any dtype: slice by slice where a GEMM cannot write it.
+        """
+        hidden = hidden.to(self.operand)
+        if self.writes(out.dtype):
+            self._mm(du.T, hidden, out, accumulate)
+            return
+        assert not accumulate, "a sum would be rounded at every step"
+        part = torch.empty(min(self.cast_rows, len(out)), out.shape[1], dtype=self.acc)
+        for low in range(0, len(out), len(part)):
+            rows = out[low : low + len(part)]
+            self._mm(du[:, low : low + len(rows)].T, hidden, part[: len(rows)])
+            rows.copy_(part[: len(rows)])
+
+    def scaled_operand(self, hidden: Tensor, factors: Tensor) -> Tensor:
+        """Return factors * hidden [C, D] as GEMMs read it, rounded once; factors: [C, 1]."""
+        out = torch.empty(hidden.shape, dtype=self.operand, device=hidden.device)
+        return torch.mul(hidden, factors, out=out)
+
+    def weighted_sum(self, du: Tensor, factors: Tensor) -> Tensor:
+        """Return the sum over the rows of factors * du, [T] in the accumulator dtype.
+
+        du: [C, T] as GEMMs read it
+        factors: [C, 1]
+        """
+        out = torch.empty(du.shape[1], 1, dtype=self.acc, device=du.device)
+        self._mm(du.T, factors.to(self.operand), out)
+        return out.squeeze(1)
 
     def row_logps(self, u: Tensor, targets: Tensor, vocab: Vocab) -> tuple[Tensor, Tensor]:
         """Return ([C] logsumexp, [C] target logit) of a tile over a vocabulary range."""
         return row_logps(u, targets, self.transform, self._bias(vocab), vocab[0])
 
     def row_grad_(
-        self, u: Tensor, targets: Tensor, vocab: Vocab, coef: Tensor, lse: Tensor
+        self,
+        u: Tensor,
+        targets: Tensor,
+        vocab: Vocab,
+        coef: Tensor,
+        lse: Tensor,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """Return du of a tile over a vocabulary range, for GEMMs to read, over the storage of u."""
+        """Return du of a tile over a vocabulary range, for GEMMs to read: over u, or in out."""
         bias = self._bias(vocab)
-        return row_grad_(u, targets, coef, lse, self.transform, bias, vocab[0], self.operand)
+        return row_grad_(u, targets, coef, lse, self.transform, bias, vocab[0], self.operand, out)
 
-    def row_logps_grad_(
-        self, u: Tensor, targets: Tensor, coef: Tensor
+    def one_read_(
+        self, u: Tensor, targets: Tensor, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ([C] logsumexp, [C] target logit, du) of a tile over the whole vocabulary.
+        """Return ([C] log-probs, E [C, V], [C] factors), with du = coef * factor * E row by row.
 
-        u: [C, V] raw logits; lost
+        u: [C, V] raw logits of a tile over the whole vocabulary; lost
         targets: [C]
-        coef: [C], known beforehand
+        out: [C, V] for E, as GEMMs read it; None: over u
         """
-        lse = u.new_empty(len(u))
-        target_logit = u.new_empty(len(u))
-        vocab = (0, u.shape[1])
-        for rows in _blocks_of(u):
-            lse[rows], target_logit[rows] = self.row_logps(u[rows], targets[rows], vocab)
-            self.row_grad_(u[rows], targets[rows], vocab, coef[rows], lse[rows])
-        return lse, target_logit, overlay(u, self.operand)
+        bias = self._bias((0, u.shape[1]))
+        return one_read_(u, targets, self.transform, bias, self.operand, out)
 
     def linear_logps(
         self, hidden: Tensor, targets: Tensor, budget: int

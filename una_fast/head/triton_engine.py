@@ -15,7 +15,7 @@ from una_fast.head.constants import kept_on_device
 from una_fast.head.plan import HOPPER
 from una_fast.head.segment_loss import Lengths, SegmentLoss
 from una_fast.head.torch_engine import LogitTransform, TorchEngine, Vocab
-from una_fast.kernels import gather, gemm, logp_partials, rowgrad, una_loss
+from una_fast.kernels import gather, gemm, logp_partials, one_read, rowgrad, una_loss
 from una_fast.losses import UnaOutput, denominator
 
 COLUMNS = ("kind", "first", "second", "value", "margin", "weight", "offset")  # of Feedback
@@ -129,17 +129,28 @@ class TritonEngine(TorchEngine):
         return rowgrad.row_logps(u, targets, **self._options(vocab))
 
     def row_grad_(
-        self, u: Tensor, targets: Tensor, vocab: Vocab, coef: Tensor, lse: Tensor
+        self,
+        u: Tensor,
+        targets: Tensor,
+        vocab: Vocab,
+        coef: Tensor,
+        lse: Tensor,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """Return du of a tile over a vocabulary range, over the storage of u."""
-        return rowgrad.row_grad(u, targets, coef, lse, dtype=self.operand, **self._options(vocab))
+        """Return du of a tile over a vocabulary range: over u, or in out."""
+        du = rowgrad.overlay(u, self.operand) if out is None else out
+        rowgrad.row_grad(u, targets, coef, lse, out=du, **self._options(vocab))
+        return du
 
-    def row_logps_grad_(
-        self, u: Tensor, targets: Tensor, coef: Tensor
+    def one_read_(
+        self, u: Tensor, targets: Tensor, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ([C] logsumexp, [C] target logit, du) of a tile over all V, in one launch."""
-        options = self._options((0, u.shape[1]))
-        return rowgrad.row_logps_grad(u, targets, coef, dtype=self.operand, **options)
+        """Return ([C] log-probs, E [C, V], [C] factors) of a tile over all V, in one launch."""
+        bias = self._bias_of((0, u.shape[1]))
+        scores = rowgrad.overlay(u, self.operand) if out is None else out
+        transform = vars(self.transform)
+        logps, factors = one_read.one_read(u, targets, out=scores, bias=bias, **transform)
+        return logps, scores, factors
 
     def linear_logps(
         self, hidden: Tensor, targets: Tensor, budget: int
@@ -185,8 +196,10 @@ class TritonEngine(TorchEngine):
             out.copy_(grad)
 
     def _options(self, vocab: Vocab) -> dict[str, Tensor | float | None]:
-        bias = None if self.bias is None else self.bias[slice(*vocab)].contiguous()
-        return {"bias": bias, "start": vocab[0], **vars(self.transform)}
+        return {"bias": self._bias_of(vocab), "start": vocab[0], **vars(self.transform)}
+
+    def _bias_of(self, vocab: Vocab) -> Tensor | None:
+        return None if self.bias is None else self.bias[slice(*vocab)].contiguous()
 
 
 def _rows(logits: Tensor) -> Tensor:
