@@ -4,14 +4,14 @@ Legend: M rows of K numbers.
 
     out = factor * grad          product in float32, rounded once to the dtype of out
 
-The factor is a single number or a number per row, and stays on the device: no step waits for it.
+The factor, a single number or a number per row, stays on the device: no step waits.
 
 What never exists: a float32 copy of the gradient, a factor rounded to the dtype of the gradient.
-Bytes moved per number: those of grad and of out, 6 for a float32 gradient of bfloat16 weights.
+Bytes moved per number: 6 for a float32 gradient of bfloat16 weights.
 
-A program scales a block of a row. A gradient that lies in one piece and has a single factor is one
-long row, so that only the last block is not whole. Whole blocks carry no mask and get 16-byte loads
-whatever K is. `out` may be `grad`: every thread stores the numbers that it has loaded itself.
+A program scales a block of a row. A contiguous gradient with a single factor is one long row: only
+the last block is not whole. Whole blocks carry no mask and get 16-byte loads whatever K is. `out`
+may be `grad`: every thread stores the numbers of its own loads.
 """
 
 from __future__ import annotations
@@ -66,20 +66,23 @@ def scale(grad: Tensor, factor: Tensor, out: Tensor) -> Tensor:
 
     grad: [M, K] or [K] float32, bfloat16 or float16; numbers of a row lie together
     factor: [] or [M, 1], float32 or float64, on the device of grad; read as float32
-    out: the shape of grad, float32, bfloat16 or float16; may be grad, and must not overlap it else
+    out: shape of grad, float32, bfloat16 or float16; grad itself, or no overlap with grad
     """
-    assert grad.dtype in GRAD_DTYPES and out.dtype in GRAD_DTYPES, (grad.dtype, out.dtype)
-    assert grad.shape == out.shape and factor.dtype in FACTOR_DTYPES, (out.shape, factor.dtype)
+    assert grad.dtype in GRAD_DTYPES, grad.dtype
+    assert out.dtype in GRAD_DTYPES, out.dtype
+    assert factor.dtype in FACTOR_DTYPES, factor.dtype
+    assert grad.shape == out.shape, (grad.shape, out.shape)
     if grad.numel() == 0:
         return out
     per_row = factor.dim() > 0
     assert not per_row or factor.shape == (len(grad), 1), (factor.shape, grad.shape)
+    source, target = grad, out
+    # one long row
     if not per_row and grad.is_contiguous() and out.is_contiguous():
-        source, target = grad.view(1, -1), out.view(1, -1)
-    else:
-        source, target = grad, out
-    assert source.stride(1) == target.stride(1) == 1 or source.shape[1] == 1
+        source = grad.view(1, -1)
+        target = out.view(1, -1)
     rows, width = source.shape
+    assert width == 1 or source.stride(1) == target.stride(1) == 1
     blocks = triton.cdiv(width, LAUNCH["BLOCK"])
     with torch.cuda.device_of(grad):
         scale_kernel[(rows * blocks,)](
