@@ -34,7 +34,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from una_fast.kernels import gather, gemm, logp_partials, one_read, rowgrad, una_loss
+from una_fast.kernels import adamw, gather, gemm, logp_partials, one_read, rowgrad, scale, una_loss
 
 RESULTS = Path(__file__).parent / "results" / "kernels_compile.json"
 TARGETS = {
@@ -52,6 +52,7 @@ SPECIALISED = re.compile(
     r"|merge"
     r"|segment"
     r"|unit \| \w+ \| linear"
+    r"|(scale \| fp32->bf16|adamw \| \w+) \| -$"
 )
 SUBSET = re.compile(
     r"row_grad \| fp32->bf16 \| fp16 bias softcap \|"
@@ -66,6 +67,8 @@ SUBSET = re.compile(
     r"|merge \| fp32 \| - "
     r"|segment \| fp32 \| - "
     r"|unit \| i64 \| squared"
+    r"|scale \| fp32->bf16 \| - "
+    r"|adamw \| bf16 \| - "
 )
 COMPILER_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
@@ -357,6 +360,37 @@ def loss_variants() -> list[Variant]:
     return found
 
 
+def scale_variants() -> list[Variant]:
+    """Return the scaling of gradients in all dtypes, and with the other dtype of the factor."""
+    block, options = split(scale.LAUNCH)
+    strides = ("grad_stride", "out_stride")
+    found = []
+    for grad, out, factor in itertools.product(DTYPES, DTYPES, ("fp64", "fp32")):
+        types = {"grad_ptr": f"*{grad}", "out_ptr": f"*{out}", "factor_ptr": f"*{factor}"}
+        aligned = (*pointers(types), *strides)
+        types |= dict.fromkeys((*strides, "factor_stride", "width", "blocks"), "i32")
+        word = "-" if factor == "fp64" else f"{factor} factor"
+        label = f"scale | {grad}->{out} | {word}"
+        found.append(Variant(label, scale.scale_kernel, types, block, aligned, options))
+    return found
+
+
+def adamw_variants() -> list[Variant]:
+    """Return AdamW of bf16 weights for gradients of both dtypes."""
+    constants, options = split(adamw.LAUNCH)
+    numbers = ("lr", "lr_decay", "log_beta1", "log_beta2", "rest1", "beta2", "rest2", "eps")
+    found = []
+    for grad in ("bf16", "fp32"):
+        types = {"weight_ptr": "*bf16", "grad_ptr": f"*{grad}", "seed_ptr": "*i64"}
+        types |= dict.fromkeys(("exp_avg_ptr", "exp_avg_sq_ptr", "step_ptr"), "*fp32")
+        aligned = pointers(types)
+        types |= dict.fromkeys(("number", "size"), "i32")
+        types |= dict.fromkeys(numbers, "fp32")
+        label = f"adamw | {grad} | -"
+        found.append(Variant(label, adamw.adamw_kernel, types, constants, aligned, options))
+    return found
+
+
 def specialised(base: Variant, arch: str) -> list[Variant]:
     """Return the variant as other launches compile it (see above), where the program differs."""
     numbers = [
@@ -388,7 +422,7 @@ def specialised(base: Variant, arch: str) -> list[Variant]:
 
 def variants() -> dict[str, tuple[Variant, str]]:
     """Return every row of the table: name -> (variant, target)."""
-    shared = [*row_variants(), *gather_variants()]
+    shared = [*row_variants(), *gather_variants(), *scale_variants(), *adamw_variants()]
     found = {}
     for arch in TARGETS:
         for base in [*shared, *linear_variants(arch), *gemm_variants(), *loss_variants()]:

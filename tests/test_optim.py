@@ -329,7 +329,7 @@ def test_a_step_takes_the_temporaries_that_are_predicted(dtype, monkeypatch):
     params[0].grad = torch.randn_like(params[0])
     with LiveBytes() as live:
         optimizer.step()
-    predicted = step_bytes(params, config())
+    predicted = step_bytes(params, config(), "cpu")
     assert (predicted == 0) == (dtype == torch.float32)
     assert 0.6 * predicted <= live.peak() <= predicted + 100
 

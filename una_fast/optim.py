@@ -16,6 +16,7 @@ right in the mean.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,8 @@ from torch.optim import SGD, Optimizer
 from torch.optim.adamw import adamw
 
 from una_fast.counters import memory_category
+from una_fast.head.engines import triton_refusal
+from una_fast.logs import say_once
 
 if TYPE_CHECKING:
     from una_fast.config import RunConfig
@@ -127,9 +130,10 @@ class AdamW(_OwnState):
     """AdamW with arithmetic and state in fp32 for weights of any dtype; state on device or host.
 
     Each parameter has the state `step`, `exp_avg` and `exp_avg_sq` on its device; bf16 weights are
-    rounded stochastically, with noise from torch's generator of the device. No temporary is larger
-    than a slice (SLICE numbers) of a parameter. Works on DTensors (FSDP2): the state is sharded as
-    the weights are.
+    rounded stochastically, with noise from torch's generator of the device: on CUDA the generator
+    seeds the noise of a step in a Triton kernel, elsewhere noise is drawn number by number. No
+    temporary is larger than a slice (SLICE numbers) of a parameter. Works on DTensors (FSDP2): the
+    state is sharded as the weights are.
 
     on_host: the state is on the CPU, with an fp32 `master` of the weights, and the step runs there.
         Gradients go over in slices, and the masters are copied back rounded to nearest; the
@@ -170,9 +174,21 @@ class AdamW(_OwnState):
                 piece.update(piece.master, piece.grad)
                 piece.weight.copy_(piece.master)
         else:
-            for piece in slices:
-                piece.update_in_place()
+            self._step_on_device(slices)
         return loss
+
+    def _step_on_device(self, slices: list[_Slice]) -> None:
+        """Update slices in place, by the kernel where the slice and the device allow it."""
+        seeds: dict[torch.device, Tensor] = {}
+        for number, piece in enumerate(slices):
+            device = piece.weight.device
+            if not _has_kernel(device, piece.weight.dtype, piece.grad.dtype):
+                piece.update_in_place()
+                continue
+            if device not in seeds:
+                # On the device: no step waits, and a restored generator repeats the noise.
+                seeds[device] = torch.randint(2**63 - 1, (1,), device=device)
+            piece.update_by_kernel(seeds[device], number)
 
     def _all_slices(self) -> list[_Slice]:
         """Return the slices of all parameters that have a gradient."""
@@ -286,6 +302,47 @@ class _Slice:
         weight = self.weight.float()
         self.update(weight, self.grad)
         self.weight.copy_(stochastic_bf16_(weight))
+
+    def update_by_kernel(self, seed: Tensor, number: int) -> None:
+        """Do what update_in_place does to bf16 weights, in one launch.
+
+        seed: [1] int64, of the noise of this step
+        number: of the slice among all slices of the step
+        """
+        from una_fast.kernels import adamw as kernel
+
+        names = ("lr", "betas", "eps", "weight_decay")
+        options = {name: self.group[name] for name in names}
+        kernel.adamw(
+            self.weight,
+            self.grad,
+            self.exp_avg,
+            self.exp_avg_sq,
+            self.step,
+            seed,
+            number,
+            **options,
+        )
+
+
+def _has_kernel(device: torch.device, weight: torch.dtype, grad: torch.dtype) -> bool:
+    """Return whether the Triton kernel can update weights; log once where Triton is missing.
+
+    device: of weights, gradients and state
+    weight, grad: dtypes of weights and gradients
+    """
+    kernel_dtypes = weight == torch.bfloat16 and grad in (torch.bfloat16, torch.float32)
+    if device.type != "cuda" or not kernel_dtypes:
+        return False
+    reason = triton_refusal(device, weight)
+    if reason is None:
+        return True
+    say_once(
+        logging.WARNING,
+        f"the Triton kernel of AdamW cannot run: {reason}; the steps on bf16 weights go through "
+        "PyTorch, at about 5 times the memory traffic",
+    )
+    return False
 
 
 def stochastic_bf16_(values: Tensor) -> Tensor:
@@ -412,7 +469,7 @@ def _bytes_of_8_bit_moments(sizes: list[int]) -> int:
     return in_8_bits + in_fp32
 
 
-def step_bytes(parameters: Iterable[Tensor], config: RunConfig) -> int:
+def step_bytes(parameters: Iterable[Tensor], config: RunConfig, device: str) -> int:
     """Return the bytes of the largest temporaries of a step on the device.
 
     State and gradients do not count. The need of torchao's compiled step is not known; an fp32 copy
@@ -420,6 +477,7 @@ def step_bytes(parameters: Iterable[Tensor], config: RunConfig) -> int:
 
     parameters: the trained parameters
     config: optimizer and offload_optimizer
+    device: "cpu", or "cuda" for CUDA with the Triton kernels; present or not
     """
     shards = [_local(p) for p in parameters]
     largest = max((shard.numel() for shard in shards), default=0)
@@ -428,5 +486,9 @@ def step_bytes(parameters: Iterable[Tensor], config: RunConfig) -> int:
     if config.optimizer == "adamw_8bit":
         return 4 * largest
     # of a slice of narrow weights: fp32 weights, noise, magnitudes, three masks of finite numbers
-    narrow = [shard.numel() for shard in shards if shard.dtype != torch.float32]
+    without_slices = {torch.float32}
+    # the kernel holds nothing but the seed
+    if device == "cuda":
+        without_slices.add(torch.bfloat16)
+    narrow = [shard.numel() for shard in shards if shard.dtype not in without_slices]
     return 15 * min(max(narrow, default=0), SLICE)

@@ -303,7 +303,7 @@ class StepTracer:
             if run.ranks > 1:
                 held["gradients"] = gradients
             moments[phase] = held
-        stepping = always["optimizer"] + step_bytes(trained, config)
+        stepping = always["optimizer"] + step_bytes(trained, config, run.device)
         moments["optimizer"] = always | {"gradients": gradients, "optimizer": stepping}
         return moments
 

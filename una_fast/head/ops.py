@@ -420,6 +420,7 @@ class _LinearUna(torch.autograd.Function):
         out, grads = job.run()
         ctx.grads = (grads.hidden, grads.weight, grads.bias)
         ctx.missing = grads.missing
+        ctx.engine = type(job.head.engine)  # the class: an engine would keep a copy of the weight
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*out[1:])
@@ -443,27 +444,11 @@ class _LinearUna(torch.autograd.Function):
         row_factors = upstream if rows is None else (upstream * rows).unsqueeze(1)
         head_factor = upstream if head is None else upstream * head
         factors = (row_factors, head_factor, head_factor)
-        scaled = map(_scaled, grads, factors, ctx.dtypes, (keep, keep, keep))
+        scaled: list[Tensor | None] = [None, None, None]
+        for k, grad in enumerate(grads):
+            if grad is not None:
+                scaled[k] = ctx.engine.scaled(grad, factors[k], ctx.dtypes[k], keep)
         return *scaled, None
-
-
-def _scaled(
-    grad: Tensor | None, factor: Tensor, dtype: torch.dtype | None, keep: bool
-) -> Tensor | None:
-    """Return factor * grad in a dtype.
-
-    grad: a gradient; None where none is wanted
-    factor: broadcast over grad, not rounded where grad is narrower
-    dtype: of the leaf
-    keep: grad is needed again, and must not be written to
-    """
-    if grad is None:
-        return None
-    # One trip through memory; a CPU would make a copy in between.
-    if grad.is_cuda and grad.dtype != dtype:
-        return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
-    out = torch.empty_like(grad) if keep else grad
-    return torch.mul(grad, factor, out=out).to(dtype)
 
 
 class _TokenLogps(torch.autograd.Function):

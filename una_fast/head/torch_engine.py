@@ -451,5 +451,30 @@ class TorchEngine:
             u = logits[block].to(lse.dtype, copy=True)
             out[block] = row_grad_(u, targets[block], coef[block], lse[block], transform)
 
+    @staticmethod
+    def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype, keep: bool) -> Tensor:
+        """Return factor * grad in a dtype, rounded once; over grad where dtype and `keep` allow.
+
+        The product is in the accumulator dtype of grad: a factor is never rounded to a narrow one.
+
+        grad: [M, K] or [M]
+        factor: [] or [M, 1]
+        dtype: of the result
+        keep: grad is needed again, and must not be written to
+        """
+        acc = accumulator_dtype(grad.dtype)
+        factor = factor.to(acc)
+        overwrite = grad.dtype == dtype and not keep
+        out = grad if overwrite else torch.empty_like(grad, dtype=dtype)
+        # A GPU would round a factor without dimensions to the dtype of grad, but grad is wide here.
+        if grad.dtype == dtype == acc:
+            return torch.mul(grad, factor, out=out)
+        # Blocks bound the wide copies.
+        row_bytes = math.prod(grad.shape[1:]) * acc.itemsize
+        for rows in row_blocks(len(grad), row_bytes, grad.device):
+            of_rows = factor if factor.dim() == 0 else factor[rows]
+            out[rows] = grad[rows].to(acc) * of_rows
+        return out
+
     def _bias(self, vocab: Vocab) -> Tensor | None:
         return None if self.bias is None else self.bias[slice(*vocab)].to(self.acc)

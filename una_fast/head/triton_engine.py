@@ -15,7 +15,7 @@ from una_fast.head.constants import kept_on_device
 from una_fast.head.plan import HOPPER
 from una_fast.head.segment_loss import Lengths, SegmentLoss
 from una_fast.head.torch_engine import LogitTransform, TorchEngine, Vocab
-from una_fast.kernels import gather, gemm, logp_partials, one_read, rowgrad, una_loss
+from una_fast.kernels import gather, gemm, logp_partials, one_read, rowgrad, scale, una_loss
 from una_fast.losses import UnaOutput, denominator
 
 COLUMNS = ("kind", "first", "second", "value", "margin", "weight", "offset")  # of Feedback
@@ -194,6 +194,16 @@ class TritonEngine(TorchEngine):
         )
         if grad is not out:
             out.copy_(grad)
+
+    @staticmethod
+    def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype, keep: bool) -> Tensor:
+        """Return factor * grad in a dtype, in one launch; over grad where possible."""
+        # A float64 bias beside narrower operands.
+        if dtype not in scale.GRAD_DTYPES:
+            return TorchEngine.scaled(grad, factor, dtype, keep)
+        overwrite = grad.dtype == dtype and not keep
+        out = grad if overwrite else torch.empty_like(grad, dtype=dtype)
+        return scale.scale(grad, factor, out)
 
     def _options(self, vocab: Vocab) -> dict[str, Tensor | float | None]:
         return {"bias": self._bias_of(vocab), "start": vocab[0], **vars(self.transform)}
