@@ -330,7 +330,7 @@ def examine(
         (functools.partial(logp_errors, contender, x, true), options.warmup),
     ]
     if case.runs:
-        questions.append((functools.partial(costs, contender, x), None))
+        questions.append((functools.partial(costs, contender, x), 2 * options.warmup))
     reason = options.lost.get(contender.name) or contender.unavailable(x)
     for question, seconds in questions:
         if reason:

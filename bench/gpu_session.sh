@@ -108,7 +108,7 @@ tests() { # SECONDS LOG ARGUMENTS...: in parallel; -P: the root off sys.path, wh
   "$PYTHON" -P -c 'import xdist' 2>>"$logs/$2.log" && workers=(-n "${BENCH_WORKERS:-4}")
   local seconds=$1 log=$2
   shift 2
-  LINES_SHOWN=25 limited "$seconds" "$log" "$PYTHON" -P -m pytest -q "${workers[@]}" "$@"
+  LINES_SHOWN=25 limited "$seconds" "$log" "$PYTHON" -P -m pytest "${workers[@]}" "$@"
 }
 
 # ---------------------------------------------------------------------------------- installation
@@ -155,7 +155,7 @@ case $part in
   # shared memory alone: the rest is the hundred repeats
   if command -v compute-sanitizer >"$logs/sanitizer.log"; then
     LINES_SHOWN=3 limited 30 sanitizer compute-sanitizer --tool racecheck --error-exitcode 9 \
-      "$PYTHON" -P -m pytest tests/test_kernels.py -q -k "test_row_kernels and 2049 and scaled"
+      "$PYTHON" -P -m pytest tests/test_kernels.py -k "test_row_kernels and 2049 and scaled"
   fi
   last=head_bars
   ;;
