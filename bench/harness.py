@@ -265,6 +265,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "driver": query}
         found |= {"memory_gib": torch.cuda.get_device_properties(0).total_memory / 2**30}
         peers = ("triton", "liger-kernel", "cut-cross-entropy", "quack-kernels", "transformers")
+        peers += ("unsloth_zoo",)
         found |= {name: installed(name) for name in peers}
     return found
 
