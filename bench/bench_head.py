@@ -129,7 +129,7 @@ def pairs(suite: str, shapes: list[Shape], **options: Any) -> list[Case]:
 
 
 # Compiled anew for every N and as accurate as eager; without log-probs.
-SLOW = ("torch.compile", "quack")
+SLOW = ("torch.compile", "quack ce")
 ON_CPU = {"heads": ("trained",), "only": ("una_fast", "trl", "eager")}
 
 
@@ -280,7 +280,11 @@ def measure(
         assert c.name not in table, c.name
         row = sizes_of(x) | {"name": c.name, "passes": c.passes[head], "same_work": c.same_work}
         table[c.name] = row
-    ready = [c for c in entrants if examine(c, table[c.name], case, x, true, options)]
+    ready = []
+    for c in entrants:
+        if examine(c, table[c.name], case, x, true, options):
+            ready.append(c)
+        options.note(table[c.name] | {"suite": case.suite, "head": head})
     rows = list(table.values())
     if not case.runs:
         return entry | {"table": rows}
@@ -326,7 +330,7 @@ def examine(
         (functools.partial(logp_errors, contender, x, true), options.warmup),
     ]
     if case.runs:
-        questions.append((functools.partial(costs, contender, x), None))
+        questions.append((functools.partial(costs, contender, x), 2 * options.warmup))
     reason = options.lost.get(contender.name) or contender.unavailable(x)
     for question, seconds in questions:
         if reason:
@@ -453,6 +457,7 @@ COLUMNS = {
     "grad err": Column("hidden_grad_error", ".1e"),
     "logp err": Column("logp_error", ".1e"),
     "sum err": Column("sum_error", ".1e"),
+    "ratio err": Column("ratio_error", ".1e"),
 }
 
 
@@ -531,6 +536,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options.workspaces = [int(number) for number in text.split(",")] if text else [None]
     options.only = tuple((options.contenders or "").split(","))
     options.lost = {}
+    options.note = lambda row: None
     return options
 
 
@@ -548,6 +554,7 @@ class Run:
         self.done = {key_of(entry) for entry in self.report["results"]}
         self.unmeasured = 0  # shapes for which no time was left
         options.lost = self.report.setdefault("lost", {})
+        options.note = lambda row: harness.note(self.report, row, options.out)
         if "ceilings" not in self.report and device.type == "cuda":
             self.report["ceilings"] = ceilings(device)
             print(self.report["ceilings"], flush=True)
@@ -560,6 +567,7 @@ class Run:
 
     def save(self, entry: Entry) -> None:
         self.report["results"].append(json.loads(json.dumps(entry)))
+        self.report.pop("notes", None)  # the entry holds them
         harness.write_report(self.report, self.options.out)
 
     def run_suite(self, suite: str) -> None:
@@ -639,8 +647,9 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     run = Run(options, device)
     try:
-        for suite in options.suites:
-            run.run_suite(suite)
+        with harness.guarded(run.report, options.out):
+            for suite in options.suites:
+                run.run_suite(suite)
     except DeviceLost as error:
         return harness.store_loss(run.report, error, options.out)
     if options.out:

@@ -207,8 +207,11 @@ def take_turns(
             session, reason = step_contenders.run(name, case, setup, *steps)
             if reason:
                 reasons[name] = reason
+                told = {"reason": reason}
             else:
                 sessions[name].append(session)
+                told = {"seconds": min(session.seconds), "loss": session.history[0]["loss"]}
+            options.note({"name": name, "suite": case.suite, "model": case.model} | told)
         if k == 0 and not reasons and len(names) == 2:
             first = (sessions["una_fast"][0], sessions["trl"][0])
             compare = functools.partial(parity, case, setup.dtype, options.warmup, *first)
@@ -361,6 +364,9 @@ def longest(
     """
     table = []
     for name in options.names:
+        if name in options.lost:
+            table.append({"name": name, "reason": options.lost[name]})
+            continue
         row: dict[str, Any] = {"name": name, "tried": []}
         best: dict[str, Any] = {}
 
@@ -370,6 +376,9 @@ def longest(
             trial = case._replace(pairs=(longest_pair(length, ratio),))
             session, reason = step_contenders.run(name, trial, setup, 1, 1, options.deadline)
             row["tried"].append([length, reason or "ran"])
+            options.note(
+                {"name": name, "suite": case.suite, "reason": f"{length} tokens: {reason or 'ran'}"}
+            )
             if reason and reason != "out of memory":
                 raise WrongResult(reason)
             if not reason:
@@ -564,6 +573,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     flash = not cpu and importlib.util.find_spec("flash_attn") is not None
     options.attention = options.attention or ("flash_attention_2" if flash else "sdpa")
     options.lost = {}
+    options.note = lambda row: None
     return options
 
 
@@ -642,6 +652,7 @@ def main(arguments: list[str] | None = None) -> int:
     report["environment"] |= versions()
     report["kind"] = "step"
     options.lost = report.setdefault("lost", {})
+    options.note = lambda row: harness.note(report, row, options.out)
     options.peak = report.setdefault("peak", None) or peak_of(device)
     report["peak"] = options.peak
     settings = {name: getattr(options, name) for name in SHARED_SETTINGS}
@@ -661,15 +672,17 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         cap_memory(device, case.memory_cap)
         try:
-            if ratio is None:
-                entry = measure(case, setup, options, late)
-            else:
-                entry = longest(case, ratio, setup, options, late)
+            with harness.guarded(report, options.out):
+                if ratio is None:
+                    entry = measure(case, setup, options, late)
+                else:
+                    entry = longest(case, ratio, setup, options, late)
         except harness.DeviceLost as error:
             return harness.store_loss(report, error, options.out)
         entry = judge(entry)
         show(entry)
         report["results"].append(json.loads(json.dumps(entry)))
+        report.pop("notes", None)  # the entry holds them
         report["extrapolated"] = extrapolate(report["results"])
         harness.write_report(report, options.out)
     for line in report.get("extrapolated", []):

@@ -8,13 +8,19 @@ x.weight.grad.
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
+import importlib.machinery
+import inspect
 import math
 import os
 import site
+import sys
+import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -98,6 +104,12 @@ class Inputs:
             found["weight"] = self.weight
         return found
 
+    def reference(self) -> Inputs:
+        """Return the same inputs with the reference in the place of the policy."""
+        found = copy.copy(self)
+        found.hidden, found.weight = self.ref_hidden, self.ref_weight
+        return found
+
     def clear(self) -> None:
         self.hidden.grad = self.weight.grad = None
 
@@ -122,6 +134,7 @@ class Truth(NamedTuple):
     coef: Tensor  # [N], dL/dlogp
     hidden: Tensor  # [N, D]
     weight: Tensor  # [V, D]
+    ref_sums: Tensor  # [S]
 
 
 @torch.no_grad()
@@ -164,7 +177,15 @@ def truth(x: Inputs, block_bytes: int | None = None) -> Truth:
         du = z.sub_(lse[rows].unsqueeze(1)).exp_().mul_(-c).scatter_add_(1, targets[rows], c)
         grad_hidden[rows] = (du @ weight).float().cpu()
         grad_weight.addmm_(du.T, hidden)
-    return Truth(loss.item(), logps, sums.detach(), coef, grad_hidden, grad_weight.float().cpu())
+    return Truth(
+        loss=loss.item(),
+        logps=logps,
+        sums=sums.detach(),
+        coef=coef,
+        hidden=grad_hidden,
+        weight=grad_weight.float().cpu(),
+        ref_sums=ref_sums,
+    )
 
 
 class Mismatch(NamedTuple):
@@ -303,6 +324,26 @@ def full_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return logps.gather(1, targets.unsqueeze(1)).squeeze(1)
 
 
+class PerResponse(Contender):
+    """A cross entropy summed over its rows, called once for every response.
+
+    Not per token: the gradients are built in the forward, and the scalar of a response scales them.
+    """
+
+    def nll(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        """Return -log p of one response, a scalar. hidden: [n, D]; targets: [n]."""
+        raise NotImplementedError
+
+    def sums(self, x: Inputs) -> Tensor:
+        rows = zip(x.hidden.split(x.lengths), x.targets.split(x.lengths), strict=True)
+        return -torch.stack([self.nll(hidden, x.weight, targets) for hidden, targets in rows])
+
+    def loss(self, x: Inputs) -> Tensor:
+        with torch.no_grad():
+            ref = self.sums(x.reference())
+        return x.loss_of(self.sums(x), ref)
+
+
 class Eager(PerToken):
     name = "eager"
     rounds_logits = True
@@ -382,6 +423,89 @@ class Liger(Contender):
         return self._apply(x)[1].detach()
 
 
+class LigerScaled(PerToken):
+    """Liger's per-token cross entropy with any upstream gradient, by kernels for Hopper."""
+
+    name = "liger scaled"
+    module = "liger_kernel.ops.fused_linear_scaled_cross_entropy"
+    needs_cuda = True
+    passes = {"trained": 5, "frozen": 4}
+    rounds_logits = True  # held to the wider limits until a GPU has shown its errors
+
+    def unavailable(self, x: Inputs) -> str | None:
+        reason = super().unavailable(x)
+        if reason is None and torch.cuda.get_device_capability(x.device) != (9, 0):
+            return "its kernels are for Hopper (9.0); elsewhere it is a chunked fallback"
+        return reason or lacks(self._apply, 5)
+
+    @property
+    def _apply(self) -> Callable[..., Tensor]:
+        from liger_kernel.ops import fused_linear_scaled_cross_entropy as ops
+
+        return ops.LigerFusedLinearScaledCrossEntropyFunction.apply
+
+    def per_token(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return -self._apply(hidden, weight, targets, 1.0, -100)
+
+
+class Unsloth(PerToken):
+    """The log-probs of Unsloth's fused preference loss (UNSLOTH_FUSED_PREFERENCE_LOSS)."""
+
+    name = "unsloth"
+    module = "unsloth_zoo.fused_losses.preference_loss"
+    needs_cuda = True
+    passes = {"trained": 5, "frozen": 4}
+
+    def unavailable(self, x: Inputs) -> str | None:
+        with suppress(ImportError):  # then the import below says why
+            without_start_code("unsloth_zoo", "unsloth_zoo.fused_losses")
+        return super().unavailable(x) or lacks(self._function, 5)
+
+    @property
+    def _function(self) -> Callable[..., dict[str, Tensor]]:
+        return importlib.import_module(self.module).fused_linear_token_logps
+
+    def per_token(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        every_row = torch.ones_like(targets, dtype=torch.bool)
+        return self._function(hidden, weight, None, targets, every_row)["per_token_logps"]
+
+
+class Torch(PerResponse):
+    """torch's own linear cross entropy. Its sum is a scalar of the operands' dtype."""
+
+    name = "torch ce"
+    rounds_logits = True
+
+    def unavailable(self, x: Inputs) -> str | None:
+        if not hasattr(F, "linear_cross_entropy"):
+            return f"torch {torch.__version__} has no linear_cross_entropy"
+        return lacks(F.linear_cross_entropy, 3, "reduction")
+
+    def nll(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return F.linear_cross_entropy(hidden, weight, targets, reduction="sum")
+
+
+class QuackSums(PerResponse):
+    """QuACK's cross entropy per response: one pass each, a [V, D] gradient for every response."""
+
+    name = "quack"
+    module = "quack.linear_cross_entropy"
+    needs_cuda = True
+    rounds_logits = True
+
+    def unavailable(self, x: Inputs) -> str | None:
+        if any(length % 8 for length in x.lengths):
+            return "takes responses of a multiple of 8 tokens"
+        return super().unavailable(x) or lacks(self._function, 3, "reduction")
+
+    @property
+    def _function(self) -> Callable[..., Tensor]:
+        return importlib.import_module(self.module).chunked_linear_cross_entropy
+
+    def nll(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return self._function(hidden, weight, targets, reduction="sum")
+
+
 class Quack(Contender):
     """Cross entropy alone, one number for all rows: no reference, no preference. A yardstick for
     QuACK's GEMM rate.
@@ -403,7 +527,46 @@ class Quack(Contender):
 def everybody(workspaces: Sequence[int | None], engine: str = "auto") -> list[Contender]:
     """Return una_fast once per workspace in MiB (None: the default), then the peers."""
     ours = [Una(workspace_mb, engine) for workspace_mb in workspaces]
-    return [*ours, Trl(), Liger(), Cce(), Eager(), Compiled(), Quack()]
+    per_token = [Trl(), LigerScaled(), Unsloth(), Cce(), Eager(), Compiled()]
+    return [*ours, *per_token, Liger(), QuackSums(), Torch(), Quack()]
+
+
+def lacks(function: Callable[..., Any], positional: int, *named: str) -> str | None:
+    """Return what a peer's function no longer takes, or None.
+
+    function: of another version than the version that this bench was written for, perhaps
+    positional: number of arguments that are passed by position
+    named: arguments that are passed by name
+    """
+    try:
+        call = inspect.signature(function)
+        call.bind(*[None] * positional, **dict.fromkeys(named))
+    except (TypeError, ValueError) as error:
+        name = getattr(function, "__qualname__", repr(function))
+        return f"{name} has another signature in this version: {error}"
+    return None
+
+
+def without_start_code(*packages: str) -> None:
+    """Make packages importable as bare folders: their modules load, their `__init__` does not run.
+
+    packages: a package and the package within it; unsloth_zoo's own start refuses to run without
+        unsloth, and patches torch and transformers for every contender in this process
+
+    ImportError for a package that is not installed.
+    """
+    folders: list[str] | None = None
+    for package in packages:
+        if package in sys.modules:
+            folders = list(sys.modules[package].__path__)
+            continue
+        spec = importlib.machinery.PathFinder.find_spec(package, folders)
+        if spec is None or spec.submodule_search_locations is None:
+            raise ImportError(f"no package {package}")
+        folders = list(spec.submodule_search_locations)
+        bare = types.ModuleType(package)
+        bare.__path__, bare.__spec__ = folders, spec
+        sys.modules[package] = bare
 
 
 # ------------------------------------------------------------------------------------------- parity
@@ -477,7 +640,8 @@ def ensure(right: bool, message: str) -> None:
 @torch.no_grad()
 def logp_errors(contender: Contender, x: Inputs, true: Truth) -> dict[str, float]:
     """Return, in nat, the largest and the root-mean-square error of log-probs, and the largest
-    error of a response's sum.
+    errors of a response's sum and of the log-ratio that the loss sees: of a pair, policy against
+    reference and chosen against rejected; with scores, of a response.
     """
     found = {}
     logps = contender.logps(x)
@@ -490,4 +654,9 @@ def logp_errors(contender: Contender, x: Inputs, true: Truth) -> dict[str, float
     if sums is not None:
         found["sum_error"] = (sums.double() - true.sums).abs().max().item()
         found["sum_tokens"] = max(x.lengths)
+        ratios = sums.double() - contender.sums(x.reference()).double()
+        errors = ratios - (true.sums - true.ref_sums)
+        if x.scores is None:
+            errors = errors[0::2] - errors[1::2]
+        found["ratio_error"] = errors.abs().max().item()
     return found

@@ -3,7 +3,10 @@
 mm, float32 logits     the product alone
 mm + row_logps         the product, then the row kernel that reads the logits
 linear_logps           one kernel without logits in memory
-row kernels            row_logps, row_grad, row_logps_grad in every block size of rowgrad.BLOCKS
+… row stride V + 64    the product and row kernels on rows that are 256 bytes further apart: a row
+                       of 262144 float32 logits is exactly 1 MiB, so that all rows start in the
+                       same place of the caches
+row kernels            row_logps, row_grad, one_read in every block size of rowgrad.BLOCKS
 """
 
 from __future__ import annotations
@@ -20,19 +23,25 @@ from harness import attempt, typical
 from timing import Job, alternate, seconds_of
 
 LARGEST_ERROR = 1e-3  # nat, of linear_logps against row_logps
+PADDING = 64  # logits
 
 
 class Rows:
-    """Operands of the suite: float32 logits u = hidden @ weight.T of `rows` rows, written anew."""
+    """Operands of the suite: float32 logits u = hidden @ weight.T of `rows` rows, written anew.
 
-    def __init__(self, rows: int, dim: int, vocab: int, device: torch.device) -> None:
+    padding: logits between the end of a row and the beginning of the next row
+    """
+
+    def __init__(
+        self, rows: int, dim: int, vocab: int, device: torch.device, padding: int = 0
+    ) -> None:
         self.narrow = device.type == "cuda"
         self.dtype = torch.bfloat16 if self.narrow else torch.float32
         x = Inputs((rows, rows), dim, vocab, device=device.type, dtype=self.dtype)
         self.hidden = x.hidden.detach()[:rows]
         self.weight = x.weight.detach()
         self.targets = x.targets[:rows]
-        self.u = torch.empty(rows, vocab, device=device)
+        self.u = torch.empty(rows, vocab + padding, device=device)[:, :vocab]
         self.coef = torch.full((rows,), 1e-3, device=device)
         self.lse = torch.empty(rows, device=device)
 
@@ -54,12 +63,13 @@ class Rows:
     def row_grad(self) -> Any:
         from una_fast.kernels import rowgrad
 
-        return rowgrad.row_grad(self.u, self.targets, self.coef, self.lse, dtype=self.dtype)
+        over = rowgrad.overlay(self.u, self.dtype)
+        rowgrad.row_grad(self.u, self.targets, self.coef, self.lse, out=over)
 
-    def row_logps_grad(self) -> Any:
-        from una_fast.kernels import rowgrad
+    def one_read(self) -> Any:
+        from una_fast.kernels import one_read, rowgrad
 
-        return rowgrad.row_logps_grad(self.u, self.targets, self.coef, dtype=self.dtype)
+        return one_read.one_read(self.u, self.targets, out=rowgrad.overlay(self.u, self.dtype))
 
     def mm_row_logps(self) -> tuple[Tensor, Tensor]:
         self.logits()
@@ -93,8 +103,12 @@ def blocked(block: int, warps: int, run: Callable[[], Any]) -> Callable[[], Any]
     return call
 
 
-def jobs_of(x: Rows) -> tuple[dict[str, Job], dict[str, int]]:
-    """Return (jobs by name, bytes moved by the jobs that are row kernels)."""
+def jobs_of(x: Rows, padded: Rows) -> tuple[dict[str, Job], dict[str, int]]:
+    """Return (jobs by name, bytes moved by the jobs that are row kernels).
+
+    x: rows of logits without padding
+    padded: the same with PADDING
+    """
     from una_fast.kernels import rowgrad
 
     def nothing() -> tuple:
@@ -109,7 +123,7 @@ def jobs_of(x: Rows) -> tuple[dict[str, Job], dict[str, int]]:
     kernels = {  # name -> (bytes per logit, kernel)
         "row_logps": (4, x.row_logps),
         "row_grad": (4 + size, x.row_grad),
-        "row_logps_grad": (8 + size, x.row_logps_grad),
+        "one_read": (4 + size, x.one_read),
     }
     moved = {}
     for name, (logit_bytes, run) in kernels.items():
@@ -117,13 +131,18 @@ def jobs_of(x: Rows) -> tuple[dict[str, Job], dict[str, int]]:
             key = f"{name}, {block} x {warps}"
             jobs[key] = Job(x.again, blocked(block, warps, run))
             moved[key] = logit_bytes * x.u.numel()
+    apart = f", row stride V + {PADDING}"
+    jobs[f"mm{apart}"] = Job(nothing, padded.logits)
+    for name, run in (("row_logps", padded.row_logps), ("row_logps_grad", padded.row_logps_grad)):
+        jobs[name + apart] = Job(padded.again, run)
+        moved[name + apart] = kernels[name][0] * x.u.numel()
     return jobs, moved
 
 
 def forward(dim: int, vocab: int, rows: int, device: torch.device, options: Any) -> dict[str, Any]:
     """Return the entry of the results for one shape: a row per way or kernel."""
     x = Rows(rows, dim, vocab, device)
-    jobs, moved = jobs_of(x)
+    jobs, moved = jobs_of(x, Rows(rows, dim, vocab, device, PADDING))
     failed = {}
     for name, job in jobs.items():
         warm_up = functools.partial(seconds_of, job, device)
@@ -170,4 +189,4 @@ def show_forward(entry: dict[str, Any]) -> None:
             text = f"{row['seconds'] * 1e3:10.3f} ms {row['tflops']:8.0f} TF/s"
         else:
             text = f"{row['seconds'] * 1e3:10.3f} ms {row['gb_per_s']:8.0f} GB/s"
-        print(f"{row['name']:28}{text}")
+        print(f"{row['name']:36}{text}")

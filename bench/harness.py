@@ -17,6 +17,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
@@ -29,6 +30,7 @@ from contenders import WrongResult
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = ("una_fast", "kernels", "bench")
+CLEANING = 30.0  # seconds
 GPU_LOST = 75  # exit status after a contender broke the GPU's context: run again with --resume
 
 
@@ -45,6 +47,90 @@ def release() -> None:
 
 class DeviceLost(Exception):
     """(name, reason) of a contender; the GPU answers nothing more in this process."""
+
+
+class Guard:
+    """What is left of a run whose process ends under a contender: a hang in a kernel, a crash.
+
+    While a contender runs, the file `<out>.running` holds its name. A contender beyond its deadline
+    that Python's alarm does not reach is stored in the report as lost, and the process ends with
+    GPU_LOST: a run with --resume goes on without the contender. So does a run that finds the file
+    of a process that ended in any other way.
+    """
+
+    grace = 10.0  # seconds between the alarm and the end of the process
+
+    def __init__(self, report: dict[str, Any], out: Path) -> None:
+        self.report, self.out = report, out
+        self.running = out.with_suffix(".running")
+
+    def take_over(self) -> None:
+        """Store the contender under which the process before this one ended."""
+        if self.running.exists():
+            self.lose(self.running.read_text(encoding="utf-8"), "the process ended while it ran")
+
+    def lose(self, name: str, reason: str) -> None:
+        """Store a contender as lost."""
+        self.report["lost"][name] = reason
+        write_report(self.report, self.out)
+        self.running.unlink(missing_ok=True)
+
+    def end(self, name: str, seconds: float) -> None:
+        """Store a contender that hangs, and end this process."""
+        reason = f"hung: not done in {seconds:g} s, nor {self.grace:g} s later"
+        self.lose(name, reason)
+        print(f"\n{name} {reason}: run again with --resume", flush=True)
+        os._exit(GPU_LOST)
+
+    @contextlib.contextmanager
+    def watch(self, name: str, seconds: float | None) -> Iterator[None]:
+        """Guard one attempt; attempts may stand within each other."""
+        before = None
+        if self.running.exists():
+            before = self.running.read_text(encoding="utf-8")
+        self.running.parent.mkdir(parents=True, exist_ok=True)
+        self.running.write_text(name, encoding="utf-8")
+        timer = None
+        if seconds:
+            timer = threading.Timer(seconds + self.grace, self.end, (name, seconds))
+            timer.daemon = True
+            timer.start()
+        try:
+            yield
+        finally:
+            if timer is not None:
+                timer.cancel()
+            if before is None:
+                self.running.unlink(missing_ok=True)
+            else:
+                self.running.write_text(before, encoding="utf-8")
+
+
+_guards: list[Guard] = []  # at most one: of the run in this process
+
+
+@contextlib.contextmanager
+def guarded(report: dict[str, Any], out: Path | None) -> Iterator[None]:
+    """Guard every attempt of a run that stores its results.
+
+    report: with the entry "lost", reasons by contender
+    out: the file of the report, None for a run without one, which is not guarded
+    """
+    if out is None:
+        yield
+        return
+    guard = Guard(report, out)
+    guard.take_over()
+    _guards.append(guard)
+    try:
+        yield
+    finally:
+        _guards.remove(guard)
+
+
+def watched(name: str, seconds: float | None) -> contextlib.AbstractContextManager[None]:
+    """Return the guard of one attempt, or no guard in a run without one."""
+    return _guards[-1].watch(name, seconds) if _guards else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -80,7 +166,7 @@ def attempt(
     seconds: the deadline of `run`, None for no deadline
     """
     try:
-        with deadline(seconds):
+        with watched(name, seconds), deadline(seconds):
             return run(), None
     except DeviceLost:
         raise
@@ -95,7 +181,8 @@ def attempt(
         full = "out of memory" in text.lower()
         reason = "out of memory" if full else f"{type(error).__name__}: {text}"[:200]
     try:
-        clean()
+        with watched(name, CLEANING):
+            clean()
     except Exception as error:
         raise DeviceLost(name, reason) from error
     return None, reason
@@ -146,8 +233,10 @@ def digest_of(*folders: str) -> str:
 def commit_of(*folders: str) -> dict[str, Any]:
     """Return the commit, and whether `folders` have uncommitted changes; None without git."""
     changes = command_output("git", "status", "--porcelain", "--", *folders)
+    commit = command_output("git", "rev-parse", "HEAD")
     return {
-        "commit": command_output("git", "rev-parse", "HEAD"),
+        # A copy of the tree on another machine has no git: its caller names the commit.
+        "commit": commit or os.environ.get("BENCH_COMMIT"),
         "uncommitted_changes": None if changes is None else bool(changes),
     }
 
@@ -176,6 +265,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "driver": query}
         found |= {"memory_gib": torch.cuda.get_device_properties(0).total_memory / 2**30}
         peers = ("triton", "liger-kernel", "cut-cross-entropy", "quack-kernels", "transformers")
+        peers += ("unsloth_zoo",)
         found |= {name: installed(name) for name in peers}
     return found
 
@@ -190,11 +280,25 @@ def open_report(out: Path | None, resume: bool, device: torch.device) -> dict[st
     return {"environment": environment(device), "results": []}
 
 
+def note(report: dict[str, Any], row: dict[str, Any], out: Path | None) -> None:
+    """Print and store what is known of a contender, before the others have had their turn.
+
+    report: keeps the row under "notes" until the whole entry is stored
+    row: of the table, with the name
+    """
+    report.setdefault("notes", []).append(row)
+    write_report(report, out)
+    cells = [f"{key} {value:.3g}" for key, value in row.items() if isinstance(value, float)]
+    print(f"  {row['name']}: {row.get('reason') or ', '.join(cells)}", flush=True)
+
+
 def write_report(report: dict[str, Any], out: Path | None) -> None:
     """Write a report as JSON, if `out` is given."""
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        whole = out.with_suffix(".half")  # a process may be killed while it writes
+        whole.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        whole.replace(out)
 
 
 def store_loss(report: dict[str, Any], error: DeviceLost, out: Path | None) -> int:

@@ -12,6 +12,7 @@ import torch
 
 import harness
 
+LONGEST_RUN = 60.0  # seconds, of one timed run on a GPU
 CEILING = {"cuda": 8192, "cpu": 1024}  # rows and columns of the square product
 
 
@@ -63,10 +64,11 @@ def alternate(
         shuffle(order)
         for name in order:
             run = functools.partial(seconds_of, jobs[name], device)
-            value, reason = harness.attempt(str(name), run, clean)
+            limit = LONGEST_RUN if device.type == "cuda" else None  # a CPU is shared
+            value, reason = harness.attempt(str(name), run, clean, limit)
             if reason == "out of memory":
                 # Once more: the cache, full of the other jobs' blocks, has been given back.
-                value, reason = harness.attempt(str(name), run, clean)
+                value, reason = harness.attempt(str(name), run, clean, limit)
             if reason:
                 failed[name] = reason
             else:

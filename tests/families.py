@@ -122,6 +122,10 @@ REFUSED = {  # cannot be packed
         linear_value_head_dim=8,
     ),
 }
+# Cannot be packed in this version of transformers: before 5.18, OPT hands on an attention mask.
+_VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+UNPACKED = ["OPTConfig"] if _VERSION < (5, 18) else []
+PACKABLE = [name for name in FAMILIES if name not in UNPACKED]
 
 
 def build(

@@ -16,10 +16,11 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from families import (
-    FAMILIES,
+    PACKABLE,
     PROMPTS,
     REFUSED,
     RESPONSES,
+    UNPACKED,
     build,
     gradient_difference,
     gradients,
@@ -105,12 +106,12 @@ def test_segments_must_tile_the_row(segments, message):
 # ---- the probe ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", PACKABLE)
 def test_probe_accepts(name):
     assert packing_refusal(build(name)) is None
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", [*REFUSED, *UNPACKED])
 def test_probe_refuses_with_a_reason(name):
     reason = packing_refusal(build(name, sharp=False))
     assert isinstance(reason, str) and len(reason) > 20

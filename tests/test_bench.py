@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from itertools import chain
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 import bench_head
 import contenders
+import gpu_probe
 import harness
 import plots
 import tables
@@ -74,11 +77,70 @@ def test_truth_is_eager():
 def test_stated_passes_are_the_counted_passes(head):
     x = Inputs((40, 40), 32, 300)
     x.head(head)
-    for contender in (Una(), Eager(), Trl(), contenders.Liger()):
+    for contender in (Una(), Eager(), Trl(), contenders.Liger(), contenders.Torch()):
         if not contender.unavailable(x):  # a peer may not be installed
             check(contender, x, truth(x))
             counted = bench_head.costs(contender, x)["passes"]
             assert counted == pytest.approx(contender.passes[head]), contender.name
+
+
+@pytest.mark.parametrize("scores", [False, True])
+def test_the_error_of_a_log_ratio_is_of_what_the_loss_sees(scores):
+    """An error that policy and reference share cancels, and an error of one sum does not."""
+    x = Inputs((7, 7, 5, 5), 12, 70, scores=scores)
+    true = truth(x)
+    found = contenders.logp_errors(Eager(), x, true)
+    assert found["ratio_error"] < 1e-4
+
+    class Shifted(Eager):
+        def __init__(self, both):
+            self.both = both
+
+        def sums(self, inputs):
+            is_policy = inputs is x
+            shift = torch.tensor([0.5, 0.0, 0.0, 0.25])
+            return super().sums(inputs) + shift * (self.both or is_policy)
+
+    assert contenders.logp_errors(Shifted(True), x, true)["sum_error"] > 0.49
+    assert contenders.logp_errors(Shifted(True), x, true)["ratio_error"] < 1e-4
+    alone = contenders.logp_errors(Shifted(False), x, true)["ratio_error"]
+    assert alone == pytest.approx(0.5, abs=1e-4)
+
+
+def test_a_peer_with_another_signature_is_a_row():
+    def renamed(hidden, weight, labels, *, how):
+        """Take other arguments than this bench passes."""
+
+    reason = contenders.lacks(renamed, 3, "reduction")
+    assert "renamed has another signature" in reason and "'how'" in reason
+    assert contenders.lacks(renamed, 3, "how") is None
+    x = Inputs((8, 8), 16, 90)
+    for contender in contenders.everybody([None]):
+        reason = contender.unavailable(x)
+        assert reason is None or isinstance(reason, str), contender.name
+    odd = Inputs((8, 7), 16, 90)
+    assert "multiple of 8" in contenders.QuackSums().unavailable(odd)
+
+
+def test_a_package_loads_without_its_start(tmp_path, monkeypatch):
+    """A peer's package may patch torch for everybody as it starts."""
+    inner = tmp_path / "loud_peer" / "losses"
+    inner.mkdir(parents=True)
+    for folder in (inner.parent, inner):
+        (folder / "__init__.py").write_text("raise ImportError('needs a GPU')\n")
+    (inner / "wanted.py").write_text("answer = 42\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match="needs a GPU"):
+        importlib.import_module("loud_peer.losses.wanted")
+    monkeypatch.delitem(sys.modules, "loud_peer", raising=False)
+    contenders.without_start_code("loud_peer", "loud_peer.losses")
+    try:
+        assert importlib.import_module("loud_peer.losses.wanted").answer == 42
+        with pytest.raises(ImportError, match="no package no_such_peer"):
+            contenders.without_start_code("no_such_peer")
+    finally:
+        for name in [name for name in sys.modules if name.startswith("loud_peer")]:
+            del sys.modules[name]
 
 
 # -------------------------------------------------------------------------------- refusals are rows
@@ -158,6 +220,42 @@ def test_a_deadline_ends_a_run_and_leaves_no_alarm_behind():
 
     assert harness.attempt("x", forever, seconds=0.05) == (None, "not done in 0.05 s")
     assert harness.attempt("x", lambda: sum(range(2_000_000)))[1] is None  # longer than the alarm
+
+
+def test_a_process_that_ended_leaves_the_name_of_its_contender(tmp_path):
+    out = tmp_path / "out.json"
+    running = out.with_suffix(".running")
+    report = {"lost": {}, "results": []}
+    seen = []
+
+    def outer():
+        harness.attempt("inner", lambda: seen.append(running.read_text()))
+        seen.append(running.read_text())
+
+    with harness.guarded(report, out):
+        harness.attempt("outer", outer)
+    assert seen == ["inner", "outer"] and not running.exists() and report["lost"] == {}
+    running.write_text("crashed")
+    with harness.guarded(report, out):
+        assert not running.exists()
+    assert json.loads(out.read_text())["lost"] == {"crashed": "the process ended while it ran"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels on a CPU need the interpreter")
+def test_the_probe_runs_and_stores_every_line(tmp_path, capsys):
+    out = tmp_path / "probe.json"
+    assert gpu_probe.main(["--small", "--device", "cpu", "--out", str(out)]) == 0
+    report = json.loads(out.read_text())
+    assert {"torch", "commit", "command", "sources", "time"} <= report["environment"].keys()
+    rows = {row["name"]: row for row in report["results"]}
+    assert rows["logits, float32 out, row stride V + 64"]["tflops"] > 0
+    assert rows["row_logps_grad, padded rows"]["gb_per_s"] > 0
+    assert capsys.readouterr().out.count("\n") == len(report["results"]) + 1
+    out.unlink()
+    # No time: every line of the heads is a row with the reason, and the exit status tells.
+    assert gpu_probe.main(["--small", "--device", "cpu", "--seconds", "0", "--out", str(out)]) == 1
+    late = [row for row in json.loads(out.read_text())["results"] if "no time" in str(row)]
+    assert len(late) > 10
 
 
 # ---------------------------------------------------------------------------- arithmetic, verdicts

@@ -16,6 +16,7 @@ from bench_step import judge, parity
 from contenders import WrongResult
 from step_contenders import SHAPES, Case, Setup, attended, needed_flop
 from una_fast.counters import FlopCounter
+from una_fast.model.activations import BLOCK
 
 CPU = torch.device("cpu")
 
@@ -97,6 +98,15 @@ def test_a_step_over_the_cap_is_out_of_memory(sessions):
     for name in step_contenders.CONTENDERS:
         found = step_contenders.run(name, capped, Setup(CPU, torch.float32), 2, 1, 60)
         assert found == (None, "out of memory")
+
+
+def test_the_pinned_blocks_of_a_hidden_state():
+    """Warmed before the timed step: the blocks that HostOffload asks for, in the same sizes."""
+    tokens, width = 3 * BLOCK // 2 // 64 + 5, 64  # three blocks of bfloat16, and five tokens
+    sizes = step_contenders.pinned_sizes(tokens, width, 2)
+    pieces = torch.empty(tokens * width, dtype=torch.bfloat16, device="meta").split(BLOCK // 2)
+    assert sizes == [piece.nbytes for piece in pieces] == [BLOCK] * 3 + [5 * 64 * 2]
+    assert step_contenders.pinned_sizes(BLOCK // 128, 64, 2) == [BLOCK]
 
 
 # -------------------------------------------------------------------------------------- whole runs

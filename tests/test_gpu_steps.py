@@ -9,13 +9,16 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from runs import metered
 from tiny import make_config, make_records, make_tokenizer, write_jsonl
 from una_fast.capacity.trace import Row, StepTracer
 from una_fast.data.loader import Step
 from una_fast.distributed import start_world
+from una_fast.losses import Objective
 from una_fast.train.build import build_run, open_run
 from una_fast.train.loop import Trainer, train
 from una_fast.train.measure import measured_peak
+from una_fast.train.metrics import NAMES, Meter
 from una_fast.train.run_data import RunData
 
 pytestmark = [
@@ -84,7 +87,11 @@ def test_the_plan_of_a_step_is_within_a_tenth_of_what_is_allocated(name, llama_2
 
 @pytest.mark.parametrize("name", ["offload", "host optimizer"])
 def test_what_travels_beside_the_computation_arrives(name, llama_200m, tmp_path):
-    """Copies on separate streams are awaited: three steps give a plain run's numbers, bitwise."""
+    """Copies on separate streams are awaited: three steps give a plain run's numbers.
+
+    To within ten times the difference of two plain runs: the backward of flash attention adds with
+    atomics, so that a run does not repeat itself bitwise.
+    """
     batch = [Row(3000, (500, 700)).example()]
     on = MEMORY_SETTINGS[name]
     off = {**on, "offload_activations": False}
@@ -94,10 +101,26 @@ def test_what_travels_beside_the_computation_arrives(name, llama_200m, tmp_path)
             {"gradient_checkpointing": True, "master_weights": True},
         )
     norms = []
-    for number, changes in enumerate((on, off)):
+    for number, changes in enumerate((on, off, off)):
         _, trainer = open_trainer(*llama_200m, tmp_path / f"run{number}", batch, **changes)
         norms.append([trainer.take_step(Step(0.0, [batch], 1))["grad_norm"] for _ in range(3)])
-    assert norms[0] == pytest.approx(norms[1], rel=0 if name == "offload" else 1e-5)
+    moved, plain, repeat = norms
+    repeats = [abs(a - b) / b for a, b in zip(repeat, plain, strict=True)]
+    least = 1e-7 if name == "offload" else 1e-5  # the host's optimizer rounds in another order
+    assert moved == pytest.approx(plain, rel=max(least, 10 * max(repeats)))
+
+
+def test_the_meter_does_not_wait_for_the_device():
+    batch, out = metered("cuda")
+    meter = Meter(Objective(), torch.device("cuda"))
+    meter.add(batch, out)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        meter.add(batch, out)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert meter.sums[NAMES.index("units")].item() == 2 * batch.feedback.num_units
 
 
 def test_liger_computes_what_the_model_does(llama_200m, tmp_path):

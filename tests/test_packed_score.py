@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from families import FAMILIES, build, gradient_difference, gradients, without
+from families import PACKABLE, build, gradient_difference, gradients, without
 from una_fast import Feedback, token_logps
 from una_fast.attention.rows import attended_pairs
 from una_fast.counters import FlopCounter
@@ -51,7 +51,7 @@ def enable_checkpointing(model, reentrant):
     model.enable_input_require_grads()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", PACKABLE)
 def test_packed_scores_are_padded_scores(name):
     model = build(name)
     policy = make_policy(model, probe_head(model), packed=True)

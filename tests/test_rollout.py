@@ -24,7 +24,7 @@ from una_fast.model.loading import load_tokenizer
 from una_fast.model.policy import load_policy
 from una_fast.model.scoring import Scoring
 from una_fast.model.settings import LoraOptions, MemoryOptions
-from una_fast.online.generate import ContinuousSampler, TransformersSampler
+from una_fast.online.generate import ContinuousSampler, TransformersSampler, page_setting
 from una_fast.online.samplers import make_sampler
 from una_fast.online.sampling import (
     Completion,
@@ -47,6 +47,20 @@ def policy(llamas):
 @pytest.fixture(scope="module")
 def tokenizer(llamas):
     return load_tokenizer(llamas["untied"])
+
+
+def test_the_page_size_has_the_name_of_the_installed_transformers():
+    """Up to transformers 5.17 the setting is block_size."""
+
+    class Old:
+        def __init__(self, block_size=256):
+            """Take the old name."""
+
+    class New:
+        def __init__(self, page_size=256, block_size=None):
+            """Take both names, the old one deprecated."""
+
+    assert page_setting(Old) == "block_size" and page_setting(New) == "page_size"
 
 
 def scored(policy, prompts, drawn, scoring=None):

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import una_fast.resolved as resolved_module
 from fsdp_worker import run_case
-from runs import LORA, again, assert_same_weights, examples_of, open_trainer
+from runs import LORA, again, assert_same_weights, examples_of, metered, open_trainer
 from tiny import make_config, make_records, read_metrics, save_llama, write_jsonl
 from two_ranks import saved_weights
 from una_fast.config import RunConfig
@@ -33,6 +33,7 @@ from una_fast.train import loop
 from una_fast.train.checkpoint import complete_checkpoints
 from una_fast.train.data_checks import check_token_ids
 from una_fast.train.loop import train
+from una_fast.train.metrics import NAMES, Meter
 from una_fast.train.precompute import precompute_reference
 
 # ---- end to end ----
@@ -338,6 +339,27 @@ def test_score_center_reaches_the_loss_and_is_saved(llamas, tmp_path):
     residuals = np.concatenate([own - own.mean() for own in scores])
     assert line["loss"] == pytest.approx(np.mean(residuals**2))
     assert "score centre" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_a_micro_batch_sends_its_numbers_to_the_device_at_once(monkeypatch):
+    """torch.as_tensor(number, device="cuda") would wait for the device, number after number."""
+    batch, out = metered("cpu")
+    made = []
+    for name in ("tensor", "as_tensor"):
+        make = getattr(torch, name)
+
+        def counted(value, *args, make=make, **kwargs):
+            made.append(value)
+            return make(value, *args, **kwargs)
+
+        monkeypatch.setattr(torch, name, counted)
+    meter = Meter(Objective(), torch.device("cpu"))
+    meter.add(batch, out)
+    assert made == [[2, 1, 1, 3, batch.num_tokens, 12, batch.input_ids.numel()]]
+    sums = dict(zip(NAMES, meter.sums.tolist(), strict=False))
+    expected = {"units": 2, "pairs": 1, "points": 1, "responses": 3, "response_tokens": 12}
+    assert {name: sums[name] for name in expected} == expected
+    assert sums["log_ratio"] == 1.5 and sums["loss"] == pytest.approx(out.unit_losses.sum().item())
 
 
 # ---- the same numbers whichever way a run goes ----

@@ -6,6 +6,7 @@ cache, `continuous` shares the pages of the cache.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -171,7 +172,10 @@ class ContinuousSampler(TransformersSampler):
         config = _generation_config(self.sampling, self.tokenizer)
         config.num_return_sequences = samples
         batching = ContinuousBatchingConfig(
-            return_logprobs=True, seed=seed, max_requests_per_batch=self.batch_size, page_size=PAGE
+            return_logprobs=True,
+            seed=seed,
+            max_requests_per_batch=self.batch_size,
+            **{page_setting(ContinuousBatchingConfig): PAGE},
         )
         model = self.policy.causal_lm
         if model.device.type == "cpu":  # the sizes that transformers takes from a GPU's memory
@@ -202,6 +206,16 @@ class ContinuousSampler(TransformersSampler):
         ids = np.array(output.generated_tokens, dtype=np.int32)
         finished = int(ids[-1]) in self.sampling.stop_ids
         return Completion(ids, finished, float(sum(output.logprobs)), version)
+
+
+def page_setting(config: type) -> str:
+    """Return the name of the setting for the tokens per page.
+
+    config: transformers' ContinuousBatchingConfig; up to 5.17 the setting is `block_size`, which
+        later versions keep as a deprecated name of `page_size`
+    """
+    names = inspect.signature(config).parameters
+    return "page_size" if "page_size" in names else "block_size"
 
 
 @contextmanager

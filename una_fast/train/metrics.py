@@ -78,31 +78,43 @@ class Meter:
         decided = self._selected(feedback.value, is_pair) > 0.5  # a tie has no right order
         points = self._points(feedback, out)
         weight = feedback.weight.to(self.sums.device, non_blocking=True)
-        values = {
-            "loss": (out.unit_losses * weight).sum(),
+        on_host = {
             "units": feedback.num_units,
             "pairs": chosen.numel(),
+            "points": points.wanted.numel(),
+            "responses": out.logps.numel(),
+            "tokens": batch.num_tokens,
+            "response_tokens": batch.targets.numel(),
+            "computed": batch.input_ids.numel(),
+        }
+        on_device = {
+            "loss": (out.unit_losses * weight).sum(),
             "chosen": out.rewards[chosen].sum(),
             "rejected": out.rewards[rejected].sum(),
             "correct": ((out.rewards[chosen] > out.rewards[rejected]) & decided).sum(),
             "decided": decided.sum(),
             "logps_chosen": out.logps[chosen].sum(),
             "logps_rejected": out.logps[rejected].sum(),
-            "points": points.wanted.numel(),
             "target": points.wanted.sum(),
             "implicit": points.implied.sum(),
             "calibrated": points.counts.sum(),
             "log_ratio": (out.logps - out.ref_logps).sum(),
-            "responses": out.logps.numel(),
-            "tokens": batch.num_tokens,
-            "response_tokens": batch.targets.numel(),
-            "computed": batch.input_ids.numel(),
         }
-        named = [
-            torch.as_tensor(values[name], dtype=torch.float64, device=self.sums.device)
-            for name in NAMES
-        ]
+        values = on_device | self._counts(on_host)
+        named = [values[name].double() for name in NAMES]
         self.sums += torch.cat([torch.stack(named), points.counts, points.gaps])
+
+    def _counts(self, numbers: dict[str, int]) -> dict[str, Tensor]:
+        """Copy numbers of the host to the device, as float64 scalars by name.
+
+        All in one copy that the host does not wait for: `torch.as_tensor(number, device="cuda")`
+        waits for the device, once for every number.
+        """
+        counts = torch.tensor(list(numbers.values()), dtype=torch.float64)
+        if self.sums.is_cuda:
+            counts = counts.pin_memory()
+        counts = counts.to(self.sums.device, non_blocking=True)
+        return dict(zip(numbers, counts, strict=True))
 
     def _selected(self, column: Tensor, units: Tensor) -> Tensor:
         """Return a column of the feedback at some units, on the device. units: [U] bool."""
