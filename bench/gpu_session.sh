@@ -148,14 +148,14 @@ case $part in
   limited 100 probe "$PYTHON" "$scripts/gpu_probe.py" --device "$device" ${BENCH_SMALL:-} \
     --out "$out/probe.json"
   # every kernel and dtype, one shape of the row kernels
-  few="2049 or merge or infinity or stride or linear or loss or gather or segment or offsets"
+  few="2049 or one_read or merge or infinity or stride or linear or loss or gather or segment or offsets"
   tests 120 tests ${BENCH_TESTS:-tests/test_gpu.py}
   tests 60 kernels ${BENCH_TESTS:-tests/test_kernels.py} -k "${BENCH_FEW:-$few}"
   bench head head_bars 200 --suite bars --seconds 6 --warmup 45
   # shared memory alone: the rest is the hundred repeats
   if command -v compute-sanitizer >"$logs/sanitizer.log"; then
     LINES_SHOWN=3 limited 30 sanitizer compute-sanitizer --tool racecheck --error-exitcode 9 \
-      "$PYTHON" -P -m pytest tests/test_kernels.py -k "test_row_kernels and 2049 and scaled"
+      "$PYTHON" -P -m pytest tests/test_kernels.py -k "(test_row_kernels or test_one_read) and scaled and (2049 or 2048)"
   fi
   last=head_bars
   ;;

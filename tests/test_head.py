@@ -86,8 +86,8 @@ def test_every_way_through_the_plan(way, dtype, plans):
     """Each case is a way; the plan is asserted: a changed heuristic cannot empty the test."""
     way = WAYS[way]
     p = way.problem(dtype=dtype)
-    budget = way.workspace_mb(dtype)
     for k, (train, normalize) in enumerate(product(TRAINED, (False, True))):
+        budget = way.workspace_mb(dtype, trained="weight" in train or "bias" in train)
         arguments = {
             "objective": Objective(score="bce", offset=0.1, length_normalize=normalize),
             **reference(p, ("cached", "own", "policy")[k % 3]),

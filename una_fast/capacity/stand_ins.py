@@ -64,16 +64,23 @@ class PlannedHead:
         return tile_budget(self.workspace, cast=size.cast)
 
     def allocate(
-        self, size: HeadSize, tile: Tile, *, gathered: bool, trained: bool = False
+        self, size: HeadSize, tile: Tile, *, gathered: bool, trained: bool, forward: bool
     ) -> list[Tensor]:
-        """Allocate the workspace of a pass: logits, copies of hidden rows, casts, temporaries."""
+        """Allocate the workspace of a pass: logits, copies of hidden rows, casts, temporaries.
+
+        size: of the head
+        tile: of the plan
+        gathered: rows come from several places
+        trained: hidden rows are copied, times their factors
+        forward: some rows have log-probs without gradients, which need a block of temporaries
+        """
         logits = tile.logit_bytes(size)
         copies = tile.rows * size.copied_bytes(gathered, tile.vocab < size.vocab, trained)
         cast = block = 0
         if size.cast:
             whole = size.vocab * size.hidden * size.acc_bytes
             cast = min(cast_bytes(self.workspace), whole)
-        if self.device == "cpu":
+        if self.device == "cpu" and forward:
             block = min(CACHE_BLOCK_BYTES, logits)  # of the row operations
         sizes = (logits, tile.gradient_bytes(size), copies, cast, block)
         return [torch.empty(n, dtype=torch.int8) for n in sizes]
@@ -85,7 +92,7 @@ class PlannedHead:
         plan = forward_plan(size, len(hidden), self.budget(size))
         self.flop += forward_pass(size, len(hidden), plan.tile).flop
         with memory_category("head"):
-            self.allocate(size, plan.tile, gathered=False)
+            self.allocate(size, plan.tile, gathered=False, trained=False, forward=True)
         return hidden.new_zeros(())
 
     def loss(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -115,7 +122,13 @@ class _PlannedLoss(torch.autograd.Function):
                     length_normalize=head.normalize,
                 )
             head.flop += cost(plan, head.lengths, size, width).flop
-            live = head.allocate(size, plan.tile, gathered=plan.gathered, trained=trained)
+            live = head.allocate(
+                size,
+                plan.tile,
+                gathered=plan.gathered,
+                trained=trained,
+                forward=bool(plan.recomputed or plan.unscored),
+            )
             live += [torch.empty(weight.shape, dtype=torch.float32) for _ in range(plan.scratch)]
             ctx.hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
             dtype = weight.dtype if plan.direct else torch.float32
