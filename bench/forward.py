@@ -91,14 +91,17 @@ def blocked(block: int, warps: int, run: Callable[[], Any]) -> Callable[[], Any]
     """Return `run` with row kernels launched in blocks of `block` logits at `warps` warps."""
 
     def call() -> None:
-        from una_fast.kernels import rowgrad
+        from una_fast.kernels import one_read, rowgrad
 
-        before = dict(rowgrad.LAUNCH)
-        rowgrad.LAUNCH.update(BLOCK=block, num_warps=warps)
+        launches = (rowgrad.LAUNCH, one_read.LAUNCH)
+        before = [dict(launch) for launch in launches]
+        for launch in launches:
+            launch.update(BLOCK=block, num_warps=warps)
         try:
             run()
         finally:
-            rowgrad.LAUNCH.update(before)
+            for launch, kept in zip(launches, before, strict=True):
+                launch.update(kept)
 
     return call
 

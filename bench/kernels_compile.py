@@ -123,11 +123,13 @@ def row_variants() -> list[Variant]:
             found.append(row_variant(u, du, bias, softcap, usual, **outputs))
         for blocks in wider:
             found.append(row_variant("fp32", "bf16", None, False, blocks, **outputs))
+    blocks_of_one_read = (one_read.LAUNCH["BLOCK"], one_read.LAUNCH["num_warps"])
     wide = [("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "bf16")]
     for (u, e), bias, softcap in itertools.product(wide, biases, softcaps):
-        found.append(one_read_variant(u, e, bias, softcap, usual))
-    for blocks in wider:
-        found.append(one_read_variant("fp32", "bf16", None, False, blocks))
+        found.append(one_read_variant(u, e, bias, softcap, blocks_of_one_read))
+    for blocks in rowgrad.BLOCKS:
+        if blocks != blocks_of_one_read:
+            found.append(one_read_variant("fp32", "bf16", None, False, blocks))
     return found
 
 
@@ -145,7 +147,7 @@ def one_read_variant(
     block, options = split({**rowgrad.LAUNCH, "BLOCK": blocks[0], "num_warps": blocks[1]})
     flags = {"HAS_BIAS": bool(bias), "HAS_SOFTCAP": softcap}
     return Variant(
-        f"one_read | {u}->{e} | {_words(bias, softcap, blocks)}",
+        f"one_read | {u}->{e} | {_words(bias, softcap, blocks, one_read.LAUNCH)}",
         one_read.one_read_kernel,
         types,
         {**flags, **block},
@@ -155,14 +157,14 @@ def one_read_variant(
     )
 
 
-def _words(bias: str | None, softcap: bool, blocks: tuple[int, int]) -> str:
+def _words(bias: str | None, softcap: bool, blocks: tuple[int, int], launch: dict[str, Any]) -> str:
     """Return what is unusual about a row kernel, for its name."""
     words = []
     if bias:
         words.append(f"{bias} bias")
     if softcap:
         words.append("softcap")
-    if blocks != rowgrad.BLOCKS[0]:
+    if blocks != (launch["BLOCK"], launch["num_warps"]):
         words.append("{}x{}".format(*blocks))
     return " ".join(words) or "-"
 
@@ -208,7 +210,7 @@ def row_variant(
     name = "_".join(["row"] + ["logps"] * logps + ["grad"] * grad)
     dtypes = f"{u}->{du}" if grad else u
     return Variant(
-        f"{name} | {dtypes} | {_words(bias, softcap, blocks)}",
+        f"{name} | {dtypes} | {_words(bias, softcap, blocks, rowgrad.LAUNCH)}",
         rowgrad.rows_kernel,
         types,
         {**flags, **block},

@@ -10,12 +10,11 @@ What never exists: z, the softmax, a second [C, T] buffer.
 
 Bytes moved per logit, float32 logits and a 2-byte gradient (peak rates are to be measured):
 
-    row_logps        4 read                             one exp
-    row_grad         4 read, 2 written                  one exp
-    row_logps_grad   4 read, 4 read again, 2 written    two exps; saves a launch,
-                                                        and the second read where it hits L2
+    row_logps   4 read               one exp
+    row_grad    4 read, 2 written    one exp; the logsumexp is known
 
-A softcap costs a second exp per logit and read: with x = inner * u, e = exp(2x), r = 2 / (e + 1),
+one_read.py does both in one read of a whole row. A softcap costs a second exp per logit and read:
+with x = inner * u, e = exp(2x), r = 2 / (e + 1),
 
     tanh(x) = 1 - r        1 - tanh(x)^2 = (1 - tanh(x)) (1 + tanh(x)) = r * (r e)
 
@@ -24,8 +23,7 @@ so that the slope keeps its relative precision at both caps, where 1 - tanh^2 wo
 A program walks its row in blocks of 2048 logits with 8 warps: 8 logits per thread, two independent
 16-byte loads of float32 (one of 2-byte logits), at 40 registers or fewer, so that six to eight
 programs share a multiprocessor and keep some 50 KB in flight (4.8 TB/s at 700 ns asks for 25 KB of
-each of 132; 2-byte logits keep half of that, and 16 logits per thread spill). With so many rows in
-flight the second read of row_logps_grad hits L2 for small vocabularies only.
+each of 132; 2-byte logits keep half of that, and 16 logits per thread spill).
 
 Blocks that lie wholly inside the row carry no mask, so that a vocabulary that is no multiple of 16
 still gets 16-byte loads. Rows must start on a 16-byte boundary for that, which is the caller's row
@@ -51,7 +49,7 @@ from torch import Tensor
 # a * b + c as one instruction, whatever the default of the installed Triton
 FUSED = {"enable_fp_fusion": True}
 # (BLOCK, num_warps): launches use the first, bench_head.py times all
-BLOCKS = ((2048, 8), (4096, 8), (4096, 16))
+BLOCKS = ((2048, 8), (1024, 8), (4096, 8), (4096, 16))
 LAUNCH = {"BLOCK": BLOCKS[0][0], "num_warps": BLOCKS[0][1], **FUSED}
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

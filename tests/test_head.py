@@ -38,10 +38,11 @@ from una_fast import (
     token_logps,
     una_loss,
 )
+from una_fast.counters import LiveBytes
 from una_fast.head import eager, passes, plan
 from una_fast.head.ops import sequence_logps
 from una_fast.head.plan import Plan
-from una_fast.head.torch_engine import LogitTransform
+from una_fast.head.torch_engine import LogitTransform, one_read_
 from una_fast.logs import say_once
 from una_fast.losses import BINARY_FORMS, PAIR_FORMS, SCORE_FORMS
 
@@ -1300,3 +1301,56 @@ def test_token_logps_refusals(arguments, message):
 def test_gather_logps_refusals(targets, arguments, message):
     with pytest.raises(ValueError, match=message):
         gather_logps(torch.zeros(3, 9), targets, **arguments)
+
+
+# --- one read per row -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_one_read_is_exact_at_any_log_prob(dtype, softcap):
+    """Beyond e^100 times the target's probability the shift is the largest logit's."""
+    boosts = torch.tensor([120.0, 40.0, 0.0, -60.0, -130.0, -400.0], dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    u = torch.randn(len(boosts), 999, generator=generator).to(dtype) * 12
+    targets = torch.randint(999, (len(boosts),), generator=generator)
+    u[torch.arange(len(boosts)), targets] += boosts
+    transform = LogitTransform(softcap=softcap, temperature=0.8)
+    raw = u.double().clone().requires_grad_()
+    logps = torch.log_softmax(transform(raw), 1).gather(1, targets.unsqueeze(1)).squeeze(1)
+    (expected,) = torch.autograd.grad(logps.sum(), raw)
+    actual, scores, factors = one_read_(u, targets, transform)
+    assert scores.data_ptr() == u.data_ptr()
+    exact = 1e-12 if dtype == torch.float64 else 4e-6
+    torch.testing.assert_close(actual.double(), logps.detach(), rtol=exact / 4, atol=exact)
+    du = scores.double() * factors.double().unsqueeze(1)
+    largest = expected.abs().amax(1, keepdim=True).clamp_min(1e-15)
+    torch.testing.assert_close(du / largest, expected / largest, rtol=30 * exact, atol=exact)
+
+
+def test_a_bfloat16_weight_in_one_chunk_gets_its_gradient_in_bfloat16():
+    """No [V, D] tensor but the returned gradient; errors as of a gradient rounded last."""
+    p = problem(3, lengths=[40, 31], dim=32, vocab=4001, dtype=torch.bfloat16, feedback=PAIR)
+    p.hidden.requires_grad_(), p.weight.requires_grad_()
+    numbers = 4001 * 32
+    with LiveBytes() as memory:
+        out = linear_una_loss(
+            p.hidden,
+            p.weight,
+            p.targets,
+            p.cu_seqlens,
+            p.feedback,
+            ref_logps=torch.zeros(2),
+            workspace_mb=1.5,
+        )
+        assert memory.peak() < 4 * numbers + 1.5 * 2**20 + 2 * numbers
+        assert 4 * numbers not in memory.sizes, "no accumulator"
+        (1.7 * out.loss).backward()
+    assert p.weight.grad.dtype == torch.bfloat16
+    exact = [x.detach().double().requires_grad_() for x in (p.hidden, p.weight)]
+    eager.linear_una_loss(
+        *exact, p.targets, p.cu_seqlens, p.feedback, ref_logps=torch.zeros(2)
+    ).loss.mul(1.7).backward()
+    for mine, leaf in zip((p.hidden, p.weight), exact, strict=True):
+        error = (mine.grad.double() - leaf.grad).norm() / leaf.grad.norm()
+        assert error < 1.5 * 2.0**-9, f"{error:.1e}"

@@ -8,18 +8,17 @@
 
 Because c_i does not depend on t, the gradient is built in the forward, chunk by chunk, either with
 c_i (known when the whole component is in the chunk) or without c_i, to be scaled at the end
-(plan.py decides):
+(plan.py decides). A row's factor f (its coefficient, and the sum of its softmax) is left out of
+what is written for the logits, and multiplies rows instead (one_read_ of torch_engine.py):
 
-    for each chunk of C rows:   u = H W^T -> logp;  du = a (onehot - softmax) dz/du;
-                                dH = du W;  dW += du^T H
+    for each chunk of C rows:   u = H W^T -> logp, E, f        f E = c (onehot - softmax) dz/du
+                                dH = f (E W);  dW += E^T (f H)
 
 One GEMM pass = 2 N D V flop. Policy: 3 passes with a trained head, 2 with a frozen one; reference:
-    1,
-or 0 when its log-probs are cached. Per-token losses with arbitrary upstream gradients (token_logps)
-recompute: 4 and 3.
-Stored between forward and backward: dH [N, D] in the dtype of hidden (float32 for float16), dW [V,
-    D]
-in the accumulator dtype.
+1, or 0 when its log-probs are cached. Per-token losses with arbitrary upstream gradients
+(token_logps) recompute: 4 and 3.
+Stored between forward and backward: dH [N, D] in the dtype of hidden (float32 for float16), dW
+[V, D] in the accumulator dtype (bfloat16 where one chunk holds the call).
 Never stored: logits of more rows than the workspace holds.
 """
 

@@ -1,9 +1,9 @@
 """The fused head on the Triton kernels: cuBLAS for GEMMs, one launch per chunk for row operations.
 
-Per chunk of C rows: a GEMM writes float32 logits u into the one buffer; a row kernel reads u for
-the logsumexp and again for the gradient du, and writes du over the storage of u in the dtype that
-GEMMs read; two GEMMs read du. Nothing else has V columns. The loss and the coefficients of all
-responses are two launches. No step waits for the device.
+A GEMM writes float32 logits u of some rows into the one buffer; a row kernel reads u once, and
+writes the gradient but for one factor per row, in the dtype that GEMMs read, into a buffer for the
+rows of a chunk; two GEMMs read that. Nothing else has V columns. The loss and the coefficients of
+all responses are two launches. No step waits for the device.
 """
 
 from __future__ import annotations
