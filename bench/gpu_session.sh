@@ -21,6 +21,7 @@ usage='usage: gpu_session.sh OUT_DIR 1..9|all, or gpu_session.sh --rehearse [PIE
 out=${1:?$usage}
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
+case $PYTHON in */*) PYTHON=$(realpath -s "$PYTHON") ;; esac
 export PYTHONUNBUFFERED=1
 
 if [ "$out" = --rehearse ]; then

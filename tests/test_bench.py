@@ -249,7 +249,7 @@ def test_the_probe_runs_and_stores_every_line(tmp_path, capsys):
     assert {"torch", "commit", "command", "sources", "time"} <= report["environment"].keys()
     rows = {row["name"]: row for row in report["results"]}
     assert rows["logits, float32 out, row stride V + 64"]["tflops"] > 0
-    assert rows["row_logps_grad, padded rows"]["gb_per_s"] > 0
+    assert rows["one_read, padded rows"]["gb_per_s"] > 0
     assert capsys.readouterr().out.count("\n") == len(report["results"]) + 1
     out.unlink()
     # No time: every line of the heads is a row with the reason, and the exit status tells.
