@@ -338,6 +338,8 @@ def _ask(entry: dict[str, Any]) -> int:
 def run(trial: Trial) -> None:
     """Ask servers and functions."""
     preload()
+    if not trial.short:
+        _ = trial.fixtures  # made once, before any thread runs: the cases are forked
     with Server() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         asked = Asked(trial)
