@@ -91,9 +91,9 @@ def _log_of_one_plus(x):
 @triton.jit
 def _scale_down(e_row, stop, factor, BLOCK: tl.constexpr):
     """Multiply what is written of a row by a factor."""
-    tl.debug_barrier()  # the stores of all threads
     cols = tl.arange(0, BLOCK)
     for first in range(0, stop, BLOCK):
+        tl.debug_barrier()  # the stores of all threads
         e = tl.load(e_row + first + cols).to(tl.float32) * factor
         tl.debug_barrier()
         tl.store(e_row + first + cols, e.to(e_row.dtype.element_ty))
