@@ -49,8 +49,9 @@ import triton.language as tl
 from torch import Tensor
 from una_fast.kernels.rowgrad import FUSED, LOGIT_DTYPES, affine, transform
 
-# Half the block of rowgrad.py: 32 to 40 registers, so that eight programs share a multiprocessor.
-LAUNCH = {"BLOCK": 1024, "num_warps": 8, **FUSED}
+# Half the programs of rowgrad.py with as many logits per thread: barriers between fewer threads, and
+# ten programs on a multiprocessor.
+LAUNCH = {"BLOCK": 1024, "num_warps": 4, **FUSED}
 
 LN_2 = tl.constexpr(math.log(2))
 LOG2_E = math.log2(math.e)
@@ -127,9 +128,8 @@ def _step(
         x = tl.where(mask, x, float("-inf"))
     top = tl.max(x, 0)
     if top > LARGEST:
-        down = tl.exp2(-top)
-        _scale_down(e_row, first, down, BLOCK)
-        total *= down
+        _scale_down(e_row, first, tl.exp2(-top), BLOCK)
+        total *= tl.exp2(-top)
         shift += top
         x -= top
     e = tl.where(at == index, 0.0, tl.exp2(x))
@@ -141,7 +141,7 @@ def _step(
     return shift, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"])
 def one_read_kernel(
     u_ptr,
     e_ptr,
@@ -162,13 +162,14 @@ def one_read_kernel(
     row = tl.program_id(0).to(tl.int64)
     u_row = u_ptr + row * u_stride
     e_row = e_ptr + row * e_stride
-    index = tl.load(targets_ptr + row)
-    inside = (index >= 0) & (index < width)
+    target_index = tl.load(targets_ptr + row)
+    inside = (target_index >= 0) & (target_index < width)
+    index = tl.where(inside, target_index, -1).to(tl.int32)  # half the registers of 64 bits
     target, target_slope = _load(u_row, bias_ptr, index, inside, inner, HAS_BIAS, HAS_SOFTCAP)
     # A masked target, or none, is no place to measure differences from.
     origin = tl.where(inside & (target > -1.0e30), target, 0.0)
     tl.debug_barrier()  # before any thread writes over the target's logit
-    shift = SHIFT + 0.0 * inner
+    shift = tl.full([], SHIFT, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     whole = width // BLOCK * BLOCK
     for first in range(0, whole, BLOCK):

@@ -49,7 +49,7 @@ from torch import Tensor
 # a * b + c as one instruction, whatever the default of the installed Triton
 FUSED = {"enable_fp_fusion": True}
 # (BLOCK, num_warps): launches use the first, bench_head.py times all
-BLOCKS = ((2048, 8), (1024, 8), (4096, 8), (4096, 16))
+BLOCKS = ((2048, 8), (1024, 4), (4096, 8), (4096, 16))
 LAUNCH = {"BLOCK": BLOCKS[0][0], "num_warps": BLOCKS[0][1], **FUSED}
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -190,7 +190,8 @@ def test_an_adapter_loads_and_is_trained_on_against_its_own_start(llamas, mixed,
         torch.tensor([[0, 5]]), max_new_tokens=2
     )
     train(make_config(str(tmp_path / "one"), mixed, tmp_path / "two", **few))
-    assert read_metrics(tmp_path / "two")[0]["kl"] == 0
+    # A pass with gradients rounds otherwise than one without.
+    assert read_metrics(tmp_path / "two")[0]["kl"] == pytest.approx(0, abs=1e-5)
     assert saved_weights(tmp_path / "two").keys() == saved_weights(tmp_path / "one").keys()
 
 
