@@ -49,8 +49,8 @@ import triton.language as tl
 from torch import Tensor
 from una_fast.kernels.rowgrad import FUSED, LOGIT_DTYPES, affine, transform
 
-# Half the programs of rowgrad.py with as many logits per thread: barriers between fewer threads, and
-# ten programs on a multiprocessor.
+# Half the programs of rowgrad.py, with as many logits per thread: barriers between fewer threads,
+# and ten programs on a multiprocessor.
 LAUNCH = {"BLOCK": 1024, "num_warps": 4, **FUSED}
 
 LN_2 = tl.constexpr(math.log(2))
