@@ -317,7 +317,7 @@ def test_only_warnings_of_other_packages_are_hidden(monkeypatch, caplog, verbose
 def test_plan_of_one_call(capsys):
     assert main(["plan", "--op", "8192", "4096", "128256", "--workspace_mb", "512"]) == 0
     said = capsys.readouterr().out
-    assert "8 chunks of at most 1024 x 128256 logits" in said and "policy     3.00 passes" in said
+    assert "6 chunks of at most 1408 x 128256 logits" in said and "policy     3.00 passes" in said
     assert main(["plan", "--op", "1", "4096", "128256"]) == 1
     assert "N at least 2" in capsys.readouterr().err
     with pytest.raises(SystemExit):
