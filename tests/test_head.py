@@ -42,7 +42,7 @@ from una_fast.counters import LiveBytes
 from una_fast.head import eager, passes, plan
 from una_fast.head.ops import sequence_logps
 from una_fast.head.plan import Plan
-from una_fast.head.torch_engine import LogitTransform, one_read_
+from una_fast.head.torch_engine import LogitTransform, TorchEngine, one_read_
 from una_fast.logs import say_once
 from una_fast.losses import BINARY_FORMS, PAIR_FORMS, SCORE_FORMS
 
@@ -1354,3 +1354,11 @@ def test_a_bfloat16_weight_in_one_chunk_gets_its_gradient_in_bfloat16():
     for mine, leaf in zip((p.hidden, p.weight), exact, strict=True):
         error = (mine.grad.double() - leaf.grad).norm() / leaf.grad.norm()
         assert error < 1.5 * 2.0**-9, f"{error:.1e}"
+
+
+def test_a_weight_gradient_is_cast_slice_by_slice_on_the_device_of_the_weight():
+    """Where GEMMs need casts, as on ROCm: the slices are no tensors of the CPU."""
+    weight = torch.empty(100, 8, dtype=torch.bfloat16, device="meta")
+    engine = TorchEngine(weight, None, LogitTransform(), cast_bytes=32 * 8 * 4)
+    du = torch.empty(5, 100, device="meta")
+    engine.weight_grad(du, torch.empty(5, 8, device="meta"), torch.empty_like(weight))

@@ -32,7 +32,7 @@ from una_fast.head.plan import (
     make_plan,
     tile_budget,
 )
-from una_fast.head.torch_engine import CACHE_BLOCK_BYTES
+from una_fast.head.torch_engine import CACHE_BLOCK_BYTES, leaf_bytes
 
 
 class PlannedHead:
@@ -56,8 +56,7 @@ class PlannedHead:
 
     def size(self, weight: Tensor, leaf: torch.dtype | None = None) -> HeadSize:
         """Return the size of the head of a weight; leaf: dtype of the gradient, if any."""
-        leaf_bytes = leaf.itemsize if leaf == torch.bfloat16 else None
-        return head_size(*weight.shape, self.device, weight.itemsize, leaf_bytes)
+        return head_size(*weight.shape, self.device, weight.itemsize, leaf_bytes(leaf))
 
     def budget(self, size: HeadSize) -> int:
         """Return the bytes for tiles."""

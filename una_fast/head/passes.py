@@ -32,13 +32,19 @@ from una_fast.head.plan import (
     workspace_bytes,
 )
 from una_fast.head.segment_loss import Lengths, SegmentLoss
-from una_fast.head.torch_engine import LogitTransform, TorchEngine, log_probs, where_known
+from una_fast.head.torch_engine import (
+    LogitTransform,
+    TorchEngine,
+    leaf_bytes,
+    log_probs,
+    where_known,
+)
 from una_fast.logs import say_once
 from una_fast.losses import UnaOutput
 
 
 class Head:
-    """A head, its engine, and the single buffer of logits for all chunks."""
+    """A head, its engine, and the buffers of logits and of their gradients for all chunks."""
 
     def __init__(
         self,
@@ -94,14 +100,10 @@ class Head:
         train_bias: the gradient of the bias is wanted
         length_normalize: log-ratios are means over tokens
         """
-        leaf_bytes = None
-        # float16 loses small numbers before a loss scale is multiplied in.
-        if train_weight == torch.bfloat16:
-            leaf_bytes = train_weight.itemsize
         plan = make_plan(
             feedback,
             lengths.ints,
-            replace(self.size, leaf_bytes=leaf_bytes),
+            replace(self.size, leaf_bytes=leaf_bytes(train_weight)),
             budget=self.budget,
             accumulator_width=self.dim if train_weight else int(train_bias),
             length_normalize=length_normalize,
@@ -529,7 +531,7 @@ class OnePass:
         return hidden, targets, lse
 
     def _resident(self, block: Sequence[int]) -> None:
-        """Compute whole components in a chunk: coefficients are known before du is formed."""
+        """Compute whole components in a chunk: coefficients are known before the products of du."""
         (spans,) = self._cuts(block)
         hidden, scores, factors = self._one_read(spans)
         coef = _take(self._per_row(self.loss.coefficients(self.logps)), spans)
@@ -553,7 +555,7 @@ class OnePass:
     def _stream(self) -> None:
         """Build the gradients of streamed responses before the coefficients are known.
 
-        c_i = scalar * factor_i: du is built times factor_i, and lacks the scalar of the group.
+        c_i = scalar * factor_i: rows are multiplied by factor_i, and lack the scalar of the group.
         """
         count = len(self.lengths.ints)
         factors, streamed = [1.0] * count, [0.0] * count

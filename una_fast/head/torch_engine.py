@@ -83,6 +83,17 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def leaf_bytes(dtype: torch.dtype | None) -> int | None:
+    """Return the bytes of a number of a weight gradient that may be built in the leaf's dtype.
+
+    dtype: of the leaf; None: no gradient is wanted
+
+    None for a gradient that needs an accumulator: float16 loses small numbers before a loss scale
+    is multiplied in, and wider dtypes are the accumulator's.
+    """
+    return dtype.itemsize if dtype == torch.bfloat16 else None
+
+
 # --- row operations -------------------------------------------------------------------------------
 
 
@@ -351,7 +362,8 @@ class TorchEngine:
             self._mm(du.T, hidden, out, accumulate)
             return
         assert not accumulate, "a sum would be rounded at every step"
-        part = torch.empty(min(self.cast_rows, len(out)), out.shape[1], dtype=self.acc)
+        step = min(self.cast_rows, len(out))
+        part = torch.empty(step, out.shape[1], dtype=self.acc, device=out.device)
         for low in range(0, len(out), len(part)):
             rows = out[low : low + len(part)]
             self._mm(du[:, low : low + len(rows)].T, hidden, part[: len(rows)])
