@@ -20,7 +20,9 @@ accumulator.
 
 Suites: cpu (default on a CPU), smoke (default on a GPU), bars (una_fast against the bare products),
 peers, accuracy, memory (N up to 131072), layouts (many short responses), slices (workspaces that
-hold few rows of logits), forward (the ways to a log-prob; row kernels: forward.py), all.
+hold few rows of logits), real (a trained model on real text: real_states.py), busy (beside two
+programs that never wait; the median counts), forward (the ways to a log-prob; row kernels:
+forward.py), all.
 Exit status: 1 if a bar is missed; 75 if a contender broke the GPU's context (run again with
 --resume).
 """
@@ -44,7 +46,8 @@ from torch import Tensor
 
 import contenders
 import harness
-from contenders import HEADS, Contender, Inputs, check, logp_errors, step, truth
+import real_states
+from contenders import HEADS, Contender, Inputs, RealInputs, check, logp_errors, step, truth
 from forward import forward, show_forward
 from harness import Column, DeviceLost, release, typical
 from timing import CEILING, Job, alternate, ceiling_job, ceilings
@@ -52,9 +55,11 @@ from una_fast.counters import FlopCounter, LiveBytes
 
 # CPU shape (rows per response, hidden, vocabulary) -> largest allowed ratios
 BARS = {
-    (1024, 512, 32000): {"time / trl": 0.55, "time / eager": 1.15, "bytes / eager": 0.5},
-    (512, 1024, 65536): {"time / trl": 0.80},
+    (1024, 512, 32000): {"time / trl": 0.35, "time / eager": 0.75, "bytes / eager": 0.5},
+    (512, 1024, 65536): {"time / trl": 0.55},
 }
+BUSY = 2  # programs beside a run of the suite "busy"
+BUSY_BARS = {"time / trl": 0.6, "time / eager": 1.1}
 # hidden -> (head, workspace in MiB) -> largest allowed "time / bare mm" of one streamed pair, GPU
 TIME_BARS = {
     4096: {("trained", 2048): 1.15, ("trained", 512): 1.30, ("frozen", 512): 1.15},
@@ -98,6 +103,7 @@ class Case(NamedTuple):
     only, without: beginnings of the names of contenders that take part, and that do not
     bars: of "cpu", "time", "peers", "memory", "accuracy"
     runs: timed rounds; 0 for errors only
+    busy: programs beside the timed rounds, each of which takes a core
     workspaces: in MiB, in place of the command line's
     """
 
@@ -111,6 +117,7 @@ class Case(NamedTuple):
     without: tuple[str, ...] = ()
     bars: tuple[str, ...] = ()
     runs: int = 20
+    busy: int = 0
     workspaces: tuple[int, ...] = ()
 
     @property
@@ -133,10 +140,13 @@ SLOW = ("torch.compile", "quack ce")
 ON_CPU = {"heads": ("trained",), "only": ("una_fast", "trl", "eager")}
 
 
-def cases(suite: str, shapes: list[Shape] | None, cpu: bool = False) -> list[Case]:
+def cases(suite: str, shapes: list[Shape] | None = None, cpu: bool = False) -> list[Case]:
     """Return the cases of a suite; `shapes` stand in for the shapes of the suite."""
     if suite == "cpu":
         return pairs(suite, shapes or list(BARS), bars=("cpu",), runs=5, **ON_CPU)
+    if suite == "busy":
+        shapes = shapes or list(BARS)[:1]
+        return pairs(suite, shapes, bars=("busy",), runs=7, busy=BUSY, **ON_CPU)
     if suite == "smoke":
         return pairs(suite, shapes or [(256, 512, 8192)], runs=3)
     if suite == "bars":
@@ -158,6 +168,12 @@ def cases(suite: str, shapes: list[Shape] | None, cpu: bool = False) -> list[Cas
         shape = shapes[0] if shapes else (8192, *MODELS["llama3-8b"])
         options = {"only": ("una_fast",), "bars": ("memory",), "runs": 10, "workspaces": (64, 16)}
         return [pair(suite, shape, **options)]
+    if suite == "real":
+        if reason := real_states.missing():
+            print(f"\nreal: skipped, {reason}")
+            return []
+        only = ON_CPU["only"] if cpu else ("",)
+        return [pair(suite, real_states.SHAPE, only=only, without=SLOW, runs=5)]
     assert suite == "layouts", suite
     longest, dim, vocab = shapes[0] if shapes else (1000, *MODELS["llama3-8b"])
     lengths = random.Random(0).choices(range(max(longest // 20, 1), longest + 1), k=64)
@@ -289,7 +305,9 @@ def measure(
     if not case.runs:
         return entry | {"table": rows}
     runs = options.runs or case.runs
-    best, spreads, failed, retries = time_all(ready, x, runs, options.seconds)
+    with harness.busy_programs(case.busy):
+        measured = time_all(ready, x, runs, options.seconds, case.busy)
+    best, spreads, failed, retries = measured
     products = {name: value for name, value in best.items() if isinstance(name, tuple)}
     ref = reference(products, x.rows, x.trained)
     flop = 2 * x.rows * x.dim * x.vocab
@@ -344,9 +362,9 @@ def examine(
 
 
 def time_all(
-    ready: list[Contender], x: Inputs, runs: int, budget: float
+    ready: list[Contender], x: Inputs, runs: int, budget: float, busy: int
 ) -> tuple[dict[Any, float], dict[Any, dict[str, Any]], dict[Any, str], int]:
-    """Time the contenders and the bare products in turns.
+    """Time the contenders and the bare products in turns, beside so many `busy` programs.
 
     Returns (seconds, spread and single runs, reasons of failures, each by name; allocator retries).
     """
@@ -368,7 +386,7 @@ def time_all(
     spreads = {}
     for name, values in times.items():
         if name not in failed:
-            best[name] = typical(values, x.device)
+            best[name] = typical(values, x.device, busy)
             spreads[name] = harness.spread_of(values, best[name]) | {"all_seconds": values}
     return best, spreads, failed, alloc_retries(x.device) - retries
 
@@ -408,6 +426,8 @@ def allowed(case: Case, head: str, workspace_mb: int | None, first: bool) -> dic
     bars: dict[str, float] = {}
     if "cpu" in case.bars:
         bars |= BARS.get(case.shape, {})
+    if "busy" in case.bars:
+        bars |= BUSY_BARS
     if "time" in case.bars and (head, workspace_mb) in TIME_BARS.get(case.dim, {}):
         bars["time / bare mm"] = TIME_BARS[case.dim][head, workspace_mb]
     if "memory" in case.bars and workspace_mb:
@@ -467,6 +487,13 @@ def show(entry: Entry, device: torch.device) -> None:
     work = f"{entry['head']}, {entry['dtype']}, policy + reference, forward + backward"
     print(f"\n{entry['suite']}: {sizes}  {work}")
     harness.print_table(COLUMNS, entry["table"])
+    if "tiles" in entry:
+        tiles = entry["tiles"]
+        print(
+            f"  128 x 128 tiles of the softmax with an entry above 2^-12: {tiles['kept']:.1%}; "
+            f"ordered by mean logit {tiles['kept, ordered']:.1%}, without {tiles['mass']:.2%} of a "
+            f"row's mass (at most {tiles['largest mass']:.2%})"
+        )
     ref = entry.get("reference")
     if ref and not ref["valid"] and device.type == "cuda":
         share = f"{ref['tflops'] / ref['ceiling_tflops']:.0%}"
@@ -479,7 +506,19 @@ def show(entry: Entry, device: torch.device) -> None:
 
 # -------------------------------------------------------------------------------------------- main
 
-SUITES = ("cpu", "smoke", "bars", "peers", "accuracy", "memory", "layouts", "slices", "forward")
+SUITES = (
+    "cpu",
+    "smoke",
+    "bars",
+    "peers",
+    "accuracy",
+    "memory",
+    "layouts",
+    "slices",
+    "real",
+    "busy",
+    "forward",
+)
 
 
 def parse_shapes(text: str) -> list[Shape]:
@@ -607,7 +646,8 @@ class Run:
 
     def inputs_of(self, case: Case) -> tuple[Inputs, contenders.Truth]:
         kind = {"device": self.device.type, "dtype": self.options.dtype}
-        x = Inputs(case.lengths, case.dim, case.vocab, scores=case.scores, **kind)
+        make = RealInputs if case.suite == "real" else Inputs
+        x = make(case.lengths, case.dim, case.vocab, scores=case.scores, **kind)
         return x, truth(x)
 
     def run_case(self, case: Case) -> None:
@@ -632,6 +672,8 @@ class Run:
                 print(f"\n{case.suite} {case.shape} {head}: {reason}")
                 continue
             entry = judge(case, entry)
+            if isinstance(x, RealInputs):
+                entry["tiles"] = real_states.skipped_tiles(x.hidden, x.weight)
             show(entry, self.device)
             sys.stdout.flush()
             self.save(entry)

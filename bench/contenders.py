@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import real_states
 from una_fast import Feedback, Objective, linear_una_loss, token_logps
 from una_fast.head.ops import sequence_logps
 
@@ -58,20 +59,9 @@ class Inputs:
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        g = torch.Generator(device).manual_seed(0)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=g, device=device, dtype=dtype)
-
         self.lengths, self.rows = list(lengths), sum(lengths)
         self.dim, self.vocab = dim, vocab
-        drift = max(lengths) ** -0.5  # of the reference: rewards of order 1 at every length
-        self.weight = normal(vocab, dim).mul_(dim**-0.5)
-        self.targets = torch.randint(vocab, (self.rows,), generator=g, device=device)
-        target_weights = self.weight[self.targets]  # [N, D]
-        self.hidden = normal(self.rows, dim).mul_(SPREAD).add_(target_weights, alpha=PEAK)
-        self.ref_hidden = normal(self.rows, dim).mul_(drift).add_(self.hidden)
-        self.ref_weight = normal(vocab, dim).mul_(drift * dim**-0.5).add_(self.weight)
+        self.fill(device, dtype)
         self.cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
         count = len(self.lengths)
         self.scores: Tensor | None = None
@@ -81,6 +71,22 @@ class Inputs:
         else:
             self.feedback = Feedback.pairs(range(0, count, 2), range(1, count, 2))
         self.head("trained")
+
+    def fill(self, device: str, dtype: torch.dtype) -> None:
+        """Draw hidden, ref_hidden [N, D], weight, ref_weight [V, D] and targets [N] at random."""
+        g = torch.Generator(device).manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=g, device=device, dtype=dtype)
+
+        drift = max(self.lengths) ** -0.5  # of the reference: rewards of order 1 at every length
+        self.weight = normal(self.vocab, self.dim).mul_(self.dim**-0.5)
+        self.targets = torch.randint(self.vocab, (self.rows,), generator=g, device=device)
+        target_weights = self.weight[self.targets]  # [N, D]
+        self.hidden = normal(self.rows, self.dim).mul_(SPREAD).add_(target_weights, alpha=PEAK)
+        self.ref_hidden = normal(self.rows, self.dim).mul_(drift).add_(self.hidden)
+        noise = normal(self.vocab, self.dim).mul_(drift * self.dim**-0.5)
+        self.ref_weight = noise.add_(self.weight)
 
     def head(self, head: str) -> None:
         """Make the head "trained" or "frozen", and drop all gradients."""
@@ -123,6 +129,16 @@ class Inputs:
         if self.scores is None:
             return -F.logsigmoid(rewards[0::2] - rewards[1::2]).mean()
         return (rewards.sigmoid() - self.scores).square().mean()
+
+
+class RealInputs(Inputs):
+    """The pair of real_states.py: states of real text through a trained model, and its head."""
+
+    def fill(self, device: str, dtype: torch.dtype) -> None:
+        """Take the tensors from the cache; bfloat16 rounds what the model computed in float32."""
+        for name, tensor in real_states.states().items():
+            wide = tensor.to(device)
+            setattr(self, name, wide.to(dtype) if wide.is_floating_point() else wide)
 
 
 class Truth(NamedTuple):

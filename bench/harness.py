@@ -188,9 +188,26 @@ def attempt(
     return None, reason
 
 
-def typical(values: list[float], device: torch.device) -> float:
-    """Return the median of `values`; on a CPU, shared with other work, the minimum."""
-    return min(values) if device.type == "cpu" else statistics.median(values)
+def typical(values: list[float], device: torch.device, busy: int = 0) -> float:
+    """Return the median of `values`; on a CPU, shared with other work, the minimum.
+
+    busy: programs that ran beside on purpose, and whose share of the time belongs to the result
+    """
+    return min(values) if device.type == "cpu" and not busy else statistics.median(values)
+
+
+@contextlib.contextmanager
+def busy_programs(count: int) -> Iterator[None]:
+    """Run so many programs beside the block that never wait for anything."""
+    # They end with this program, however it ends.
+    loop = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    pass"
+    programs = [subprocess.Popen([sys.executable, "-c", loop]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for program in programs:
+            program.kill()
+            program.wait()
 
 
 def spread_of(values: list[float], middle: float) -> dict[str, Any]:

@@ -24,6 +24,11 @@ import plots
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU_SUITES = ("peers", "bars", "memory", "layouts", "slices")  # of the same work the first is shown
+CPU_SUITES = {  # suite -> words behind the shape
+    "cpu": "",
+    "real": ", SmolLM2 on real text",
+    "busy": ", beside two busy programs (medians)",
+}
 MODELS = {  # (hidden, vocabulary) -> name
     (4096, 128256): "Llama-3-8B",
     (4096, 151936): "Qwen3-8B",
@@ -44,18 +49,35 @@ def head_table(result: Path, name: str) -> str:
     report = read(result)
     where = report["environment"]
     lines = [
-        "| rows, hidden, vocabulary | | seconds | × bare GEMMs | head passes | extra memory, MiB |",
-        "|---|---|---|---|---|---|",
+        "| rows, hidden, vocabulary | | seconds | × bare GEMMs | head passes | extra memory, MiB "
+        "| error of the log-ratio, nats |",
+        "|---|---|---|---|---|---|---|",
     ]
+    notes = []
     for entry in report["results"]:
-        if entry.get("suite", "cpu") == "cpu":
-            lines += [head_line(row, first=k == 0) for k, row in enumerate(entry["table"])]
+        if entry["suite"] in CPU_SUITES and entry["head"] == "trained":
+            what = CPU_SUITES[entry["suite"]]
+            table = enumerate(entry["table"])
+            lines += [head_line(row, what if k == 0 else None) for k, row in table]
+        if "tiles" in entry and not notes:
+            notes.append(tiles_note(entry["tiles"]))
     machine = f"{where['threads']} CPU threads (torch {where['torch']}, TRL {where['trl']}"
     return (
         f"One pair, policy + reference, forward + backward, fp32 on {machine}; "
         "the minimum of alternating runs; "
         "TRL in tiles of 32768 vocabulary entries, as its trainers call it; "
-        f"`{name}`, made by `{where['command']}`):\n\n" + "\n".join(lines)
+        f"`{name}`, made by `{where['command']}`):\n\n" + "\n\n".join(["\n".join(lines), *notes])
+    )
+
+
+def tiles_note(tiles: dict[str, float]) -> str:
+    """Say what a threshold on tiles of the softmax would leave out of a trained model's rows."""
+    return (
+        f"On real text {tiles['kept, ordered']:.0%} of the 128 × 128 tiles of the softmax hold an "
+        f"entry above 2⁻¹², with entries ordered by their mean logit ({tiles['kept']:.0%} as they "
+        f"come); the others hold {tiles['mass']:.2%} of a row's probability, at most "
+        f"{tiles['largest mass']:.1%}. Cut-cross-entropy leaves such tiles out; una_fast computes "
+        "all."
     )
 
 
@@ -64,15 +86,19 @@ def line_of(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def head_line(row: Row, first: bool) -> str:
-    """Return the line of a contender; the `first` contender of a shape names the shape."""
-    shape = f"{row['rows']}, {row['dim']}, {row['vocab']}" if first else ""
+def head_line(row: Row, what: str | None) -> str:
+    """Return the line of a contender.
+
+    what: beside the shape, which the first contender of a table names; None for the others
+    """
+    shape = "" if what is None else f"{row['rows']}, {row['dim']}, {row['vocab']}{what}"
     name = f"**{row['name']}**" if row["name"] == "una_fast" else row["name"]
     if "reason" in row:
-        return line_of((shape, name, row["reason"], "", "", ""))
+        return line_of((shape, name, row["reason"], "", "", "", ""))
     extra = f"{row['extra_bytes'] / 2**20:.0f}" if "extra_bytes" in row else ""
     times = (f"{row['seconds']:.2f}", f"{row['times bare mm']:.2f}")
-    return line_of((shape, name, *times, f"{row['passes']:.0f}", extra))
+    error = f"{row['ratio_error']:.1e}" if "ratio_error" in row else ""
+    return line_of((shape, name, *times, f"{row['passes']:.0f}", extra, error))
 
 
 # ---------------------------------------------------------------------------------------------- GPU

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
+import os
 import sys
 from itertools import chain
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ import contenders
 import gpu_probe
 import harness
 import plots
+import real_states
 import tables
 from bench_head import Case, judge, measure, reference
 from contenders import Eager, Inputs, Trl, Una, WrongResult, check, truth
@@ -418,3 +422,41 @@ def test_results_merge_only_within_one_gpu_and_source():
     assert len(merged["results"]) == 2 and len(merged["parts"]) == 2
     with pytest.raises(ValueError, match="A GPU and another"):
         tables.merge([report, report | {"environment": {"gpu": "another"}}])
+
+
+def test_the_tiles_that_a_threshold_leaves_out():
+    """Two blocks of entries: one that a row makes likely, one that no row does."""
+    weight = torch.zeros(256, 2)
+    weight[:128, 0], weight[128:, 0] = 20.0, 0.0
+    hidden = torch.tensor([[1.0, 0.0]]).repeat(128, 1)
+    found = real_states.skipped_tiles(hidden, weight)
+    assert found["kept"] == found["kept, ordered"] == 0.5
+    assert found["mass"] == pytest.approx(math.exp(-20), rel=1e-3) == found["largest mass"]
+    # Every second entry is likely: no tile can be left out until the entries are ordered.
+    found = real_states.skipped_tiles(hidden, weight[torch.arange(256).view(2, 128).T.flatten()])
+    assert found["kept"] == 1 and found["kept, ordered"] == 0.5
+
+
+def test_a_real_model_is_skipped_with_the_reason_or_takes_the_place_of_noise(monkeypatch, capsys):
+    monkeypatch.setattr(real_states, "PACKAGES", ("no_such_package",))
+    assert bench_head.cases("real") == []
+    assert "no_such_package not installed: pip install" in capsys.readouterr().out
+    monkeypatch.setattr(real_states, "PACKAGES", ())
+    (case,) = bench_head.cases("real", cpu=True)
+    assert case.shape == real_states.SHAPE
+    x = Inputs((5, 5), 12, 70)
+    names = ("hidden", "ref_hidden", "weight", "ref_weight", "targets")
+    monkeypatch.setattr(real_states, "states", lambda: {name: getattr(x, name) for name in names})
+    real = contenders.RealInputs((5, 5), 12, 70, dtype=torch.bfloat16)
+    assert real.weight.dtype == torch.bfloat16 and torch.equal(real.targets, x.targets)
+    assert torch.equal(real.hidden, x.hidden.bfloat16()) and real.trained
+
+
+def test_busy_programs_run_beside_the_block_and_end_with_it():
+    children = Path(f"/proc/self/task/{os.getpid()}/children")
+    before = children.read_text().split()
+    with harness.busy_programs(2):
+        beside = set(children.read_text().split()) - set(before)
+        assert len(beside) == 2
+    assert children.read_text().split() == before
+    assert harness.typical([3.0, 1.0, 2.0], torch.device("cpu"), busy=2) == 2.0

@@ -1362,3 +1362,20 @@ def test_a_weight_gradient_is_cast_slice_by_slice_on_the_device_of_the_weight():
     engine = TorchEngine(weight, None, LogitTransform(), cast_bytes=32 * 8 * 4)
     du = torch.empty(5, 100, device="meta")
     engine.weight_grad(du, torch.empty(5, 8, device="meta"), torch.empty_like(weight))
+
+
+def test_slices_that_were_chosen_for_time_are_made_by_plain_products(monkeypatch):
+    """The kernel without logits serves where whole rows do not fit."""
+    asked = []
+    monkeypatch.setattr(
+        TorchEngine, "linear_logps", lambda self, hidden, *_: asked.append(len(hidden))
+    )
+    head = passes.Head(torch.randn(100, 8), None, LogitTransform(), 1.0, "torch")
+    hidden, targets = torch.randn(6, 8), torch.randint(100, (6,))
+    expected = (hidden @ head.engine.weight.T).log_softmax(1)
+    for budget, calls in ((1 << 20, []), (100, [6])):
+        head.budget = budget
+        lse, target_logit = head.chunk_stats(hidden, targets, plan.Tile(6, 40))
+        assert asked == calls
+        found = target_logit - lse
+        torch.testing.assert_close(found, expected.gather(1, targets[:, None])[:, 0])

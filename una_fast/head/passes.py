@@ -16,6 +16,7 @@ from torch import Tensor
 from una_fast.feedback import Feedback
 from una_fast.head.constants import constant
 from una_fast.head.engines import choose_engine
+from una_fast.head.pages import large_pages
 from una_fast.head.plan import (
     FEW_ROWS,
     ForwardPlan,
@@ -139,7 +140,8 @@ class Head:
 
     def _empty(self, size: int, dtype: torch.dtype) -> Tensor:
         """Return memory of `size` bytes on the device of the head."""
-        return torch.empty(size // dtype.itemsize, dtype=dtype, device=self.engine.weight.device)
+        device = self.engine.weight.device
+        return large_pages(torch.empty(size // dtype.itemsize, dtype=dtype, device=device))
 
     def _view(self, memory: Tensor, rows: int, width: int) -> Tensor:
         """Return the start of memory as [rows, width], with the row stride of the engine."""
@@ -192,7 +194,8 @@ class Head:
             ]
             lse, target_logit = zip(*parts, strict=True)
             return torch.cat(lse), torch.cat(target_logit)
-        if tile.vocab < self.vocab:
+        # Where whole rows fit, slices were chosen for the time of plain products: so they are made.
+        if tile.vocab < self.vocab and self.size.row_bytes(False, False) > self.budget:
             self.drop_buffer()  # makes room for partial sums
             stats = self.engine.linear_logps(hidden, targets, self.budget)
             if stats is not None:
@@ -285,7 +288,8 @@ class Grads:
         self.bias: Tensor | None = None
         if weight:
             dtype = weight_dtype or acc
-            self.weight = torch.empty(head.vocab, head.dim, dtype=dtype, device=device)
+            shape = (head.vocab, head.dim)
+            self.weight = large_pages(torch.empty(shape, dtype=dtype, device=device))
         if bias:
             self.bias = torch.empty(head.vocab, dtype=acc, device=device)
         self.of_head = [x for x in (self.weight, self.bias) if x is not None]

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from una_fast.head.plan import HeadSize, Machine
 from una_fast.head.segment_loss import SegmentLoss
+from una_fast.head.threads import share
 
 IGNORE = -100  # the target of a row without one
 
@@ -139,7 +140,8 @@ def row_logps(
     inside, local = _local(targets, start, start + u.shape[1])
     lse = u.new_empty(len(u))
     target_logit = u.new_empty(len(u))
-    for rows in _blocks_of(u):
+
+    def work(rows: slice) -> None:
         raw = u[rows] if bias is None else u[rows] + bias
         z = transform(raw)
         top = z.amax(1, keepdim=True)
@@ -148,6 +150,8 @@ def row_logps(
         total = (z - top).exp_().sum(1)
         lse[rows] = total.log_().add_(top.squeeze(1))
         target_logit[rows] = z.gather(1, local[rows]).squeeze(1)
+
+    share(work, _blocks_of(u), u.device)
     return lse, torch.where(inside, target_logit, 0.0)
 
 
@@ -176,7 +180,8 @@ def row_grad_(
     """
     inside, local = _local(targets, start, start + u.shape[1])
     du = overlay(u, dtype or u.dtype) if out is None else out
-    for rows in _blocks_of(u):
+
+    def work(rows: slice) -> None:
         block = u[rows] if bias is None else u[rows].add_(bias)
         slope = transform.apply_(block)
         c = coef[rows].unsqueeze(1)
@@ -188,6 +193,8 @@ def row_grad_(
         # The storage of both overlaps: the cast makes a copy in between.
         if du is not u:
             du[rows] = block.to(du.dtype)
+
+    share(work, _blocks_of(u), u.device)
     return du
 
 
@@ -214,39 +221,39 @@ def one_read_(
     inside, index = _local(targets, 0, u.shape[1])
     inside = inside.unsqueeze(1)
     scores = overlay(u, dtype or u.dtype) if out is None else out
-    logps = u.new_empty(len(u), 1)
-    factors = torch.empty_like(logps)
-    for rows in _blocks_of(u):
-        at, known = index[rows], inside[rows]
+    # Of every row: log of the target's E, E of the target (0 without one), sum of all others.
+    own_log, own, rest = u.new_empty(3, len(u), 1)
+    slope_at = torch.ones_like(own)
+
+    def work(rows: slice) -> None:
+        at = index[rows]
         block = u[rows] if bias is None else u[rows].add_(bias)
         slope = transform.apply_(block)
         # Differences first: their rounding errors are in proportion to them, not to the logits.
         origin = block.gather(1, at)
         block.sub_(torch.where(origin > -1e30, origin, 0.0))  # 0 for a masked target
         shift = (block.amax(1, keepdim=True) - LARGEST).clamp_min_(SHIFT)
-        own_log = block.gather(1, at) - shift
+        own_log[rows] = block.gather(1, at).sub_(shift)
         block.sub_(shift).exp_()
         at_index = block.gather(1, at)
-        own = torch.where(known, at_index, 0.0)
-        block.scatter_(1, at, at_index - own)
-        rest = block.sum(1, keepdim=True)
-        ratio = rest / own
-        small = torch.log1p(ratio).neg_()
-        logps[rows] = torch.where(ratio < 1e30, small, own_log - rest.log())
-        total = own + rest
+        own[rows] = torch.where(inside[rows], at_index, 0.0)
+        block.scatter_(1, at, at_index - own[rows])
+        torch.sum(block, 1, keepdim=True, out=rest[rows])
         if isinstance(slope, Tensor):
             block.mul_(slope)
-            slope_at = slope.gather(1, at)
-            factors[rows] = -1 / total
-        else:
-            slope_at = 1.0
-            factors[rows] = -slope / total
-        at_target = torch.where(known, -rest * slope_at, block.gather(1, at))
-        block.scatter_(1, at, at_target)
+            torch.gather(slope, 1, at, out=slope_at[rows])
         # The storage of both overlaps: the cast makes a copy in between.
         if scores is not u:
             scores[rows] = block.to(scores.dtype)
-    return logps.squeeze(1), scores, factors.squeeze(1)
+
+    share(work, _blocks_of(u), u.device)
+    ratio = rest / own
+    small = torch.log1p(ratio).neg_()
+    logps = torch.where(ratio < 1e30, small, own_log - rest.log())
+    at_target = torch.where(inside, -rest * slope_at, scores.gather(1, index))
+    scores.scatter_(1, index, at_target.to(scores.dtype))
+    scale = 1.0 if transform.softcap else transform.logit_scale / transform.temperature
+    return logps.squeeze(1), scores, (-scale / (own + rest)).squeeze(1)
 
 
 def log_probs(target_logit: Tensor, lse: Tensor, targets: Tensor, vocab: int) -> Tensor:
