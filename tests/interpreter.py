@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from triton.runtime import interpreter
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
 # The largest relative error of ex2.approx and of div.full (PTX), less what rounding to float32 adds
 APPROXIMATE = 2.0**-22 - 2.0**-24
@@ -36,6 +37,30 @@ def mend(monkeypatch: pytest.MonkeyPatch, *, approximate: bool = False) -> None:
     for name, mended in methods.items():
         own = getattr(InterpreterBuilder, name)
         monkeypatch.setattr(InterpreterBuilder, name, functools.partialmethod(mended, own))
+    _patch_once(monkeypatch)
+
+
+def _patch_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a launch prepare triton.language once per module, not in every call of a function.
+
+    The interpreter spends half of the time on it.
+    """
+    patch, launch = interpreter._patch_lang, GridExecutor.__call__
+    prepared: set[int] = set()
+
+    def patch_first(function: Callable[..., Any]) -> Any:
+        module = id(function.__globals__)
+        if module in prepared:
+            return interpreter._LangPatchScope()
+        prepared.add(module)
+        return patch(function)
+
+    def launch_anew(self: GridExecutor, *args: Any, **kwargs: Any) -> None:
+        prepared.clear()
+        launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(interpreter, "_patch_lang", patch_first)
+    monkeypatch.setattr(GridExecutor, "__call__", launch_anew)
 
 
 Method = Callable[..., TensorHandle]
