@@ -233,7 +233,15 @@ def _register_probed() -> set[int]:
     """
     windows: set[int] = set()
 
-    def record(*_: object, local_size: int | None = None, **__: object) -> None:
+    def record(
+        *_: object,
+        local_size: int | None = None,
+        attention_mask: Tensor | None = None,
+        **__: object,
+    ) -> None:
+        # Of the model's own making; a packed forward would leave the mask out in silence.
+        if attention_mask is not None:
+            raise ValueError("a packed row has no padding, and the model makes a mask for it")
         if local_size:
             windows.add(local_size)
 
