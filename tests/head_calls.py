@@ -98,7 +98,7 @@ class Call:
 # 1700 to 9000 rows. As on a CPU in "mixed in every way", an accumulator takes what the gradients of
 # 3 x size rows do.
 GPU_SIZE, GPU_DIM = 192, 288
-STREAMED = Call(PAIR, (5, 4), 4, 24, "streamed")
+STREAMED = Call(PAIR, (5, 4), 4, 8, "streamed")
 CALLS = {
     "resident pairs": Call(TWO_PAIRS, (4, 3, 3, 2), 7, 24, "resident"),
     "streamed pair": STREAMED,

@@ -1,7 +1,6 @@
 """The kernels over gradients and weights: the last factor of a gradient, and AdamW of bf16 weights.
 
-On a GPU if torch finds one, else in the interpreter, whose casts to bfloat16 are made to round here
-as the casts of a GPU do.
+On a GPU if torch finds one, else in the interpreter with the rounding of a GPU (interpreter.py).
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ import triton
 import triton.language as tl
 from una_fast.kernels import adamw, scale
 
+import interpreter
 from una_fast.head.triton_engine import TritonEngine
 
 CUDA = torch.cuda.is_available()
@@ -44,22 +44,9 @@ SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 
 @pytest.fixture(autouse=True)
 def rounding_casts(monkeypatch):
-    """Make the interpreter round float32 to bfloat16; its own cast cuts the lower half off."""
-    if CUDA:
-        return
-    from triton.runtime import interpreter
-
-    cast = interpreter.InterpreterBuilder.cast_impl
-
-    def rounding(self, src, dst_type):
-        if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.bfloat16):
-            return cast(self, src, dst_type)
-        values = np.asarray(src.data)
-        narrow = torch.from_numpy(values.reshape(-1).copy()).bfloat16().view(torch.int16)
-        data = narrow.numpy().view(np.uint16).reshape(values.shape)
-        return interpreter.TensorHandle(data, tl.bfloat16)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", rounding)
+    """Make the interpreter round to bfloat16."""
+    if not CUDA:
+        interpreter.mend(monkeypatch)
 
 
 def generator(seed: int = 0) -> torch.Generator:

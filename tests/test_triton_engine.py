@@ -1,9 +1,8 @@
 """The whole op on the Triton engine: in Triton's interpreter, or on a GPU where there is one.
 
-The interpreter runs the kernels; what CUDA's torch.mm does with narrow operands (float32 out of
-float16) is done here in float32. So the loop, the plan with padded rows, the gradient over the
-logits' storage and the loss kernel are those of a GPU; bfloat16 is left to tests/test_gpu.py, since
-the interpreter cannot multiply it.
+The interpreter runs the kernels, with the arithmetic of a GPU (interpreter.py). What torch.mm does
+on CUDA with narrow operands (float32 out of bfloat16) is done here in float32. So the loop, the
+plan with padded rows, the gradient over the logits' storage and the loss kernel are those of a GPU.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ from una_fast.counters import LiveBytes
 pytest.importorskip("triton")
 from una_fast.kernels import una_loss
 
+import interpreter
 from una_fast import (
     Feedback,
     Objective,
@@ -70,6 +70,7 @@ class Interpreted(TritonEngine):
 
 @pytest.fixture(autouse=True)
 def engine(monkeypatch):
+    interpreter.mend(monkeypatch)
     for module in (passes, ops):
         monkeypatch.setattr(module, "choose_engine", lambda name, device, dtype: Interpreted)
     monkeypatch.setattr(
@@ -135,11 +136,12 @@ def test_every_way_in_float32(way, plans):
     assert kinds(plans[-1], 101) == frozenset(call.kinds.split())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("way", ["streamed pair", "mixed in every way"])
-def test_float16_is_no_worse_than_eager(way):
-    """float16 operands are cast to float32 slice by slice."""
+def test_narrow_operands_are_no_worse_than_eager(way, dtype):
+    """GEMMs read bfloat16 as it is; float16 is cast to float32 slice by slice."""
     call = CALLS[way]
-    budget = budget_mb(call.rows, 101, call.dim, torch.float16)
+    budget = budget_mb(call.rows, 101, call.dim, dtype)
     ours, theirs = {}, {}
     for seed, train in product(range(2), (LEAVES, ("hidden",))):
         p = problem(
@@ -148,7 +150,7 @@ def test_float16_is_no_worse_than_eager(way):
             dim=call.dim,
             vocab=101,
             feedback=call.feedback,
-            dtype=torch.float16,
+            dtype=dtype,
             peak=20.0,
         )
         arguments = {**reference(p, ("cached", "own")[seed % 2]), "train": train}
@@ -201,7 +203,7 @@ def test_rows_are_padded_and_gradients_lie_over_the_logits():
     assert du.dtype == torch.bfloat16 and du.data_ptr() == u.data_ptr() and du.stride() == (256, 1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1000, 5, 0.8])
 def test_token_logps(rows, dtype, monkeypatch):
     p = problem(2, lengths=[17], dim=24, vocab=101, dtype=dtype, peak=10.0)
@@ -216,7 +218,7 @@ def test_token_logps(rows, dtype, monkeypatch):
     out.backward(upstream.float())
     expected = eager.token_logps(exact[0], exact[1], p.targets, exact[2], softcap=30.0)
     expected.backward(upstream)
-    tolerance = 2e-5 if dtype == torch.float32 else 2e-3
+    tolerance = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}[dtype]
     for a, b in zip(
         [out, *(x.grad for x in leaves)], [expected, *(x.grad for x in exact)], strict=True
     ):
@@ -359,7 +361,7 @@ def rerun(step):
 def test_checks_of_the_gpu_tests(name, plans):
     """Their bodies in the interpreter. That no step waits for the device is for a GPU to show."""
     p, arguments = CALLS[name].drawn(
-        1, CALLS[name].dim, 101, device=torch.device("cpu"), dtype=torch.float16
+        1, CALLS[name].dim, 101, device=torch.device("cpu"), dtype=torch.bfloat16
     )
     check_repeats(p, arguments, times=2)
     assert kinds(plans[0], 101) >= frozenset(CALLS[name].kinds.split())

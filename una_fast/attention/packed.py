@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers import AttentionInterface, PreTrainedConfig
 
 from una_fast.attention.rows import Segments, row_layout
 from una_fast.attention.sdpa import ScoreRule, attend_sdpa, mask_table
@@ -180,14 +180,9 @@ def _choose_kernel(
     return None
 
 
-def _no_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> None:
-    """Build no mask: transformers' mask interface. A padding mask would be lost in silence."""
-    if attention_mask is not None:
-        raise ValueError("a packed row has no padding: pass attention_mask=None with una_segments")
-
-
+# No mask is registered: transformers then leaves the mask out before it looks at the numbers of
+# position_ids, for which every forward would wait for the device.
 AttentionInterface.register(PACKED, packed_attention_forward)
-AttentionMaskInterface.register(PACKED, _no_mask)
 
 
 @contextmanager
@@ -212,8 +207,11 @@ def _forget_tables() -> None:
 
 
 @contextmanager
-def packed_attention(model: nn.Module) -> Iterator[None]:
+def packed_attention(model: nn.Module, name: str = PACKED) -> Iterator[None]:
     """Run a model with packed attention inside the block, and restore the model's own attention.
+
+    model: the model
+    name: registered name of the packed attention
 
     Only the forward pass belongs inside. Activation checkpointing recomputes the attention of a
     packed row as packed attention even when `backward` runs after the block. The name in every
@@ -222,13 +220,22 @@ def packed_attention(model: nn.Module) -> Iterator[None]:
     own attends over the whole row, without an error.
     """
     before = [(config, config._attn_implementation_internal) for config in _configs(model)]
+    refusal = model.register_forward_pre_hook(_refuse_mask, with_kwargs=True)
     try:
         for config, _ in before:
-            config._attn_implementation_internal = PACKED
+            config._attn_implementation_internal = name
         yield
     finally:
+        refusal.remove()
         for config, implementation in before:
             config._attn_implementation_internal = implementation
+
+
+def _refuse_mask(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Refuse a padding mask, which transformers would leave out in silence."""
+    masks = (*args[1:2], kwargs.get("attention_mask"))
+    if any(mask is not None for mask in masks):
+        raise ValueError("a packed row has no padding: pass attention_mask=None with una_segments")
 
 
 def _configs(model: nn.Module) -> list[PreTrainedConfig]:

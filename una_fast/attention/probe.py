@@ -5,18 +5,24 @@ from __future__ import annotations
 import copy
 import functools
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from una_fast.attention.packed import PACKED, packed_attention, ran_packed
 from una_fast.attention.rows import Segment, Segments
 
+# Packed attention under a name with a mask function, which sees the windows that models ask for.
+PROBED = "una_packed_probe"
 PROBE_TOLERANCE = 1e-4  # of the largest hidden state; fp32 gives 1e-6, a wrong mask 1e-1
 # Tokens of the probe's row; all are longer than the windows of the reduced config.
 _PROMPT = 30
@@ -192,8 +198,8 @@ def randomize_weights(model: PreTrainedModel) -> PreTrainedModel:
 
 def _probe(model: PreTrainedModel) -> str | None:
     name, layers = type(model).__name__, model.config.num_hidden_layers
-    with _windows_in_masks() as windows:
-        error = _packing_error(model)
+    windows = _register_probed()
+    error = _packing_error(model)
     longest = max(windows, default=0)
     if longest >= _PROMPT:
         return f"{name} has windows of {longest} tokens that its packing probe found no name for"
@@ -220,25 +226,28 @@ def _probe(model: PreTrainedModel) -> str | None:
     return reason
 
 
-@contextmanager
-def _windows_in_masks() -> Iterator[set[int]]:
-    """Collect the windows and chunks in a model's requests for masks of packed rows.
+def _register_probed() -> set[int]:
+    """Register PROBED; return a set, for the windows and chunks that models will ask masks for.
 
     All should be shortened windows: in the short row of the probe a longer window hides no token.
     """
     windows: set[int] = set()
-    own = AttentionMaskInterface()[PACKED]
 
-    def record(*args: object, local_size: int | None = None, **kwargs: object) -> object:
+    def record(
+        *_: object,
+        local_size: int | None = None,
+        attention_mask: Tensor | None = None,
+        **__: object,
+    ) -> None:
+        # Of the model's own making; a packed forward would leave the mask out in silence.
+        if attention_mask is not None:
+            raise ValueError("a packed row has no padding, and the model makes a mask for it")
         if local_size:
             windows.add(local_size)
-        return own(*args, **kwargs)
 
-    AttentionMaskInterface.register(PACKED, record)
-    try:
-        yield windows
-    finally:
-        AttentionMaskInterface.register(PACKED, own)
+    AttentionInterface.register(PROBED, AttentionInterface()[PACKED])
+    AttentionMaskInterface.register(PROBED, record)
+    return windows
 
 
 def _packing_error(model: PreTrainedModel) -> float:
@@ -259,7 +268,7 @@ def _packing_error(model: PreTrainedModel) -> float:
             hidden = hidden[:, _PROMPT:]
         separate.append(hidden)
     expected = torch.cat(separate, dim=1)
-    with packed_attention(model):
+    with packed_attention(model, PROBED):
         packed = run(input_ids=ids, position_ids=positions, una_segments=segments)[0]
     error = (packed - expected).abs().max()
     return (error / expected.abs().max()).item()

@@ -249,7 +249,9 @@ def varlen_calls(
 
 def _offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+        offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        # Made there, the host would wait for all work of the device.
+        return offsets.to(device, non_blocking=True)
 
 
 def attend_varlen(
