@@ -107,9 +107,9 @@ class TransformersSampler:
                 ids,
                 generation_config=config,
                 attention_mask=mask,
-                past_key_values=cache,
                 logits_processor=[recorder],
                 stopping_criteria=stops,
+                **cache,
             )
         logps = recorder.logps(output[:, -1]).cpu().numpy()
         rows = output[:, ids.shape[1] :].cpu().numpy()
@@ -311,18 +311,20 @@ def _own_generation_config(model: PreTrainedModel, config: GenerationConfig) -> 
 
 def _shared_prefill(
     model: PreTrainedModel, ids: Tensor, mask: Tensor, samples: int
-) -> DynamicCache | None:
+) -> dict[str, DynamicCache]:
     """Return the cache of all prompt tokens but the last, repeated for the samples of a prompt.
+
+    The cache is an argument of `generate`: "cache", or "past_key_values" up to transformers 5.23.
 
     model: any causal language model
     ids, mask: [B, P] int64, padded on the left
     samples: per prompt
 
-    None where `generate` has to compute the prompts: a model with another kind of cache, or
-    nothing to share.
+    Without the argument `generate` has to compute the prompts: a model with another kind of cache,
+    or nothing to share.
     """
     if samples == 1:
-        return None
+        return {}
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     # With one token there is nothing to share; the call is for ranks with longer prompts, that
     # wait for all ranks.
@@ -332,16 +334,18 @@ def _shared_prefill(
         attention_mask=mask[:, :shared],
         position_ids=positions[:, :shared],
         use_cache=True,
+        return_dict=True,
         logits_to_keep=1,
     )
-    cache = getattr(output, "past_key_values", None)
+    name = "cache" if "cache" in output else "past_key_values"
+    cache = output.get(name)
     if ids.shape[1] == 1 or type(cache) is not DynamicCache:
-        return None
+        return {}
     # States of recurrent layers cannot be repeated.
     if not all(hasattr(layer, "batch_repeat_interleave") for layer in cache.layers):
-        return None
+        return {}
     cache.batch_repeat_interleave(samples)
-    return cache
+    return {name: cache}
 
 
 class _Recorder(LogitsProcessor):
