@@ -1,4 +1,7 @@
-"""Packaging. Ranges live here; constraints.txt pins the versions that the tests run with."""
+"""Packaging. Ranges live here; constraints.txt pins the versions that the tests run with.
+
+tests/versions.sh runs them with the oldest and the newest versions of torch, Triton, transformers.
+"""
 
 from pathlib import Path
 

@@ -1,11 +1,23 @@
 """Compile every kernel for GPUs that need not be there; write registers, spills and shared memory.
 
-    python bench/kernels_compile.py            rewrites bench/results/kernels_compile.json (minutes)
+    python bench/kernels_compile.py            rewrites the table of the installed Triton (minutes)
     python bench/kernels_compile.py --subset   prints the rows that the tests compare, as JSON
 
-A row is "kernel | dtypes | flags | target". `spills`: bytes of stack on NVIDIA (no stack, no
-spill), spilled registers on AMD. `barrier`, for kernels that may write over their input: whether
-every store of the gradient has a barrier between itself and the load before.
+The table of the pinned Triton is bench/results/kernels_compile.json, that of another, 3.6 say,
+kernels_compile_triton3.6.json beside it. A row is "kernel | dtypes | flags | target":
+
+    registers      per thread
+    spills         bytes of stack on NVIDIA (no stack, no spill), spilled registers on AMD
+    shared         bytes of shared memory per program
+    programs       that fit on a multiprocessor at once, by registers, shared memory and threads
+    barrier        kernels that may write over their input: whether every store of the gradient has
+                   a barrier between itself and the load before
+    instructions   NVIDIA: of the body, as they stand in the program, executed or not. The body is
+                   the loop over whole blocks of a row, without loops inside it (a rescaling that
+                   few rows need); in kernels without such a loop, the whole program
+    per_logit      instructions of the body per logit that a thread treats in it
+    loads, stores  global accesses of the body, "2x128 1x32": number x bits per thread; "tma": a
+                   tile at a time
 
 Triton compiles a launch anew for properties of the arguments. A row without a flag of this kind is
 the launch of an odd vocabulary. "aligned": all pointers and numbers are multiples of 16.
@@ -23,6 +35,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,7 +49,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from una_fast.kernels import adamw, gather, gemm, logp_partials, one_read, rowgrad, scale, una_loss
 
-RESULTS = Path(__file__).parent / "results" / "kernels_compile.json"
+RESULTS = Path(__file__).parent / "results"
+CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -70,6 +84,9 @@ SUBSET = re.compile(
     r"|scale \| fp32->bf16 \| - "
     r"|adamw \| bf16 \| - "
 )
+# Shared memory of a multiprocessor in bytes, of which NVIDIA keeps 1 KiB per program
+SHARED = {"sm_80": 167_936, "sm_90": 233_472, "sm_100": 233_472, "gfx942": 65_536}
+WIDTHS = ("tma", "256", "128", "64", "32", "16", "8")  # bits of an access
 COMPILER_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 
@@ -84,6 +101,7 @@ class Variant:
     unaligned: launch arguments that differ where numbers are no multiples of 16
     overwrites: whether the kernel stores over its input
     small: whether the tensors are known to lie within 2 GiB
+    block: number of logits that a program treats at once, of a kernel that walks rows
     """
 
     name: str
@@ -95,6 +113,7 @@ class Variant:
     unaligned: dict[str, Any] = field(default_factory=dict)
     overwrites: bool = False
     small: bool = False
+    block: int | None = None
 
 
 def pointers(types: dict[str, str]) -> tuple[str, ...]:
@@ -154,6 +173,7 @@ def one_read_variant(
         aligned,
         options,
         overwrites=True,
+        block=block["BLOCK"],
     )
 
 
@@ -217,12 +237,14 @@ def row_variant(
         aligned,
         options,
         overwrites=grad,
+        block=block["BLOCK"],
     )
 
 
 def gather_variants() -> list[Variant]:
     """Return the gather kernels in all dtypes."""
     block, options = split(rowgrad.LAUNCH)
+    logits = block["BLOCK"]
     found = []
     for dtype in DTYPES:
         shared = {
@@ -239,7 +261,8 @@ def gather_variants() -> list[Variant]:
         }
         aligned = (*pointers(types), "logits_stride")
         label = f"gather | {dtype} | -"
-        found.append(Variant(label, gather.gather_kernel, types, block, aligned, options))
+        kernel = gather.gather_kernel
+        found.append(Variant(label, kernel, types, block, aligned, options, block=logits))
         types = {
             **shared,
             "grad_ptr": f"*{dtype}",
@@ -249,7 +272,9 @@ def gather_variants() -> list[Variant]:
         aligned = (*pointers(types), "logits_stride", "grad_stride")
         label = f"gather_backward | {dtype} | -"
         kernel = gather.gather_backward_kernel
-        found.append(Variant(label, kernel, types, block, aligned, options, overwrites=True))
+        found.append(
+            Variant(label, kernel, types, block, aligned, options, overwrites=True, block=logits)
+        )
     return found
 
 
@@ -441,15 +466,80 @@ def tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def nvidia_usage(cubin: bytes) -> dict[str, int]:
-    """Return registers and spills of a cubin, as cuobjdump prints them."""
+def nvidia_listing(cubin: bytes) -> str:
+    """Return the resources and the instructions of a cubin, as cuobjdump prints them."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [tool("cuobjdump"), "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True)
-    used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text.stdout.split(" Function ")[-1]))
+        command = [tool("cuobjdump"), "-res-usage", "-sass", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def nvidia_usage(listing: str) -> dict[str, int]:
+    """Return registers and spills."""
+    used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", listing))
     return {"registers": int(used["REG"]), "spills": int(used["STACK"]) + int(used["LOCAL"])}
+
+
+def body(listing: str, walks: bool) -> list[str]:
+    """Return the instructions of the body (see above), without predicates.
+
+    walks: whether to look for a loop over whole blocks
+    """
+    found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?\s*([^;]*?)\s*;", listing, re.M)
+    places = {int(address, 16): i for i, (address, _) in enumerate(found)}
+    program = [instruction for _, instruction in found]
+    whole = [words for words in program if words != "NOP"]
+    if not walks:
+        return whole
+    loops = []
+    for end, words in enumerate(program):
+        jump = re.match(r"BRA.*?(0x[0-9a-f]+)$", words)
+        if jump and places[int(jump[1], 16)] < end:
+            loops.append((places[int(jump[1], 16)], end))
+    bodies = []
+    for start, end in loops:
+        # a loop inside another is no body
+        if any(a <= start and end < b for a, b in loops):
+            continue
+        inner = [(a, b) for a, b in loops if start <= a and b < end]
+        own = [i for i in range(start, end + 1) if not any(a <= i <= b for a, b in inner)]
+        instructions = [program[i] for i in own]
+        if any(words.startswith("LDG") for words in instructions):
+            bodies.append(instructions)
+    # The loop over the rest of a row has the instructions of its mask besides.
+    return min(bodies, key=len, default=whole)
+
+
+def accesses(instructions: list[str], operations: tuple[str, ...]) -> str:
+    """Return the global accesses by their bits, as "2x128 1x32".
+
+    operations: names of the instructions, up to the first point
+    """
+    widths = Counter()
+    for words in instructions:
+        name = words.split()[0]
+        if name.split(".")[0] not in operations:
+            continue
+        bits = re.search(r"\.[US]?(8|16|64|128|256)\b", name)
+        if name.startswith("UTMA"):
+            widths["tma"] += 1
+        else:
+            widths[bits[1] if bits else "32"] += 1
+    return " ".join(f"{widths[width]}x{width}" for width in WIDTHS if width in widths)
+
+
+def programs_at_once(registers: int, shared: int, warps: int, arch: str) -> int:
+    """Return the number of programs that fit on a multiprocessor (a compute unit of AMD)."""
+    if arch == "gfx942":
+        # 4 SIMDs of 512 registers per lane, given out 8 at a time, and at most 8 waves each
+        waves = 4 * min(8, 512 // (8 * triton.cdiv(registers, 8)))
+        kept = 0
+    else:
+        # 4 partitions of 16384 registers, given out 256 to a warp at a time, at most 16 warps each
+        waves = 4 * min(16, 16_384 // (256 * triton.cdiv(32 * registers, 256)))
+        kept = 1024
+    return min(32, waves // warps, SHARED[arch] // max(shared + kept, 1))
 
 
 def amd_usage(assembly: str) -> dict[str, int]:
@@ -485,7 +575,7 @@ def barrier_before_stores(assembly: str, nvidia: bool) -> bool:
     return ordered > 0
 
 
-def measure(name: str) -> dict[str, int | bool]:
+def measure(name: str) -> dict[str, int | float | bool | str]:
     """Compile a row of the table and return its figures."""
     variant, arch = variants()[name]
     arguments = variant.kernel.arg_names
@@ -499,11 +589,28 @@ def measure(name: str) -> dict[str, int | bool]:
     source = ASTSource(variant.kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=TARGETS[arch], options=variant.options)
     nvidia = TARGETS[arch].backend == "cuda"
-    row = nvidia_usage(compiled.asm["cubin"]) if nvidia else amd_usage(compiled.asm["amdgcn"])
+    listing = nvidia_listing(compiled.asm["cubin"]) if nvidia else compiled.asm["amdgcn"]
+    row = nvidia_usage(listing) if nvidia else amd_usage(listing)
     row["shared"] = compiled.metadata.shared
+    warps = compiled.metadata.num_warps
+    row["programs"] = programs_at_once(row["registers"], row["shared"], warps, arch)
     if variant.overwrites:
         row["barrier"] = barrier_before_stores(compiled.asm["ptx" if nvidia else "amdgcn"], nvidia)
+    if nvidia:
+        instructions = body(listing, walks=variant.block is not None)
+        row["instructions"] = len(instructions)
+        if variant.block:
+            row["per_logit"] = round(len(instructions) * 32 * warps / variant.block, 1)
+        row["loads"] = accesses(instructions, ("LDG", "LDGSTS", "UTMALDG"))
+        row["stores"] = accesses(instructions, ("STG", "UTMASTG"))
     return row
+
+
+def table_path(version: str) -> Path:
+    """Return the file with the table of a Triton version (see above)."""
+    pinned = f"triton=={version}" in CONSTRAINTS.read_text().split()
+    short = ".".join(version.split(".")[:2])
+    return RESULTS / ("kernels_compile.json" if pinned else f"kernels_compile_triton{short}.json")
 
 
 def main() -> None:
@@ -524,11 +631,12 @@ def main() -> None:
     if args.subset:
         json.dump({**table, "names": names}, sys.stdout)
         return
-    RESULTS.parent.mkdir(exist_ok=True)
+    path = table_path(triton.__version__)
+    path.parent.mkdir(exist_ok=True)
     lines = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in rows.items())
-    RESULTS.write_text(f'{{\n "triton": "{triton.__version__}",\n "rows": {{\n{lines}\n }}\n}}\n')
+    path.write_text(f'{{\n "triton": "{triton.__version__}",\n "rows": {{\n{lines}\n }}\n}}\n')
     spilled = {k: v for k, v in rows.items() if v["spills"]}
-    print(f"{len(rows)} rows in {RESULTS}; {len(spilled)} spill: {json.dumps(spilled, indent=1)}")
+    print(f"{len(rows)} rows in {path}; {len(spilled)} spill: {json.dumps(spilled, indent=1)}")
 
 
 if __name__ == "__main__":

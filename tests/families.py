@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.gptj import modeling_gptj
 
 from una_fast.attention.probe import randomize_weights
 from una_fast.attention.rows import Segment, Segments
@@ -97,7 +98,7 @@ GPTJ = _TOKENS | {
     "rotary_dim": 4,
     "n_positions": 256,
 }
-REFUSED = {  # cannot be packed
+REFUSED = {  # cannot be packed, but for exceptions below
     "GPTJConfig": GPTJ,
     "BloomConfig": _TOKENS | {"hidden_size": 32, "n_layer": 2, "n_head": 4},
     "FalconConfig": _TOKENS | {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -122,10 +123,15 @@ REFUSED = {  # cannot be packed
         linear_value_head_dim=8,
     ),
 }
-# Cannot be packed in this version of transformers: before 5.18, OPT hands on an attention mask.
+UNPACKED = [*REFUSED]  # cannot be packed in this version of transformers
 _VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-UNPACKED = ["OPTConfig"] if _VERSION < (5, 18) else []
-PACKABLE = [name for name in FAMILIES if name not in UNPACKED]
+# before 5.18, OPT hands on an attention mask
+if _VERSION < (5, 18):
+    UNPACKED.append("OPTConfig")
+# from 5.24 on, GPT-J attends through the interface
+if hasattr(modeling_gptj, "ALL_ATTENTION_FUNCTIONS"):
+    UNPACKED.remove("GPTJConfig")
+PACKABLE = [name for name in FAMILIES | REFUSED if name not in UNPACKED]
 
 
 def build(

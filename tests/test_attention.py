@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM
 from families import (
     PACKABLE,
     PROMPTS,
-    REFUSED,
     RESPONSES,
     UNPACKED,
     build,
@@ -111,7 +110,7 @@ def test_probe_accepts(name):
     assert packing_refusal(build(name)) is None
 
 
-@pytest.mark.parametrize("name", [*REFUSED, *UNPACKED])
+@pytest.mark.parametrize("name", UNPACKED)
 def test_probe_refuses_with_a_reason(name):
     reason = packing_refusal(build(name, sharp=False))
     assert isinstance(reason, str) and len(reason) > 20

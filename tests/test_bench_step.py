@@ -218,8 +218,9 @@ def test_needed_flop_of_the_linear_layers_is_counted():
     with FlopCounter() as counter:
         hidden = model.model(torch.randint(2, 100, (2, 11))).last_hidden_state
         hidden.sum().backward()
-    # Fused attention is no product; the first layer's inputs get a gradient too.
-    assert needed_flop(case) - attention - head == pytest.approx(counter.flop, rel=1e-6)
+    # Fused attention is no product; the first layer's inputs get a gradient too. The angles of the
+    # positions are a tiny product in some versions of transformers.
+    assert needed_flop(case) - attention - head == pytest.approx(counter.flop, rel=1e-5)
     lora, frozen = case._replace(lora=True, mode="adapter"), case._replace(mode="frozen")
     assert needed_flop(case) < needed_flop(frozen) and needed_flop(lora) < needed_flop(frozen)
 

@@ -320,7 +320,7 @@ def test_a_model_that_has_no_outline_is_padded(tmp_path, monkeypatch, caplog):
 
 
 def test_a_refused_model_is_padded_with_one_line(tmp_path, caplog):
-    directory = save(build("GPTJConfig"), tmp_path / "model")
+    directory = save(build("BloomConfig"), tmp_path / "model")
     config = make_config(directory, "data.jsonl", tmp_path / "run")
     with caplog.at_level(logging.INFO, logger="una_fast"):
         facts = find_facts(config, [], device="cpu")

@@ -177,7 +177,7 @@ def test_a_prompt_computed_once_gives_the_samples_of_one_computed_for_each(
     handle = model.register_forward_pre_hook(count, with_kwargs=True)
     shared = ids_of(sampler.sample(prompts, seed=0))
     assert tokens[:2] == [2 * 20, 6], "prompts once, then the last tokens for every sample"
-    monkeypatch.setattr(generate_module, "_shared_prefill", lambda *_: None)
+    monkeypatch.setattr(generate_module, "_shared_prefill", lambda *_: {})
     assert ids_of(sampler.sample(prompts, seed=0)) == shared
     handle.remove()
 

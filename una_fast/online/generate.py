@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     StoppingCriteria,
 )
+from transformers.generation.continuous_batching.utils import WorkloadHints
 from transformers.generation.stopping_criteria import StopStringCriteria
 
 from una_fast.head.ops import gather_logps
@@ -106,9 +107,9 @@ class TransformersSampler:
                 ids,
                 generation_config=config,
                 attention_mask=mask,
-                past_key_values=cache,
                 logits_processor=[recorder],
                 stopping_criteria=stops,
+                **cache,
             )
         logps = recorder.logps(output[:, -1]).cpu().numpy()
         rows = output[:, ids.shape[1] :].cpu().numpy()
@@ -183,14 +184,8 @@ class ContinuousSampler(TransformersSampler):
             batching.num_blocks = len(prompts) * samples * (longest // PAGE + 1)
             batching.max_batch_tokens = sum(map(len, prompts)) + len(prompts) * samples
         with _sampling_from(self.policy, self.scoring, seed), _own_generation_config(model, config):
-            outputs = model.generate_batch(
-                [prompt.tolist() for prompt in prompts],
-                generation_config=config,
-                continuous_batching_config=batching,
-                warmup=False,
-            )
-        # Prompt after prompt.
-        drawn = [self._completion(output, version) for output in outputs.values()]
+            outputs = _batched(model, prompts, config, batching)
+        drawn = [self._completion(output, version) for output in outputs]
         if len(drawn) != len(prompts) * samples:
             raise SamplerError(
                 f"continuous batching gave {len(drawn)} of {len(prompts) * samples} samples; "
@@ -206,6 +201,45 @@ class ContinuousSampler(TransformersSampler):
         ids = np.array(output.generated_tokens, dtype=np.int32)
         finished = int(ids[-1]) in self.sampling.stop_ids
         return Completion(ids, finished, float(sum(output.logprobs)), version)
+
+
+def _batched(
+    model: PreTrainedModel,
+    prompts: Sequence[np.ndarray],
+    config: GenerationConfig,
+    batching: ContinuousBatchingConfig,
+) -> list[Any]:
+    """Return the outputs of continuous batching, prompt after prompt.
+
+    As transformers' `generate_batch`, which up to 5.17 returns one sample per prompt alone.
+    """
+    number = len(prompts) * config.num_return_sequences
+    hints = WorkloadHints(
+        max_prompt_length=max(map(len, prompts)),
+        max_generated_length=config.max_new_tokens,
+        num_requests=number,
+    )
+    outputs = {}
+    with model.continuous_batching_context_manager(
+        generation_config=config,
+        continuous_batching_config=batching,
+        timeout=5,
+        warmup=False,
+        workload_hints=hints,
+    ) as manager:
+        requests = manager.add_requests(
+            [prompt.tolist() for prompt in prompts], max_new_tokens=config.max_new_tokens
+        )
+        while len(outputs) < number:
+            output = manager.get_result(timeout=1)
+            if output is not None and output.is_finished():
+                outputs[output.request_id] = output
+            elif output is None and not manager.is_running():
+                break
+    # The samples of "req_0" are it and its forks, "req_0__child#0" and so on.
+    places = {request: place for place, request in enumerate(requests)}
+    order = sorted(outputs, key=lambda name: (places[name.partition("__child#")[0]], name))
+    return [outputs[name] for name in order]
 
 
 def page_setting(config: type) -> str:
@@ -277,18 +311,20 @@ def _own_generation_config(model: PreTrainedModel, config: GenerationConfig) -> 
 
 def _shared_prefill(
     model: PreTrainedModel, ids: Tensor, mask: Tensor, samples: int
-) -> DynamicCache | None:
+) -> dict[str, DynamicCache]:
     """Return the cache of all prompt tokens but the last, repeated for the samples of a prompt.
+
+    The cache is an argument of `generate`: "cache", or "past_key_values" up to transformers 5.23.
 
     model: any causal language model
     ids, mask: [B, P] int64, padded on the left
     samples: per prompt
 
-    None where `generate` has to compute the prompts: a model with another kind of cache, or
-    nothing to share.
+    Without the argument `generate` has to compute the prompts: a model with another kind of cache,
+    or nothing to share.
     """
     if samples == 1:
-        return None
+        return {}
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     # With one token there is nothing to share; the call is for ranks with longer prompts, that
     # wait for all ranks.
@@ -298,16 +334,18 @@ def _shared_prefill(
         attention_mask=mask[:, :shared],
         position_ids=positions[:, :shared],
         use_cache=True,
+        return_dict=True,
         logits_to_keep=1,
     )
-    cache = getattr(output, "past_key_values", None)
+    name = "cache" if "cache" in output else "past_key_values"
+    cache = output.get(name)
     if ids.shape[1] == 1 or type(cache) is not DynamicCache:
-        return None
+        return {}
     # States of recurrent layers cannot be repeated.
     if not all(hasattr(layer, "batch_repeat_interleave") for layer in cache.layers):
-        return None
+        return {}
     cache.batch_repeat_interleave(samples)
-    return cache
+    return {name: cache}
 
 
 class _Recorder(LogitsProcessor):
