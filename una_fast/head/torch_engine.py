@@ -441,9 +441,12 @@ class TorchEngine:
         acc = accumulator_dtype(logits.dtype)
         target_logit = torch.empty(rows, dtype=acc, device=logits.device)
         lse = torch.empty_like(target_logit)
-        for block in row_blocks(rows, vocab * acc.itemsize, logits.device):
+
+        def work(block: slice) -> None:
             wide = logits[block].to(acc)
             lse[block], target_logit[block] = row_logps(wide, targets[block], transform)
+
+        share(work, row_blocks(rows, vocab * acc.itemsize, logits.device), logits.device)
         return log_probs(target_logit, lse, targets, vocab), lse
 
     @staticmethod
@@ -466,9 +469,12 @@ class TorchEngine:
         """
         coef = torch.where(targets == IGNORE, 0.0, upstream)
         rows, vocab = logits.shape
-        for block in row_blocks(rows, vocab * lse.element_size(), logits.device):
+
+        def work(block: slice) -> None:
             u = logits[block].to(lse.dtype, copy=True)
             out[block] = row_grad_(u, targets[block], coef[block], lse[block], transform)
+
+        share(work, row_blocks(rows, vocab * lse.element_size(), logits.device), logits.device)
 
     @staticmethod
     def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype, keep: bool) -> Tensor:
@@ -490,9 +496,12 @@ class TorchEngine:
             return torch.mul(grad, factor, out=out)
         # Blocks bound the wide copies.
         row_bytes = math.prod(grad.shape[1:]) * acc.itemsize
-        for rows in row_blocks(len(grad), row_bytes, grad.device):
+
+        def work(rows: slice) -> None:
             of_rows = factor if factor.dim() == 0 else factor[rows]
             out[rows] = grad[rows].to(acc) * of_rows
+
+        share(work, row_blocks(len(grad), row_bytes, grad.device), grad.device)
         return out
 
     def _bias(self, vocab: Vocab) -> Tensor | None:
