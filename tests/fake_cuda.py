@@ -9,6 +9,7 @@ both host and device are errors, as they are on a GPU.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -47,6 +48,8 @@ WAITING = {
 }
 PRODUCTS = {aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm}
 
+NATIVE = {"tensor": torch.tensor, "as_tensor": torch.as_tensor}
+
 true_device = torch._C.TensorBase.device.__get__
 
 
@@ -80,12 +83,33 @@ class Launch:
 
 @dataclass
 class Recorded:
-    """What happened on the device, in order. waits: places of the package that read numbers."""
+    """What happened on the device, in order.
 
+    waits: places of the package that read numbers
+    paused: meta tensors are nothing but meta tensors
+    """
+
+    paused: bool = False
     waits: list[str] = field(default_factory=list)
     copies: list[Copy] = field(default_factory=list)
     launches: list[Launch] = field(default_factory=list)
     products: list[tuple[str, tuple[Tensor, ...]]] = field(default_factory=list)
+
+    def without(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function of the host that makes meta tensors of its own."""
+
+        @functools.wraps(function)
+        def paused(*args: Any, **kwargs: Any) -> Any:
+            self.paused = True
+            try:
+                with pytest.MonkeyPatch.context() as patch:
+                    for name, make in NATIVE.items():  # transformers knows them by identity
+                        patch.setattr(torch, name, make)
+                    return function(*args, **kwargs)
+            finally:
+                self.paused = False
+
+        return paused
 
 
 @contextlib.contextmanager
@@ -114,11 +138,14 @@ class _Device(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if self.recorded.paused:
+            return func(*args, **kwargs)
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = None
         if kwargs.get("device") is not None:
             kwargs["device"] = to_meta(kwargs["device"])
-        for name in ("pin_memory", "generator"):  # which meta tensors do not have
-            if name in kwargs:
-                kwargs[name] = None
+            if kwargs["device"] == META and "generator" in kwargs:
+                kwargs["generator"] = None  # of another device, and there are no numbers
         before, self.at_work = self.at_work, True
         try:
             return self._run(func, args, kwargs)
@@ -208,7 +235,8 @@ def _patch_tensors(patch: pytest.MonkeyPatch, device: _Device) -> None:
     """Have tensors, and functions that take a device, speak of cuda:0."""
 
     def shown(x: Tensor) -> torch.device:
-        return CUDA if is_fake(x) and not device.at_work else true_device(x)
+        true = device.at_work or device.recorded.paused
+        return CUDA if is_fake(x) and not true else true_device(x)
 
     own_repr = Tensor.__repr__
 

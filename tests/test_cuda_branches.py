@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import runs
 from head_calls import CALLS, GPU_DIM, GPU_SIZE
 from helpers import evaluate
 from runs import LORA, open_trainer
@@ -18,6 +19,7 @@ from una_fast.attention import varlen
 from una_fast.attention.packed import fresh_tables
 from una_fast.head import constants, engines
 from una_fast.model import activations
+from una_fast.train import build
 
 pytest.importorskip("triton")
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -136,6 +138,10 @@ def test_head(name, engine, dtype, recorded, variants):
     for leaf in arguments["train"]:
         grad, x = out[f"grad {leaf}"], getattr(p, leaf)
         assert (grad.shape, grad.dtype, grad.device) == (x.shape, dtype, CUDA)
+    with torch.no_grad():  # and a reference that shares the head
+        own = {"ref_hidden": p.ref_hidden, "workspace_mb": arguments["workspace_mb"]}
+        call = (p.hidden, p.weight, p.targets, p.cu_seqlens, p.feedback)
+        linear_una_loss(*call, **own, engine=engine)
     assert bool(recorded.launches) == (engine == "triton")
     assert_no_waits(recorded)
     assert_compiled(recorded, variants)
@@ -227,9 +233,13 @@ RUNS = {
 def test_steps_wait_by_design_alone(name, recorded, variants, llamas, tmp_path, monkeypatch):
     monkeypatch.setattr(activations, "SMALL", 1)
     monkeypatch.setattr(varlen, "varlen_fault", lambda kernel, device: None)  # compares numbers
+    # Models are loaded, and probed, by numbers and through meta tensors.
+    for module, loader in ((runs, "open_run"), (build, "load_trained"), (build, "load_frozen")):
+        monkeypatch.setattr(module, loader, recorded.without(getattr(module, loader)))
     changes, waits = RUNS[name]
     data = write_jsonl(tmp_path / "data.jsonl", make_records("mixed", 12))
     settings = {"device": "cuda", "batch_size": 4, "micro_batch_size": 2, "workspace_mb": 1}
+    settings["eval_data"] = [data]
     config = make_config(llamas["untied"], [data], tmp_path / "run", **settings | changes)
     trainer = open_trainer(config)
     steps = trainer.source.steps(0, trainer.total_steps)
@@ -242,4 +252,6 @@ def test_steps_wait_by_design_alone(name, recorded, variants, llamas, tmp_path, 
     offloaded = [copy for copy in recorded.copies if copy.place == "activations.py:_park"]
     assert bool(offloaded) == config.offload_activations
     trainer.log(2, taken)
-    assert [x.place for x in recorded.copies if x.blocking] == ["metrics.py:take"], "once a report"
+    trainer.evaluate(2)
+    assert set(recorded.waits[len(waits) :]) == {MASK} & set(waits)
+    assert [x.place for x in recorded.copies if x.blocking] == 2 * ["metrics.py:take"]

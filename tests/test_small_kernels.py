@@ -1,6 +1,6 @@
 """The kernels over gradients and weights: the last factor of a gradient, and AdamW of bf16 weights.
 
-On a GPU if torch finds one, else in the interpreter with the rounding of a GPU (interpreter.py).
+On a GPU if torch finds one, else in the interpreter with the arithmetic of a GPU (interpreter.py).
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 
 
 @pytest.fixture(autouse=True)
-def rounding_casts(monkeypatch):
-    """Make the interpreter round to bfloat16."""
+def arithmetic(monkeypatch):
+    """Give the interpreter the arithmetic of a GPU."""
     if not CUDA:
-        interpreter.mend(monkeypatch)
+        interpreter.mend(monkeypatch, approximate=True)
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -70,7 +70,7 @@ class Interpreted(TritonEngine):
 
 @pytest.fixture(autouse=True)
 def engine(monkeypatch):
-    interpreter.mend(monkeypatch)
+    interpreter.mend(monkeypatch, approximate=True)
     for module in (passes, ops):
         monkeypatch.setattr(module, "choose_engine", lambda name, device, dtype: Interpreted)
     monkeypatch.setattr(
