@@ -40,7 +40,7 @@ setup(
         "triton>=3.6; sys_platform == 'linux'",
         "numpy>=1.26",
         "transformers>=5.17",
-        "peft>=0.18",
+        "peft>=0.20",
         "datasets>=4.0",
         "safetensors>=0.5",
         "pyyaml>=6",

@@ -18,6 +18,7 @@ kernels_compile_triton3.6.json beside it. A row is "kernel | dtypes | flags | ta
     per_logit      instructions of the body per logit that a thread treats in it
     loads, stores  global accesses of the body, "2x128 1x32": number x bits per thread; "tma": a
                    tile at a time
+    spills_in_body instructions of the body that move spilled numbers; only where there are spills
 
 Triton compiles a launch anew for properties of the arguments. A row without a flag of this kind is
 the launch of an odd vocabulary. "aligned": all pointers and numbers are multiples of 16.
@@ -284,7 +285,10 @@ def linear_variants(arch: str) -> list[Variant]:
     for dtype in DTYPES:
         has_descriptors = dtype != "fp32" and arch in ("sm_90", "sm_100")
         for flags in FLAGS:
-            found.append(linear_variant(arch, dtype, flags, tma=False))
+            # operands that fit no descriptor are loaded number by number
+            found.append(
+                linear_variant(arch, dtype, flags, tma=False, by_vectors=not has_descriptors)
+            )
             if has_descriptors:
                 found.append(linear_variant(arch, dtype, flags, tma=True))
     types = {"partial_ptr": "*fp32", "lse_ptr": "*fp32", "N": "i32", "vocab_tiles": "i32"}
@@ -294,10 +298,18 @@ def linear_variants(arch: str) -> list[Variant]:
     return found
 
 
-def linear_variant(arch: str, dtype: str, flags: tuple[str, ...], *, tma: bool) -> Variant:
-    """Return a launch of partials_kernel. flags: "bias", "softcap"; tma: tensor descriptors."""
+def linear_variant(
+    arch: str, dtype: str, flags: tuple[str, ...], *, tma: bool, by_vectors: bool = True
+) -> Variant:
+    """Return a launch of partials_kernel.
+
+    arch, dtype: of the operands
+    flags: "bias", "softcap"
+    tma: whether operands come through tensor descriptors
+    by_vectors: whether operands can be loaded 16 bytes at a time
+    """
     operand = torch.float32 if dtype == "fp32" else torch.bfloat16
-    tiling = logp_partials.tiling(arch, operand)
+    tiling = logp_partials.tiling(arch, operand, by_vectors=by_vectors)
     by_number = logp_partials.tiling(arch, operand, by_vectors=False)
     if tma:
         types = {
@@ -599,6 +611,8 @@ def measure(name: str) -> dict[str, int | float | bool | str]:
     if nvidia:
         instructions = body(listing, walks=variant.block is not None)
         row["instructions"] = len(instructions)
+        if row["spills"]:
+            row["spills_in_body"] = sum(words.startswith(("LDL", "STL")) for words in instructions)
         if variant.block:
             row["per_logit"] = round(len(instructions) * 32 * warps / variant.block, 1)
         row["loads"] = accesses(instructions, ("LDG", "LDGSTS", "UTMALDG"))
