@@ -39,7 +39,7 @@ from una_fast import (
     una_loss,
 )
 from una_fast.counters import LiveBytes
-from una_fast.head import eager, passes, plan
+from una_fast.head import eager, passes, plan, torch_engine
 from una_fast.head.ops import sequence_logps
 from una_fast.head.plan import Plan
 from una_fast.head.torch_engine import LogitTransform, TorchEngine, one_read_
@@ -1379,3 +1379,20 @@ def test_slices_that_were_chosen_for_time_are_made_by_plain_products(monkeypatch
         assert asked == calls
         found = target_logit - lse
         torch.testing.assert_close(found, expected.gather(1, targets[:, None])[:, 0])
+
+
+def test_the_policy_takes_the_logits_buffer_of_the_reference(monkeypatch):
+    monkeypatch.setattr(torch_engine, "CACHE_BLOCK_BYTES", 1)  # temporaries of single rows
+    weight, hidden = torch.randn(200, 8, requires_grad=True), torch.randn(12, 8)
+    targets, cu_seqlens = torch.randint(200, (12,)), torch.tensor([0, 7, 12])
+    with LiveBytes() as memory:
+        linear_una_loss(
+            hidden,
+            weight,
+            targets,
+            cu_seqlens,
+            Feedback.pairs([0], [1]),
+            ref_hidden=hidden,
+            ref_weight=weight.detach().clone(),
+        )
+    assert memory.sizes.count(12 * 200 * 4) == 1

@@ -1,4 +1,4 @@
-"""Threads that run whole blocks of rows, and large pages behind large buffers."""
+"""Threads that run whole blocks of rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 from una_fast import Feedback, linear_una_loss
 from una_fast.counters import FlopCounter, LiveBytes
 from una_fast.head import torch_engine
-from una_fast.head.pages import LEAST, large_pages
 from una_fast.head.threads import share
 from una_fast.head.torch_engine import LogitTransform, one_read_, row_grad_, row_logps
 
@@ -148,28 +147,3 @@ def test_a_forked_process_starts_threads_of_its_own(threads):
             os._exit(0 if len(seen) == threads else 1)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0
-
-
-@pytest.mark.skipif(
-    not os.path.exists("/sys/kernel/mm/transparent_hugepage"), reason="no large pages here"
-)
-def test_large_buffers_ask_for_large_pages():
-    large, small = torch.empty(LEAST // 4 + 1000), torch.empty(1000)
-    assert large_pages(large) is large and large_pages(small) is small
-    middle = large.data_ptr() + large.nbytes // 2
-    assert "hg" in flags_at(middle), "hg: advised to be in large pages"
-    assert "hg" not in flags_at(small.data_ptr())
-
-
-def flags_at(address):
-    """Return the flags that the kernel keeps for the mapping of an address."""
-    inside = False
-    with open("/proc/self/smaps") as smaps:
-        for line in smaps:
-            first, *rest = line.split()
-            if "-" in first and not first.endswith(":"):
-                start, stop = (int(number, 16) for number in first.split("-"))
-                inside = start <= address < stop
-            elif inside and first == "VmFlags:":
-                return rest
-    raise LookupError(hex(address))

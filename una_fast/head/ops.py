@@ -134,7 +134,7 @@ def linear_una_loss(
     head = Head(weight, bias, transform, workspace_mb, engine)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in leaves]
 
-    logps = None  # of the policy, where one pass without gradients gives both
+    logps = ref_head = None  # logps: of the policy, where one pass without gradients gives both
     if ref_logps is not None:
         others = {"ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
         ref_logps = _cached_reference(ref_logps, len(cu) - 1, hidden.device, others)
@@ -151,7 +151,6 @@ def linear_una_loss(
             else:
                 ref_head = Head(ref_weight, ref_bias, transform, workspace_mb, engine)
                 ref_tokens, _ = ref_head.logps(ref_hidden, targets)
-                del ref_head  # frees its logits buffer
             ref_logps = head.sums(lengths, ref_tokens)
     else:
         raise ValueError("the loss needs a reference: give ref_logps (cached sums) or ref_hidden")
@@ -160,11 +159,14 @@ def linear_una_loss(
     if not any(needs):
         with torch.no_grad():
             if logps is None:
+                del ref_head  # frees its logits buffer
                 logps, _ = head.logps(hidden, targets)
             return loss.output(logps)
     leaf = leaves[1].dtype
     train_weight = leaf if needs[1] else None
     plan = head.plan(feedback, lengths, train_weight, needs[2], objective.length_normalize)
+    if ref_head is not None:
+        head.take_buffer(ref_head, plan.tile)
     job = OnePass(head, plan, hidden, targets, loss, needs, leaf)
     return UnaOutput(*_LinearUna.apply(*leaves, job))
 

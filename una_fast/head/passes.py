@@ -16,7 +16,6 @@ from torch import Tensor
 from una_fast.feedback import Feedback
 from una_fast.head.constants import constant
 from una_fast.head.engines import choose_engine
-from una_fast.head.pages import large_pages
 from una_fast.head.plan import (
     FEW_ROWS,
     ForwardPlan,
@@ -132,6 +131,20 @@ class Head:
         self._buffer = self._gradients = None
         return self
 
+    def take_buffer(self, done: Head, tile: Tile) -> None:
+        """Take the logits buffer of another head, for tiles of the same size.
+
+        The system hands out new memory page by page, which a CPU waits for.
+
+        done: head that needs its buffer no more
+        tile: of the plan
+        """
+        buffer = done._buffer
+        done.drop_buffer()
+        size, dtype = tile.logit_bytes(self.size), self.engine.acc
+        if buffer is not None and (buffer.nbytes, buffer.dtype) == (size, dtype):
+            self._buffer = buffer
+
     def buffer(self, tile: Tile, rows: int, width: int) -> Tensor:
         """Return a [rows, width] view of the logits buffer, with the row stride of the engine."""
         if self._buffer is None:
@@ -140,8 +153,7 @@ class Head:
 
     def _empty(self, size: int, dtype: torch.dtype) -> Tensor:
         """Return memory of `size` bytes on the device of the head."""
-        device = self.engine.weight.device
-        return large_pages(torch.empty(size // dtype.itemsize, dtype=dtype, device=device))
+        return torch.empty(size // dtype.itemsize, dtype=dtype, device=self.engine.weight.device)
 
     def _view(self, memory: Tensor, rows: int, width: int) -> Tensor:
         """Return the start of memory as [rows, width], with the row stride of the engine."""
@@ -288,8 +300,7 @@ class Grads:
         self.bias: Tensor | None = None
         if weight:
             dtype = weight_dtype or acc
-            shape = (head.vocab, head.dim)
-            self.weight = large_pages(torch.empty(shape, dtype=dtype, device=device))
+            self.weight = torch.empty(head.vocab, head.dim, dtype=dtype, device=device)
         if bias:
             self.bias = torch.empty(head.vocab, dtype=acc, device=device)
         self.of_head = [x for x in (self.weight, self.bias) if x is not None]
