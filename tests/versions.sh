@@ -20,4 +20,9 @@ if [ "$pins" != "$(cat "$venv/pins.txt" 2>/dev/null)" ]; then
   "$venv/bin/pip" install --progress-bar off -c "$venv/wanted.txt" -e ".[test,trl,optim,liger]"
   mv "$venv/wanted.txt" "$venv/pins.txt"
 fi
+# an environment of another checkout would test the other's code
+if [ "$PWD" != "$(cat "$venv/checkout.txt" 2>/dev/null)" ]; then
+  "$venv/bin/pip" install --no-deps -e .
+  echo "$PWD" >"$venv/checkout.txt"
+fi
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} exec "$venv/bin/pytest" -n 1 "$@"
