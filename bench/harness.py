@@ -49,6 +49,11 @@ class DeviceLost(Exception):
     """(name, reason) of a contender; the GPU answers nothing more in this process."""
 
 
+def running_file(out: Path) -> Path:
+    """Return the file with the name of the contender that is running, beside the report."""
+    return out.with_suffix(".running")
+
+
 class Guard:
     """What is left of a run whose process ends under a contender: a hang in a kernel, a crash.
 
@@ -62,7 +67,7 @@ class Guard:
 
     def __init__(self, report: dict[str, Any], out: Path) -> None:
         self.report, self.out = report, out
-        self.running = out.with_suffix(".running")
+        self.running = running_file(out)
 
     def take_over(self) -> None:
         """Store the contender under which the process before this one ended."""
@@ -294,6 +299,8 @@ def open_report(out: Path | None, resume: bool, device: torch.device) -> dict[st
     """Return a new report, or with `resume` the report stored in `out`, to be continued."""
     if resume and out and out.exists():
         return json.loads(out.read_text(encoding="utf-8"))
+    if out and not resume:
+        running_file(out).unlink(missing_ok=True)  # a run from the start blames nobody
     return {"environment": environment(device), "results": []}
 
 

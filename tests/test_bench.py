@@ -331,6 +331,9 @@ def test_exit_status_and_results(tmp_path, monkeypatch, capsys):
     assert run("--contenders", "una_fast,eager", "--out", str(out)) == 0
     report = json.loads(out.read_text())
     assert [r["name"] for r in report["results"][0]["table"]] == ["una_fast", "eager", "bare mm"]
+    out.with_suffix(".running").write_text("eager")  # of a run that was killed
+    assert run("--contenders", "una_fast,eager", "--out", str(out)) == 0
+    assert "reason" not in json.loads(out.read_text())["results"][0]["table"][1]
     assert {"torch", "commit", "command", "sources", "time"} <= report["environment"].keys()
     assert "| 16, 16, 90 | **una_fast** |" in tables.head_table(out, "cpu.json")
     monkeypatch.setitem(bench_head.BARS, (8, 16, 90), {"time / eager": 1e-9})
