@@ -399,8 +399,8 @@ def test_results_become_a_readme_table_and_plots(tmp_path):
     stored = tables.ROOT / "bench/results/head_cpu.json"
     (folder / "head_cpu.json").write_bytes(stored.read_bytes())
     cpu = "<!-- bench:head -->\n<!-- end bench:head -->\n"
-    text = cpu + "<!-- bench:head_gpu -->\nold\n<!-- end bench:head_gpu -->\n"
-    assert "old" in tables.regenerate(text, tmp_path)  # no GPU results: nothing to say
+    text = cpu + "<!-- bench:head_gpu -->\nSTALE\n<!-- end bench:head_gpu -->\n"
+    assert "STALE" in tables.regenerate(text, tmp_path)  # no GPU results: nothing to say
     results = [gpu_entry("peers", 8192), gpu_entry("memory", 4096), gpu_entry("memory", 32768)]
     environment = {"gpu": "A GPU", "torch": "2.11", "trl": "1.16"}
     report = {"environment": environment, "results": results}
@@ -408,7 +408,7 @@ def test_results_become_a_readme_table_and_plots(tmp_path):
     written = plots.draw(report, folder / "head_gpu.json")
     assert [path.name for path in written] == ["head_gpu_time.png", "head_gpu_memory.png"]
     new = tables.regenerate(text, tmp_path)
-    assert "old" not in new and tables.regenerate(new, tmp_path) == new
+    assert "STALE" not in new and tables.regenerate(new, tmp_path) == new
     assert "![head_gpu_time](bench/results/head_gpu_time.png)" in new
     cells = "**81.9 (1.50)** | – | 163.8 (1.50) | 41.0 (700 TF/s)* |"
     assert f"| Llama-3-8B, 8192, trained | {cells}" in new
