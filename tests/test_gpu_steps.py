@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,21 @@ def test_the_meter_does_not_wait_for_the_device():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert meter.sums[NAMES.index("units")].item() == 2 * batch.feedback.num_units
+
+
+def test_a_packed_step_waits_for_its_gradient_norm_alone(llama_200m, tmp_path):
+    batch = [Row(300, (50, 70)).example()]
+    _, trainer = open_trainer(*llama_200m, tmp_path / "run", batch)
+    trainer.take_step(Step(0.0, [batch], 1))  # the first one fills caches
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            trainer.take_step(Step(0.0, [batch], 1))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [str(each.filename) for each in found if "synchronizing" in str(each.message)]
+    assert len(waits) <= 1, waits
 
 
 def test_liger_computes_what_the_model_does(llama_200m, tmp_path):
