@@ -109,8 +109,7 @@ def skipped_tiles(hidden: Tensor, weight: Tensor) -> dict[str, float]:
     orders = {"kept": slice(None), "kept, ordered": mean.argsort(descending=True)}
     found = {}
     for name, order in orders.items():
-        tiles = 0
-        kept, lost = 0, []
+        tiles, kept, lost = 0, 0, []
         for rows in hidden.split(TILE):
             p = torch.softmax(rows @ weight.T, 1)[:, order]
             p = F.pad(p, (0, -p.shape[1] % TILE)).unflatten(1, (-1, TILE))  # [rows, tiles, TILE]

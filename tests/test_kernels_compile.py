@@ -44,9 +44,9 @@ def test_the_table_has_every_variant(table, fresh):
 def test_nothing_spills(table, fresh):
     """Neither as recorded nor, in part, as this compiler has it.
 
-    The assembler of Triton 3.6 may leave two numbers of a row on the stack, once per row, to stay
-    at 64 registers (32 for gather). A bound of 72 would take a program of eight from the
-    multiprocessor, and spill elsewhere.
+    The assembler of Triton 3.6 may keep 8 bytes per thread on the stack, outside the loops, to stay
+    at 64 registers (32 for gather). A bound of 72 registers leaves 7 programs of 8 on a
+    multiprocessor, and spills in other kernels.
     """
     for version, rows in ((table["triton"], table["rows"]), (fresh["triton"], fresh["rows"])):
         spilled = {name: row for name, row in rows.items() if row["spills"]}

@@ -128,12 +128,9 @@ def test_modes_count_the_operations_of_all_blocks(threads):
 
 
 def test_a_forked_process_starts_threads_of_its_own(threads):
-    weight = torch.randn(400, 8)
-    loss, _ = loss_of(weight)
     share(lambda item: None, range(threads), CPU)
     child = os.fork()
     if child == 0:
-        # OpenMP's own threads do not survive a fork either: row blocks alone.
         seen = set()
         meeting = threading.Barrier(threads)
 

@@ -250,7 +250,7 @@ def varlen_calls(
 def _offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-        # Made there, the host would wait for all work of the device.
+        # torch.tensor on the device would copy too, and the host would wait for the copy.
         return offsets.to(device, non_blocking=True)
 
 

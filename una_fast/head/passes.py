@@ -23,6 +23,7 @@ from una_fast.head.plan import (
     Span,
     Tile,
     cast_bytes,
+    fit_tile,
     forward_plan,
     holds_both,
     make_plan,
@@ -206,8 +207,10 @@ class Head:
             ]
             lse, target_logit = zip(*parts, strict=True)
             return torch.cat(lse), torch.cat(target_logit)
-        # Where whole rows fit, slices were chosen for the time of plain products: so they are made.
-        if tile.vocab < self.vocab and self.size.row_bytes(False, False) > self.budget:
+        # Where whole rows fit, the plan chose slices for the modelled time of plain products: the
+        # kernel without logits, which no GPU has timed, serves only where whole rows do not fit.
+        whole_rows_fit = fit_tile(self.size, 1, self.budget, gathered=False).vocab == self.vocab
+        if tile.vocab < self.vocab and not whole_rows_fit:
             self.drop_buffer()  # makes room for partial sums
             stats = self.engine.linear_logps(hidden, targets, self.budget)
             if stats is not None:

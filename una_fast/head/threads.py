@@ -69,8 +69,9 @@ def _pool(cores: int) -> ThreadPoolExecutor:
 def _start(cores: int) -> ThreadPoolExecutor:
     """Start threads that divide the cores among them.
 
-    torch keeps a number of threads for each thread, and one that a thread begins with when it first
-    asks: a worker asks, and sets both; the caller puts the latter back.
+    torch keeps one number of cores per thread, and a default that a thread copies when it first
+    asks for its number. A worker asks before it sets its own, which the default would overwrite
+    later. Setting a number also sets the default: the caller restores it.
     """
     workers = min(cores, MOST)
     started = threading.Barrier(workers + 1)

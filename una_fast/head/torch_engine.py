@@ -57,26 +57,29 @@ class LogitTransform:
         if not math.isfinite(self.logit_scale):
             raise ValueError(f"logit_scale={self.logit_scale} must be finite")
 
+    @property
+    def scale(self) -> float:
+        """Return dz/du at u = 0; without a softcap, dz/du everywhere."""
+        return self.logit_scale / self.temperature
+
     def __call__(self, u: Tensor) -> Tensor:
         """Return z of raw logits; u itself where z = u."""
         if self.softcap is None:
-            scale = self.logit_scale / self.temperature
-            return u if scale == 1.0 else u * scale
+            return u if self.scale == 1.0 else u * self.scale
         return torch.tanh(u * (self.logit_scale / self.softcap)) * (self.softcap / self.temperature)
 
     def apply_(self, u: Tensor) -> Tensor | float:
         """Turn u into z in place, and return dz/du: a number without a softcap, else a tensor."""
-        scale = self.logit_scale / self.temperature
         if self.softcap is None:
-            if scale != 1.0:
-                u.mul_(scale)
-            return scale
+            if self.scale != 1.0:
+                u.mul_(self.scale)
+            return self.scale
         # With t = exp(-2|x|), 1 - tanh(x)^2 = 4 t / (1 + t)^2: nothing cancels near the cap.
         x = u.mul_(self.logit_scale / self.softcap)
         t = x.abs().mul_(-2).exp_()
         slope = t / (1 + t).square_()
         x.tanh_().mul_(self.softcap / self.temperature)
-        return slope.mul_(4 * scale)
+        return slope.mul_(4 * self.scale)
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -252,7 +255,8 @@ def one_read_(
     logps = torch.where(ratio < 1e30, small, own_log - rest.log())
     at_target = torch.where(inside, -rest * slope_at, scores.gather(1, index))
     scores.scatter_(1, index, at_target.to(scores.dtype))
-    scale = 1.0 if transform.softcap else transform.logit_scale / transform.temperature
+    # A slope that differs from logit to logit is in E already.
+    scale = transform.scale if transform.softcap is None else 1.0
     return logps.squeeze(1), scores, (-scale / (own + rest)).squeeze(1)
 
 
