@@ -15,9 +15,11 @@ EXTRAS = {
         "pytest-xdist>=3.6",
         "ruff>=0.14",
         "kernels>=0.10",
+        "gguf>=0.17",
     ],
     "bench": ["pytest-benchmark>=5", "matplotlib>=3.9"],
     "flash": ["flash-attn>=2.8"],
+    "gguf": ["gguf>=0.17"],
     "liger": ["liger-kernel>=0.8.5"],
     "optim": ["torchao>=0.16"],  # the first whose 8-bit DTensors know torch 2.11
     "trl": ["trl>=1.16"],

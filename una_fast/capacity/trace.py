@@ -280,6 +280,7 @@ class StepTracer:
             return model
         adapter = PeftConfig.from_pretrained(self.adapter)
         adapter.inference_mode = False
+        adapter.base_model_name_or_path = None  # peft warns where an outline has another name
         return get_peft_model(model, adapter)
 
     def _moments(

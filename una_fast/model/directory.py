@@ -162,10 +162,10 @@ def check_directory(path: str) -> None:
         file = directory / name
         if file.exists():
             content = read_object(file)
-            if name in ("config.json", ADAPTER_CONFIG):
-                _check_config(content, file)
+            if name == ADAPTER_CONFIG:
+                _check_depth(content, file)
             if name == "config.json":
-                _check_sizes(content, file)
+                check_config(content, file)
     if (directory / INDEX).exists():
         index_files(directory / INDEX)
 
@@ -209,7 +209,13 @@ def read_object(file: Path) -> dict[str, Any]:
     return content
 
 
-def _check_config(content: dict[str, Any], file: Path) -> None:
+def check_config(content: dict[str, Any], file: Path) -> None:
+    """Check the numbers of a model's config; ModelError by file and key."""
+    _check_depth(content, file)
+    _check_sizes(content, file)
+
+
+def _check_depth(content: dict[str, Any], file: Path) -> None:
     """Check the numbers of a config, however deep it is."""
     try:
         _check_numbers(content, file, "")
@@ -356,24 +362,6 @@ def adapter_file(directory: Path) -> Path:
 
 
 # ---- sizes -------------------------------------------------------------------------------------
-
-
-def element_budget(path: str, *, quantized: bool) -> int | None:
-    """Return the elements that the model of a directory may have, generously; None: unknown.
-
-    path: model directory, or hub name
-    quantized: a stored element may hold eight weights
-
-    A head tied to the embedding is built, and counted, up to three times.
-    """
-    if not Path(path).is_dir():
-        return None
-    try:
-        tensors = stored_tensors(weight_files(Path(path)))
-    except ModelError:
-        return None  # a plan needs no weights; loading says what is wrong
-    stored = sum(tensor.numel for tensor in tensors.values())
-    return (8 if quantized else 1) * 4 * stored + 2**24
 
 
 @contextmanager

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import itertools
 import logging
 import os
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
@@ -23,7 +27,9 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    modeling_gguf_pytorch_utils,
 )
+from transformers.utils.logging import is_progress_bar_enabled
 
 from una_fast.data.bounded import fault_of_trial
 from una_fast.logs import say_once
@@ -32,14 +38,21 @@ from una_fast.model.directory import (
     ModelError,
     StoredTensor,
     adapter_file,
-    check_directory,
-    element_budget,
+    check_config,
     reading,
     stored_tensors,
     weight_files,
     within_budget,
 )
+from una_fast.model.gguf import is_gguf
 from una_fast.model.head_probe import is_number
+from una_fast.model.places import (
+    check_place,
+    element_budget,
+    find,
+    pretrained,
+    with_revision,
+)
 from una_fast.model.quantized import is_plain, quantized_weight
 from una_fast.printable import printable, shown
 
@@ -91,10 +104,15 @@ def load_tokenizer(
 
 def read_tokenizer(path: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """Read the tokenizer of a directory or hub name as it is; ValueError for a damaged one."""
-    check_directory(path)
+    check_place(path)
+    name, where = pretrained(path)
     with reading(path, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, trust_remote_code=trust_remote_code, **where
+        )
         tokenizer("a b")  # damage that shows in use alone
+    if is_gguf(path):
+        tokenizer.name_or_path = path  # not the directory: its files may be another model's
     return tokenizer
 
 
@@ -123,27 +141,6 @@ def _tokenizer_directory(path: str) -> str:
     return base
 
 
-def find(path: str | os.PathLike[str], kind: str) -> str:
-    """Return the absolute path of a local directory, or a hub name as given.
-
-    path: a directory or a hub name
-    kind: kind of the content, for the message
-
-    ValueError for a local path without a directory.
-    """
-    text = str(path)
-    expanded = Path(text).expanduser()
-    if expanded.is_dir():
-        return str(expanded.resolve())
-    looks_local = expanded.is_absolute() or text.startswith(("./", "../", "~"))
-    if looks_local or Path(expanded.parts[0]).exists():
-        raise ValueError(
-            f"{kind} directory {text} does not exist; give a directory in Hugging Face form "
-            "(config.json, tokenizer files, *.safetensors), or a hub name such as org/name"
-        )
-    return text
-
-
 def model_and_adapter(
     path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None
 ) -> tuple[str, str | None]:
@@ -156,7 +153,7 @@ def model_and_adapter(
     a base model.
     """
     path = find(path, "model")
-    check_directory(path)
+    check_place(path)
     if not (Path(path) / ADAPTER_CONFIG).is_file():
         return path, None
     with reading(path, "adapter"):
@@ -176,8 +173,9 @@ def model_and_adapter(
         raise ModelError(
             f"{where}: base_model_name_or_path={shown(base)} must be a model directory or hub name"
         )
+    base = with_revision(base, config.revision)
     base = find(base, f"{where}: base_model_name_or_path, model")
-    check_directory(base)
+    check_place(base)
     if Path(base).is_dir() and not (Path(base) / "config.json").is_file():
         raise ModelError(
             f"{where}: base_model_name_or_path is {printable(base)}, a directory without "
@@ -189,9 +187,34 @@ def model_and_adapter(
 def load_config(
     path: str | os.PathLike[str], *, trust_remote_code: bool = False
 ) -> PreTrainedConfig:
-    """Return the config of a model directory or hub name; ValueError for a damaged one."""
-    with reading(str(path), "model"):
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    """Return the config of a model directory, GGUF file or hub name; ValueError for a damaged one.
+
+    path: as `find` returns it
+    trust_remote_code: run code that comes with the config
+    """
+    path = str(path)
+    if is_gguf(path):
+        status = os.stat(path)
+        return copy.deepcopy(_gguf_config(path, status.st_size, status.st_mtime_ns))
+    name, where = pretrained(path)
+    with reading(path, "model"):
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **where)
+
+
+@functools.lru_cache(maxsize=8)
+def _gguf_config(path: str, size: int, changed: int) -> PreTrainedConfig:
+    """Return the config in the header of a GGUF file: seconds, for the vocabulary is read too.
+
+    path: the file
+    size, changed: bytes, and time of the last change, which tell versions of the file apart
+    """
+    name, where = pretrained(path)
+    with reading(path, "model"):
+        config = AutoConfig.from_pretrained(name, **where)
+    check_config(config.to_dict(), Path(path))
+    config.name_or_path = path  # the directory may hold several
+    vars(config).pop("_model_name_or_path", None)  # a title, in the config of no other model
+    return config
 
 
 def sized_outline(
@@ -279,8 +302,8 @@ def load_causal_lm(
 ) -> PreTrainedModel | PeftModel:
     """Load a causal language model without dropout.
 
-    path: model directory, hub name, or PEFT adapter directory (the base is loaded, and the adapter
-        is trainable)
+    path: model directory, GGUF file, hub name, or PEFT adapter directory (the base is loaded, and
+        the adapter is trainable)
     dtype: dtype of the weights; adapters are float32
     base: model under an adapter directory; default: the model that the adapter names
     trust_remote_code: run model code that comes with the weights
@@ -296,24 +319,57 @@ def load_causal_lm(
         "attn_implementation": attn_implementation,
     }
     _check_files(base, adapter, options)
-    with reading(base, "model"):
+    name, where = pretrained(base)
+    with reading(base, "model"), _without_bar():
         model, found = AutoModelForCausalLM.from_pretrained(
-            base,
+            name,
             dtype=dtype,
             use_safetensors=True,
             # Refused below, by name and shape.
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **options,
+            **where,
+            **_of_gguf(base),
         )
     quantized = getattr(model.config, "quantization_config", None) is not None
     _check_found(base, found, quantized=quantized)
     _drop_spent_quantization(model)
+    if is_gguf(base):
+        model.name_or_path = base
     if adapter is not None:
         model = _load_adapter(model, adapter)
     refuse_non_finite(model.named_parameters(), printable(path))
     remove_dropout(model)
     return model
+
+
+def _of_gguf(path: str) -> dict[str, Any]:
+    """Return further keywords for the weights of a GGUF file, to become floating-point numbers.
+
+    Left as blocks, weights could not be trained, and would be multiplied by kernels that
+    transformers fetches: the numbers would depend on the machine.
+    """
+    if not is_gguf(path):
+        return {}
+    keywords: dict[str, Any] = {"config": load_config(path)}
+    if hasattr(transformers, "GgufConfig"):  # or the transformers is older, and keeps no blocks
+        keywords["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    return keywords
+
+
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    """Let transformers convert a GGUF file without a bar, where its other bars are off."""
+    if is_progress_bar_enabled():
+        yield
+        return
+    bar = modeling_gguf_pytorch_utils.tqdm
+    modeling_gguf_pytorch_utils.tqdm = lambda tensors, **_: tensors
+    try:
+        yield
+    finally:
+        modeling_gguf_pytorch_utils.tqdm = bar
 
 
 def _check_files(path: str, adapter: str | None, options: dict[str, Any]) -> None:
@@ -420,6 +476,7 @@ def _check_adapter(model: PreTrainedModel, path: str) -> None:
         config = PeftConfig.from_pretrained(path)
         _try_patterns(path, config, model)
         config.inference_mode = False
+        config.base_model_name_or_path = None  # peft warns where an outline has another name
         if hasattr(config, "init_lora_weights"):
             config.init_lora_weights = True  # some others compute with the weights of the model
         adapted = get_peft_model(model, config)

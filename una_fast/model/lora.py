@@ -17,8 +17,14 @@ from una_fast.model.settings import LoraOptions
 from una_fast.printable import shown
 
 
-def add_lora(model: PreTrainedModel, options: LoraOptions) -> PeftModel:
+def add_lora(
+    model: PreTrainedModel, options: LoraOptions, *, revision: str | None = None
+) -> PeftModel:
     """Freeze a model of any dtype, and add trainable adapters in float32.
+
+    model: gets the adapters
+    options: size and place of the adapters
+    revision: revision of the model on the hub, which a saved adapter names
 
     Adapters are on layers that text runs through: in none of a vision tower. ValueError for a name
     among the target modules that no such layer has, and for layers that take no adapter.
@@ -33,6 +39,7 @@ def add_lora(model: PreTrainedModel, options: LoraOptions) -> PeftModel:
         exclude_modules=_outside(model, inside),
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
+        revision=revision,
     )
     with reading(type(model).__name__, "lora target_modules: the model"):
         return get_peft_model(model, config, autocast_adapter_dtype=True)

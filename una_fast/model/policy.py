@@ -35,6 +35,7 @@ from una_fast.model.head_probe import (
 )
 from una_fast.model.loading import load_causal_lm
 from una_fast.model.lora import add_lora, cast_outside_autocast
+from una_fast.model.places import split_revision
 from una_fast.model.settings import KEEP_ALL, LoraOptions, MemoryOptions
 from una_fast.model.stored import StoredDtypes
 
@@ -148,7 +149,7 @@ def load_policy(
 ) -> Policy:
     """Load a model for training: dropout removed, head probed, scoring installed.
 
-    path: model directory, hub name, or PEFT adapter directory
+    path: model directory, GGUF file, hub name, or PEFT adapter directory
     dtype: dtype of the weights; adapters are float32
     base: model under an adapter directory; default: the model that the adapter names
     lora: adapters to add; default: all weights, or the adapter of `path`, are trained
@@ -173,7 +174,7 @@ def load_policy(
                 f"{path} is an adapter already, and is trained on as it is; leave the lora "
                 "options out"
             )
-        model = add_lora(model, lora)
+        model = add_lora(model, lora, revision=split_revision(str(path))[1])
     with reading(str(path), "model"):
         head = probe_head(_inside(model))
     return make_policy(model, head, memory, packed=packed)

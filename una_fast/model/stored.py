@@ -18,6 +18,7 @@ from una_fast.model.directory import (
     stored_tensors,
     weight_files,
 )
+from una_fast.model.gguf import is_gguf, read_header
 from una_fast.model.loading import load_config, model_and_adapter
 from una_fast.model.quantized import is_plain
 
@@ -54,6 +55,8 @@ class StoredDtypes:
         own = _Dtypes()
         if adapter is not None:
             own = _Dtypes.from_headers(stored_tensors([adapter_file(Path(adapter))]))
+        if is_gguf(base):
+            return cls(_Dtypes.of_most(read_header(base).tensors), own)
         if Path(base).is_dir():
             try:
                 return cls(_Dtypes.from_headers(stored_tensors(weight_files(Path(base)))), own)
@@ -85,6 +88,13 @@ class _Dtypes:
             if tensor.is_float and tensor.dtype != usual:
                 others[name] = _TORCH[tensor.dtype]
         return cls(_TORCH[usual], others)
+
+    @classmethod
+    def of_most(cls, tensors: dict[str, StoredTensor]) -> _Dtypes:
+        """Take the dtype of most numbers for all; none if some are quantized."""
+        if not all(tensor.is_float for tensor in tensors.values()):
+            return cls()
+        return cls(cls.from_headers(tensors).usual)
 
     def cast_all(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return tensors in the dtypes of their names; tied tensors stay tied."""

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from una_fast.model.export import whole_weights
+from una_fast.model.places import split_revision
 from una_fast.model.policy import Policy
 from una_fast.online.sampling import Completion, SamplerError, Sampling
 
@@ -56,9 +57,12 @@ class VllmSampler:
         self.sampling = sampling
         # The model stays in this process, so that weights can be given to the model.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        name, revision = split_revision(model)
         self.llm = vllm.LLM(
-            model=model,
+            model=name,
+            revision=revision,
             tokenizer=tokenizer.name_or_path,
+            tokenizer_revision=revision,
             trust_remote_code=trust_remote_code,
             dtype=str(policy.causal_lm.dtype).removeprefix("torch."),
             gpu_memory_utilization=GPU_MEMORY_SHARE,

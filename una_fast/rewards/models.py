@@ -55,7 +55,8 @@ class RewardModel(Reward):
 
         Raises ValueError for a checkpoint that is missing or damaged, or has no reward.
         """
-        from una_fast.model.loading import find, read_tokenizer
+        from una_fast.model.loading import read_tokenizer
+        from una_fast.model.places import find
 
         self.where = f"reward {spec.name}: model {printable(spec.target)}"
         target = find(spec.target, f"{self.where},")
@@ -98,8 +99,9 @@ class RewardModel(Reward):
     def _load(self, target: str, dtype: torch.dtype, remote: dict[str, bool]) -> PreTrainedModel:
         from transformers import AutoModelForSequenceClassification
 
-        from una_fast.model.directory import reading, stored_tensors, weight_files
+        from una_fast.model.directory import reading
         from una_fast.model.loading import load_config, refuse_misshapen, refuse_non_finite
+        from una_fast.model.places import pretrained, stored_in
 
         config = load_config(target, **remote)
         if config.num_labels != 1:
@@ -107,12 +109,12 @@ class RewardModel(Reward):
                 f"{self.where} has {config.num_labels} labels, but a reward is one number; give a "
                 "sequence classification model with num_labels=1"
             )
-        if Path(target).is_dir():
-            stored_tensors(weight_files(Path(target)))  # damage, and pickles, are named
+        if stored_in(target) is not None:  # damage, and pickles, are named
             self._check_size(target, config, remote)
+        name, where = pretrained(target)
         with reading(target, "reward model"):
             model, loading = AutoModelForSequenceClassification.from_pretrained(
-                target,
+                name,
                 config=config,
                 dtype=dtype,
                 use_safetensors=True,
@@ -120,6 +122,7 @@ class RewardModel(Reward):
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
                 **remote,
+                **where,
             )
         refuse_misshapen(target, loading["mismatched_keys"], "config.json")
         if loading["missing_keys"]:
@@ -143,7 +146,8 @@ class RewardModel(Reward):
         """Refuse a model that is larger than its weight files, before it is allocated."""
         from transformers import AutoModelForSequenceClassification
 
-        from una_fast.model.directory import ModelError, element_budget, within_budget
+        from una_fast.model.directory import ModelError, within_budget
+        from una_fast.model.places import element_budget
 
         quantized = getattr(config, "quantization_config", None) is not None
         budget = element_budget(target, quantized=quantized)

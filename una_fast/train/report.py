@@ -6,6 +6,7 @@ import json
 import logging
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from una_fast.config import RunConfig
 from una_fast.data.examples import SourceReport
 from una_fast.distributed import World
 from una_fast.files import named_in_errors
+from una_fast.model.gguf import is_gguf
+from una_fast.model.loading import model_and_adapter
 from una_fast.printable import told, without_secrets
 from una_fast.train.loggers import Loggers
 from una_fast.train.run_dir import rewind_lines
@@ -150,7 +153,7 @@ def model_card(
         f"{config.binary}, scores: {config.score}{offset}). All settings: `config.yaml`; "
         "every logged step: `metrics.jsonl`.",
     ]
-    text = "\n".join(about)
+    text = "\n".join(about) + _how_to_load(config, is_adapter)
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).rstrip()}
 ---
@@ -169,6 +172,25 @@ def model_card(
 |---|---|
 {rows}
 """
+
+
+def _how_to_load(config: RunConfig, is_adapter: bool) -> str:
+    """Return a paragraph of the card for an adapter whose base peft cannot load by itself."""
+    base = ""
+    with suppress(ValueError):  # the model's directory is gone: no reason to end without a card
+        base, _ = model_and_adapter(config.model)
+    if not is_adapter or not is_gguf(base):
+        return ""
+    file = Path(base)
+    return f"""
+
+The base model is a GGUF file, which una_fast loads with the adapter (`model:` this directory).
+With transformers and peft, load the base first:
+
+```python
+base = AutoModelForCausalLM.from_pretrained({str(file.parent)!r}, gguf_file={file.name!r})
+model = PeftModel.from_pretrained(base, {str(Path(config.output_dir).resolve())!r})
+```"""
 
 
 def _inline(text: object) -> str:
