@@ -67,7 +67,7 @@ def test_train_and_precompute(run, llamas, tmp_path):
     assert result["steps"] == 2 and result["output_dir"] == str(tmp_path / "run")
     assert result["loss"] == read_metrics(tmp_path / "run")[-1]["loss"]
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert saved["lora"] == {"r": 2, "alpha": 16, "target_modules": "all-linear"}
+    assert saved["lora"] == {"r": 2, "alpha": None, "target_modules": "all-linear"}
     assert saved["learning_rate"] == 1e-3 and saved["adam_betas"] == [0.8, 0.9]
     assert saved["score_center"] == "dataset"
     assert not any("lora" in p.name for p in tmp_path.iterdir())

@@ -70,7 +70,7 @@ def test_a_moved_file_keeps_its_log_probs(llamas, data, tmp_path):
     "settings", [{"lora": LORA}, {"master_weights": True}], ids=["lora", "fp32"]
 )
 def test_other_ways_to_train_the_same_model_take_the_log_probs(llamas, data, tmp_path, settings):
-    assert abs(start(llamas["untied"], data, tmp_path / "run", **settings)["kl"]) < 1e-4
+    assert abs(start(llamas["untied"], data, tmp_path / "run", **settings)["log_ratio"]) < 1e-4
 
 
 def other_template(model: Path) -> None:
@@ -147,7 +147,7 @@ def test_a_damaged_sidecar_is_refused(text, llamas, data, tmp_path):
 
 def test_own_log_probs_are_compared_with_the_model(llamas, data, tmp_path):
     Path(f"{data}.ref.json").unlink()
-    assert abs(start(llamas["untied"], data, tmp_path / "run")["kl"]) < 1e-4
+    assert abs(start(llamas["untied"], data, tmp_path / "run")["log_ratio"]) < 1e-4
     other = save_llama(tmp_path / "other", seed=9)
     with pytest.raises(ValueError, match=r"chats.jsonl:\d+: ref_logps\[0\] is -.* gives -"):
         start(other, data, tmp_path / "second")

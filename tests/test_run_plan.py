@@ -418,7 +418,7 @@ def test_plan_of_a_row_prints_decisions_memory_limits_and_switches(models, capsy
 
 
 def test_plan_measures_beside_its_prediction(models, records, capsys):
-    words = ["--data", records, "--device", "cpu", "--measure", "true", "--batch_size", "1"]
+    words = ["--data", records, "--measure", "true", "--batch_size", "1"]
     assert main(["plan", "--model", models["tied"], *words]) == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
     off = float(lines["measured"].split("the plan is ")[1].split("%")[0])

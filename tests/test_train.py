@@ -30,6 +30,7 @@ from una_fast.data.loader import pack_batches
 from una_fast.feedback import PAIR, Feedback
 from una_fast.losses import Objective, una_loss
 from una_fast.train import loop
+from una_fast.train.build import rate_factor
 from una_fast.train.checkpoint import complete_checkpoints
 from una_fast.train.data_checks import check_token_ids
 from una_fast.train.loop import train
@@ -116,7 +117,8 @@ def test_metrics_have_the_names_of_trl(finished):
     assert [line["step"] for line in steps] == list(range(1, 17))
     names = "loss grad_norm learning_rate epoch rewards/chosen rewards/rejected rewards/margins "
     names += "rewards/accuracies logps/chosen logps/rejected una/target_mean una/implicit_mean "
-    names += "una/calibration_error kl tok_per_sec memory/peak_gib units tokens response_tokens"
+    names += "una/calibration_error log_ratio tok_per_sec memory/peak_gib units tokens "
+    names += "response_tokens"
     assert set(names.split()) <= set().union(*steps)
     assert all(map(math.isfinite, chain.from_iterable(line.values() for line in lines)))
     assert [line["step"] for line in lines if "eval_loss" in line] == [0, 16]
@@ -130,15 +132,17 @@ def test_the_loss_falls(finished):
     losses = [line["loss"] for line in lines if "loss" in line]
     assert np.mean(losses[-4:]) < 0.5 * np.mean(losses[:4])
     assert lines[-2]["rewards/accuracies"] > 0.9
-    # The policy starts as the reference.
-    assert lines[0]["eval_kl"] == 0 and lines[0]["eval_una/implicit_mean"] == 0.5
+    # The policy starts as the reference, and orders no pair, rightly or wrongly.
+    assert lines[0]["eval_log_ratio"] == 0 and lines[0]["eval_una/implicit_mean"] == 0.5
+    assert "eval_rewards/accuracies" in lines[-1] and "eval_rewards/accuracies" not in lines[0]
+    assert not any(name.rpartition("/")[2] == "kl" or name.endswith("_kl") for name in lines[-1])
 
 
 def test_learning_rate_is_reported_for_the_step_that_used_it(finished):
     _, result = finished
     rates = [line["learning_rate"] for line in read_metrics(result.output_dir) if "loss" in line]
     # 0.2 of 16 steps are 3 steps of warmup.
-    assert rates[:4] == pytest.approx([0.0, 1e-3, 2e-3, 3e-3])
+    assert rates[:4] == pytest.approx([1e-3, 2e-3, 3e-3, 3e-3])
     cosine = [3e-3 * 0.5 * (1 + math.cos(math.pi * k / 13)) for k in range(13)]
     assert rates[3:] == pytest.approx(cosine)
 
@@ -148,7 +152,17 @@ def test_a_constant_learning_rate_has_its_warmup(llamas, mixed, tmp_path):
     few = {"max_steps": 4, "batch_size": 2, "micro_batch_size": 2}
     train(make_config(llamas["untied"], mixed, tmp_path / "run", **settings, **few))
     rates = [line["learning_rate"] for line in read_metrics(tmp_path / "run")]
-    assert rates == [0.0, 5e-4, 1e-3, 1e-3]
+    assert rates == [5e-4, 1e-3, 1e-3, 1e-3]
+
+
+def test_every_step_of_a_short_run_moves_the_weights():
+    """A rate of 0 would lose a step, and with it the samples of an online step."""
+    for schedule in ("cosine", "linear", "constant"):
+        for total in range(1, 9):
+            for ratio in (0.0, 0.1, 0.5, 1.0):
+                steps = {"warmup": round(ratio * total), "total": total}
+                rates = [rate_factor(schedule, taken, **steps) for taken in range(total)]
+                assert min(rates) > 0 and max(rates) == 1.0
 
 
 def test_tensorboard_has_the_metrics(finished):
@@ -191,7 +205,7 @@ def test_an_adapter_loads_and_is_trained_on_against_its_own_start(llamas, mixed,
     )
     train(make_config(str(tmp_path / "one"), mixed, tmp_path / "two", **few))
     # A pass with gradients rounds otherwise than one without.
-    assert read_metrics(tmp_path / "two")[0]["kl"] == pytest.approx(0, abs=1e-5)
+    assert read_metrics(tmp_path / "two")[0]["log_ratio"] == pytest.approx(0, abs=1e-5)
     assert saved_weights(tmp_path / "two").keys() == saved_weights(tmp_path / "one").keys()
 
 
@@ -262,7 +276,7 @@ def test_metrics_by_hand(llamas, biased, own_logps, tmp_path):
         "una/target_mean": float(wanted.mean()),
         "una/implicit_mean": float(implied.mean()),
         "una/calibration_error": np.abs(gaps).sum() / len(bins),
-        "kl": float((own_logps - whole.ref_logps).mean()),
+        "log_ratio": float((own_logps - whole.ref_logps).mean()),
         "tokens": whole.num_tokens,
         "response_tokens": len(whole.targets),
         "epoch": 1.0,
@@ -489,7 +503,7 @@ def test_precomputed_columns_keep_their_names(llamas, tmp_path):
     source = {"path": write_jsonl(tmp_path / "x.jsonl", records), "columns": {"ref_logps": "old"}}
     entries = precompute_reference(make_config(llamas["untied"], [source], tmp_path / "cache"))
     train(make_config(llamas["untied"], output_dir=tmp_path / "run", **entries, reference="cached"))
-    assert read_metrics(tmp_path / "run")[0]["kl"] == pytest.approx(0, abs=1e-5)
+    assert read_metrics(tmp_path / "run")[0]["log_ratio"] == pytest.approx(0, abs=1e-5)
 
 
 def test_adapter_reference_is_the_frozen_one(llamas, mixed, tmp_path):
@@ -497,7 +511,7 @@ def test_adapter_reference_is_the_frozen_one(llamas, mixed, tmp_path):
         settings = {"lora": LORA, "reference": reference, **FEW}
         train(make_config(llamas["untied"], mixed, tmp_path / reference, **settings))
     expected = read_metrics(tmp_path / "frozen")
-    assert expected[-1]["kl"] != 0
+    assert expected[-1]["log_ratio"] != 0
     assert_same_metrics(read_metrics(tmp_path / "adapter"), expected, 1e-6)
 
 
@@ -533,7 +547,7 @@ def bf16_llama(tmp_path_factory):
 def assert_learns_in_bf16(output_dir: Path, frozen_run: list[dict]) -> None:
     """Assert that a run starts at its reference and learns as the run in fp32 does."""
     lines = read_metrics(output_dir)
-    assert lines[0]["eval_kl"] == 0  # the reference is computed exactly as the policy
+    assert lines[0]["eval_log_ratio"] == 0  # the reference is computed exactly as the policy
     losses, expected = losses_of(lines), losses_of(frozen_run)
     assert losses == pytest.approx(expected, abs=0.02) and losses != expected
 
@@ -677,7 +691,7 @@ def test_bf16_cached_reference_starts_at_zero(start, way, mixed, tmp_path, reque
     settings = {"precision": "bf16", "micro_batch_size": 4, **way}
     entries = precompute_reference(make_config(model, mixed, tmp_path / "cache", **settings))
     train(make_config(model, output_dir=tmp_path / "run", **entries, **settings, batch_size=36))
-    assert abs(read_metrics(tmp_path / "run")[0]["kl"]) < 1e-3
+    assert abs(read_metrics(tmp_path / "run")[0]["log_ratio"]) < 1e-3
 
 
 # ---- counted work ----
@@ -735,10 +749,12 @@ def test_head_passes_of_a_step_and_of_an_evaluation(
     assert (work.buffers > 0) == (lora is None)
     trainer.optimizer.zero_grad()
 
-    with HeadWork(vocab, dim) as work:
-        metrics = trainer.evaluate(0)
-    assert metrics["eval_response_tokens"] == rows
-    assert work.passes(rows) == (1 if is_cached else 2) and work.buffers == 0
+    # Before the first step the policy is the reference, and is not computed.
+    for number, of_policy in ((0, 0), (1, 1)):
+        with HeadWork(vocab, dim) as work:
+            metrics = trainer.evaluate(number)
+        assert metrics["eval_response_tokens"] == rows
+        assert work.passes(rows) == of_policy + (not is_cached) and work.buffers == 0
 
 
 def test_evaluation_leaves_training_as_it_was(llamas, mixed, tmp_path):
@@ -804,7 +820,7 @@ def test_partly_cached_records_are_refused(llamas, mixed, biased, tmp_path):
         train(make_config(llamas["untied"], biased, tmp_path / "eval", eval_data=mixed))
     few = {"max_steps": 1, "batch_size": 4}
     train(make_config(llamas["untied"], data, tmp_path / "frozen", reference="frozen", **few))
-    assert read_metrics(tmp_path / "frozen")[0]["kl"] == 0
+    assert read_metrics(tmp_path / "frozen")[0]["log_ratio"] == 0
 
 
 def test_precompute_runs_as_one_process(llamas, mixed, tmp_path, monkeypatch):

@@ -184,7 +184,7 @@ class OptimizerOptions:
     lr_schedule: Schedule = "cosine"
     """Learning rate after the warmup: cosine or linear to zero, or constant."""
     warmup_ratio: float = 0.1
-    """Fraction of all steps over which the learning rate rises from zero."""
+    """Fraction of all steps over which the learning rate rises to its peak."""
     optimizer: Optimizer = "adamw"
     """adamw | adamw_8bit (torchao's, moments in 8 bits) | sgd (plain, of fp32 weights only)."""
     weight_decay: float = 0.0

@@ -8,16 +8,14 @@ from types import TracebackType
 
 from una_fast.printable import told
 
-default_logger = logging.getLogger(__name__)
-
 
 @functools.cache
-def say_once(level: int, message: str, logger: logging.Logger = default_logger) -> None:
+def say_once(level: int, message: str, logger: logging.Logger) -> None:
     """Log a choice or a slow path once per process and logger.
 
     level: a level of the logging module, such as logging.WARNING
     message: the finished text; a second call with equal text is silent
-    logger: receives the message, for example the logger of the caller's module
+    logger: of the caller's module, whose name signs the message
 
     `say_once.cache_clear()` forgets every message said so far (for tests).
     """

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from una_fast.config import RunConfig
     from una_fast.model.policy import Policy
 
+logger = logging.getLogger(__name__)
+
 SLICE = 2**24
 """Numbers updated at a time; the bound of every temporary of a step."""
 
@@ -341,6 +343,7 @@ def _has_kernel(device: torch.device, weight: torch.dtype, grad: torch.dtype) ->
         logging.WARNING,
         f"the Triton kernel of AdamW cannot run: {reason}; the steps on bf16 weights go through "
         "PyTorch, at about 5 times the memory traffic",
+        logger,
     )
     return False
 

@@ -15,7 +15,7 @@ from common import Command, Result, Trial, main, metrics_of, online_words, train
 
 PLANS = ((1, 2, 1), (2, 1, 2))
 TOLERANCE = 1e-5
-NUMBERS = ("loss", "eval_loss", "kl", "eval_kl", "grad_norm")
+NUMBERS = ("loss", "eval_loss", "log_ratio", "eval_log_ratio", "grad_norm")
 COUNTS = ("step", "tokens", "units", "response_tokens", "epoch")
 
 

@@ -116,10 +116,10 @@ class SourceReport:
 
     def __str__(self) -> str:
         units = ", ".join(f"{self.units[kind]} {kind}" for kind in KIND_NAMES if self.units[kind])
-        notes = [
-            f"{printable(self.path)}: {self.records} records -> {self.examples} examples "
-            f"({units or 'no'} units)"
-        ]
+        made = f"{self.examples} examples ({units or 'no'} units)"
+        if self.examples and not units:
+            made = f"{self.examples} prompts"
+        notes = [f"{printable(self.path)}: {self.records} records -> {made}"]
         if self.truncated_prompts:
             notes.append(f"{self.truncated_prompts} prompts truncated on the left")
         if self.ties_dropped:

@@ -31,6 +31,8 @@ from una_fast.data.examples import Example, Prompt
 from una_fast.feedback import Feedback
 from una_fast.logs import say_once
 
+logger = logging.getLogger(__name__)
+
 # Tokens of padding that records of unequal width may cost a micro-batch: an estimate of the cost
 # of one more micro-batch in kernel launches, gathers and reads of the weights, in tokens. 64
 # records of 100..4000 tokens (log-uniform) and a budget of 16384: 512 gives 13 micro-batches with
@@ -110,6 +112,7 @@ class Loader:
                 logging.WARNING,
                 f"{longer} of {len(self.examples)} records are longer than "
                 f"max_tokens_per_batch={limit}; each of them runs alone",
+                logger,
             )
 
     def identity(self) -> str:

@@ -10,6 +10,8 @@ import torch
 from una_fast.head.torch_engine import TorchEngine
 from una_fast.logs import say_once
 
+logger = logging.getLogger(__name__)
+
 ENGINES = ("auto", "torch", "triton")
 
 
@@ -37,6 +39,7 @@ def choose_engine(name: str, device: torch.device, dtype: torch.dtype) -> type[T
         say_once(
             logging.WARNING,
             f"the Triton kernels of the fused head cannot run: {reason}; falling back to PyTorch",
+            logger,
         )
     return TorchEngine
 

@@ -43,6 +43,8 @@ from una_fast.head.torch_engine import (
 from una_fast.logs import say_once
 from una_fast.losses import UnaOutput
 
+logger = logging.getLogger(__name__)
+
 
 class Head:
     """A head, its engine, and the buffers of logits and of their gradients for all chunks."""
@@ -65,11 +67,13 @@ class Head:
         """
         chosen = choose_engine(engine, weight.device, weight.dtype)
         if engine == "auto":
-            say_once(logging.INFO, f"fused head on {weight.device.type}: engine {chosen.name}")
+            message = f"fused head on {weight.device.type}: engine {chosen.name}"
+            say_once(logging.INFO, message, logger)
         if weight.is_cuda and weight.dtype == torch.float16:
             say_once(
                 logging.WARNING,
                 "fused head: float16 operands are cast to float32, which is slow; use bfloat16",
+                logger,
             )
         self.workspace = workspace_bytes(weight.device.type, workspace_mb)
         self.engine: TorchEngine = chosen(weight, bias, transform, cast_bytes(self.workspace))
@@ -115,6 +119,7 @@ class Head:
                 logging.WARNING,
                 f"the workspace of {megabytes} holds too few rows of {self.vocab} logits: slices "
                 "of the vocabulary, for one more pass; raise workspace_mb for speed",
+                logger,
             )
         elif plan.tile.rows < min(FEW_ROWS, sum(lengths.ints)):
             rest = " and reads and writes its gradient" if train_weight else ""
@@ -122,6 +127,7 @@ class Head:
                 logging.WARNING,
                 f"the workspace of {megabytes} holds {plan.tile.rows} rows of {plan.tile.vocab} "
                 f"logits: every such chunk reads the head{rest} once; raise workspace_mb for speed",
+                logger,
             )
         return plan
 

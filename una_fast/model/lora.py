@@ -34,7 +34,7 @@ def add_lora(
     _check_targets(options.target_modules, text, type(model).__name__)
     config = LoraConfig(
         r=options.r,
-        lora_alpha=options.alpha,
+        lora_alpha=options.r if options.alpha is None else options.alpha,
         target_modules=options.target_modules,
         exclude_modules=_outside(model, inside),
         lora_dropout=0.0,

@@ -15,18 +15,17 @@ class LoraOptions:
 
     r: int = 32
     """Rank, at least 1."""
-    alpha: int = 16
-    """The adapter's output is multiplied by alpha / r."""
+    alpha: int | None = None
+    """The adapter's output is multiplied by alpha / r; null: alpha = r, a factor of 1."""
     target_modules: list[str] | str = "all-linear"
     """Names of the layers that get an adapter, or "all-linear": every linear layer but the head."""
 
     def __post_init__(self) -> None:
         check_types(self)
-        if not 1 <= self.r <= HIGHEST_RANK or self.alpha <= 0:
-            raise ValueError(
-                f"lora r={self.r}, alpha={self.alpha}: r must be at least 1, at most "
-                f"{HIGHEST_RANK}, and alpha positive"
-            )
+        if not 1 <= self.r <= HIGHEST_RANK:
+            raise ValueError(f"lora r={self.r} must be at least 1, at most {HIGHEST_RANK}")
+        if self.alpha is not None and self.alpha <= 0:
+            raise ValueError(f"lora alpha={self.alpha} must be positive, or null for alpha = r")
         if not self.target_modules:
             raise ValueError('lora target_modules is empty; name layers, or use "all-linear"')
 

@@ -58,7 +58,7 @@ class KlCeiling:
                 f"{text}: the run stops; raise beta, lower learning_rate, or raise max_kl"
             )
         elif self.is_main:
-            say_once(logging.WARNING, text)
+            say_once(logging.WARNING, text, logger)
 
 
 class Online:
@@ -226,6 +226,7 @@ class Online:
             say_once(
                 logging.WARNING,
                 f"all {len(rewards)} rewards of a step are {rewards[0]:g}: they teach nothing",
+                logger,
             )
         if not any(_finished(rollout) for rollout in rollouts):
             say_once(
@@ -233,6 +234,7 @@ class Online:
                 "no response of a step ended within "
                 f"max_new_tokens={self.config.max_new_tokens}; raise it, or set "
                 "missing_eos_penalty",
+                logger,
             )
 
     def _with_scores(self, rollouts: Sequence[Rollout]) -> list[Rollout]:

@@ -66,9 +66,9 @@ class Reward:
 def as_number(value: object) -> float | None:
     """Return a number as a float, and a value of another kind as None.
 
-    A bool is no number: True is more often a slip than a reward.
+    True is 1.0 and False is 0.0, as of a verifier.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not isinstance(value, (bool, int, float)):
         return None
     try:
         return float(value)

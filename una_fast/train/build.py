@@ -9,17 +9,18 @@ The reference is always from the start of the run; the policy is from the checkp
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from transformers import PreTrainedTokenizerBase, get_scheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import PreTrainedTokenizerBase
 
 from una_fast.capacity.fit import longest_rollouts, refuse_too_large
-from una_fast.config import RunConfig
+from una_fast.config import RunConfig, Schedule
 from una_fast.data.examples import Example, Prompt
 from una_fast.data.loader import Loader, num_steps
 from una_fast.distributed import World, shard
@@ -414,12 +415,26 @@ def refuse_another_run(checkpoint: Path, saved: dict[str, Any], current: dict[st
 
 
 def _make_scheduler(config: RunConfig, optimizer: Optimizer, total_steps: int) -> LRScheduler:
-    name = config.lr_schedule
-    if name == "constant":
-        name = "constant_with_warmup"
-    return get_scheduler(
-        name,
+    warmup = round(config.warmup_ratio * total_steps)
+    return LambdaLR(
         optimizer,
-        num_warmup_steps=round(config.warmup_ratio * total_steps),
-        num_training_steps=total_steps,
+        lambda taken: rate_factor(config.lr_schedule, taken, warmup=warmup, total=total_steps),
     )
+
+
+def rate_factor(schedule: Schedule, taken: int, *, warmup: int, total: int) -> float:
+    """Return the factor of the learning rate for the step after `taken` steps.
+
+    schedule: cosine | linear | constant
+    taken: steps taken so far, from 0
+    warmup: steps over which the factor rises to 1; the first of them has a factor above 0
+    total: steps of the run; the factor falls to 0 after them, and every step has a factor above 0
+    """
+    if taken < warmup:
+        return (taken + 1) / warmup
+    past = (taken - warmup) / max(total - warmup, 1)
+    if schedule == "constant":
+        return 1.0
+    if schedule == "linear":
+        return max(1.0 - past, 0.0)
+    return 0.5 * (1.0 + math.cos(math.pi * min(past, 1.0)))

@@ -23,7 +23,7 @@ from una_fast.data.loader import Step
 from una_fast.data.template_date import fix_template_date
 from una_fast.distributed import World, local_scalar, start_world
 from una_fast.files import write_json
-from una_fast.losses import UnaOutput
+from una_fast.losses import UnaOutput, una_loss
 from una_fast.model.loading import load_tokenizer
 from una_fast.model.reference import CachedReference
 from una_fast.online.anchors import AnchoredStep
@@ -407,6 +407,19 @@ class Trainer:
         self.meter.add(batch, out)
         return out
 
+    def _score_as_reference(self, batch: Batch, num_units: int) -> UnaOutput:
+        """Compute the loss of a policy that equals the reference; parameters as in `score`."""
+        out = una_loss(
+            batch.ref_logps,
+            batch.ref_logps,
+            batch.feedback,
+            objective=self.objective,
+            num_units=max(num_units, 1),
+            lengths=batch.cu_seqlens.diff(),
+        )
+        self.meter.add(batch, out)
+        return out
+
     @torch.no_grad()
     def evaluate(self, number: int) -> dict[str, float]:
         """Return metrics eval_* of the whole evaluation set, and report them for step `number`.
@@ -420,10 +433,12 @@ class Trainer:
         if self.eval_loader is not None:
             training_meter = self.meter
             self.meter = Meter(self.objective, self.world.device)
+            # Before its first step an offline policy is the reference, whose log-probs do for both.
+            score = self._score_as_reference if number == 0 and not self.online else self.score
             for step in self.eval_loader.in_order():
                 for batch in self.ready_batches(step):
-                    self.score(batch, step.num_units)
-            metrics = self._take_metrics()
+                    score(batch, step.num_units)
+            metrics = self.meter.take(self.world)
             self.meter = training_meter
         if self.eval_prompts:
             metrics |= self.online.evaluate(self.eval_prompts)
@@ -439,7 +454,7 @@ class Trainer:
         taken: numbers of the step itself, reported as they are
         """
         seconds = self.clock.take()
-        metrics = self._take_metrics()
+        metrics = self.meter.take(self.world)
         metrics |= taken
         metrics["tok_per_sec"] = metrics["tokens"] / seconds
         metrics["memory/peak_gib"] = peak_gib(self.world.device)
@@ -455,17 +470,6 @@ class Trainer:
             flops = self._flops(metrics["tokens"])
             metrics["mfu"] = flops / train_seconds / (peak * 1e12 * self.world.size)
         self.reporter.step(number, metrics)
-        return metrics
-
-    def _take_metrics(self) -> dict[str, float]:
-        """Return the metrics of the meter.
-
-        In online runs `kl` is measured on fresh samples; the mean log ratio of the meter is over
-        records, and over samples that the policy has moved on from, and is named log_ratio.
-        """
-        metrics = self.meter.take(self.world)
-        if self.online and "kl" in metrics:
-            metrics["log_ratio"] = metrics.pop("kl")
         return metrics
 
     def _flops(self, tokens: float) -> float:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from una_fast.capacity.fit import accumulates, describe_run, largest_batch, longest_rollouts
@@ -49,7 +50,7 @@ def plan_run(settings: RunPlanConfig) -> str:
             "what is to be planned? Give a row (--prompt 8000 --responses '[1000, 1000]'), "
             "or --data"
         )
-    device = "cuda" if settings.device == "auto" else settings.device
+    device = _planned_device(settings)
     facts = find_facts(settings, records, device=device, ranks=settings.world_size)
     tracer = StepTracer(settings, facts)
     batch = largest_batch(examples, settings, packed=tracer.run.packed)
@@ -58,6 +59,14 @@ def plan_run(settings: RunPlanConfig) -> str:
     if settings.measure:
         measured = functools.partial(_measure, settings, device, batch, accumulate)
     return describe_run(tracer, batch, accumulate=accumulate, measured=measured)
+
+
+def _planned_device(settings: RunPlanConfig) -> str:
+    """Return the device to plan for: without a choice a GPU, or the one there is to measure on."""
+    if settings.device != "auto":
+        return settings.device
+    measured_here = settings.measure and settings.gpu is None
+    return "cpu" if measured_here and not torch.cuda.is_available() else "cuda"
 
 
 def _measure(

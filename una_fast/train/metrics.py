@@ -56,9 +56,12 @@ class Meter:
     Layout of `sums`, float64: NAMES | labels and scores per bin of sigmoid(r) [BINS] | sum of
     sigmoid(r) - label per bin [BINS].
 
-    Metric `kl` is the mean of log pi - log pi_ref over the responses of the data, chosen and
-    rejected: an estimate of the KL only if the policy itself drew the responses, and negative if
-    the policy finds the responses less likely than the reference does.
+    Metric `log_ratio` is the mean of log pi - log pi_ref over the scored responses, chosen and
+    rejected, in nats; negative if the policy finds the responses less likely than the reference
+    does. Only fresh samples of the policy estimate a KL: metric `kl` of online/metrics.py.
+
+    Metric `rewards/accuracies` is over the pairs of unequal implicit rewards: a policy equal to the
+    reference orders no pair, rightly or wrongly.
     """
 
     def __init__(self, objective: Objective, device: torch.device) -> None:
@@ -75,7 +78,9 @@ class Meter:
         is_pair = feedback.kind == PAIR
         chosen = self._selected(feedback.first, is_pair)
         rejected = self._selected(feedback.second, is_pair)
-        decided = self._selected(feedback.value, is_pair) > 0.5  # a tie has no right order
+        margins = out.rewards[chosen] - out.rewards[rejected]
+        # A tie of the ratings has no right order, and a tie of the rewards is no order.
+        decided = (self._selected(feedback.value, is_pair) > 0.5) & (margins != 0)
         points = self._points(feedback, out)
         weight = feedback.weight.to(self.sums.device, non_blocking=True)
         on_host = {
@@ -91,7 +96,7 @@ class Meter:
             "loss": (out.unit_losses * weight).sum(),
             "chosen": out.rewards[chosen].sum(),
             "rejected": out.rewards[rejected].sum(),
-            "correct": ((out.rewards[chosen] > out.rewards[rejected]) & decided).sum(),
+            "correct": ((margins > 0) & decided).sum(),
             "decided": decided.sum(),
             "logps_chosen": out.logps[chosen].sum(),
             "logps_rejected": out.logps[rejected].sum(),
@@ -180,7 +185,7 @@ class Meter:
         if sums["calibrated"]:
             metrics["una/calibration_error"] = sum(map(abs, gaps.tolist())) / sums["calibrated"]
         if sums["responses"]:
-            metrics["kl"] = sums["log_ratio"] / sums["responses"]
+            metrics["log_ratio"] = sums["log_ratio"] / sums["responses"]
         for name in ("units", "tokens", "response_tokens"):
             metrics[name] = sums[name]
         metrics["padding"] = 1.0 - sums["tokens"] / max(sums["computed"], 1.0)
