@@ -1,7 +1,8 @@
-"""Time and extra memory against N, on log axes, from the suite "memory" of bench_head.py."""
+"""The pictures of README: time and memory of the head against N, and the demo before and after."""
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +65,52 @@ def draw(report: dict[str, Any], result: Path) -> list[Path]:
         plt.close(figure)
         written.append(file)
     return written
+
+
+DEMO_BARS = {  # key of a summary -> label
+    "ended": "answers\nthat end",
+    "one_sentence": "one\nsentence",
+    "overlap": "words shared with\nthe documentation",
+    "overlap_with_another": "... of another\nfunction",
+}
+SHOWN_QUESTION = 0  # of the kept texts
+
+
+def draw_demo(report: dict[str, Any], file: Path) -> None:
+    """Write a picture of the demo with records: shares before and after, and one question.
+
+    report: of demo_seeds.py
+    file: a PNG
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in report["results"] if row["kind"] == "records"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
+    for k, (label, colour) in enumerate((("before", "#9aa4b2"), ("after", "#2563eb"))):
+        for place, key in enumerate(DEMO_BARS):
+            values = [100 * row[key][k] for row in rows]
+            x = place + 0.38 * (k - 0.5)
+            mean = sum(values) / len(values)
+            left.bar(x, mean, 0.36, color=colour, label=label if place == 0 else None)
+            left.plot([x] * len(values), values, "k.", markersize=4)
+    left.set_xticks(range(len(DEMO_BARS)), DEMO_BARS.values(), fontsize=9)
+    left.set_ylabel("per cent")
+    left.set_ylim(0, 100)
+    left.set_title(f"held-out questions, {len(rows)} seeds (dots)", fontsize=10)
+    left.spines[["top", "right"]].set_visible(False)
+    left.legend(frameon=False)
+    right.axis("off")
+    text = report["texts"][SHOWN_QUESTION]
+    blocks = [("question", text["prompt"]), ("before", text["answers"][0])]
+    blocks += [("after", text["answers"][1]), ("documentation", text["reference"])]
+    height = 1.0
+    for name, words in blocks:
+        lines = textwrap.wrap(" ".join(words.split()), 66)
+        right.text(0.0, height, name, weight="bold", fontsize=9.5, va="top")
+        right.text(0.0, height - 0.07, "\n".join(lines), fontsize=9.5, va="top")
+        height -= 0.12 + 0.066 * len(lines)
+    figure.savefig(file, dpi=130, metadata={"Software": None})
+    plt.close(figure)

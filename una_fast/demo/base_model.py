@@ -1,14 +1,19 @@
-"""The tokenizer and the base model of the demo, trained from nothing."""
+"""A tokenizer and a tiny chat model, trained from nothing on docstrings of the standard library.
+
+The model answers a question with a docstring, and with a first sentence where the question asks for
+one sentence.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -16,16 +21,28 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from una_fast.demo.questions import ONE_SENTENCE, Function
 from una_fast.demo.settings import Sizes
-from una_fast.demo.text import Documented
 
 PEAK_RATE = 3e-3  # learning rate of the base model
 
 BATCH_SIZE = 16
 
 
-def train_tokenizer(entries: Sequence[Documented], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE on prompts and docstrings; all texts can be written in its tokens."""
+TEMPLATE = (
+    "{% for message in messages %}"
+    "<|{{ message['role'] }}|>{{ message['content'] }}<eos>"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def train_tokenizer(functions: Sequence[Function], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE on questions and docstrings; all texts can be written in its tokens.
+
+    functions: documented objects
+    vocab_size: number of tokens
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -33,35 +50,41 @@ def train_tokenizer(entries: Sequence[Documented], vocab_size: int) -> PreTraine
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=["<eos>", "<pad>"],
+        special_tokens=["<eos>", "<pad>", "<|user|>", "<|assistant|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = itertools.chain.from_iterable((e.prompt, e.docstring) for e in entries)
+    texts = itertools.chain.from_iterable((f.question, f.docstring) for f in functions)
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<eos>",
+        pad_token="<pad>",
+        additional_special_tokens=["<|user|>", "<|assistant|>"],
+        chat_template=TEMPLATE,
+    )
 
 
 def train_base(
-    entries: Sequence[Documented],
+    functions: Sequence[Function],
     tokenizer: PreTrainedTokenizerBase,
     sizes: Sizes,
     seed: int,
-    say: Callable[[str], None],
+    show_progress: bool,
 ) -> LlamaForCausalLM:
-    """Train a small Llama that continues prompts with docstrings, from random weights.
+    """Train a small Llama that answers questions with docstrings, from random weights.
 
-    entries: objects of the base model
-    tokenizer: with an EOS token
+    functions: documented objects
+    tokenizer: with a chat template
     sizes: of the model, and epochs
     seed: of the weights and of the order of batches
-    say: takes a line of progress, four times
+    show_progress: draw a bar
 
-    The loss is next-token cross-entropy on prompt + docstring + EOS.
+    The loss is next-token cross-entropy on whole chats.
     """
     torch.manual_seed(seed)
     model = LlamaForCausalLM(_base_config(tokenizer, sizes))
-    rows = [_token_ids(entry, tokenizer) for entry in entries]
+    rows = [_token_ids(chat, tokenizer) for chat in _chats(functions)]
     batches = list(_batches(rows, BATCH_SIZE, sizes.base_epochs, np.random.default_rng(seed)))
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.1
@@ -69,19 +92,17 @@ def train_base(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=PEAK_RATE, total_steps=len(batches), pct_start=0.1, cycle_momentum=False
     )
-    quarter = -(-len(batches) // 4)
-    losses = []
-    for step, batch in enumerate(batches, start=1):
+    bar = tqdm(
+        batches, desc="training a model", unit="step", disable=not show_progress, leave=False
+    )
+    for batch in bar:
         loss = _next_token_loss(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
-        if step % quarter == 0 or step == len(batches):
-            recent = np.mean(losses[-50:])
-            say(f"base model, step {step} of {len(batches)}: loss {recent:.2f} nats per token")
+        bar.set_postfix(loss=f"{loss.item():.2f}")
     return model.eval()
 
 
@@ -101,10 +122,17 @@ def _base_config(tokenizer: PreTrainedTokenizerBase, sizes: Sizes) -> LlamaConfi
     )
 
 
-def _token_ids(entry: Documented, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """Return the ids of prompt + docstring + EOS, tokenised apart as in records."""
-    ids = tokenizer(entry.prompt)["input_ids"] + tokenizer(entry.docstring)["input_ids"]
-    return np.array([*ids, tokenizer.eos_token_id])
+def _chats(functions: Sequence[Function]) -> Iterator[tuple[str, str]]:
+    """Yield questions with answers: the docstring, and the first sentence where it is asked for."""
+    for function in functions:
+        yield function.question, function.docstring
+        if function.answer:
+            yield function.question + ONE_SENTENCE, function.answer
+
+
+def _token_ids(chat: tuple[str, str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    turns = [{"role": "user", "content": chat[0]}, {"role": "assistant", "content": chat[1]}]
+    return np.array(tokenizer.apply_chat_template(turns, return_dict=False))
 
 
 def _next_token_loss(model: LlamaForCausalLM, batch: list[Tensor]) -> Tensor:

@@ -1,8 +1,11 @@
-"""The demo: train a small language model of docstrings, align it, and compare both models.
+"""The demo: ask a chat model about Python, align it with feedback on its answers, and ask again.
 
-The alignment takes mixed feedback, or online rewards from programs (rewards.py). All text is of
-the Python standard library (text.py); no file is downloaded. The alignment is an ordinary run of
-`train`; the comparison (compare.py) uses held-out prompts.
+    questions.py    functions of the standard library, some of them held out
+    answers.py      the model is asked, before and after
+    records.py      pairs, labels and scores of the model's own answers; or rewards.py, online
+    compare.py      a table, and texts side by side
+
+The alignment is an ordinary run of `train`, of an adapter.
 """
 
 from __future__ import annotations
@@ -10,41 +13,48 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import logging as transformers_logging
-
 from una_fast.config import RunConfig
+from una_fast.demo.answers import Answer, Asker
 from una_fast.demo.base_model import train_base, train_tokenizer
-from una_fast.demo.compare import NEW_TOKENS, Comparison, Findings, OnlineFindings, show_texts
-from una_fast.demo.settings import QUICK, DemoConfig, Sizes
-from una_fast.demo.text import (
-    Corpus,
-    Documented,
-    Record,
+from una_fast.demo.compare import (
+    MEASURES,
+    PASSES,
+    Row,
+    answer_rows,
+    comparison,
+    kl_row,
+    show_texts,
+    summary,
+    table,
+    trained_rows,
+)
+from una_fast.demo.questions import ONE_SENTENCE, Questions, read_questions
+from una_fast.demo.records import (
+    ask_twice,
+    held_out_records,
     make_records,
-    read_corpus,
+    prompts_of,
     write_jsonl,
 )
+from una_fast.demo.settings import QUICK, DemoConfig, Sizes
+from una_fast.demo.smollm2 import find_smollm2
+from una_fast.files import write_json
+from una_fast.model.loading import load_tokenizer
+from una_fast.model.policy import Policy, load_policy
+from una_fast.resolved import find_facts, resolve
 from una_fast.train.loop import train
 
-KINDS = ("pairs", "labels", "scores")
+LORA = {"r": 16, "alpha": 16}
 
-BETA = 0.3
-LEARNING_RATE = 7e-4
+OFFLINE = {"beta": 0.3, "learning_rate": 1e-3, "lr_schedule": "constant", "warmup_ratio": 0.0}
 
-OFFSET = 1.0
-"""Labels and scores are compared with sigmoid(r + 1): an unchanged policy finds every text rather
-good (0.73), and learns which are not. On unseen prompts bad texts become less likely, while good
-texts hardly become more likely."""
+ONLINE = OFFLINE | {"beta": 0.02, "temperature": 0.7, "samples_per_prompt": 4, "epochs": 100.0}
 
-
-ONLINE_BETA = 0.02
-ONLINE_LEARNING_RATE = 1e-3
-MAX_KL = 25.0
-
-REWARDS = {"known_words": 0.4, "well_formed": 0.2, "names_the_object": 0.2, "repeats_nothing": 0.2}
+REWARDS = {"one_sentence": 0.4, "brief": 0.4, "names_the_function": 0.2}
 """Functions of rewards.py, and their weights: rewards lie in [0, 1]."""
 
 
@@ -53,69 +63,188 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
 
     The summary is the last line on stdout, as JSON, and stands in summary.json.
     """
-    transformers_logging.disable_progress_bar()
-    sizes = QUICK if config.quick else Sizes()
-    output_dir = _fresh_directory(Path(config.output_dir))
-    start = time.perf_counter()
-
-    def say(text: str) -> None:
-        print(f"[{time.perf_counter() - start:5.1f} s] {text}", flush=True)
-
-    corpus = read_corpus(config.seed, max_modules=sizes.max_modules)
-    counts = _write_records(output_dir / "data", corpus, config.seed)
-    say(
-        f"docstrings of the standard library: {len(corpus.base)} for the base model, "
-        f"{len(corpus.align)} for alignment, {len(corpus.held_out)} held out -> {output_dir}/data"
-    )
-    base_dir = output_dir / "base"
-    tokenizer = train_tokenizer(corpus.base, sizes.vocab_size)
-    model = train_base(corpus.base, tokenizer, sizes, config.seed, say)
-    model.save_pretrained(base_dir)
-    tokenizer.save_pretrained(base_dir)
-
-    aligned_dir = output_dir / "aligned"
-    feedback = "rewards of samples" if config.online else counts
-    say(f"aligning with {feedback} ...")
-    make_config = online_config if config.online else align_config
-    result = train(make_config(output_dir, base_dir, aligned_dir, sizes, config.seed))
-    say(f"aligned in {result.steps} steps -> {aligned_dir}")
-
-    settings = RunConfig(**read_yaml(aligned_dir / "config.yaml"))
-    comparison = Comparison(base_dir, aligned_dir, tokenizer, settings)
-    found: Findings | OnlineFindings
-    if config.online:
-        found = comparison.online(aligned_dir / "metrics.jsonl", corpus.held_out, config.seed)
-    else:
-        found = comparison.run(corpus.held_out, sizes.samples, config.seed)
-    image = output_dir / "demo.png"
-    found.plot(aligned_dir / "metrics.jsonl", image)
-    say(f"compared on {len(corpus.held_out)} held-out objects -> {image}")
-    print(f"\n{found.table()}\n\n{show_texts(found.texts)}\n")
-    print(f"{next_commands(output_dir, aligned_dir)}\n")
-    seconds = round(time.perf_counter() - start, 1)
-    summary = {"output_dir": str(output_dir), "seconds": seconds, **found.summary()}
-    (output_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(summary))
-    return summary
+    return Demo(config).run()
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a mapping from a YAML file."""
-    import yaml
+class Demo:
+    """A run of the demo."""
 
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+    def __init__(self, config: DemoConfig) -> None:
+        """Read the questions, find or train the model, and make a fresh directory."""
+        self.start = time.perf_counter()
+        self.config = config
+        self.sizes = QUICK if config.quick else Sizes()
+        self.show_progress = sys.stderr.isatty()
+        found = None if config.from_scratch else config.model or find_smollm2()
+        self.output_dir = _fresh_directory(Path(config.output_dir))
+        self.run_dir = self.output_dir / "aligned"
+        self.questions = read_questions(
+            config.seed, self.sizes.held_out, max_modules=self.sizes.max_modules
+        )
+        self.model = found or str(self._train_model(self.questions))
+        self.name = Path(self.model).stem if Path(self.model).is_file() else self.model
+        self.tokenizer = load_tokenizer(self.model)
+        if not self.tokenizer.chat_template:
+            raise ValueError(
+                f"{self.model} has no chat template, and the demo asks questions in a chat; give "
+                "a chat model"
+            )
 
+    def run(self) -> dict[str, Any]:
+        """Ask, align, ask again; print and return the summary."""
+        held_out = self.questions.held_out
+        before = self._ask_before()
+        feedback = "rewards of samples" if self.config.online else "pairs, labels and scores"
+        self._say(f"aligning an adapter of {self.name} with {feedback} ...")
+        result = train(self.run_config())
+        self._say(f"aligned in {result.steps} steps -> {self.run_dir}")
+        after, rows = self._ask_after(before)
+        rows += trained_rows(result.metrics)
+        print(f"\n{table(rows, len(held_out))}\n\n{show_texts(held_out, before, after)}\n")
+        title = f"{len(held_out)} held-out questions, before and after"
+        write_json(
+            self.run_dir / "comparison.json", comparison(title, rows, held_out, before, after)
+        )
+        print(f"{self._next_commands()}\n")
+        seconds = round(time.perf_counter() - self.start, 1)
+        found = {"output_dir": str(self.output_dir), "seconds": seconds, **summary(rows)}
+        write_json(self.output_dir / "summary.json", found)
+        print(json.dumps(found))
+        return found
 
-def next_commands(output_dir: Path, aligned_dir: Path) -> str:
-    """Return commands to try after the demo, as text."""
-    command = Path(sys.argv[0])
-    train_again = f"{command if command.name == 'una-fast' else 'una-fast'} train"
-    changed = f"--config {aligned_dir}/config.yaml --output_dir {output_dir}/again --beta 0.5"
-    own = "--model YOUR_MODEL --data YOUR_RECORDS.jsonl --output_dir runs/first"
-    return f"""Next:
-  {train_again} {changed}    # the same, changed
-  {train_again} {own}             # your own
-  {train_again} --help"""
+    def _say(self, text: str) -> None:
+        print(f"[{time.perf_counter() - self.start:5.1f} s] {text}", flush=True)
+
+    def _train_model(self, questions: Questions) -> Path:
+        """Train a tiny chat model, on nothing that is held out; return its directory."""
+        path = self.output_dir / "base"
+        functions = [*questions.train, *questions.others]
+        tokenizer = train_tokenizer(functions, self.sizes.vocab_size)
+        model = train_base(functions, tokenizer, self.sizes, self.config.seed, self.show_progress)
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        self._say(f"trained a tiny chat model on {len(functions)} docstrings -> {path}")
+        return path
+
+    def _policy(self, path: str | Path) -> Policy:
+        """Load a model as the run of the alignment does."""
+        settings = self.run_config()
+        run = resolve(settings, find_facts(settings, [], device=self.device))
+        policy = load_policy(path, dtype=run.compute, packed=run.packed)
+        policy.model.to(self.device)
+        return policy
+
+    @property
+    def device(self) -> str:
+        """Return the device of the demo: a GPU where there is one."""
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    def _asker(self, policy: Policy) -> Asker:
+        return Asker(policy, self.tokenizer, self.sizes.answer_tokens, self.show_progress)
+
+    def _asked(self) -> list[str]:
+        """Return the held-out questions as they are asked before and after.
+
+        An online run is rewarded for one sentence, and the questions ask for one.
+        """
+        ending = ONE_SENTENCE if self.config.online else ""
+        return [function.question + ending for function in self.questions.held_out]
+
+    def _ask_before(self) -> list[Answer]:
+        """Return the model's answers to the held-out questions; write the records."""
+        asker = self._asker(self._policy(self.model))
+        before = asker.ask(self._asked(), title="answers before")
+        self._say(f"{len(before)} held-out questions answered by {self.name}")
+        if self.config.online:
+            self._write("prompts", prompts_of(self.questions.train))
+            return before
+        sizes = self.sizes
+        wanted = sizes.pairs + sizes.labels + sizes.scores
+        functions = self.questions.train[:wanted]
+        pairs = ask_twice(asker, functions, self.config.seed)
+        if len(pairs) <= sizes.pairs + sizes.labels:
+            raise ValueError(
+                f"{self.name} gave two different answers to {len(pairs)} of {wanted} questions, "
+                f"and the records need more than {sizes.pairs + sizes.labels}; give a chat model "
+                "that answers in more than a sentence"
+            )
+        records = make_records(pairs, sizes)
+        for kind, lines in records.items():
+            self._write(kind, lines)
+        held_out = ask_twice(asker, self.questions.held_out, self.config.seed, before)
+        self._write("held_out", held_out_records(held_out))
+        counts = ", ".join(f"{len(lines)} {kind}" for kind, lines in records.items())
+        self._say(f"records of the model's own answers: {counts} -> {self.output_dir}/data")
+        return before
+
+    def _write(self, name: str, records: Sequence[dict[str, Any]]) -> None:
+        write_jsonl(self.output_dir / f"data/{name}.jsonl", records)
+
+    def _ask_after(self, before: Sequence[Answer]) -> tuple[list[Answer], list[Row]]:
+        """Return the aligned model's answers, and the rows of the comparison.
+
+        before: answers of the model before
+        """
+        policy = self._policy(self.run_dir)
+        asker = self._asker(policy)
+        after = asker.ask(self._asked(), title="answers after")
+        measures = (PASSES, *MEASURES) if self.config.online else MEASURES
+        rows = answer_rows(measures, self.questions.held_out, before, after)
+        samples = asker.ask(self._asked(), title="samples", temperature=1.0, seed=self.config.seed)
+        return after, [*rows, kl_row(policy, samples)]
+
+    def run_config(self) -> RunConfig:
+        """Return the settings of the alignment."""
+        data = self.output_dir / "data"
+        common: dict[str, Any] = {
+            "model": self.model,
+            "output_dir": str(self.run_dir),
+            "lora": LORA,
+            "device": self.device,
+            "seed": self.config.seed,
+            "loggers": [],
+            "progress": self.show_progress,
+            "log_every": 1,
+        }
+        sizes = self.sizes
+        if not self.config.online:
+            return RunConfig(
+                data=[str(data / f"{kind}.jsonl") for kind in ("pairs", "labels", "scores")],
+                eval_data=[{"path": str(data / "held_out.jsonl"), "feedback": "both"}],
+                batch_size=sizes.batch_size,
+                micro_batch_size=sizes.batch_size,
+                **common,
+                **OFFLINE,
+            )
+        rewards = [
+            {"function": f"una_fast.demo.rewards.{name}", "weight": weight}
+            for name, weight in REWARDS.items()
+        ]
+        return RunConfig(
+            mode="online",
+            data=[str(data / "prompts.jsonl")],
+            rewards=rewards,
+            max_new_tokens=sizes.online_tokens,
+            max_steps=sizes.online_steps,
+            batch_size=sizes.online_prompts,
+            micro_batch_size=sizes.online_prompts,
+            **common,
+            **ONLINE,
+        )
+
+    def _next_commands(self) -> str:
+        """Return commands to try after the demo, as text."""
+        called = Path(sys.argv[0])
+        command = called if called.name == "una-fast" else "una-fast"
+        again = f"--output_dir {self.output_dir}/again --beta 0.1"
+        own = "--model YOUR_MODEL --data YOUR_RECORDS.jsonl --output_dir runs/first"
+        return f"""Next:
+  {command} chat {self.run_dir} --compare true            # ask both models yourself
+  {self.run_dir}/report.html                   # curves and answers, in a browser
+  {command} train --config {self.run_dir}/config.yaml {again}
+  {command} train {own}"""
 
 
 def _fresh_directory(wanted: Path) -> Path:
@@ -132,96 +261,3 @@ def _fresh_directory(wanted: Path) -> Path:
         print(f"{wanted} is not empty and stays as it is; writing to {path}")
     path.mkdir(parents=True, exist_ok=True)
     return path
-
-
-def _write_records(directory: Path, corpus: Corpus, seed: int) -> str:
-    """Write {pairs,labels,scores,prompts}.jsonl for alignment, and held_out_*.jsonl.
-
-    Returns the numbers of records for alignment, as text.
-    """
-    _write_split(directory, "held_out_", corpus.held_out, seed)
-    records = _write_split(directory, "", corpus.align, seed)
-    return ", ".join(f"{len(records[kind])} {kind}" for kind in KINDS)
-
-
-def _write_split(
-    directory: Path, prefix: str, entries: list[Documented], seed: int
-) -> dict[str, list[Record]]:
-    prompts = [{"prompt": entry.prompt} for entry in entries]
-    write_jsonl(directory / f"{prefix}prompts.jsonl", prompts)
-    records = make_records(entries, seed)
-    for kind in KINDS:
-        write_jsonl(directory / f"{prefix}{kind}.jsonl", records[kind])
-    return records
-
-
-# --- alignment -----------------------------------------------------------------------------------
-
-
-def align_config(
-    output_dir: Path, base_dir: Path, aligned_dir: Path, sizes: Sizes, seed: int
-) -> RunConfig:
-    """Return the settings of an alignment with records.
-
-    output_dir: of the demo, with the records in data/
-    base_dir: of the base model
-    aligned_dir: of the run
-    sizes: number of epochs
-    seed: of the run
-    """
-    data = output_dir / "data"
-    return RunConfig(
-        model=str(base_dir),
-        data=[str(data / f"{kind}.jsonl") for kind in KINDS],
-        eval_data=[str(data / f"held_out_{kind}.jsonl") for kind in KINDS],
-        output_dir=str(aligned_dir),
-        beta=BETA,
-        learning_rate=LEARNING_RATE,
-        offset=OFFSET,
-        epochs=sizes.align_epochs,
-        batch_size=64,
-        micro_batch_size=32,
-        device="cpu",
-        seed=seed,
-        loggers=[],
-        progress=sys.stderr.isatty(),
-    )
-
-
-def online_config(
-    output_dir: Path, base_dir: Path, aligned_dir: Path, sizes: Sizes, seed: int
-) -> RunConfig:
-    """Return the settings of an alignment with rewards of samples.
-
-    output_dir: of the demo, with the prompts in data/
-    base_dir: of the base model
-    aligned_dir: of the run
-    sizes: numbers of steps and of prompts per step
-    seed: of the run
-    """
-    data = output_dir / "data"
-    rewards = [
-        {"function": f"una_fast.demo.rewards.{name}", "weight": weight}
-        for name, weight in REWARDS.items()
-    ]
-    return RunConfig(
-        mode="online",
-        model=str(base_dir),
-        data=[str(data / "prompts.jsonl")],
-        eval_data=[str(data / "held_out_prompts.jsonl")],
-        output_dir=str(aligned_dir),
-        rewards=rewards,
-        beta=ONLINE_BETA,
-        learning_rate=ONLINE_LEARNING_RATE,
-        max_new_tokens=NEW_TOKENS,
-        max_kl=MAX_KL,
-        epochs=100.0,
-        max_steps=sizes.online_steps,
-        eval_every=max(sizes.online_steps // 2, 1),
-        batch_size=sizes.online_prompts,
-        micro_batch_size=sizes.online_prompts,
-        device="cpu",
-        seed=seed,
-        loggers=[],
-        progress=sys.stderr.isatty(),
-    )
