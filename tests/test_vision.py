@@ -22,6 +22,7 @@ from una_fast.attention.probe import packing_refusal
 from una_fast.data.batch import collate
 from una_fast.data.examples import load_examples
 from una_fast.data.sources import Source
+from una_fast.model.activations import find_mlps
 from una_fast.model.loading import load_causal_lm, load_tokenizer
 from una_fast.model.policy import load_policy
 from una_fast.model.scoring import Scoring
@@ -129,6 +130,14 @@ def test_a_run_trains_the_text_model_alone(directories, data, tmp_path, capsys, 
     towers = tuple(TOWERS[name].split(", "))
     assert changed and not any(key.startswith(towers) for key in changed)
     assert type(MODELS[name]()).from_pretrained(tmp_path / "run") is not None
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_mlps_are_those_of_the_text_model(directories, name):
+    model = load_causal_lm(directories[name], dtype=torch.float32)
+    text = set(model.get_decoder().modules())
+    mlps = find_mlps(model)
+    assert len(mlps) == 2 and text.issuperset(mlps)
 
 
 def test_a_model_without_text_is_refused_by_its_class(tmp_path):
