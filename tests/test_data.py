@@ -543,7 +543,10 @@ def test_answers_may_call_tools_without_a_text(load, content):
         ({"role": "assistant", "tool_calls": [1]}, r"\.tool_calls\[0\] is 1; a call is an object"),
         ({"role": "assistant", "content": "", "tool_calls": []}, r"\.content is empty"),
         ({"role": 1, "content": "x"}, r"\.role is 1 \(int\)"),
-        ({"role": "assistant", "content": [{"type": "text"}]}, r"\.content is a list of parts"),
+        (
+            {"role": "assistant", "content": [{"type": "image"}]},
+            r"\.content\[0\] is a part of type 'image'",
+        ),
     ],
 )
 def test_malformed_messages(load, message, refusal):
@@ -671,8 +674,10 @@ def test_paths_that_hold_no_data(tmp_path, tokenizer):
     refuse("no.jsonl", "'no.jsonl' is neither a file")
     refuse(tmp_path, "holds no data files")
     (tmp_path / "x.csv").write_text("a,b")
-    refuse(tmp_path / "x.csv", "x.csv is not a data file; its name must end in .jsonl or .parquet")
-    refuse(tmp_path / "x.csv", "split='test' is for dataset names", split="test")
+    refuse(tmp_path / "x.csv", "x.csv is not a CSV file")
+    (tmp_path / "x.txt").write_text("a,b")
+    refuse(tmp_path / "x.txt", "x.txt is not a data file; .* in .jsonl, .json, .csv or .parquet")
+    refuse(tmp_path / "x.csv", "split='test' is for datasets", split="test")
     (tmp_path / "x.parquet").write_text("a,b")
     refuse(tmp_path / "x.parquet", "x.parquet is not a Parquet file")
 

@@ -32,6 +32,7 @@ from una_fast.data.examples import Example
 from una_fast.head.engines import choose_engine
 from una_fast.head.plan import workspace_bytes
 from una_fast.model.directory import reading
+from una_fast.model.head_probe import outside_text
 from una_fast.model.loading import is_flash, model_and_adapter, sized_outline
 from una_fast.model.policy import Policy, load_policy
 from una_fast.model.positions import longer_records, positions_of
@@ -66,6 +67,8 @@ class Facts:
     """Tokens of the longest sequence that the model was made for."""
     longer_records: str | None = None
     """Records with more tokens than positions, in words."""
+    towers: list[str] = field(default_factory=list)
+    """Modules of the model that text does not run through."""
 
 
 @dataclass(frozen=True)
@@ -138,12 +141,14 @@ def find_facts(
     """
     keeps_float32 = False
     router_loss, positions, longer = 0.0, None, None
+    towers: list[str] = []
     try:
         # A wrong path or setting ends here.
         with reading(config.model, "model", only=(ValueError, OSError)):
             model = outline_of(config)
         keeps_float32 = _keeps_float32(model)
         router_loss = _router_loss(model.config)
+        towers = outside_text(model)
         positions, longer = positions_of(model), longer_records(records, model)
         refusal = packing_refusal(model) if config.packing else None
     except ValueError:
@@ -164,6 +169,7 @@ def find_facts(
         router_loss=router_loss,
         positions=positions,
         longer_records=longer,
+        towers=towers,
     )
 
 
@@ -296,6 +302,9 @@ def _notes(facts: Facts) -> list[str]:
             "left out   the auxiliary loss that balances the router of the experts  [config.json: "
             f"output_router_logits, router_aux_loss_coef={facts.router_loss:g}]"
         )
+    if facts.towers:
+        names = ", ".join(map(printable, facts.towers))
+        notes.append(f"frozen     {names}: text does not run through; saved as it came")
     if facts.longer_records:
         notes.append(
             f"positions  {facts.positions}, as the model was made for; {facts.longer_records}  "

@@ -24,15 +24,15 @@ from una_fast.feedback import Feedback
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows of T tokens for the model, and N response tokens of S responses for the loss.
+    """B rows of T tokens for the model, and N scored tokens of S responses for the loss.
 
     input_ids: [B, T] int64
     position_ids: [B, T] int64
     attention_mask: [B, T] int64, 1 for tokens and 0 for padding; None in the packed layout
     segments: token ranges of the packed layout, B = 1; None in the padded layout
-    rows: [N] int64, flat index into B * T of the position before a response token, where the model
+    rows: [N] int64, flat index into B * T of the position before a scored token, where the model
         predicts the token; the last prompt token stands once per response
-    targets: [N] int64, the response tokens
+    targets: [N] int64, the scored tokens: of responses, all but the messages between two answers
     cu_seqlens: [S+1] int64, always on the CPU: response s has rows cu_seqlens[s]:cu_seqlens[s+1]
     feedback: units over the S responses, on the CPU
     ref_logps: [S] float64, cached reference log-probs; None without a cache or without examples
@@ -81,20 +81,26 @@ def collate(
             return None
         return torch.from_numpy(array).to(device, non_blocking=True)
 
-    responses = list(itertools.chain.from_iterable(example.responses for example in examples))
-    cu_seqlens = np.cumsum([0, *map(len, responses)], dtype=np.int64)
+    targets = list(itertools.chain.from_iterable(map(_targets, examples)))
+    cu_seqlens = np.cumsum([0, *map(len, targets)], dtype=np.int64)
     return Batch(
         input_ids=on_device(layout.input_ids),
         position_ids=on_device(layout.position_ids),
         attention_mask=on_device(layout.attention_mask),
         segments=layout.segments,
         rows=on_device(_concatenate(layout.rows)),
-        targets=on_device(_concatenate(responses)),
+        targets=on_device(_concatenate(targets)),
         cu_seqlens=torch.from_numpy(cu_seqlens),
         feedback=_merged_feedback(examples),
         ref_logps=on_device(_ref_logps(examples)),
         num_tokens=layout.num_tokens,
     )
+
+
+def _targets(example: Example) -> list[np.ndarray]:
+    """Return the scored tokens of every response."""
+    pairs = zip(example.responses, example.scored_tokens(), strict=True)
+    return [response[scored] for response, scored in pairs]
 
 
 def footprint(example: Example, *, packed: bool) -> tuple[int, int]:
@@ -148,14 +154,15 @@ def _pack(examples: Sequence[Example]) -> _Layout:
         ids.append(example.prompt_ids)
         positions.append(np.arange(prompt_size))
         spans = []
-        for response in example.responses:
+        for response, scored in zip(example.responses, example.scored_tokens(), strict=True):
             start = end
             end += len(response)
             ids.append(response)
             # Every response goes on from the prompt's last position.
             positions.append(np.arange(prompt_size, prompt_size + len(response)))
             # The prompt's last token predicts the first token of the response.
-            rows.append(np.concatenate([[prompt[1] - 1], np.arange(start, end - 1)]))
+            before = np.concatenate([[prompt[1] - 1], np.arange(start, end - 1)])
+            rows.append(before[scored])
             spans.append((start, end))
         segments.append(Segment(prompt, tuple(spans)))
     return _Layout(
@@ -170,11 +177,11 @@ def _pack(examples: Sequence[Example]) -> _Layout:
 
 def _pad(examples: Sequence[Example], pad_id: int) -> _Layout:
     sequences = []
-    first_rows = []  # of each sequence, the position that predicts its first response token
+    own_rows = []  # of each sequence, the positions that predict its scored tokens
     for example in examples:
-        for response in example.responses:
+        for response, scored in zip(example.responses, example.scored_tokens(), strict=True):
             sequences.append(np.concatenate([example.prompt_ids, response]))
-            first_rows.append(len(example.prompt_ids) - 1)
+            own_rows.append(len(example.prompt_ids) - 1 + scored)
     width = max(len(sequence) for sequence in sequences)
     input_ids = np.full((len(sequences), width), pad_id, dtype=np.int64)
     mask = np.zeros_like(input_ids)
@@ -183,7 +190,7 @@ def _pad(examples: Sequence[Example], pad_id: int) -> _Layout:
         length = len(sequence)
         input_ids[b, :length] = sequence
         mask[b, :length] = 1
-        rows.append(b * width + np.arange(first_rows[b], length - 1))
+        rows.append(b * width + own_rows[b])
     return _Layout(
         input_ids=input_ids,
         position_ids=np.tile(np.arange(width), (len(sequences), 1)),

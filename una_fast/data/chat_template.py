@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from una_fast.data.bounded import fault_of_trial, interrupted_after
-from una_fast.data.records import Message, RecordError
+from una_fast.data.messages import Message, RecordError
 from una_fast.printable import printable
 
 if TYPE_CHECKING:
@@ -26,12 +26,14 @@ def render_chat(
     messages: list[Message],
     *,
     add_generation_prompt: bool = False,
+    variables: dict[str, Any] | None = None,
 ) -> str:
     """Return messages as the text of the tokenizer's chat template.
 
     tokenizer: has the template
     messages: the chat
     add_generation_prompt: end with the header of the assistant's next turn
+    variables: of the template, beside the messages: tools, enable_thinking and the like
 
     Raises RecordError where the template refuses the messages; ValueError without a template, and
     for a template that takes more than SECONDS, MEMORY or LONGEST_CHAT.
@@ -44,7 +46,9 @@ def render_chat(
         )
 
     def render(chat: list[Message], header: bool) -> str:
-        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=header)
+        return tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=header, **(variables or {})
+        )
 
     try:
         template = tokenizer.get_chat_template()
@@ -104,14 +108,19 @@ def _try_in_child(
         raise _endless(name, fault)
 
 
-def text_after_answer(tokenizer: PreTrainedTokenizerBase, prompt: list[Message]) -> tuple[str, str]:
+def text_after_answer(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: list[Message],
+    variables: dict[str, Any] | None = None,
+) -> tuple[str, str]:
     """Return the text after an answer in the chat template: (end of turn, white space), such as
     ("<|im_end|>", "\\n"). The end of turn may be "".
 
-    Errors as in `render_chat`.
+    Parameters and errors as in `render_chat`.
     """
     answer = "una-answer"
-    text = render_chat(tokenizer, [*prompt, {"role": "assistant", "content": answer}])
+    chat = [*prompt, {"role": "assistant", "content": answer}]
+    text = render_chat(tokenizer, chat, variables=variables)
     tail = text.rpartition(answer)[2]
     end = tail.rstrip()
     return end, tail[len(end) :]

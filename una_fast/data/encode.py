@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from una_fast.data.chat_template import name_of, render_chat, text_after_answer
-from una_fast.data.records import Message, Record, RecordError, check_ref_logps
+from una_fast.data.messages import Message, RecordError
+from una_fast.data.records import Record, check_ref_logps
 from una_fast.data.settings import RecordOptions
 from una_fast.printable import printable, shown
 
@@ -32,14 +34,32 @@ class Encoded(NamedTuple):
 
     prompt: [P] int32, P >= 1
     responses: [R_k] int32 for every response k, end of turn included
+    scored: [R_k] bool for every response k, True for the tokens of answers: all of a response but
+        the messages between its answers
     truncated: the prompt was cut on the left
     special: a text of the record spells a special token of the tokenizer
+    raw: the record is plain text, and the tokenizer has a chat template
     """
 
     prompt: np.ndarray
     responses: tuple[np.ndarray, ...]
+    scored: tuple[np.ndarray, ...]
     truncated: bool
     special: bool
+    raw: bool
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """A response: token ids, and whether each is scored."""
+
+    ids: list[int]
+    scored: list[bool]
+
+    @classmethod
+    def of_answer(cls, ids: list[int]) -> _Tokens:
+        """Score all tokens."""
+        return cls(ids, [True] * len(ids))
 
 
 class Encoder:
@@ -52,7 +72,9 @@ class Encoder:
     chat template.
 
     Chat: the prompt is the template's rendering with the generation prompt; a response is the rest
-    of the rendering with the answer, up to the end of turn. BOS is then the template's affair.
+    of the rendering with the answer, up to the end of turn. BOS is then the template's affair. Of a
+    response of several turns, the tokens of other messages, from the end of an answer to the header
+    of the next, are there for the model to see, and are not scored.
 
     Text that spells a special token ("</s>") becomes that token, in plain text and in chats, as
     everywhere in transformers; such records are counted.
@@ -88,35 +110,39 @@ class Encoder:
             prompt, responses, truncated = self._plain_ids(record, room)
         else:
             prompt, responses, truncated = self._chat_ids(record, room)
-        _refuse_equals(record, responses, pairs=self.options.feedback != "scores")
-        check_ref_logps(record, [len(response) for response in responses])
+        ids = [response.ids for response in responses]
+        _refuse_equals(record, ids, pairs=self.options.feedback != "scores")
+        check_ref_logps(record, [sum(response.scored) for response in responses])
         return Encoded(
             prompt=np.asarray(prompt, dtype=np.int32),
-            responses=tuple(np.asarray(response, dtype=np.int32) for response in responses),
+            responses=tuple(np.asarray(response, dtype=np.int32) for response in ids),
+            scored=tuple(np.asarray(response.scored) for response in responses),
             truncated=truncated,
             special=any(self._special.search(text) for text in _texts_of(record)),
+            raw=isinstance(record.prompt, str) and bool(self.tokenizer.chat_template),
         )
 
-    def _plain_ids(self, record: Record, room: int) -> tuple[list[int], list[list[int]], bool]:
+    def _plain_ids(self, record: Record, room: int) -> tuple[list[int], list[_Tokens], bool]:
         """Return the prompt, the responses, and whether the prompt was cut."""
         prompt = self._ids(record.prompt)
         if prompt[: len(self.prefix)] != self.prefix:
             prompt = [*self.prefix, *prompt]
         inside = self._ids_inside if self.opens_texts else self._ids
-        responses = [self._ended(inside(response)) for response in record.responses]
+        answers = [self._ended(inside(response)) for response in record.responses]
+        responses = [_Tokens.of_answer(ids) for ids in answers]
         excess = self._excess(prompt, responses, room)
         if excess:
             kept = self._kept_at_the_start(prompt)
             prompt = [*prompt[:kept], *prompt[kept + excess :]]
         return prompt, responses, excess > 0
 
-    def _chat_ids(self, record: Record, room: int) -> tuple[list[int], list[list[int]], bool]:
+    def _chat_ids(self, record: Record, room: int) -> tuple[list[int], list[_Tokens], bool]:
         """Return the prompt, the responses, and whether the oldest turns were left out.
 
         Turns go as wholes: a chat without its system message, or without the header of a turn, is
         none. Where the last turn alone is too long, its text is cut on the left.
         """
-        found = self._rendered(record.prompt, record.responses)
+        found = self._rendered(record.prompt, record)
         if not self._excess(*found, room):
             return *found, False
         system, starts = _where_to_cut(record.prompt)
@@ -146,7 +172,7 @@ class Encoder:
         room: int,
         count: int,
         shortened: Callable[[int], list[Message]],
-    ) -> tuple[list[int], list[list[int]]] | None:
+    ) -> tuple[list[int], list[_Tokens]] | None:
         """Return the tokens of the longest of some prompts that fits, with the responses.
 
         record: has the responses
@@ -158,7 +184,7 @@ class Encoder:
         fitting = None
         while low < high:
             middle = (low + high) // 2
-            found = self._rendered(shortened(middle), record.responses)
+            found = self._rendered(shortened(middle), record)
             if self._excess(*found, room):
                 low = middle + 1
             else:
@@ -166,13 +192,46 @@ class Encoder:
                 high = middle
         return fitting
 
-    def _rendered(
-        self, prompt: list[Message], answers: Sequence[list[Message]]
-    ) -> tuple[list[int], list[list[int]]]:
-        """Return the token ids of a chat and of its answers."""
-        text = render_chat(self.tokenizer, prompt, add_generation_prompt=True)
+    def _rendered(self, prompt: list[Message], record: Record) -> tuple[list[int], list[_Tokens]]:
+        """Return the token ids of a prompt, perhaps shortened, and the responses of a record."""
+        chat = _Chat(self, record.variables)
+        text = chat.asked(prompt)
         ids = self._ids(text)
-        return ids, [self._answer_ids(prompt, text, ids, answer) for answer in answers]
+        responses = []
+        for response in record.responses:
+            pieces = chat.pieces(prompt, text, response)
+            responses.append(self._tokens_of(pieces, text, ids))
+        return ids, responses
+
+    def _tokens_of(
+        self, pieces: Sequence[_Piece], prompt_text: str, prompt_ids: list[int]
+    ) -> _Tokens:
+        """Return the tokens of a response.
+
+        pieces: answers, and the messages between them
+        prompt_text, prompt_ids: the rendering before the response
+        """
+        text, ids = prompt_text, list(prompt_ids)
+        scored = []
+        for piece in pieces:
+            own = self._ids_after(text, ids, piece.text)
+            if piece.is_answer and not piece.has_end:
+                own = self._ended(own)
+            text += piece.text
+            ids += own
+            scored += [piece.is_answer] * len(own)
+        return _Tokens(ids[len(prompt_ids) :], scored)
+
+    def _ids_after(self, text: str, ids: list[int], piece: str) -> list[int]:
+        """Return the tokens of a text that follows another text with known tokens.
+
+        Tokenised with the text before it, where the boundary allows: some tokenizers put a space
+        before any text.
+        """
+        whole = self._ids(text + piece)
+        if whole[: len(ids)] == ids:
+            return whole[len(ids) :]
+        return self._ids_inside(piece)
 
     def _ids(self, text: str) -> list[int]:
         try:
@@ -208,6 +267,15 @@ class Encoder:
         starts_with_bos = full[:1] == [self.tokenizer.bos_token_id]
         return full[:1] if starts_with_bos else []
 
+    def turn_end(self, prompt: list[Message], variables: dict[str, Any]) -> tuple[str, str]:
+        """Return the end of every answer, and the white space after it, in the chat template.
+
+        prompt, variables: of any chat, for the first call
+        """
+        if self._turn_end is None:
+            self._turn_end = text_after_answer(self.tokenizer, prompt, variables)
+        return self._turn_end
+
     def _ended(self, ids: list[int]) -> list[int]:
         """Return ids with a single EOS at the end."""
         while ids and ids[-1] == self.eos:
@@ -218,54 +286,11 @@ class Encoder:
             )
         return [*ids, self.eos]
 
-    def _answer_ids(
-        self,
-        prompt: list[Message],
-        prompt_text: str,
-        prompt_ids: list[int],
-        response: list[Message],
-    ) -> list[int]:
-        whole = render_chat(self.tokenizer, [*prompt, *response])
-        if not whole.startswith(prompt_text):
-            opened = _OPENED.search(prompt_text)
-            if opened and whole.startswith(prompt_text[: opened.start()]):
-                tag = opened.group().rstrip()
-                raise RecordError(
-                    f"the generation prompt of the chat template of {name_of(self.tokenizer)} ends "
-                    f"in an opened {tag}, which this answer lacks once rendered; take {tag} out of "
-                    "the template's add_generation_prompt part (and let the template keep it in "
-                    "answers that bring it), or give prompts and responses as plain strings"
-                )
-            raise RecordError(
-                f"the chat template of {name_of(self.tokenizer)} renders prompt + response "
-                "differently from the prompt with its generation prompt, which must be its "
-                "beginning; fix the template's add_generation_prompt part"
-            )
-        if self._turn_end is None:
-            self._turn_end = text_after_answer(self.tokenizer, prompt)
-        end, space = self._turn_end
-        whole = whole.removesuffix(space)
-        if not whole.endswith(end):
-            raise RecordError(
-                f"the chat template of {name_of(self.tokenizer)} does not end this response "
-                f"with {shown(end)}"
-            )
-        while end and whole.endswith(end + end):  # the text brought its own end of turn
-            whole = whole.removesuffix(end)
-        # Tokenised with the prompt before it, where the boundary allows: some tokenizers put a
-        # space before any text.
-        ids = self._ids(whole)
-        if ids[: len(prompt_ids)] == prompt_ids:
-            ids = ids[len(prompt_ids) :]
-        else:
-            ids = self._ids_inside(whole[len(prompt_text) :])
-        return ids if end else self._ended(ids)
-
-    def _excess(self, prompt: list[int], responses: Sequence[list[int]], room: int) -> int:
+    def _excess(self, prompt: list[int], responses: Sequence[_Tokens], room: int) -> int:
         """Return by how many tokens a prompt is over max_prompt_tokens or max_tokens.
 
         prompt: token ids, with those at the start that no cut takes away
-        responses: token ids; the longest counts
+        responses: the longest counts
         room: tokens of a response, where there is none so far
 
         Raises RecordError where a cut is not wanted, or would leave nothing of the prompt.
@@ -273,7 +298,7 @@ class Encoder:
         options = self.options
         if not prompt:
             raise RecordError("prompt gives no tokens; fill it in or remove the record")
-        longest = max(map(len, responses), default=room)
+        longest = max((len(response.ids) for response in responses), default=room)
         most = len(prompt)
         if options.max_tokens is not None:
             most = options.max_tokens - longest
@@ -306,6 +331,95 @@ class Encoder:
         if prompt[: len(self.prefix)] == self.prefix:
             return len(self.prefix)
         return int(prompt[0] == self.tokenizer.bos_token_id)
+
+
+class _Piece(NamedTuple):
+    """A part of a rendered response: an answer, or what stands between two answers.
+
+    has_end: the answer ends with the template's end of turn
+    """
+
+    text: str
+    is_answer: bool
+    has_end: bool = True
+
+
+class _Chat:
+    """Renderings of a record's chat, each of which must be the beginning of the next."""
+
+    def __init__(self, encoder: Encoder, variables: dict[str, Any]) -> None:
+        """Keep the tokenizer, and the variables of the template."""
+        self.encoder = encoder
+        self.tokenizer = encoder.tokenizer
+        self.variables = variables
+
+    def asked(self, messages: list[Message]) -> str:
+        """Return the rendering up to the header of the next answer."""
+        return render_chat(
+            self.tokenizer, messages, add_generation_prompt=True, variables=self.variables
+        )
+
+    def pieces(self, prompt: list[Message], text: str, response: list[Message]) -> list[_Piece]:
+        """Return the parts of a response.
+
+        prompt: messages before the response
+        text: rendering of the prompt
+        response: messages, the first and the last of the assistant
+
+        Raises RecordError where the template renders earlier turns anew.
+        """
+        end, space = self.encoder.turn_end(prompt, self.variables)
+        pieces = []
+        for number, message in enumerate(response):
+            if message["role"] != "assistant":
+                continue
+            before = [*prompt, *response[:number]]
+            if pieces:
+                asked = self.asked(before)
+                self._check_beginning(text, asked)
+                pieces.append(_Piece(asked[len(text) :], is_answer=False))
+                text = asked
+            whole = render_chat(self.tokenizer, [*before, message], variables=self.variables)
+            self._check_beginning(text, whole)
+            whole = self._without_excess(whole, end, space)
+            pieces.append(_Piece(whole[len(text) :], is_answer=True, has_end=bool(end)))
+            text = whole
+        return pieces
+
+    def _without_excess(self, whole: str, end: str, space: str) -> str:
+        """Return a rendering that ends with the end of turn, without the white space after it.
+
+        whole: rendering of a chat with its answer
+        end, space: of every answer
+        """
+        whole = whole.removesuffix(space)
+        if not whole.endswith(end):
+            raise RecordError(
+                f"the chat template of {name_of(self.tokenizer)} does not end this response "
+                f"with {shown(end)}"
+            )
+        while end and whole.endswith(end + end):  # the text brought its own end of turn
+            whole = whole.removesuffix(end)
+        return whole
+
+    def _check_beginning(self, text: str, whole: str) -> None:
+        """Check that a rendering begins with the rendering of fewer messages; RecordError."""
+        if whole.startswith(text):
+            return
+        opened = _OPENED.search(text)
+        if opened and whole.startswith(text[: opened.start()]):
+            tag = opened.group().rstrip()
+            raise RecordError(
+                f"the generation prompt of the chat template of {name_of(self.tokenizer)} ends "
+                f"in an opened {tag}, which this answer lacks once rendered; take {tag} out of "
+                "the template's add_generation_prompt part (and let the template keep it in "
+                "answers that bring it), or give prompts and responses as plain strings"
+            )
+        raise RecordError(
+            f"the chat template of {name_of(self.tokenizer)} renders prompt + response "
+            "differently from the prompt with its generation prompt, which must be its "
+            "beginning; fix the template's add_generation_prompt part"
+        )
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:

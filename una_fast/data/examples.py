@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from una_fast.data.encode import Encoded, Encoder
+from una_fast.data.messages import RecordError, Text
 from una_fast.data.records import (
     Record,
-    RecordError,
-    Text,
     as_object,
     listed,
     parse_prompt,
@@ -43,6 +42,8 @@ class Example:
     feedback: units over responses 0..K-1
     ref_logps: [K] cached reference log-probs, sums over tokens, in nats; None without a cache
     origin: the place of the record for messages, such as "file.jsonl:17"
+    scored: [R_k] bool for every response k, True for tokens whose log-probs are summed; () if all
+        are. Others, such as a user's turn between two answers, are only seen by the model.
     """
 
     prompt_ids: np.ndarray
@@ -50,6 +51,13 @@ class Example:
     feedback: Feedback
     ref_logps: tuple[float, ...] | None
     origin: str
+    scored: tuple[np.ndarray, ...] = field(default=(), kw_only=True)
+
+    def scored_tokens(self) -> list[np.ndarray]:
+        """Return, for every response, the indices of the tokens whose log-probs are summed."""
+        if self.scored:
+            return [np.flatnonzero(own) for own in self.scored]
+        return [np.arange(len(response)) for response in self.responses]
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,7 @@ class SourceReport:
     unlabelled: records without a label, taken as label True
     ignored_columns: unused column -> records with the column
     special_tokens: records whose texts spell a special token of the tokenizer
+    raw: records of plain text, beside a tokenizer with a chat template
     score_center: centre of the scores, the source of the offset of score units
     """
 
@@ -95,12 +104,14 @@ class SourceReport:
     unlabelled: int = 0
     ignored_columns: Counter[str] = field(default_factory=Counter)
     special_tokens: int = 0
+    raw: int = 0
     score_center: float | None = None
 
     def read(self, encoded: Encoded) -> None:
         """Count a record that was tokenised."""
         self.truncated_prompts += encoded.truncated
         self.special_tokens += encoded.special
+        self.raw += encoded.raw
 
     def skip(self, message: str) -> None:
         """Count a malformed record."""
@@ -131,6 +142,11 @@ class SourceReport:
         if self.special_tokens:
             notes.append(
                 f"{self.special_tokens} with special tokens of the tokenizer in their texts"
+            )
+        if self.raw:
+            notes.append(
+                f"{self.raw} of plain text, trained on as it is, not through the tokenizer's chat "
+                "template (strings: chat makes user's turns of it)"
             )
         if self.ignored_columns:
             counts = self.ignored_columns.items()
@@ -188,6 +204,7 @@ def load_examples(
             feedback=feedback,
             ref_logps=record.ref_logps,
             origin=origin,
+            scored=() if all(own.all() for own in encoded.scored) else encoded.scored,
         )
         examples.append(example)
     report.finish(examples)

@@ -125,7 +125,7 @@ class Loader:
             ids = [example.prompt_ids, *example.responses]
             digest.update(repr([len(array) for array in ids]).encode())
             units = [getattr(example.feedback, f.name).numpy() for f in fields(Feedback)]
-            for array in (*ids, *units):
+            for array in (*ids, *units, *example.scored):
                 digest.update(array.tobytes())
         return digest.hexdigest()[:16]
 

@@ -9,11 +9,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
-from una_fast.data.settings import RecordOptions
+from una_fast.data.messages import (
+    Message,
+    RecordError,
+    Text,
+    mapping,
+    objects,
+    text_or_messages,
+)
+from una_fast.data.settings import RecordOptions, reserved_variable
 from una_fast.data.strict_json import parse_strictly
+from una_fast.data.turns import split_texts
 from una_fast.printable import printable, shown
 from una_fast.score_maps import sigmoid, to_range
 
@@ -25,6 +34,7 @@ SHAPES = (
     "{prompt, completion, score}",
     "{prompt, completion}",
     "{prompt, completions, scores}",
+    "{conversations} or {messages} as whole chats, alone or as the prompt",
     "{prompt} of an online source",
 )
 
@@ -34,20 +44,13 @@ FAMILIES = {
     "completions": ("completions",),
 }
 
+CHATS = ("conversations", "messages")  # columns of whole chats
+
 # Nats of one token. Two logits in fp16, whose range is the narrowest in use, are at most so far
 # apart; a lower log-prob is damage, or -inf written as a large number.
 LOWEST_LOGP = -2 * 65504
 
 MOST_LISTED = 20  # names of columns in a message
-
-Message = dict[str, Any]
-
-Text = str | list[Message]
-"""Plain text, or chat messages."""
-
-
-class RecordError(ValueError):
-    """Refusal of a row; the message names the field and the mend, the reader adds the place."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Record:
     margin: of the pair, in units of the implicit reward, if the row has a margin
     weight: factor on the loss of every unit of the record
     ref_logps: [K] cached reference log-probs, sums over tokens, in nats
+    variables: of the chat template, beside the messages: tools, enable_thinking and the like
     """
 
     prompt: Text
@@ -75,6 +79,15 @@ class Record:
     margin: float | None = None
     weight: float = 1.0
     ref_logps: tuple[float, ...] | None = None
+    variables: dict[str, Any] = field(default_factory=dict)
+
+
+class _Texts(NamedTuple):
+    """The texts of a record; fields as in `Record`."""
+
+    prompt: Text
+    responses: tuple[Text, ...]
+    variables: dict[str, Any] = {}
 
 
 def as_object(row: object) -> dict[str, Any]:
@@ -173,6 +186,7 @@ def parse_record(
 
     Raises RecordError.
     """
+    row = _in_our_columns(row, options.columns)
     view = _Row(row, options.columns)
     present = []
     for family, names in FAMILIES.items():
@@ -198,9 +212,54 @@ def parse_record(
 
 def parse_prompt(row: dict[str, Any], options: RecordOptions) -> tuple[Record, list[str]]:
     """Return the record of a prompt without responses, and all other columns of the row."""
-    view = _Row(row, options.columns)
-    prompt, _ = _read_texts(view, {})
-    return Record(prompt, weight=_weight(view)), view.unused()
+    view = _Row(_asked_in_our_columns(row, options.columns), options.columns)
+    texts = _read_texts(view, {}, options)
+    record = Record(texts.prompt, weight=_weight(view), variables=texts.variables)
+    return record, view.unused()
+
+
+# ---- whole chats in one column -----------------------------------------------------------------
+
+
+def _in_our_columns(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
+    """Return a row with its chat as the completion, or as the prompt of the row's responses.
+
+    columns: our field -> column of the data
+    """
+    column = _chat_column(row, columns)
+    if column is None:
+        return row
+    answered = [name for names in FAMILIES.values() for name in names]
+    ours = "completion"
+    if any(row.get(columns.get(name, name)) is not None for name in answered):
+        ours = "prompt"
+    others = {name: value for name, value in row.items() if name != column}
+    return {**others, columns.get(ours, ours): row[column]}
+
+
+def _asked_in_our_columns(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
+    """Return a row with its chat as a prompt: without a last answer, which is to be sampled."""
+    column = _chat_column(row, columns)
+    if column is None:
+        return row
+    chat = text_or_messages(column, row[column])
+    if isinstance(chat, list) and chat[-1]["role"] == "assistant":
+        chat = chat[:-1]
+    return {**row, columns.get("prompt", "prompt"): chat}
+
+
+def _chat_column(row: dict[str, Any], columns: dict[str, str]) -> str | None:
+    """Return the column with a whole chat, if a row without a prompt has one."""
+    if row.get(columns.get("prompt", "prompt")) is not None:
+        return None
+    names = [columns.get(name, name) for name in CHATS]
+    present = [name for name in names if row.get(name) is not None]
+    if len(present) > 1:
+        raise RecordError(f"both {' and '.join(map(shown, present))} hold a chat; remove one")
+    return present[0] if present else None
+
+
+# ---- numbers -----------------------------------------------------------------------------------
 
 
 def _weight(view: _Row) -> float:
@@ -253,7 +312,7 @@ def check_ref_logps(record: Record, tokens: Sequence[int]) -> None:
 
 def _parse_pair(view: _Row, options: RecordOptions, require_unit_scores: bool) -> Record:
     sides = {name: view.required(name) for name in ("chosen", "rejected")}
-    prompt, responses = _read_texts(view, sides)
+    prompt, responses, variables = _read_texts(view, sides, options)
     if responses[0] == responses[1]:
         raise RecordError("chosen and rejected are equal, which prefers nothing; remove the record")
     rated = view.has("chosen_rating") or view.has("rejected_rating")
@@ -264,7 +323,7 @@ def _parse_pair(view: _Row, options: RecordOptions, require_unit_scores: bool) -
                 "margin=rating_gap needs chosen_rating and rejected_rating (or a margin column); "
                 f"add them, or set margin: none for this source; {view.found_and_accepted()}"
             )
-        return Record(prompt, responses, margin=margin)
+        return Record(prompt, responses, margin=margin, variables=variables)
 
     margin = None
     if options.feedback != "scores":  # a pair is built, which may bring its own margin
@@ -278,11 +337,15 @@ def _parse_pair(view: _Row, options: RecordOptions, require_unit_scores: bool) -
         )
     require_unit = require_unit_scores and options.feedback != "pairs"
     scores = _map_scores(names, ratings, options, require_unit)
-    return Record(prompt, responses, ratings=ratings, scores=scores, margin=margin)
+    return Record(
+        prompt, responses, ratings=ratings, scores=scores, margin=margin, variables=variables
+    )
 
 
 def _parse_single(view: _Row, options: RecordOptions, require_unit_scores: bool) -> Record:
-    prompt, responses = _read_texts(view, {"completion": view.required("completion")})
+    completion = view.required("completion")
+    texts = _read_texts(view, {"completion": completion}, options)
+    record = Record(texts.prompt, texts.responses, variables=texts.variables)
     label = view.optional("label")
     if label is not None and not isinstance(label, bool):
         hint = " (graded feedback goes into score)" if isinstance(label, (int, float)) else ""
@@ -300,11 +363,11 @@ def _parse_single(view: _Row, options: RecordOptions, require_unit_scores: bool)
         )
     if score is not None:
         scores = _map_scores(("score",), (score,), options, require_unit_scores)
-        return Record(prompt, responses, ratings=(score,), scores=scores)
+        return replace(record, ratings=(score,), scores=scores)
     if label is None:
         _refuse_holes(view, options)
-        return Record(prompt, responses, label=True, label_implied=True)
-    return Record(prompt, responses, label=label)
+        return replace(record, label=True, label_implied=True)
+    return replace(record, label=label)
 
 
 def _refuse_holes(view: _Row, options: RecordOptions) -> None:
@@ -341,12 +404,12 @@ def _parse_list(view: _Row, options: RecordOptions, require_unit_scores: bool) -
             "one completion makes no pair; add completions, or set feedback: scores or both"
         )
     named = {f"completions[{k}]": value for k, value in enumerate(completions)}
-    prompt, responses = _read_texts(view, named)
+    prompt, responses, variables = _read_texts(view, named, options)
     names = tuple(f"scores[{k}]" for k in range(len(scores)))
     ratings = tuple(_number(name, value) for name, value in zip(names, scores, strict=True))
     require_unit = require_unit_scores and options.feedback != "pairs"
     mapped = _map_scores(names, ratings, options, require_unit)
-    return Record(prompt, responses, ratings=ratings, scores=mapped)
+    return Record(prompt, responses, ratings=ratings, scores=mapped, variables=variables)
 
 
 def _weighted_score(view: _Row, options: RecordOptions) -> float | None:
@@ -398,126 +461,55 @@ def _number(name: str, value: object) -> float:
     return float(value)
 
 
-def _read_texts(view: _Row, named: dict[str, object]) -> tuple[Text, tuple[Text, ...]]:
+def _read_texts(view: _Row, named: dict[str, object], options: RecordOptions) -> _Texts:
     """Return the prompt and the named responses, all as plain text, or all as chat.
 
+    view: has the prompt, and the variables of the chat template
     named: name for messages -> response as in the row
-
-    A response of a chat is a single assistant message. A response may repeat the prompt as a whole
-    chat; the turns before the last are then the prompt.
+    options: settings of the source, resolved
     """
     prompt = view.optional("prompt")
     if prompt is not None:
-        prompt = _text_or_messages("prompt", prompt)
-    responses: list[Text] = []
-    for name, value in named.items():
-        response = _text_or_messages(name, value)
-        if isinstance(response, list):
-            prompt, response = _cut_chat(name, prompt, response)
-        responses.append(response)
+        prompt = text_or_messages("prompt", prompt)
+    responses = {name: text_or_messages(name, value) for name, value in named.items()}
+    as_chat = options.strings == "chat"
+    prompt, texts = split_texts(prompt, responses, as_chat=as_chat)
     if prompt is None:
         raise RecordError(
             f"column {shown(view.column('prompt'))} is missing or null; {view.found_and_accepted()}"
         )
-    if isinstance(prompt, str):
-        return prompt, tuple(responses)
-
-    if not prompt or prompt[-1]["role"] == "assistant":
+    variables = _variables(view, options)
+    if not isinstance(prompt, str):
+        return _Texts(_with_system(view, prompt), texts, variables)
+    if variables:
         raise RecordError(
-            "the prompt must end with a user (or tool) message, which the response then answers"
+            f"{listed(variables)} are variables of a chat template, and the prompt is plain text; "
+            "write messages, or set strings: chat"
         )
-    return prompt, tuple(_as_turn(response) for response in responses)
+    return _Texts(prompt, texts)
 
 
-def _as_turn(response: Text) -> list[Message]:
-    if isinstance(response, str):
-        return [{"role": "assistant", "content": response}]
-    return response
+def _with_system(view: _Row, prompt: list[Message]) -> list[Message]:
+    """Return a prompt that begins with the text of the system column, if the row has one."""
+    system = view.optional("system")
+    if not system or prompt[0]["role"] == "system":
+        return prompt
+    if not isinstance(system, str):
+        raise RecordError(f"system is {shown(system)}; write a string")
+    return [{"role": "system", "content": system}, *prompt]
 
 
-def _cut_chat(
-    name: str, prompt: Text | None, chat: list[Message]
-) -> tuple[list[Message], list[Message]]:
-    """Return the prompt as messages, and the last assistant turn of a response given as chat."""
-    *turns, last = chat
-    if last["role"] != "assistant":
-        raise RecordError(
-            f"{name} must end with an assistant message, not with role {shown(last['role'])}"
-        )
-    # Some datasets give the text of one user turn as the prompt, beside responses that are whole
-    # chats.
-    text_of_turn = isinstance(prompt, str) and any(turn.get("content") == prompt for turn in turns)
-    if prompt is None or text_of_turn:
-        prompt = turns
-    if isinstance(prompt, str):
-        raise RecordError(
-            f"prompt is plain text but {name} is a list of messages; write the prompt as messages "
-            'too, [{"role": "user", "content": ...}]'
-        )
-    if turns and turns != prompt:
-        raise RecordError(
-            f"{name} does not continue the prompt: the turns before its last assistant message "
-            "must be those of the prompt (without a prompt column: those of the first response)"
-        )
-    return prompt, [last]
-
-
-def _text_or_messages(name: str, value: object) -> Text:
-    if isinstance(value, str):
-        if not value.strip():
-            raise RecordError(f"{name} is empty; fill it in or remove the record")
-        return value
-    if not isinstance(value, list):
-        raise RecordError(
-            f"{name} is {shown(value)} ({type(value).__name__}); "
-            "write a string or a list of chat messages"
-        )
-    if not value:
-        raise RecordError(f"{name} is empty; fill it in or remove the record")
-    return [_message(f"{name}[{k}]", message) for k, message in enumerate(value)]
-
-
-def _message(name: str, value: object) -> Message:
-    """Return a message without the keys of null value; unknown keys stay, for the template."""
-    if not isinstance(value, dict):
-        raise RecordError(f'{name} is {shown(value)}; a message is {{"role": ..., "content": ...}}')
-    role = value.get("role")
-    if not isinstance(role, str) or not role.strip():
-        raise RecordError(
-            f"{name}.role is {shown(role)} ({type(role).__name__}); write user, assistant, system, "
-            "tool or another role of the chat template"
-        )
-    calls_tools = _calls_tools(name, value.get("tool_calls")) and role == "assistant"
-    content = value.get("content")
-    if isinstance(content, list):
-        raise RecordError(
-            f"{name}.content is a list of parts; write the text of its parts as one string "
-            "(images and other media are not trained on)"
-        )
-    if isinstance(content, str):
-        # An empty answer calls tools; an empty system text or result of a tool says something.
-        if not content.strip() and role in ("user", "assistant") and not calls_tools:
-            raise RecordError(f"{name}.content is empty; fill it in or remove the record")
-    elif content is not None or not calls_tools:
-        raise RecordError(
-            f"{name}.content is {shown(content)} ({type(content).__name__}); write a string"
-        )
-    # Arrow gives every message the keys of all messages; templates ask which keys are there.
-    return {key: entry for key, entry in value.items() if entry is not None}
-
-
-def _calls_tools(name: str, calls: object) -> bool:
-    """Return whether a message has tool calls; RecordError for anything but a list of objects."""
-    if calls is None:
-        return False
-    if not isinstance(calls, list):
-        raise RecordError(
-            f"{name}.tool_calls is {shown(calls)} ({type(calls).__name__}); write a list of calls"
-        )
-    for k, call in enumerate(calls):
-        if not isinstance(call, dict):
-            raise RecordError(
-                f"{name}.tool_calls[{k}] is {shown(call)}; a call is an object, such as "
-                '{"type": "function", "function": {"name": ..., "arguments": {...}}}'
-            )
-    return bool(calls)
+def _variables(view: _Row, options: RecordOptions) -> dict[str, Any]:
+    """Return the variables that the chat template gets beside the messages."""
+    variables = dict(options.chat_template_kwargs)
+    own = view.optional("chat_template_kwargs")
+    if own is not None:
+        own = mapping("chat_template_kwargs", own)
+        fault = reserved_variable(own)
+        if fault is not None:
+            raise RecordError(fault)
+        variables |= own
+    tools = view.optional("tools")
+    if tools:
+        variables["tools"] = objects("tools", tools)
+    return variables

@@ -22,6 +22,11 @@ FIELDS = (
     "margin",
     "weight",
     "ref_logps",
+    "conversations",
+    "messages",
+    "system",
+    "tools",
+    "chat_template_kwargs",
 )
 
 FeedbackMode = Literal["scores", "pairs", "both"]
@@ -35,6 +40,28 @@ Preset = Literal["none", "helpsteer2", "ultrafeedback"]
 OnBadRecord = Literal["error", "skip"]
 
 PromptOverflow = Literal["error", "truncate_left"]
+
+Strings = Literal["raw", "chat"]
+
+# What a run itself gives to the renderer of a chat template: no variables of a record.
+RESERVED = frozenset(
+    [
+        "conversation",
+        "messages",
+        "tools",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "tokenizer_kwargs",
+    ]
+)
 
 
 # UNA, arXiv 2408.15339: HelpSteer2's attributes as one score, and (rating - 1) / 9 for
@@ -89,10 +116,17 @@ class RecordOptions:
     """Longest prompt plus one response in tokens; null: no limit. Responses are never cut."""
     prompt_overflow: PromptOverflow = "error"
     """Over the limits: error | truncate_left (counted; BOS stays; of a chat old turns go first)."""
+    strings: Strings = "raw"
+    """Texts that are no messages: raw (as they are) | chat (a user's turn, and its answers)."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables of the chat template, such as {enable_thinking: false}; a column overrides them."""
 
     def __post_init__(self) -> None:
         check_types(self)
         _check_columns(self.columns)
+        fault = reserved_variable(self.chat_template_kwargs)
+        if fault is not None:
+            raise ValueError(fault)
         self._check_limits()
         if self.preset == "none":
             self._check_scores()
@@ -151,6 +185,17 @@ class RecordOptions:
                 f"divide={self.divide} divides the sum of score_columns, which is not set; "
                 "use score_map"
             )
+
+
+def reserved_variable(variables: dict[str, Any]) -> str | None:
+    """Return why variables of a chat template are refused, by name; None if they are not."""
+    names = sorted(RESERVED.intersection(variables))
+    if not names:
+        return None
+    return (
+        f"chat_template_kwargs: {', '.join(names)} is given to the chat template by the run itself "
+        "(tools: from the column tools); remove it"
+    )
 
 
 def _check_columns(columns: dict[str, str]) -> None:

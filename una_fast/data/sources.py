@@ -5,18 +5,20 @@ from __future__ import annotations
 import itertools
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any
 
 from una_fast.checks import check_number
-from una_fast.data.records import RecordError, listed
+from una_fast.data.messages import RecordError, without_nulls
+from una_fast.data.records import listed
 from una_fast.data.settings import RecordOptions
+from una_fast.data.strict_json import parse_strictly
 from una_fast.printable import printable, shown
 
-DATA_SUFFIXES = (".jsonl", ".parquet")
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 # owner/name, as the hub spells it. A name without an owner may be one of the readers of `datasets`
 # (csv, text, ...), which takes the rest of its settings for files to read.
@@ -25,9 +27,20 @@ HUB_CONFIG = re.compile(r"[\w+=,@ -][\w.+=,@ -]{0,199}")
 
 HUB_SECONDS = 5.0  # until a hub counts as out of reach
 
+# Files by which a directory of `save_to_disk` is known: of several splits, or of one.
+_SAVED = ("dataset_dict.json", "dataset_info.json")
+
+# Cells of a CSV file that are text however they look; chats in them are JSON text, and so are the
+# lists of the second line.
+TEXT_CELLS = ("prompt", "chosen", "rejected", "completion", "conversations", "messages", "system")
+TEXT_CELLS += ("tools", "chat_template_kwargs")
+LIST_CELLS = ("completions", "scores", "ref_logps")
+
 ROWS_AT_ONCE = 1024  # of a Parquet file in memory
 
 LONGEST_LINE = 1 << 28  # bytes of a JSONL line: more is a damaged file, or not JSONL
+
+_OF_CHATS = {"role", "from", "function"}  # keys by which a message or a tool is known
 
 _KINDS = {
     stat.S_IFREG: "file",
@@ -43,11 +56,12 @@ _KINDS = {
 class Source:
     """A place of records: a file, a directory or a dataset.
 
-    path: a .jsonl or .parquet file, a directory of files (read in the order of names), or the name
-        of a dataset for `datasets` ("owner/name" or "owner/name:config")
+    path: a .jsonl, .json, .csv or .parquet file, a directory of files (read in the order of names)
+        or of a dataset that `save_to_disk` wrote, or the name of a dataset for `datasets`
+        ("owner/name" or "owner/name:config")
     weight: how many times a record is seen in an epoch; the fractional part is drawn anew in every
         epoch
-    split: the split of a dataset name
+    split: the split of a dataset
     online: whether the policy answers the prompts of the records; None follows the run's mode
     options: how the records become feedback
 
@@ -118,7 +132,7 @@ def read_rows(source: Source) -> Iterator[tuple[str, Any]]:
     """Yield (origin, row) for every row of a source.
 
     origin: the place of the row for messages: "file.jsonl:LINE" with lines from 1,
-        "file.parquet:ROW" or "dataset[split]:ROW" with rows from 0
+        "file.parquet:ROW", "file.json:ROW", "file.csv:ROW" or "dataset[split]:ROW" with rows from 0
     row: a dict, the undecoded bytes of a JSONL line, or the RecordError of a row that cannot be
         decoded
 
@@ -130,14 +144,17 @@ def read_rows(source: Source) -> Iterator[tuple[str, Any]]:
     if kind is None:
         yield from _read_dataset(source)
         return
+    if kind == "directory" and any((path / name).is_file() for name in _SAVED):
+        yield from _numbered(_load_saved(path, source.split), source)
+        return
     if source.split != "train":
         raise ValueError(
-            f"split={shown(source.split)} is for dataset names, but {_place(path)} is a path; "
+            f"split={shown(source.split)} is for datasets, but {_place(path)} is a path; "
             "give the split's own files"
         )
     files = _data_files(path) if kind == "directory" else [path]
     for file in files:
-        yield from _read_file(file)
+        yield from _read_file(file, source.options.resolved().columns)
 
 
 def _place(path: Path) -> str:
@@ -165,16 +182,23 @@ def _kind(path: Path) -> str | None:
 def _data_files(directory: Path) -> list[Path]:
     with _readable(directory):
         paths = list(directory.iterdir())
-    files = []
-    for path in sorted(paths):
-        hidden = path.name.startswith((".", "_"))
-        if path.suffix in DATA_SUFFIXES and not hidden:
-            _check_regular(path)
-            files.append(path)
-    if not files:
-        suffixes = " or ".join(DATA_SUFFIXES)
-        raise ValueError(f"directory {_place(directory)} holds no data files ({suffixes})")
-    return files
+    found = [path for path in sorted(paths) if not path.name.startswith((".", "_"))]
+    files = [path for path in found if path.suffix in DATA_SUFFIXES]
+    # Beside files of records a .json file is a description: a sidecar, a dataset's card.
+    records = [path for path in files if path.suffix != ".json"] or files
+    for path in records:
+        _check_regular(path)
+    if not records:
+        raise ValueError(
+            f"directory {_place(directory)} holds no data files ({_either(DATA_SUFFIXES)})"
+        )
+    return records
+
+
+def _either(names: Sequence[str]) -> str:
+    """Return names as a part of a message: "a, b or c"."""
+    *first, last = names
+    return f"{', '.join(first)} or {last}"
 
 
 def _check_regular(path: Path) -> None:
@@ -197,16 +221,18 @@ def _readable(path: Path) -> Iterator[None]:
         raise ValueError(f"{_place(path)} cannot be read: {reason}") from None
 
 
-def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
+def _read_file(path: Path, columns: dict[str, str]) -> Iterator[tuple[str, Any]]:
     if path.suffix not in DATA_SUFFIXES:
         raise ValueError(
-            f"{_place(path)} is not a data file; its name must end in {' or '.join(DATA_SUFFIXES)}"
+            f"{_place(path)} is not a data file; its name must end in {_either(DATA_SUFFIXES)}"
         )
     _check_regular(path)
     with _readable(path), path.open("rb") as file:
         # Rows are yielded inside the block; an error of the reader's user does not come this way.
-        read = _read_jsonl if path.suffix == ".jsonl" else _read_parquet
-        yield from read(_place(path), file)
+        if path.suffix == ".csv":
+            yield from _read_csv(_place(path), file, columns)
+        else:
+            yield from _READERS[path.suffix](_place(path), file)
 
 
 def _read_jsonl(place: str, file: IO[bytes]) -> Iterator[tuple[str, bytes]]:
@@ -223,6 +249,80 @@ def _read_jsonl(place: str, file: IO[bytes]) -> Iterator[tuple[str, bytes]]:
             yield f"{place}:{number}", line
 
 
+def _read_json(place: str, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
+    """Yield the objects of a list in a file, or of its lines."""
+    start = file.read(1)
+    while start.isspace():
+        start = file.read(1)
+    file.seek(0)
+    if start != b"[":
+        yield from _read_jsonl(place, file)
+        return
+    content = file.read(LONGEST_LINE + 1)
+    if len(content) > LONGEST_LINE:
+        raise ValueError(
+            f"{place} is a list of more than {LONGEST_LINE >> 20} MiB; write an object a line"
+        )
+    try:
+        rows = parse_strictly(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{place} is not UTF-8 ({error.reason} at byte {error.start})") from None
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+    for number, row in enumerate(rows):
+        yield f"{place}:{number}", row
+
+
+def _read_csv(place: str, file: IO[bytes], columns: dict[str, str]) -> Iterator[tuple[str, Any]]:
+    """Yield the rows of a table with a header: texts as they are, numbers and labels as such.
+
+    columns: our field -> column of the data
+
+    Lists in cells, such as chats, are JSON text.
+    """
+    import pyarrow
+    from pyarrow import csv
+
+    fields = {columns.get(name, name): name for name in (*TEXT_CELLS, *LIST_CELLS)}
+    options = csv.ConvertOptions(
+        column_types=dict.fromkeys(fields, pyarrow.string()),
+        strings_can_be_null=True,
+        null_values=[""],
+    )
+    lines = csv.ParseOptions(newlines_in_values=True)
+    try:
+        table = csv.read_csv(file, parse_options=lines, convert_options=options)
+        rows = table.to_pylist()
+    except Exception as error:  # Arrow has an error of its own for everything
+        raise ValueError(f"{place} is not a CSV file: {printable(error)}") from None
+    _refuse_twice(place, table.column_names)
+    for number, row in enumerate(rows):
+        yield f"{place}:{number}", _with_lists(row, fields)
+
+
+def _with_lists(row: dict[str, Any], fields: dict[str, str]) -> dict[str, Any] | RecordError:
+    """Return a row of a CSV file with the lists in its cells, or the error of a cell.
+
+    fields: column of the data -> our field
+    """
+    for column in fields.keys() & row.keys():
+        cell = row[column] or ""
+        if not cell.startswith("[" if fields[column] in LIST_CELLS else "[{"):
+            continue
+        try:
+            row[column] = parse_strictly(cell)
+        except ValueError as error:
+            return RecordError(f"{printable(column)}: {error}")
+    return row
+
+
+def _refuse_twice(place: str, names: list[str]) -> None:
+    """Refuse a table with two columns of one name."""
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"{place}: columns {listed(twice)} are given twice; rename one of each")
+
+
 def _read_parquet(place: str, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
     import pyarrow.parquet
 
@@ -232,9 +332,7 @@ def _read_parquet(place: str, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
         expected = table.metadata.num_rows
     except Exception as error:  # damage shows as any error of Arrow, of the system or of memory
         raise ValueError(f"{place} is not a Parquet file: {printable(error)}") from None
-    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
-    if twice:
-        raise ValueError(f"{place}: columns {listed(twice)} are given twice; rename one of each")
+    _refuse_twice(place, names)
     number = 0
     for group in range(table.num_row_groups):
         for rows in _batches_of(table, group, f"{place}: row group {group}"):
@@ -246,6 +344,9 @@ def _read_parquet(place: str, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
             f"{place}: {number} rows were found, but its footer says {expected}; the file is "
             "damaged: write it anew"
         )
+
+
+_READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
 
 
 def _batches_of(table: Any, group: int, place: str) -> Iterator[list[Any]]:
@@ -294,7 +395,7 @@ def _without_added_nulls(row: Any) -> Any:
 
     Arrow gives every object the keys of all objects in its column, with null: a tool call would
     show the arguments of the others to the template. Null keys inside messages are dropped, those
-    that were written as null too; null columns stay, and objects other than messages.
+    that were written as null too; null columns stay, and objects other than messages and tools.
     """
     if not isinstance(row, dict):
         return row
@@ -304,21 +405,12 @@ def _without_added_nulls(row: Any) -> Any:
 def _clean_messages(value: Any) -> Any:
     if isinstance(value, list):
         return [_clean_messages(entry) for entry in value]
-    if isinstance(value, dict) and "role" in value:
-        return _without_nulls(value)
-    return value
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(entry) for key, entry in value.items() if entry is not None}
-    if isinstance(value, list):
-        return [_without_nulls(entry) for entry in value]
+    if isinstance(value, dict) and not _OF_CHATS.isdisjoint(value):
+        return without_nulls(value)
     return value
 
 
 def _read_dataset(source: Source) -> Iterator[tuple[str, Any]]:
-    place = printable(source.path)
     problem = f"{shown(source.path)} is neither a file, a directory, nor a loadable dataset name"
     name, _, config = source.path.partition(":")
     # Anything else is refused at once: asking a hub for a missing path would only cost the timeouts
@@ -328,9 +420,35 @@ def _read_dataset(source: Source) -> Iterator[tuple[str, Any]]:
         raise ValueError(f"{problem} (owner/name or owner/name:config); check the path")
     split = shown(source.split)
     try:
-        rows = iter(_load_dataset(name, config or None, source.split))
+        rows = _load_dataset(name, config or None, source.split)
     except Exception as error:  # the hub, the disk and the dataset's own code each raise their own
         raise ValueError(f"{problem} (split={split}): {printable(error)}") from error
+    yield from _numbered(rows, source)
+
+
+def _load_saved(path: Path, split: str) -> Any:
+    """Return the dataset of a directory that `save_to_disk` wrote; of several splits, one."""
+    import datasets
+
+    try:
+        found = datasets.load_from_disk(str(path))
+    except Exception as error:  # as above
+        raise ValueError(f"{_place(path)} is no whole dataset: {printable(error)}") from error
+    if not isinstance(found, datasets.DatasetDict):
+        if split != "train":
+            raise ValueError(f"{_place(path)} is a dataset without splits; remove split={split}")
+        return found
+    if split not in found:
+        raise ValueError(
+            f"{_place(path)} has no split {shown(split)}; set split to one of {listed(found)}"
+        )
+    return found[split]
+
+
+def _numbered(dataset: Iterable[Any], source: Source) -> Iterator[tuple[str, Any]]:
+    """Yield (origin, row) for every row of a dataset."""
+    place = printable(source.path)
+    rows = iter(dataset)
     for number in itertools.count():
         origin = f"{place}[{printable(source.split)}]:{number}"
         try:

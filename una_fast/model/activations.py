@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from una_fast.counters import is_fake, memory_category
+from una_fast.model.head_probe import text_modules
 from una_fast.model.settings import MemoryOptions
 
 # Bytes. torch rounds pinned allocations up to a power of two: blocks of such a size lose nothing.
@@ -345,12 +346,14 @@ def tile_mlps(model: PreTrainedModel, mlps: Sequence[nn.Module], tile: int) -> N
 def find_mlps(model: PreTrainedModel) -> list[nn.Module]:
     """Find the MLPs of a model by trying, not by name.
 
-    An MLP is a child of a decoder layer, holds several matrices, and maps [1, T, D] to the same
-    shape, token by token.
+    An MLP is a child of a decoder layer that text runs through, holds several matrices, and maps
+    [1, T, D] to the same shape, token by token.
     """
+    inside = text_modules(model)
     mlps = []
     for layer in decoder_layers(model):
-        mlps += [child for child in layer.children() if _is_mlp(child, model)]
+        if layer in inside:
+            mlps += [child for child in layer.children() if _is_mlp(child, model)]
     return mlps
 
 

@@ -42,6 +42,7 @@ _TOKENIZER_FILES = (
     "chat_template.json",
     "preprocessor_config.json",
     "processor_config.json",
+    "video_preprocessor_config.json",
 )
 _TEMPLATES = "additional_chat_templates"
 

@@ -63,6 +63,17 @@ def text_modules(causal_lm: PreTrainedModel) -> set[nn.Module]:
     return inside | set(holders)
 
 
+def outside_text(causal_lm: PreTrainedModel) -> list[str]:
+    """Return the names of the outermost modules that text does not run through: towers."""
+    inside = text_modules(causal_lm)
+    outside: list[str] = []
+    for name, module in causal_lm.named_modules():
+        within = tuple(f"{other}." for other in outside)
+        if module not in inside and not name.startswith(within):
+            outside.append(name)
+    return outside
+
+
 def freeze_outside_text(causal_lm: PreTrainedModel) -> None:
     """Freeze the weights that text does not run through: they would never have a gradient."""
     for module in set(causal_lm.modules()) - text_modules(causal_lm):

@@ -21,8 +21,11 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -268,7 +271,7 @@ def outline(
 
     def build(attention: str | None) -> PreTrainedModel:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
+            return _class_for(config).from_config(
                 config,
                 dtype=dtype,
                 attn_implementation=attention,
@@ -285,6 +288,24 @@ def outline(
         for part in (model.config, model.get_decoder().config):
             part._attn_implementation_internal = "sdpa"
         return model
+
+
+def _class_for(config: PreTrainedConfig) -> Any:
+    """Return the class of transformers that builds the model of a config, with a head for text.
+
+    Most models that also read images are known under a class of their own; as a text model is
+    inside, they are trained on text. ModelError for a model without such a head.
+    """
+    kind = type(config)
+    own_code = getattr(config, "auto_map", None) or {}
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in own_code:
+        return AutoModelForCausalLM
+    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    raise ModelError(
+        f"{printable(config.name_or_path)}: transformers has no causal language model for its "
+        f"config, {kind.__name__}; give a model that writes text from left to right"
+    )
 
 
 def is_flash(attn_implementation: str | None) -> bool:
@@ -320,8 +341,9 @@ def load_causal_lm(
     }
     _check_files(base, adapter, options)
     name, where = pretrained(base)
+    kind = _class_for(load_config(base, trust_remote_code=trust_remote_code))
     with reading(base, "model"), _without_bar():
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = kind.from_pretrained(
             name,
             dtype=dtype,
             use_safetensors=True,

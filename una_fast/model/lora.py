@@ -8,11 +8,11 @@ from collections.abc import Iterable
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from una_fast.model.directory import ModelError, reading
-from una_fast.model.head_probe import text_modules
+from una_fast.model.head_probe import outside_text, text_modules
 from una_fast.model.settings import LoraOptions
 from una_fast.printable import shown
 
@@ -36,7 +36,7 @@ def add_lora(
         r=options.r,
         lora_alpha=options.r if options.alpha is None else options.alpha,
         target_modules=options.target_modules,
-        exclude_modules=_outside(model, inside),
+        exclude_modules=_outside(model),
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
         revision=revision,
@@ -83,13 +83,9 @@ def _starts_of_ends(name: str) -> Iterable[int]:
     return [0, *(match.end() for match in re.finditer(r"\.", name))]
 
 
-def _outside(model: PreTrainedModel, inside: set[nn.Module]) -> str | None:
+def _outside(model: PreTrainedModel) -> str | None:
     """Return a pattern of the names of the modules that text does not run through."""
-    outside: list[str] = []
-    for name, module in model.named_modules():
-        if module in inside or any(name.startswith(f"{other}.") for other in outside):
-            continue
-        outside.append(name)
+    outside = outside_text(model)
     if not outside:
         return None
     # peft takes a list for ends of names; a text is a regular expression for whole ones.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from una_fast.data.chat_template import render_chat
-from una_fast.data.records import RecordError
+from una_fast.data.messages import RecordError
 from una_fast.logs import say_once
 from una_fast.printable import printable
 from una_fast.rewards.outcome import Failure, Outcome, PromptText, Reward, chat_text, redacted

@@ -41,8 +41,20 @@ SUFFIX = ".ref.json"
 MEND = "write them again with una-fast precompute-ref, or set reference=frozen (or adapter)"
 
 # Record settings that decide on token ids; the others decide on feedback.
-TEXTS = ("prompt", "chosen", "rejected", "completion", "completions")
+TEXTS = (
+    "prompt",
+    "chosen",
+    "rejected",
+    "completion",
+    "completions",
+    "conversations",
+    "messages",
+    "system",
+    "tools",
+    "chat_template_kwargs",
+)
 LIMITS = ("max_prompt_tokens", "max_tokens", "prompt_overflow")
+CHATS = ("strings", "chat_template_kwargs")
 
 COMPARED = 4  # records of a file without a sidecar, spread over the file
 NATS_PER_TOKEN = 0.1  # of rounding: other batches, kernels and dtypes, never another model
@@ -139,11 +151,15 @@ def token_identity(tokenizer: PreTrainedTokenizerBase, options: RecordOptions) -
     options = options.resolved()
     columns = {name: options.columns[name] for name in TEXTS if name in options.columns}
     limits = {name: getattr(options, name) for name in LIMITS}
+    defaults = RecordOptions()
+    chats = {name: getattr(options, name) for name in CHATS}
+    changed = {name: value for name, value in chats.items() if value != getattr(defaults, name)}
     return {
         "tokenizer": _hash(_tokenizer_content(tokenizer)),
         "chat_template": _hash(json.dumps(tokenizer.chat_template, sort_keys=True)),
         "columns": columns,
         **limits,
+        "chats": changed or None,
     }
 
 
@@ -196,6 +212,8 @@ def tokens_of(examples: Iterable[Example]) -> str:
         for ids in (example.prompt_ids, *example.responses):
             digest.update(len(ids).to_bytes(8, "little"))
             digest.update(ids.tobytes())
+        for scored in example.scored:
+            digest.update(scored.tobytes())
     return digest.hexdigest()[:16]
 
 
