@@ -15,7 +15,7 @@ from una_fast.checks import (
     check_range,
     check_types,
 )
-from una_fast.flags import given_settings
+from una_fast.flags import Parser, add_settings, given_settings, in_place
 from una_fast.printable import without_secrets
 from una_fast.rewards.settings import shown_url
 
@@ -188,3 +188,41 @@ class Texts:
 )
 def test_flags_of_texts_are_taken_as_they_are(name, text, value):
     assert given_settings(Texts, [(name, text)]) == {name: value}
+
+
+@dataclass
+class Places:
+    """Files to read."""
+
+    files: list[str] = field(metadata=in_place("FILE"))
+    """Files of records."""
+    count: int = 1
+    """Records to show."""
+
+
+@dataclass
+class Place:
+    """A run."""
+
+    run: str = field(default="runs/last", metadata=in_place("RUN"))
+
+
+def test_words_without_a_flag_are_a_setting():
+    places = ["null", "b c"]
+    assert given_settings(Places, [("count", "2")], places) == {"count": 2, "files": places}
+    assert given_settings(Place, [], ["8"]) == {"run": "8"}
+    assert given_settings(Place, []) == {}
+    with pytest.raises(ValueError, match="FILE is missing"):
+        given_settings(Places, [])
+    with pytest.raises(ValueError, match="one RUN is wanted, not a b"):
+        given_settings(Place, [], ["a", "b"])
+
+
+def test_words_without_a_flag_may_stand_anywhere_among_the_flags():
+    parser = Parser(prog="una-fast data")
+    add_settings(parser, [Places])
+    parsed, places = parser.parse_known_args(["a", "--count", "2", "b"])
+    assert parsed.words == [("count", "2")] and places == ["a", "b"]
+    shown = parser.format_help()
+    assert "una-fast data [-v] FILE [FILE ...] [--config FILE]" in shown
+    assert "Files of records." in shown and "--files" not in shown

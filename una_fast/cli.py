@@ -23,7 +23,15 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 from una_fast.checks import check_types
-from una_fast.flags import Parser, UsageError, add_settings, default_of, given_settings, suggestion
+from una_fast.flags import (
+    Parser,
+    UsageError,
+    add_settings,
+    default_of,
+    field_in_place,
+    given_settings,
+    suggestion,
+)
 from una_fast.logs import LineFormatter
 from una_fast.printable import printable, shown, told
 from una_fast.signals import Stopped, requests
@@ -284,12 +292,13 @@ def _parse(parser: Parser, arguments: list[str]) -> Namespace:
     parsed, unknown = parser.parse_known_args(arguments)
     prog = f"una-fast {parsed.command}"
     kind = _settings_of(parsed.command)
-    if unknown:
+    takes_words = field_in_place(kind) is not None
+    if unknown and (not takes_words or any(word.startswith("-") for word in unknown)):
         names = [f"--{f.name}" for f in fields(kind)]
         hint = suggestion(unknown[0].split("=")[0], names)
         raise UsageError(prog, f"unrecognized: {' '.join(map(printable, unknown))}{hint}")
     try:
-        parsed.given = given_settings(kind, getattr(parsed, "words", []))
+        parsed.given = given_settings(kind, getattr(parsed, "words", []), unknown)
     except ValueError as error:
         raise UsageError(prog, str(error)) from None
     return parsed

@@ -3,6 +3,7 @@
     --name VALUE     a text as it is, other values as in YAML: --data '[a.jsonl, b.jsonl]'
     --lora.r 8       a field of settings within settings
     --config FILE    a YAML file of settings; later flags and files win
+    FILE             words without a flag: of the field with metadata=in_place("FILE")
 
 Values are checked against the annotations when the words have been read; bounds, and values that
 do not go together, are the settings' own affair.
@@ -64,9 +65,32 @@ class _Keep(argparse.Action):
         namespace.words = [*getattr(namespace, "words", []), (self.dest, text)]
 
 
-def add_settings(parser: Parser, groups: Iterable[type]) -> None:
+def in_place(shown_as: str) -> dict[str, str]:
+    """Return the metadata of a field whose values are words of the command line without a flag.
+
+    shown_as: name of a word in the help, such as FILE
+
+    The field is a text, or a list of texts; without a default it has to be given. A command has at
+    most one such field.
+    """
+    return {"in_place": shown_as}
+
+
+def field_in_place(kind: type) -> Field | None:
+    """Return the field of the words without a flag; None if a dataclass has none."""
+    return next((field for field in fields(kind) if "in_place" in field.metadata), None)
+
+
+def _takes_many(kind: type) -> bool:
+    """Return whether the words without a flag are a list."""
+    name = field_in_place(kind).name
+    return mismatch(name, [], field_types(kind)[name]) is None
+
+
+def add_settings(parser: Parser, groups: Sequence[type]) -> None:
     """Add --config, and a titled group of flags for every dataclass in `groups`."""
-    parser.usage = f"{parser.prog} [-v] [--config FILE] [--SETTING VALUE ...]"
+    places = "".join(f" {_place_in_usage(group)}" for group in groups if field_in_place(group))
+    parser.usage = f"{parser.prog} [-v]{places} [--config FILE] [--SETTING VALUE ...]"
     _add(parser, "config", "FILE", CONFIG)
     for group in groups:
         title = inspect.getdoc(group).split("\n")[0].rstrip(".")
@@ -74,6 +98,16 @@ def add_settings(parser: Parser, groups: Iterable[type]) -> None:
         own = inspect.get_annotations(group)
         for field, hint, text in _documented(group):
             if field.name not in own:
+                continue
+            if "in_place" in field.metadata:
+                # Words may stand anywhere among the flags: argparse shows them, but takes none.
+                section.add_argument(
+                    field.name,
+                    nargs=argparse.SUPPRESS,
+                    default=argparse.SUPPRESS,
+                    metavar=field.metadata["in_place"],
+                    help=text.replace("%", "%%"),
+                )
                 continue
             _add(section, field.name, _metavar(field.name, hint), _help(text, field, hint))
             for inner in filter(is_dataclass, get_args(hint)):
@@ -83,13 +117,17 @@ def add_settings(parser: Parser, groups: Iterable[type]) -> None:
                     _add(section, name, shown_name, _help(part_text, part, part_hint))
 
 
-def given_settings(kind: type, words: Sequence[tuple[str, str]]) -> dict[str, Any]:
+def given_settings(
+    kind: type, words: Sequence[tuple[str, str]], places: Sequence[str] = ()
+) -> dict[str, Any]:
     """Return the settings that flags and files give, by name.
 
     kind: dataclass of the settings
     words: (name, text) of every flag, in order; of --config the path
+    places: words without a flag
 
-    ValueError, by the name, for an unknown setting or a value of another type.
+    ValueError, by the name, for an unknown setting or a value of another type, and for words
+    without a flag that are missing or too many.
     """
     hints = field_types(kind)
     given: dict[str, Any] = {}
@@ -107,7 +145,24 @@ def given_settings(kind: type, words: Sequence[tuple[str, str]]) -> dict[str, An
         (settings,) = filter(is_dataclass, get_args(hints[outer]))
         value = _from_text(name, text, field_types(settings)[inner])
         given[outer] = {**(given.get(outer) or {}), inner: value}
-    return given
+    return given | _from_places(kind, places, given)
+
+
+def _from_places(kind: type, places: Sequence[str], given: dict[str, Any]) -> dict[str, Any]:
+    """Return the setting of the words without a flag; see `given_settings`."""
+    field = field_in_place(kind)
+    if field is None:
+        return {}
+    shown_as = field.metadata["in_place"]
+    if not places:
+        if default_of(field) is MISSING and field.name not in given:
+            raise ValueError(f"{shown_as} is missing")
+        return {}
+    if _takes_many(kind):
+        return {field.name: list(places)}
+    if len(places) > 1:
+        raise ValueError(f"one {shown_as} is wanted, not {' '.join(map(printable, places))}")
+    return {field.name: places[0]}
 
 
 def suggestion(name: str, names: Iterable[str]) -> str:
@@ -151,6 +206,15 @@ def _add(parser: Any, name: str, metavar: str, text: str) -> None:
     parser.add_argument(
         f"--{name}", action=_Keep, default=argparse.SUPPRESS, metavar=metavar, help=help_text
     )
+
+
+def _place_in_usage(kind: type) -> str:
+    """Return how the words without a flag stand in the line of usage."""
+    field = field_in_place(kind)
+    shown_as = field.metadata["in_place"]
+    if _takes_many(kind):
+        shown_as = f"{shown_as} [{shown_as} ...]"
+    return shown_as if default_of(field) is MISSING else f"[{shown_as}]"
 
 
 def _metavar(name: str, hint: Any) -> str:
