@@ -25,7 +25,7 @@ data head
 model
 rewards
 config
-optim resolved
+optim resolved report
 online capacity
 train
 demo

@@ -29,6 +29,9 @@ from una_fast.model.reference import CachedReference
 from una_fast.online.anchors import AnchoredStep
 from una_fast.online.sampling import SamplerError
 from una_fast.optim import gradient_norm
+from una_fast.printable import told
+from una_fast.report.page import write_report
+from una_fast.report.settings import ReportConfig
 from una_fast.resolved import ResolvedRun
 from una_fast.rewards.settings import RewardError
 from una_fast.signals import Stopped, requests
@@ -126,6 +129,8 @@ def _train(config: RunConfig, output_dir: Path, world: World) -> TrainResult:
         manifest = Manifest(steps, {**trainer.state["run"], "date": date}, {}, metrics)
         texts = {"README.md": card}
         save_final(output_dir, trainer.policy, tokenizer, world, manifest, texts)
+        if world.is_main and config.write_report:
+            _write_report(output_dir)
     return TrainResult(output_dir, steps, metrics)
 
 
@@ -152,6 +157,14 @@ def _with_advice(error: KeyboardInterrupt, output_dir: Path) -> Stopped:
         f"ended by {error.name}; {advice}" + ("; resume=true goes on from it" if whole else ""),
         by_signal=error.by_signal,
     )
+
+
+def _write_report(output_dir: Path) -> None:
+    """Write report.html; a failure is told, and ends no run."""
+    try:
+        write_report(ReportConfig([str(output_dir)]))
+    except Exception as error:
+        logger.warning("the report of the run is not written: %s", told(error))
 
 
 def _save_settings(

@@ -1,0 +1,230 @@
+"""Charts as inline SVG: drawn by matplotlib, coloured by the style sheet of the page.
+
+A chart has no colour of its own: placeholders become CSS variables, so that one drawing serves the
+light page, the dark page and the printed page. Texts stay texts. Invisible circles carry tooltips.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from una_fast.report.run_files import Series
+
+SIZE = (4.4, 2.5)  # inches: 317 x 180 units of the drawing
+MOST_POINTS = 240  # of a drawn line; longer series are thinned
+MOST_TOOLTIPS = 120  # of a chart
+
+# Placeholders of colours, by the CSS variable that takes their place.
+_INK, _GRID = "#fe0001", "#fe0002"
+_COLOURS = ("#fe0011", "#fe0012", "#fe0013", "#fe0014", "#fe0015", "#fe0016")
+_VARIABLES = {_INK: "ink-2", _GRID: "grid"} | {c: f"s{i}" for i, c in enumerate(_COLOURS, 1)}
+COLOURS = len(_COLOURS)
+
+_WIDTH = 1.6  # of a line
+_DASHES = ((), (4, 2), (1, 1.5), (6, 2, 1, 2))  # stroke, gap, ... in widths of the line
+
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "una-fast",
+    "font.size": 9,
+    "axes.edgecolor": _GRID,
+    "axes.labelcolor": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.formatter.limits": (-3, 5),
+    "axes.formatter.useoffset": False,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "text.color": _INK,
+    "lines.linewidth": _WIDTH,
+    "path.simplify": True,
+}
+
+_SVG = "http://www.w3.org/2000/svg"
+_LINK = "http://www.w3.org/1999/xlink"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a chart.
+
+    name: for tooltips
+    x: [P] steps, or values of another metric
+    y: [P] values; a NaN is a gap
+    low, high: [P] bounds of the values behind a thinned point
+    steps: [P] steps
+    colour: number of the colour, from 0
+    dash: number of the dash, from 0
+    """
+
+    name: str
+    x: np.ndarray
+    y: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    steps: np.ndarray
+    colour: int = 0
+    dash: int = 0
+
+
+def line_of(name: str, series: Series, *, colour: int = 0, dash: int = 0) -> Line:
+    """Return the line of a series over the steps, thinned to MOST_POINTS.
+
+    A point of a thinned line is the mean of neighbouring values, with their smallest and largest.
+    Values that are not finite are gaps.
+    """
+    steps = np.array(sorted(series))
+    values = np.array([series[step] for step in steps.tolist()], dtype=np.float64)
+    values[~np.isfinite(values)] = np.nan
+    parts = min(len(steps), MOST_POINTS)
+    points = []
+    for where in np.array_split(np.arange(len(steps)), parts):
+        part = values[where]
+        known = part[np.isfinite(part)]
+        bounds = (known.mean(), known.min(), known.max()) if known.size else (math.nan,) * 3
+        points.append((steps[where[-1]], *bounds))
+    x, y, low, high = np.array(points, dtype=np.float64).T
+    return Line(name, x, y, low, high, x, colour, dash)
+
+
+def path_of(name: str, across: Series, up: Series, *, colour: int = 0, dash: int = 0) -> Line:
+    """Return the line of one series against another, over the steps of both."""
+    both = {step: value for step, value in across.items() if step in up}
+    x = line_of(name, both)
+    y = line_of(name, {step: up[step] for step in both})
+    return Line(name, x.y, y.y, y.y, y.y, x.steps, colour, dash)
+
+
+def dash_array(dash: int) -> str:
+    """Return the strokes and gaps of a dash for an SVG of a legend; empty for a whole line."""
+    return " ".join(f"{_WIDTH * part:g}" for part in _DASHES[dash % len(_DASHES)])
+
+
+def _line_style(dash: int) -> Any:
+    """Return a dash as matplotlib has it."""
+    pattern = _DASHES[dash % len(_DASHES)]
+    return (0, pattern) if pattern else "-"
+
+
+def draw(
+    lines: Sequence[Line], *, label: str, x_label: str = "step", limit: float | None = None
+) -> str:
+    """Return a chart as an SVG element.
+
+    lines: of one axis
+    label: what the chart shows, for those who hear the page
+    x_label: below the horizontal axis
+    limit: a horizontal line across the chart
+    """
+    # The matplotlib of a session is slow to load, and pyplot would look for a screen.
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=SIZE, layout="constrained")
+        axes = figure.add_subplot()
+        axes.tick_params(length=0)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=x_label == "step"))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        if x_label == "step":
+            axes.xaxis.set_major_formatter(_step_in_words)
+        axes.set_xlabel(x_label)
+        for line in lines:
+            _draw_line(axes, line)
+        if limit is not None:
+            axes.axhline(limit, color=_INK, linewidth=1, linestyle=_line_style(1))
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        tooltips = _tooltips(axes, lines)
+    return _as_element(buffer.getvalue(), label, tooltips)
+
+
+def _step_in_words(step: float, _: int) -> str:
+    """Return a tick of the steps: 400, 20k, 1.5M."""
+    if step >= 1e6:
+        return f"{step / 1e6:g}M"
+    return f"{step / 1e3:g}k" if step >= 1e4 else f"{step:g}"
+
+
+def _draw_line(axes: Any, line: Line) -> None:
+    colour = _COLOURS[line.colour % COLOURS]
+    known = np.isfinite(line.x) & np.isfinite(line.y)
+    axes.plot(line.x, line.y, color=colour, linestyle=_line_style(line.dash))
+    if np.any(line.high > line.low):
+        axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
+    if known.sum() <= 24:  # a few points, or a single one, are seen as points
+        axes.plot(line.x, line.y, ".", color=colour, markersize=5)
+    elif known.any():
+        last = np.flatnonzero(known)[-1]
+        axes.plot(line.x[last], line.y[last], ".", color=colour, markersize=6)
+
+
+def _tooltips(axes: Any, lines: Sequence[Line]) -> list[tuple[float, float, str]]:
+    """Return (x, y, text) of the tooltips, in units of the drawing."""
+    height = SIZE[1] * 72
+    found = []
+    for line in lines:
+        known = np.flatnonzero(np.isfinite(line.x) & np.isfinite(line.y))
+        share = max(MOST_TOOLTIPS // len(lines), 2)
+        if len(known) > share:
+            known = known[np.linspace(0, len(known) - 1, share).round().astype(int)]
+        places = axes.transData.transform(np.column_stack([line.x[known], line.y[known]]))
+        scale = 72 / axes.figure.dpi
+        for index, (x, y) in zip(known, places * scale, strict=True):
+            text = f"{line.name}: {line.y[index]:.4g} at step {line.steps[index]:,.0f}"
+            found.append((x, height - y, text))
+    return found
+
+
+def _as_element(svg: str, label: str, tooltips: Sequence[tuple[float, float, str]]) -> str:
+    """Return a drawing of matplotlib as an element of a page.
+
+    Its size, fonts and metadata give way to those of the page, and its ids are dropped unless a
+    part of the drawing refers to them: several drawings share a page.
+    """
+    ElementTree.register_namespace("", _SVG)
+    ElementTree.register_namespace("xlink", _LINK)
+    root = ElementTree.fromstring(svg)
+    for name in ("width", "height", "version"):
+        root.attrib.pop(name, None)
+    root.attrib |= {"role": "img", "aria-label": label}
+    for metadata in root.findall(f"{{{_SVG}}}metadata"):
+        root.remove(metadata)
+    for element in root.iter():
+        _restyle(element)
+    for x, y, text in tooltips:
+        place = {"cx": f"{x:.1f}", "cy": f"{y:.1f}", "r": "5", "class": "hit"}
+        circle = ElementTree.SubElement(root, f"{{{_SVG}}}circle", place)
+        ElementTree.SubElement(circle, f"{{{_SVG}}}title").text = text
+    text = ElementTree.tostring(root, encoding="unicode")
+    for placeholder, variable in _VARIABLES.items():
+        text = text.replace(placeholder, f"var(--{variable})")
+    return text
+
+
+def _restyle(element: ElementTree.Element) -> None:
+    """Leave fonts and the global style to the page."""
+    if element.tag == f"{{{_SVG}}}style":
+        element.text = ""
+    if element.tag == f"{{{_SVG}}}g":
+        element.attrib.pop("id", None)
+    style = element.attrib.get("style", "")
+    if "font-family" in style:
+        parts = [part for part in style.split(";") if "font-family" not in part]
+        element.attrib["style"] = ";".join(parts)
+    if element.text and not element.text.strip():
+        element.text = None
+    if element.tail and not element.tail.strip():
+        element.tail = None
