@@ -49,6 +49,7 @@ setup(
         "tensorboard>=2.18",
         "matplotlib>=3.9",
         "jinja2>=3.1",
+        "markupsafe>=2.1",
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["una-fast=una_fast.command:main"]},

@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from una_fast.report.charts import COLOURS, Line, dash_array, draw, line_of, path_of
 from una_fast.report.metric_table import EVAL, OF_REWARD, sentence_of, table_name
+from una_fast.report.render import visible
 from una_fast.report.run_files import RunFiles, Series
 
 LEARNING, SAMPLING, MACHINE = "Learning", "Rewards and KL", "Machine"
@@ -141,7 +142,7 @@ def _curves(kind: ChartKind, runs: Sequence[RunFiles]) -> list[_Curve]:
     curves = []
     for number, run in enumerate(runs):
         for metric in _metrics_of(kind, run):
-            label = metric if len(runs) == 1 else f"{metric}, {run.name}"
+            label = visible(metric if len(runs) == 1 else f"{metric}, {run.name}")
             series = run.series[metric]
             across = None
             if kind.against is not None:

@@ -208,22 +208,21 @@ def _as_element(svg: str, label: str, tooltips: Sequence[tuple[float, float, str
         place = {"cx": f"{x:.1f}", "cy": f"{y:.1f}", "r": "5", "class": "hit"}
         circle = ElementTree.SubElement(root, f"{{{_SVG}}}circle", place)
         ElementTree.SubElement(circle, f"{{{_SVG}}}title").text = text
-    text = ElementTree.tostring(root, encoding="unicode")
-    for placeholder, variable in _VARIABLES.items():
-        text = text.replace(placeholder, f"var(--{variable})")
-    return text
+    return ElementTree.tostring(root, encoding="unicode")
 
 
 def _restyle(element: ElementTree.Element) -> None:
-    """Leave fonts and the global style to the page."""
+    """Leave colours, fonts and the global style to the page."""
     if element.tag == f"{{{_SVG}}}style":
         element.text = ""
     if element.tag == f"{{{_SVG}}}g":
         element.attrib.pop("id", None)
-    style = element.attrib.get("style", "")
-    if "font-family" in style:
-        parts = [part for part in style.split(";") if "font-family" not in part]
-        element.attrib["style"] = ";".join(parts)
+    if "style" in element.attrib:
+        parts = element.attrib["style"].split(";")
+        style = ";".join(part for part in parts if "font-family" not in part)
+        for placeholder, variable in _VARIABLES.items():
+            style = style.replace(placeholder, f"var(--{variable})")
+        element.attrib["style"] = style
     if element.text and not element.text.strip():
         element.text = None
     if element.tail and not element.tail.strip():

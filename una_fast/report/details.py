@@ -9,7 +9,6 @@ from typing import Any
 from una_fast.config import RunConfig
 from una_fast.flags import default_of
 from una_fast.report.plain import (
-    bytes_in_words,
     count_of,
     flat,
     is_number,
@@ -17,6 +16,7 @@ from una_fast.report.plain import (
     mapping_of,
     mappings_of,
     number_in_words,
+    size_in_words,
     text_of,
 )
 from una_fast.report.run_files import RunFiles
@@ -84,10 +84,10 @@ def _prompt(prompt: Any) -> str:
 def plan_in_words(plan: dict[str, Any]) -> str:
     """Return the batch of a plan, its peak and the verdict."""
     peak, room = plan.get("peak"), plan.get("room")
-    words = f"Largest batch: {text_of(plan.get('batch'))}. Peak {bytes_in_words(peak)}"
+    words = f"Largest batch: {text_of(plan.get('batch'))}. Peak {size_in_words(peak)}"
     if is_number(peak) and is_number(room):
         verdict = "it fits" if peak <= room else "it does not fit"
-        words += f" of {bytes_in_words(room)} that may be filled: {verdict}"
+        words += f" of {size_in_words(room)} that may be filled: {verdict}"
     return f"{words}."
 
 
@@ -97,7 +97,7 @@ def bars_of(sizes: dict[str, Any]) -> list[dict[str, Any]]:
     largest = max(known.values(), default=1)
     bars = []
     for name, size in known.items():
-        bars.append({"name": name, "size": bytes_in_words(size), "share": size / largest})
+        bars.append({"name": name, "size": size_in_words(size), "share": size / largest})
     return bars
 
 
@@ -146,7 +146,7 @@ def decisions_of(run: RunFiles) -> list[tuple[str, str, str]]:
     for name, value in run.decisions.items():
         if name in ("sources", "notes"):
             continue
-        words = bytes_in_words(value) if name == "workspace" else text_of(value)
+        words = size_in_words(value) if name == "workspace" else text_of(value)
         source = sources.get(_LINES.get(name, name), "")
         rows.append((name, words, text_of(source)))
     rows += [("note", text_of(note), "") for note in list_of(run.decisions.get("notes"))]

@@ -15,8 +15,8 @@ METRICS = {
     "rewards/margins": "Mean implicit reward of the chosen less that of the rejected responses.",
     "rewards/chosen": "Mean implicit reward of chosen responses: beta * (log pi - log pi_ref).",
     "rewards/rejected": "Mean implicit reward of rejected responses: beta * (log pi - log pi_ref).",
-    "logps/chosen": "Mean log-probability of a chosen response under the policy, in nats.",
-    "logps/rejected": "Mean log-probability of a rejected response under the policy, in nats.",
+    "logps/chosen": "Mean log-probability of a whole chosen response under the policy.",
+    "logps/rejected": "Mean log-probability of a whole rejected response under the policy.",
     "una/implicit_mean": (
         "Mean over labels and scores of the policy's own value: sigmoid(r), or r with reward_mse."
     ),
@@ -46,7 +46,7 @@ METRICS = {
     "response_tokens": "Tokens of responses, which are the scored ones, since the last report.",
     "padding": "Share of computed positions that hold no token.",
     "tok_per_sec": "Tokens per second of training time, sampling and rewards included.",
-    "mfu": "Share of the GPU's dense bf16 peak that the linear layers reach.",
+    "mfu": "Share of the GPU's dense bf16 peak that the linear layers reach, without sampling.",
     "memory/peak_gib": "Peak of memory so far in GiB: allocated on the GPU, or resident on a CPU.",
     "time/generate": "Seconds of sampling since the last report.",
     "time/reward": "Seconds of waiting for rewards since the last report.",

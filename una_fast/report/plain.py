@@ -6,7 +6,7 @@ import json
 import math
 from typing import Any
 
-GIB = 2**30
+from una_fast.printable import bytes_in_words
 
 
 def text_of(value: Any) -> str:
@@ -49,13 +49,9 @@ def number_in_words(value: Any) -> str:
     return str(value) if isinstance(value, float) else "–"
 
 
-def bytes_in_words(size: Any) -> str:
-    """Return bytes in GiB, or in MiB below a tenth of one; a dash for everything else."""
-    if not is_number(size):
-        return "–"
-    if abs(size) >= GIB / 10:
-        return f"{size / GIB:,.2f} GiB"
-    return f"{size / 2**20:,.2f} MiB"
+def size_in_words(value: Any) -> str:
+    """Return bytes in GiB or MiB; a dash for everything that is no number."""
+    return bytes_in_words(value) if is_number(value) else "–"
 
 
 def flat(settings: dict[str, Any]) -> dict[str, str]:
