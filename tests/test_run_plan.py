@@ -403,6 +403,8 @@ def test_a_run_that_fits_with_the_named_switches_runs_with_them(models, records,
             flags += [f"--{name}", value]
     assert main(command(models["llama"], records, tmp_path / "run", *limit, *flags)) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 1
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert 0 < plan["peak"] <= plan["room"] and sum(plan["parts"].values()) == plan["peak"]
 
 
 def test_plan_of_a_row_shows_decisions_memory_limits_and_switches(models, tmp_path, capsys):

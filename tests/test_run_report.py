@@ -22,6 +22,7 @@ from una_fast.report.charts import MOST_POINTS, line_of
 from una_fast.report.metric_table import METRICS, table_name
 from una_fast.report.page import page_of
 from una_fast.report.run_files import SAMPLES, read_runs
+from una_fast.report.settings import MOST_RUNS
 from una_fast.train.loop import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -184,6 +185,11 @@ def test_several_runs_share_charts_and_show_what_differs(make_run, tmp_path, cap
     assert differing.split() == ["a/out", "b/out", "beta", "0.1", "0.2"]
     assert "0.7 → 0.14 0.7 → 0.14" in shown.text
     assert "equal settings" in page(runs[0], runs[0]).text
+    html = page_of(read_runs([runs[0]] * MOST_RUNS))
+    for number in range(1, MOST_RUNS + 1):
+        assert f"--s{number}:" in html and f'stroke k{number}"' in html
+    assert main(["report", *map(str, runs * MOST_RUNS)]) == 1
+    assert f"a page shows at most {MOST_RUNS}" in capsys.readouterr().err
 
 
 def test_a_mean_log_ratio_of_older_runs_is_no_kl(make_run):

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -107,49 +108,81 @@ def accumulates(config: RunConfig, ranks: int, batch: Sequence[Example]) -> bool
 # --- refusal -------------------------------------------------------------------------------------
 
 
-def refuse_too_large(config: RunConfig, facts: Facts, examples: Sequence[Example]) -> None:
+@dataclass(frozen=True)
+class Planned:
+    """Memory of the largest batch of a run, beside the memory of the device.
+
+    batch: the batch in words
+    peak: bytes; of a small run, which is not planned, more than it can need
+    room: bytes that may be filled
+    parts: bytes by category at the peak; empty for a small run
+    """
+
+    batch: str
+    peak: int
+    room: int
+    parts: dict[str, int]
+
+    def __str__(self) -> str:
+        peak = bytes_in_words(self.peak)
+        held = f"{peak} planned" if self.parts else f"at most {peak}"
+        return f"{held}, of {bytes_in_words(self.room)} that may be filled"
+
+
+def refuse_too_large(
+    config: RunConfig, facts: Facts, examples: Sequence[Example]
+) -> Planned | None:
     """Check the largest micro-batch of a run against the memory of the device.
 
     config: settings of the run
     facts: device, ranks, model and records of the run
     examples: all records, and the longest rollouts of all prompts
 
-    ValueError, with the switches to make the run fit. Without a plan, because tracing failed, the
-    run is let through, with a warning.
+    Returns the memory of the run; None for a device that is not known, and without a plan, because
+    tracing failed: the run is then let through, with a warning. ValueError, with the switches to
+    make the run fit.
     """
     try:
-        refusal = _refusal(config, facts, examples)
+        planned, refusal = _verdict(config, facts, examples)
     except Exception as error:  # a model may do anything with tensors that have no numbers
         logger.warning("the memory of the run is not planned: %s: %s", type(error).__name__, error)
-        return
+        return None
     if refusal is not None:
         raise ValueError(refusal)
+    return planned
 
 
-def _refusal(config: RunConfig, facts: Facts, examples: Sequence[Example]) -> str | None:
+def _verdict(
+    config: RunConfig, facts: Facts, examples: Sequence[Example]
+) -> tuple[Planned | None, str | None]:
+    """Return the memory of the run, and why it does not fit."""
     memory = capacity(config, facts.device)
     if memory is None:
-        return None
+        return None, None
     tracer = StepTracer(config, facts)
-    padded = largest_batch(examples, config, packed=False)
-    if tracer.rough_bytes(padded) < ROUGH * memory:
-        return None
     room = usable(memory, facts.device)
+    padded = largest_batch(examples, config, packed=False)
+    rough = tracer.rough_bytes(padded)
+    if rough < ROUGH * memory:
+        return Planned(batch_in_words(padded), round(rough), room, {}), None
     batch = largest_batch(examples, config, packed=tracer.run.packed)
     accumulate = accumulates(config, facts.ranks, batch)
     # The estimate is seconds faster for a model of many layers.
-    if tracer.estimate(batch, accumulate=accumulate).peak <= 0.95 * room:
-        return None
-    step = tracer.step(batch, accumulate=accumulate)
+    step = tracer.estimate(batch, accumulate=accumulate)
+    if step.peak > 0.95 * room:
+        step = tracer.step(batch, accumulate=accumulate)
+    parts = {name: size for name, size in step.categories.items() if size}
+    planned = Planned(batch_in_words(batch), step.peak, room, parts)
     if step.peak <= room:
-        return None
+        return planned, None
     chosen, smaller = cheapest_way(tracer, batch, room, accumulate=accumulate)
-    return (
-        f"the largest batch of the run ({batch_in_words(batch)}; first {batch[0].origin}) needs "
+    refusal = (
+        f"the largest batch of the run ({planned.batch}; first {batch[0].origin}) needs "
         f"{bytes_in_words(step.peak)}, mostly for {_largest_categories(step)}, and "
         f"{bytes_in_words(room)} may be filled (memory_gib sets it). "
         f"{_advice(chosen, smaller.peak, room)}"
     )
+    return planned, refusal
 
 
 def _advice(chosen: dict[str, Any], peak: int, room: int) -> str:

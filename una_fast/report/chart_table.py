@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
-from una_fast.report.charts import COLOURS, Line, dash_array, draw, line_of, path_of
+from una_fast.report.charts import Line, dash_array, draw, line_of, path_of
 from una_fast.report.metric_table import EVAL, OF_REWARD, sentence_of, table_name
 from una_fast.report.render import visible
 from una_fast.report.run_files import RunFiles, Series
+from una_fast.report.settings import MOST_RUNS
 
 LEARNING, SAMPLING, MACHINE = "Learning", "Rewards and KL", "Machine"
 
@@ -207,7 +208,7 @@ def _keys_of_metrics(lines: Sequence[Line]) -> list[Key]:
     """Return the legend of a single run; a single line needs none."""
     if len(lines) == 1:
         return []
-    return [Key(line.name, line.colour % COLOURS + 1, dash_array(line.dash)) for line in lines]
+    return [Key(line.name, line.colour % MOST_RUNS + 1, dash_array(line.dash)) for line in lines]
 
 
 def _keys_of_runs(
@@ -215,7 +216,7 @@ def _keys_of_runs(
 ) -> list[Key]:
     """Return the legend of several runs: runs by colour, then metrics by dash."""
     shown = sorted({curve.run for curve in curves})
-    keys = [Key(runs[number].name, number % COLOURS + 1, "") for number in shown]
+    keys = [Key(runs[number].name, number % MOST_RUNS + 1, "") for number in shown]
     if len(metrics) > 1:
         keys += [Key(metric, 0, dash_array(dash)) for dash, metric in enumerate(metrics)]
     return keys

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from una_fast.report.run_files import Series
+from una_fast.report.settings import MOST_RUNS
 
 SIZE = (4.4, 2.5)  # inches: 317 x 180 units of the drawing
 MOST_POINTS = 240  # of a drawn line; longer series are thinned
@@ -23,9 +24,8 @@ MOST_TOOLTIPS = 120  # of a chart
 
 # Placeholders of colours, by the CSS variable that takes their place.
 _INK, _GRID = "#fe0001", "#fe0002"
-_COLOURS = ("#fe0011", "#fe0012", "#fe0013", "#fe0014", "#fe0015", "#fe0016")
+_COLOURS = tuple(f"#fe001{number}" for number in range(1, MOST_RUNS + 1))
 _VARIABLES = {_INK: "ink-2", _GRID: "grid"} | {c: f"s{i}" for i, c in enumerate(_COLOURS, 1)}
-COLOURS = len(_COLOURS)
 
 _WIDTH = 1.6  # of a line
 _DASHES = ((), (4, 2), (1, 1.5), (6, 2, 1, 2))  # stroke, gap, ... in widths of the line
@@ -159,7 +159,7 @@ def _step_in_words(step: float, _: int) -> str:
 
 
 def _draw_line(axes: Any, line: Line) -> None:
-    colour = _COLOURS[line.colour % COLOURS]
+    colour = _COLOURS[line.colour % MOST_RUNS]
     known = np.isfinite(line.x) & np.isfinite(line.y)
     axes.plot(line.x, line.y, color=colour, linestyle=_line_style(line.dash))
     if np.any(line.high > line.low):

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from una_fast.checks import check_types
 from una_fast.flags import in_place
 
+MOST_RUNS = 8  # of a page: colours that are told apart
+
 
 @dataclass
 class ReportConfig:
@@ -21,3 +23,8 @@ class ReportConfig:
         check_types(self)
         if not self.runs:
             raise ValueError("no run is given; name output directories of una-fast train")
+        if len(self.runs) > MOST_RUNS:
+            raise ValueError(
+                f"{len(self.runs)} runs are given, and a page shows at most {MOST_RUNS}; "
+                "leave some out"
+            )

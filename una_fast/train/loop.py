@@ -12,11 +12,12 @@ import logging
 import math
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
+from una_fast.capacity.fit import Planned
 from una_fast.config import RunConfig
 from una_fast.data.batch import Batch, collate
 from una_fast.data.loader import Step
@@ -122,6 +123,7 @@ def _train(config: RunConfig, output_dir: Path, world: World) -> TrainResult:
         trainer.reporter.say(str(report))
     if world.is_main:
         _save_settings(output_dir, config, trainer.resolved, data)
+        _save_plan(output_dir, opened.memory)
         tell_of_little_room(output_dir, trainer.policy, config, trainer.reporter.say)
     with requests.deferred():
         steps, metrics = trainer.run()
@@ -157,6 +159,14 @@ def _with_advice(error: KeyboardInterrupt, output_dir: Path) -> Stopped:
         f"ended by {error.name}; {advice}" + ("; resume=true goes on from it" if whole else ""),
         by_signal=error.by_signal,
     )
+
+
+def _save_plan(output_dir: Path, memory: Planned | None) -> None:
+    """Write plan.json of a run that was planned; a plan of an earlier start does not stay."""
+    path = output_dir / "plan.json"
+    path.unlink(missing_ok=True)
+    if memory is not None and memory.parts:
+        write_json(path, asdict(memory))
 
 
 def _write_report(output_dir: Path) -> None:
