@@ -259,10 +259,12 @@ def test_a_half_written_last_line_is_passed_over_and_others_are_told(make_run):
     assert "data.json cannot be read" in shown.text and "resolved.json is left out" in shown.text
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_values_that_are_not_finite_are_told(make_run, bad):
     metrics = metrics_of(range(1, 6))
     metrics[2]["loss"] = bad
+    metrics[1]["grad_norm"] = metrics[1]["reward"] = 1e308
     metrics[4] = {"step": 5} | dict.fromkeys(metrics[4].keys() - {"step"}, bad)
     shown = page(make_run(metrics=metrics))
     assert "loss: 2 values are not finite, the first at step 3." in shown.text

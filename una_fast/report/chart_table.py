@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from markupsafe import Markup
 
-from una_fast.report.charts import Line, dash_array, draw, line_of, path_of
+from una_fast.report.charts import LARGEST, MOST_POINTS, Line, dash_array, draw, line_of, path_of
 from una_fast.report.metric_table import EVAL, OF_REWARD, sentence_of, table_name
 from una_fast.report.render import visible
 from una_fast.report.run_files import RunFiles, Series
@@ -105,7 +105,9 @@ def _chart(kind: ChartKind, runs: Sequence[RunFiles]) -> Chart | None:
     lines: list[Line] = []
     notes: list[str] = []
     for curve in curves:
-        lines.append(_line(curve, metrics, len(runs)))
+        line = _line(curve, points=max(MOST_POINTS // len(curves), 2))
+        colour, dash = _look(curve, metrics, len(runs))
+        lines.append(replace(line, colour=colour, dash=dash))
         notes += _notes(curve)
     captions = list(dict.fromkeys(filter(None, map(sentence_of, metrics))))
     limit = _planned_gib(kind, runs)
@@ -172,8 +174,14 @@ def _is_of_reward(metric: str) -> bool:
     return table_name(metric) == OF_REWARD and not metric.startswith(EVAL)
 
 
-def _line(curve: _Curve, metrics: Sequence[str], runs: int) -> Line:
-    """Return the line of a curve.
+def _line(curve: _Curve, *, points: int) -> Line:
+    if curve.across is None:
+        return line_of(curve.label, curve.series, points=points)
+    return path_of(curve.label, curve.across, curve.series, points=points)
+
+
+def _look(curve: _Curve, metrics: Sequence[str], runs: int) -> tuple[int, int]:
+    """Return the numbers of the colour and of the dash of a curve.
 
     Of a single run the colour tells the metric, and a dashed line the evaluation. Of several runs
     the colour tells the run, and the dash the metric.
@@ -187,14 +195,12 @@ def _line(curve: _Curve, metrics: Sequence[str], runs: int) -> Line:
         plain = list(dict.fromkeys(metric.removeprefix(EVAL) for metric in metrics))
         colour = plain.index(curve.metric.removeprefix(EVAL))
         dash = int(curve.metric.startswith(EVAL))
-    if curve.across is None:
-        return line_of(curve.label, curve.series, colour=colour, dash=dash)
-    return path_of(curve.label, curve.across, curve.series, colour=colour, dash=dash)
+    return colour, dash
 
 
 def _notes(curve: _Curve) -> list[str]:
     """Return a note on values that no chart can show."""
-    bad = [step for step, value in curve.series.items() if not math.isfinite(value)]
+    bad = [step for step, value in curve.series.items() if not abs(value) < LARGEST]
     if not bad:
         return []
     values = "1 value is" if len(bad) == 1 else f"{len(bad)} values are"

@@ -19,7 +19,8 @@ from una_fast.report.run_files import Series
 from una_fast.report.settings import MOST_RUNS
 
 SIZE = (4.4, 2.5)  # inches: 317 x 180 units of the drawing
-MOST_POINTS = 240  # of a drawn line; longer series are thinned
+MOST_POINTS = 480  # of a chart; longer series are thinned
+LARGEST = 1e100  # larger values are not drawn: their axis would overflow
 MOST_TOOLTIPS = 120  # of a chart
 
 # Placeholders of colours, by the CSS variable that takes their place.
@@ -78,32 +79,34 @@ class Line:
     dash: int = 0
 
 
-def line_of(name: str, series: Series, *, colour: int = 0, dash: int = 0) -> Line:
-    """Return the line of a series over the steps, thinned to MOST_POINTS.
+def line_of(name: str, series: Series, *, points: int = MOST_POINTS) -> Line:
+    """Return the line of a series over the steps.
 
-    A point of a thinned line is the mean of neighbouring values, with their smallest and largest.
-    Values that are not finite are gaps.
+    name: for tooltips
+    series: values over the steps, at least one; a value that is not finite is a gap
+    points: to thin the series to; a point is then the mean of neighbouring values, with their
+        smallest and largest
     """
-    steps = np.array(sorted(series))
-    values = np.array([series[step] for step in steps.tolist()], dtype=np.float64)
-    values[~np.isfinite(values)] = np.nan
-    parts = min(len(steps), MOST_POINTS)
-    points = []
-    for where in np.array_split(np.arange(len(steps)), parts):
+    steps = sorted(series)
+    values = np.array([series[step] for step in steps], dtype=np.float64)
+    means, lows, highs, ends = [], [], [], []
+    for where in np.array_split(np.arange(len(steps)), min(len(steps), points)):
         part = values[where]
-        known = part[np.isfinite(part)]
-        bounds = (known.mean(), known.min(), known.max()) if known.size else (math.nan,) * 3
-        points.append((steps[where[-1]], *bounds))
-    x, y, low, high = np.array(points, dtype=np.float64).T
-    return Line(name, x, y, low, high, x, colour, dash)
+        drawn = part[np.abs(part) < LARGEST]
+        means.append(drawn.mean() if drawn.size else math.nan)
+        lows.append(drawn.min(initial=means[-1]))
+        highs.append(drawn.max(initial=means[-1]))
+        ends.append(steps[where[-1]])
+    x, y, low, high = (np.array(column, dtype=np.float64) for column in (ends, means, lows, highs))
+    return Line(name, x, y, low, high, x)
 
 
-def path_of(name: str, across: Series, up: Series, *, colour: int = 0, dash: int = 0) -> Line:
-    """Return the line of one series against another, over the steps of both."""
-    both = {step: value for step, value in across.items() if step in up}
-    x = line_of(name, both)
-    y = line_of(name, {step: up[step] for step in both})
-    return Line(name, x.y, y.y, y.y, y.y, x.steps, colour, dash)
+def path_of(name: str, across: Series, up: Series, *, points: int = MOST_POINTS) -> Line:
+    """Return the line of one series against another, over the steps of both; see `line_of`."""
+    both = [step for step in across if step in up]
+    x = line_of(name, {step: across[step] for step in both}, points=points)
+    y = line_of(name, {step: up[step] for step in both}, points=points)
+    return Line(name, x.y, y.y, y.y, y.y, x.steps)
 
 
 def dash_array(dash: int) -> str:
@@ -127,13 +130,14 @@ def draw(
     x_label: below the horizontal axis
     limit: a horizontal line across the chart
     """
-    # The matplotlib of a session is slow to load, and pyplot would look for a screen.
-    import matplotlib
+    import matplotlib  # slow to load; pyplot is not needed, and would look for a screen
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     buffer = io.StringIO()
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # the user's own style may ask for TeX
+        matplotlib.rcParams.update(_STYLE)
         figure = Figure(figsize=SIZE, layout="constrained")
         axes = figure.add_subplot()
         axes.tick_params(length=0)
@@ -143,7 +147,7 @@ def draw(
             axes.xaxis.set_major_formatter(_step_in_words)
         axes.set_xlabel(x_label)
         for line in lines:
-            _draw_line(axes, line)
+            _draw_line(axes, line, band=0.3 / (1 + len(lines)))
         if limit is not None:
             axes.axhline(limit, color=_INK, linewidth=1, linestyle=_line_style(1))
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -158,12 +162,13 @@ def _step_in_words(step: float, _: int) -> str:
     return f"{step / 1e3:g}k" if step >= 1e4 else f"{step:g}"
 
 
-def _draw_line(axes: Any, line: Line) -> None:
+def _draw_line(axes: Any, line: Line, *, band: float) -> None:
+    """Draw a line, and its bounds as a band of an opacity from 0 to 1."""
     colour = _COLOURS[line.colour % MOST_RUNS]
     known = np.isfinite(line.x) & np.isfinite(line.y)
     axes.plot(line.x, line.y, color=colour, linestyle=_line_style(line.dash))
     if np.any(line.high > line.low):
-        axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
+        axes.fill_between(line.x, line.low, line.high, color=colour, alpha=band, linewidth=0)
     if known.sum() <= 24:  # a few points, or a single one, are seen as points
         axes.plot(line.x, line.y, ".", color=colour, markersize=5)
     elif known.any():

@@ -22,6 +22,8 @@ from una_fast.report.plain import (
 from una_fast.report.run_files import RunFiles
 from una_fast.report.summary import Row, across, units_in_words
 
+MOST_TEXTS = 24  # of a comparison
+
 # ---- texts --------------------------------------------------------------------------------------
 
 
@@ -35,7 +37,7 @@ def comparison_of(compared: dict[str, Any]) -> dict[str, Any]:
         name, note = text_of(row.get("name")), text_of(row.get("note") or "")
         rows.append((name, values[: len(columns)], note))
     texts = []
-    for text in mappings_of(compared.get("texts")):
+    for text in mappings_of(compared.get("texts"))[:MOST_TEXTS]:
         answers = [text_of(answer) for answer in list_of(text.get("answers"))]
         asked = {"prompt": _prompt(text.get("prompt")), "answers": answers[: len(columns)]}
         texts.append(asked | {"reference": text_of(text.get("reference") or "")})

@@ -24,6 +24,7 @@ from una_fast.settings_file import read_settings
 
 METRICS = "metrics.jsonl"
 SAMPLES = 8  # of a step
+LAST_STEP = 2**53  # larger numbers of steps are damage
 
 # How `Reporter.completions` begins a line: steps are found without reading the texts.
 _STEP = re.compile(rb'\{"step": (\d+)[,}]')
@@ -134,7 +135,7 @@ def _read_metrics(run: RunFiles) -> None:
         for line in file:
             values = _object(line)
             step = None if values is None else values.pop("step", None)
-            if isinstance(step, int):
+            if isinstance(step, int) and 0 <= step < LAST_STEP:
                 _add(run.series, step, values)
             elif line.endswith(b"\n") and line.strip():
                 unread += 1
