@@ -130,9 +130,15 @@ def test_a_run_is_shown_whole(make_run, capsys):
     source = {"path": "a.jsonl", "records": 9, "examples": 8, "units": {"pair": 8}, "skipped": 1}
     run = make_run(
         samples=[sample(step) for step in range(1, 6)],
-        config={"model": "org/small", "mode": "online", "beta": 0.5, "lora": {"r": 4}},
+        config={
+            "model": "org/small",
+            "mode": "online",
+            "beta": 0.5,
+            "lora": {"r": 4},
+            "data": ["a"],
+        },
         comparison=compared,
-        data=[source],
+        data=[source, source],
         resolved={"compute": "float32", "workspace": 2**28, "sources": {"dtypes": "default"}},
         plan={"batch": "9 tokens", "peak": 2**30, "room": 2**31, "parts": {"weights": 2**30}},
     )
@@ -152,7 +158,8 @@ def test_a_run_is_shown_whole(make_run, capsys):
         "Step 1 why? 0.25 an answer",
         "Step 3 why? 0.75 an answer",
         "Step 5 why? 1.25 an answer",
-        "1 skipped",
+        "8 pair 1 skipped",
+        "8 pair for evaluation; 1 skipped",
         "compute float32 default",
         "Peak 1.00 GiB of 2.00 GiB that may be filled: it fits",
         "lora.r 4",

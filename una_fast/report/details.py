@@ -20,7 +20,7 @@ from una_fast.report.plain import (
     text_of,
 )
 from una_fast.report.run_files import RunFiles
-from una_fast.report.summary import Row, across, units_in_words
+from una_fast.report.summary import Row, across, training_sources, units_in_words
 
 MOST_TEXTS = 24  # of a comparison
 
@@ -118,8 +118,8 @@ _REMARKS = {
 def sources_of(run: RunFiles) -> list[dict[str, str]]:
     """Return the sources of the data of a run: path, counts, units, remarks."""
     rows = []
-    for source in mappings_of(run.sources):
-        remarks = []
+    for number, source in enumerate(mappings_of(run.sources)):
+        remarks = ["for evaluation"] if number >= training_sources(run) else []
         for name, words in _REMARKS.items():
             if count_of(source.get(name)):
                 remarks.append(f"{count_of(source[name]):,} {words}")

@@ -78,10 +78,10 @@ _LOSSES = ("pair", "binary", "score")
 
 
 def _data(run: RunFiles) -> str:
-    """Return the counts of all sources together."""
+    """Return the counts of the sources for training together."""
     counts: Counter[str] = Counter()
     units: Counter[str] = Counter()
-    for source in mappings_of(run.sources):
+    for source in mappings_of(run.sources)[: training_sources(run)]:
         for name in ("records", "examples"):
             counts[name] += count_of(source.get(name))
         for kind, count in mapping_of(source.get("units")).items():
@@ -90,6 +90,12 @@ def _data(run: RunFiles) -> str:
     if units:
         words += f" ({units_in_words(units)})"
     return words
+
+
+def training_sources(run: RunFiles) -> int:
+    """Return the count of the sources for training, which stand before those for evaluation."""
+    paths = run.config.get("data")
+    return len(paths) if isinstance(paths, list) else len(run.sources)
 
 
 def units_in_words(units: dict[str, Any]) -> str:
