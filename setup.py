@@ -35,6 +35,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=[*find_packages(include=["una_fast", "una_fast.*"]), "una_fast.kernels"],
+    package_data={"una_fast.report": ["templates/*"]},
     # Hugging Face's own package is called `kernels`: ours is imported as una_fast.kernels alone.
     package_dir={"una_fast.kernels": "kernels"},
     install_requires=[
@@ -49,6 +50,8 @@ setup(
         "tqdm>=4.66.3",
         "tensorboard>=2.18",
         "matplotlib>=3.9",
+        "jinja2>=3.1",
+        "markupsafe>=2.1",
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["una-fast=una_fast.command:main"]},

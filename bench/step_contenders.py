@@ -483,6 +483,7 @@ def run_config(case: Case, setup: Setup, steps: int, folder: str) -> Any:
         seed=SEED,
         loggers=[],
         progress=False,
+        write_report=False,
     )
 
 

@@ -40,7 +40,8 @@ def run(llamas, tmp_path, capsys):
         }
         if records is not None:
             defaults["data"] = write_jsonl(tmp_path / "x.jsonl", records)
-        given = {**defaults, "progress": False, "loggers": [], **settings}
+        quiet = {"progress": False, "loggers": [], "write_report": False}
+        given = {**defaults, **quiet, **settings}
         given = {name: value for name, value in given.items() if value is not None}
         (tmp_path / "run.yaml").write_text(yaml.safe_dump(given))
         capsys.readouterr()

@@ -128,7 +128,7 @@ def test_the_trajectory_names_settings():
         max_tokens_per_batch offload_activations mlp_tile liger memory_gib eval_data
         eval_fraction eval_every save_every save_async save_dtype max_skipped_steps
         keep_checkpoints resume log_every loggers
-        progress max_kl on_max_kl saved_completions off_policy_ok
+        progress write_report max_kl on_max_kl saved_completions off_policy_ok
     """
     assert names - set(TRAJECTORY) - set(ONLINE_TRAJECTORY) - RECORD_FIELDS == set(free.split())
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import una_fast.model.activations as activations
 from tiny import make_config, make_records, make_tokenizer, write_jsonl
 from una_fast.attention.rows import Segment, attended_pairs
 from una_fast.capacity.fit import GIB, cheapest_way, largest_batch, longest_row, savings, usable
+from una_fast.capacity.run_plan import text_bar
 from una_fast.capacity.settings import RunPlanConfig
 from una_fast.capacity.trace import CATEGORIES, Row, StepMemory, StepTracer
 from una_fast.cli import main
@@ -351,7 +354,7 @@ def test_the_longest_row_fits_and_a_longer_one_does_not(models):
 
 def command(model, data, output_dir, *flags: str) -> list[str]:
     paths = ["--model", model, "--data", data, "--output_dir", str(output_dir)]
-    quiet = ["--loggers", "[]", "--progress", "false"]
+    quiet = ["--loggers", "[]", "--progress", "false", "--write_report", "false"]
     # One record per step: no gradients of earlier micro-batches, which cost a second pass.
     small = ["--device", "cpu", "--workspace_mb", "1", "--batch_size", "1", "--max_steps", "1"]
     return ["train", *paths, *quiet, *small, *flags]
@@ -400,11 +403,14 @@ def test_a_run_that_fits_with_the_named_switches_runs_with_them(models, records,
             flags += [f"--{name}", value]
     assert main(command(models["llama"], records, tmp_path / "run", *limit, *flags)) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 1
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert 0 < plan["peak"] <= plan["room"] and sum(plan["parts"].values()) == plan["peak"]
 
 
-def test_plan_of_a_row_prints_decisions_memory_limits_and_switches(models, capsys):
+def test_plan_of_a_row_shows_decisions_memory_limits_and_switches(models, tmp_path, capsys):
     row = ["--prompt", "4000", "--responses", "[250, 250]"]
     flags = ["--memory_gib", "2", "--batch_size", "1", "--lora.r", "4"]
+    flags += ["--report", str(tmp_path / "plan.html")]
     assert main(["plan", "--model", models["config"], *row, *flags]) == 0
     text = capsys.readouterr().out
     lines = {line.split()[0]: line for line in text.splitlines()}
@@ -415,6 +421,16 @@ def test_plan_of_a_row_prints_decisions_memory_limits_and_switches(models, capsy
         assert name in lines
     assert "Tflop" in lines["work"]
     assert "less with gradient_checkpointing=true" in text
+    assert max(map(len, text.splitlines())) <= 100
+    page = (tmp_path / "plan.html").read_text(encoding="utf-8")
+    assert "<h2>Parts at the peak</h2>" in page and "gradient_checkpointing=true" in page
+    assert "4,500 tokens" in page and '<span style="width: 100.0%">' in page
+
+
+def test_bars_of_a_terminal_without_blocks(monkeypatch):
+    assert text_bar(0.5) == "█" * 20 and text_bar(0.01) == "▍" and text_bar(0.0) == ""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert text_bar(0.5) == "#" * 20 and text_bar(1.0) == "#" * 40
 
 
 def test_plan_measures_beside_its_prediction(models, records, capsys):

@@ -140,7 +140,7 @@ def test_identity_of_the_data():
 
 # ---- FSDP2 ----
 
-QUIET = {"progress": False, "loggers": [], "device": "cpu"}
+QUIET = {"progress": False, "write_report": False, "loggers": [], "device": "cpu"}
 STEPS = 6
 SGD = {
     **QUIET,

@@ -135,6 +135,7 @@ def make_config(model: str, data: Any, output_dir: Path, **settings: Any) -> Run
     """Return the settings of a quiet run without schedule, on the CPU."""
     quiet = {
         "progress": False,
+        "write_report": False,
         "loggers": [],
         "device": "cpu",
         "lr_schedule": "constant",

@@ -1,4 +1,4 @@
-"""The command line: `una-fast train | precompute-ref | plan | check | demo`.
+"""The command line: `una-fast train | precompute-ref | plan | report | check | demo`.
 
 Importing the file, and `--help` of any command, loads neither torch nor transformers: modules are
 imported when a command runs, and the parser is built for the given command alone.
@@ -48,7 +48,16 @@ PACKAGES = (
 )
 
 # Loggers of other packages, which show errors alone unless --verbose is given, ...
-OTHERS = ("torch", "torchao", "transformers", "peft", "datasets", "huggingface_hub", "vllm")
+OTHERS = (
+    "torch",
+    "torchao",
+    "transformers",
+    "peft",
+    "datasets",
+    "huggingface_hub",
+    "vllm",
+    "matplotlib",
+)
 
 # ... and the variables by which packages that are not imported yet set these loggers and bars.
 QUIET = {
@@ -380,6 +389,14 @@ def _changed(kind: type, given: dict[str, Any]) -> set[str]:
     return {name for name, value in given.items() if value != defaults[name]}
 
 
+def _report(parsed: Namespace) -> None:
+    settings = _settings(parsed)
+
+    from una_fast.report.page import write_report
+
+    print(write_report(settings))
+
+
 def _check(parsed: Namespace) -> None:
     settings = _settings(parsed)
 
@@ -448,6 +465,12 @@ COMMANDS = {
         "una_fast.capacity.settings",
         "RunPlanConfig",
         _plan,
+    ),
+    "report": Command(
+        "Show runs as one HTML file: curves, samples, data, decisions, settings.",
+        "una_fast.report.settings",
+        "ReportConfig",
+        _report,
     ),
     "check": Command(
         "Show the installation, and probe a model.", "una_fast.cli", "CheckConfig", _check

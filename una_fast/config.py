@@ -440,6 +440,8 @@ class EvaluationAndSaving:
     """Back-ends besides metrics.jsonl: tensorboard | wandb | trackio."""
     progress: bool = True
     """Show a progress bar."""
+    write_report: bool = True
+    """Write report.html into output_dir at the end: curves, samples, data, settings."""
 
     def _check_evaluation(self) -> None:
         check_at_least(1, self, ["log_every", "keep_checkpoints"])

@@ -57,6 +57,13 @@ def told(text: object) -> str:
     return printable(" ".join(without_secrets(whole).split("\n")), LONGEST_LINE)
 
 
+def bytes_in_words(size: float) -> str:
+    """Return bytes in GiB, or in MiB below a tenth of one."""
+    if abs(size) >= 2**30 / 10:
+        return f"{size / 2**30:,.2f} GiB"
+    return f"{size / 2**20:,.2f} MiB"
+
+
 def without_secrets(text: str) -> str:
     """Return a text with the user, the password and the query values of its URLs left out."""
     return _SECRET.sub(r"\1=***", _URL.sub(_url_without_secrets, text))

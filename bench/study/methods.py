@@ -31,6 +31,7 @@ from ppo import PPO, PPOSettings
 
 UNA_SETTINGS = {
     "progress": False,
+    "write_report": False,
     "loggers": [],
     "device": "cpu",
     "lr_schedule": "constant",

@@ -221,6 +221,7 @@ def train_words(fixtures: Fixtures, **settings: Any) -> list[str]:
         "data": fixtures.mixed,
         "device": "cpu",
         "progress": "false",
+        "write_report": "false",
         "loggers": "[]",
         "batch_size": 4,
         "learning_rate": 1e-3,

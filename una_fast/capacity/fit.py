@@ -1,7 +1,8 @@
 """Tell whether a run fits into the memory of the device, and name the switches to make a run fit.
 
 A run fits if the planned peak, with fragmentation and the device's own reserve, stays below the
-memory of the device. The trainer refuses too large runs; `una-fast plan` prints the plan.
+memory of the device. The trainer refuses too large runs; `una-fast plan` shows the plan, which
+run_plan.py puts into words.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import importlib.util
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from una_fast.data.batch import footprint
 from una_fast.data.examples import Example, Prompt
 from una_fast.feedback import Feedback
 from una_fast.model.settings import LoraOptions
+from una_fast.printable import bytes_in_words
 from una_fast.resolved import Facts, ResolvedRun
 
 logger = logging.getLogger(__name__)
@@ -105,57 +108,91 @@ def accumulates(config: RunConfig, ranks: int, batch: Sequence[Example]) -> bool
 # --- refusal -------------------------------------------------------------------------------------
 
 
-def refuse_too_large(config: RunConfig, facts: Facts, examples: Sequence[Example]) -> None:
+@dataclass(frozen=True)
+class Planned:
+    """Memory of the largest batch of a run, beside the memory of the device.
+
+    batch: the batch in words
+    peak: bytes; of a small run, which is not planned, more than it can need
+    room: bytes that may be filled
+    parts: bytes by category at the peak; empty for a small run
+    """
+
+    batch: str
+    peak: int
+    room: int
+    parts: dict[str, int]
+
+    def __str__(self) -> str:
+        peak = bytes_in_words(self.peak)
+        held = f"{peak} planned" if self.parts else f"at most {peak}"
+        return f"{held}, of {bytes_in_words(self.room)} that may be filled"
+
+
+def refuse_too_large(
+    config: RunConfig, facts: Facts, examples: Sequence[Example]
+) -> Planned | None:
     """Check the largest micro-batch of a run against the memory of the device.
 
     config: settings of the run
     facts: device, ranks, model and records of the run
     examples: all records, and the longest rollouts of all prompts
 
-    ValueError, with the switches to make the run fit. Without a plan, because tracing failed, the
-    run is let through, with a warning.
+    Returns the memory of the run; None for a device that is not known, and without a plan, because
+    tracing failed: the run is then let through, with a warning. ValueError, with the switches to
+    make the run fit.
     """
     try:
-        refusal = _refusal(config, facts, examples)
+        planned, refusal = _verdict(config, facts, examples)
     except Exception as error:  # a model may do anything with tensors that have no numbers
         logger.warning("the memory of the run is not planned: %s: %s", type(error).__name__, error)
-        return
+        return None
     if refusal is not None:
         raise ValueError(refusal)
+    return planned
 
 
-def _refusal(config: RunConfig, facts: Facts, examples: Sequence[Example]) -> str | None:
+def _verdict(
+    config: RunConfig, facts: Facts, examples: Sequence[Example]
+) -> tuple[Planned | None, str | None]:
+    """Return the memory of the run, and why it does not fit."""
     memory = capacity(config, facts.device)
     if memory is None:
-        return None
+        return None, None
     tracer = StepTracer(config, facts)
-    padded = largest_batch(examples, config, packed=False)
-    if tracer.rough_bytes(padded) < ROUGH * memory:
-        return None
     room = usable(memory, facts.device)
+    padded = largest_batch(examples, config, packed=False)
+    rough = tracer.rough_bytes(padded)
+    if rough < ROUGH * memory:
+        return Planned(batch_in_words(padded), round(rough), room, {}), None
     batch = largest_batch(examples, config, packed=tracer.run.packed)
     accumulate = accumulates(config, facts.ranks, batch)
     # The estimate is seconds faster for a model of many layers.
-    if tracer.estimate(batch, accumulate=accumulate).peak <= 0.95 * room:
-        return None
-    step = tracer.step(batch, accumulate=accumulate)
+    step = tracer.estimate(batch, accumulate=accumulate)
+    if step.peak > 0.95 * room:
+        step = tracer.step(batch, accumulate=accumulate)
+    parts = {name: size for name, size in step.categories.items() if size}
+    planned = Planned(batch_in_words(batch), step.peak, room, parts)
     if step.peak <= room:
-        return None
+        return planned, None
     chosen, smaller = cheapest_way(tracer, batch, room, accumulate=accumulate)
-    return (
-        f"the largest batch of the run ({_describe(batch)}; first {batch[0].origin}) needs "
-        f"{_gib(step.peak)}, mostly for {_largest_categories(step)}, and {_gib(room)} may be "
-        f"filled (memory_gib sets it). {_advice(chosen, smaller.peak, room)}"
+    refusal = (
+        f"the largest batch of the run ({planned.batch}; first {batch[0].origin}) needs "
+        f"{bytes_in_words(step.peak)}, mostly for {_largest_categories(step)}, and "
+        f"{bytes_in_words(room)} may be filled (memory_gib sets it). "
+        f"{_advice(chosen, smaller.peak, room)}"
     )
+    return planned, refusal
 
 
 def _advice(chosen: dict[str, Any], peak: int, room: int) -> str:
     if peak <= room:
-        return f"It fits with {_words(chosen)}: {_gib(peak)}"
+        return f"It fits with {switch_in_words(chosen)}: {bytes_in_words(peak)}"
     still = "No switch makes it smaller than"
     if chosen:
-        still = f"With {_words(chosen)} it still needs"
-    return f"{still} {_gib(peak)}: set max_tokens lower, train adapters (lora), or use more GPUs"
+        still = f"With {switch_in_words(chosen)} it still needs"
+    mend = "set max_tokens lower, train adapters (lora), or use more GPUs"
+    return f"{still} {bytes_in_words(peak)}: {mend}"
 
 
 # --- switches ------------------------------------------------------------------------------------
@@ -299,100 +336,35 @@ def longest_row(tracer: StepTracer, row: Row, room: int, *, accumulate: bool = F
     return row.scaled(fits[0])
 
 
-# --- the plan in words ---------------------------------------------------------------------------
+# --- words ---------------------------------------------------------------------------------------
 
 
-def describe_run(
-    tracer: StepTracer,
-    batch: Sequence[Example],
-    *,
-    accumulate: bool,
-    measured: Callable[[], int] | None = None,
-) -> str:
-    """Return the plan of the step of a batch as text.
-
-    tracer: of the run
-    batch: records of the micro-batch
-    accumulate: the batch meets gradients of earlier batches
-    measured: takes the planned step, and returns the bytes of the peak
-
-    The text tells the decisions of the run, the peak by category, the longest fitting row, and the
-    bytes to be saved by every switch.
-    """
-    step = tracer.step(batch, accumulate=accumulate)
-    memory = capacity(tracer.config, tracer.run.device)
-    room = None if memory is None else usable(memory, tracer.run.device)
-    lines = [
-        f"model        {tracer.config.model}: {tracer.parameters / 1e9:.3g} B weights",
-        *_run_lines(tracer.run),
-        f"batch        {_describe(batch)}",
-        *_memory_lines(step, room),
-    ]
-    is_device = tracer.run.device == "cuda" or tracer.config.memory_gib
-    if room is not None and len(batch) == 1 and is_device:
-        longest = longest_row(tracer, _row_of(batch[0]), room, accumulate=accumulate)
-        words = "not one token fits"
-        if longest is not None:
-            words = f"{longest.tokens:,} tokens: {_row_in_words(longest)}"
-        lines.append(f"longest      {words}")
-    for switch, saved in savings(tracer, batch, accumulate=accumulate):
-        if saved > 0.01 * step.peak:
-            lines.append(f"switch       {_gib(saved):>12} less with {_words(switch)}")
-    if measured is not None:
-        held = measured()
-        off = step.peak / held - 1
-        lines.append(f"measured     {_gib(held):>12}, from which the plan is {off:+.1%} off")
-    return "\n".join(lines)
-
-
-def _run_lines(run: ResolvedRun) -> list[str]:
-    """Return the decisions of a run, in the columns of the plan."""
-    lines = []
-    for line in run.lines():
-        name, decision = line.split(maxsplit=1)
-        lines.append(f"{name:12} {decision}")
-    return lines
-
-
-def _memory_lines(step: StepMemory, room: int | None) -> list[str]:
-    lines = [f"{name:12} {_gib(size):>12}" for name, size in step.categories.items() if size]
-    verdict = ""
-    if room is not None:
-        fits = "fits" if step.peak <= room else "does not fit"
-        verdict = f" of {_gib(room)} that may be filled: {fits}"
-    lines.append(f"peak         {_gib(step.peak):>12}{verdict}")
-    if step.host:
-        lines.append(f"host         {_gib(step.host):>12}")
-    if not math.isnan(step.flop):
-        tflop = step.flop / 1e12
-        lines.append(
-            f"work         {tflop:,.3g} Tflop forward and backward, recomputation included"
-        )
-    return lines
-
-
-def _describe(batch: Sequence[Example]) -> str:
-    rows = [_row_of(example) for example in batch]
+def batch_in_words(batch: Sequence[Example]) -> str:
+    """Return the tokens of a batch, and the first record's, in words."""
+    rows = [row_of(example) for example in batch]
     tokens = sum(row.tokens for row in rows)
     more = f" and {len(rows) - 1} more records" if len(rows) > 1 else ""
-    return f"{tokens:,} tokens: {_row_in_words(rows[0])}{more}"
+    return f"{tokens:,} tokens: {row_in_words(rows[0])}{more}"
 
 
-def _row_of(example: Example) -> Row:
+def row_of(example: Example) -> Row:
+    """Return the lengths of a record."""
     return Row(len(example.prompt_ids), tuple(map(len, example.responses)))
 
 
-def _row_in_words(row: Row) -> str:
+def row_in_words(row: Row) -> str:
+    """Return the lengths of a row in words."""
     responses = ", ".join(f"{n:,}" for n in row.responses)
     return f"prompt {row.prompt:,}, responses {responses}"
 
 
 def _largest_categories(step: StepMemory) -> str:
     largest = sorted(step.categories.items(), key=lambda entry: -entry[1])[:3]
-    return ", ".join(f"{name} {_gib(size)}" for name, size in largest if size)
+    return ", ".join(f"{name} {bytes_in_words(size)}" for name, size in largest if size)
 
 
-def _words(switch: dict[str, Any]) -> str:
+def switch_in_words(switch: dict[str, Any]) -> str:
+    """Return settings to change as flags have them: `mlp_tile=4096`."""
     words = []
     for name, value in switch.items():
         if isinstance(value, LoraOptions):
@@ -400,7 +372,3 @@ def _words(switch: dict[str, Any]) -> str:
         else:
             words.append(f"{name}={str(value).lower()}")
     return " ".join(words)
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:,.2f} GiB" if abs(size) >= GIB / 10 else f"{size / 2**20:,.2f} MiB"

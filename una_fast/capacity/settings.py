@@ -38,6 +38,8 @@ class PlanOptions:
     """Ranks of FSDP2 to plan for."""
     measure: bool = False
     """Run two steps of the batch, and print the measured peak beside the plan."""
+    report: str | None = None
+    """HTML file to write the plan to, with bars; null: none."""
 
 
 @dataclass

@@ -12,11 +12,12 @@ import logging
 import math
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
+from una_fast.capacity.fit import Planned
 from una_fast.config import RunConfig
 from una_fast.data.batch import Batch, collate
 from una_fast.data.loader import Step
@@ -29,6 +30,9 @@ from una_fast.model.reference import CachedReference
 from una_fast.online.anchors import AnchoredStep
 from una_fast.online.sampling import SamplerError
 from una_fast.optim import gradient_norm
+from una_fast.printable import told
+from una_fast.report.page import write_report
+from una_fast.report.settings import ReportConfig
 from una_fast.resolved import ResolvedRun
 from una_fast.rewards.settings import RewardError
 from una_fast.signals import Stopped, requests
@@ -119,6 +123,7 @@ def _train(config: RunConfig, output_dir: Path, world: World) -> TrainResult:
         trainer.reporter.say(str(report))
     if world.is_main:
         _save_settings(output_dir, config, trainer.resolved, data)
+        _save_plan(output_dir, opened.memory)
         tell_of_little_room(output_dir, trainer.policy, config, trainer.reporter.say)
     with requests.deferred():
         steps, metrics = trainer.run()
@@ -126,6 +131,8 @@ def _train(config: RunConfig, output_dir: Path, world: World) -> TrainResult:
         manifest = Manifest(steps, {**trainer.state["run"], "date": date}, {}, metrics)
         texts = {"README.md": card}
         save_final(output_dir, trainer.policy, tokenizer, world, manifest, texts)
+        if world.is_main and config.write_report:
+            _write_report(output_dir)
     return TrainResult(output_dir, steps, metrics)
 
 
@@ -152,6 +159,22 @@ def _with_advice(error: KeyboardInterrupt, output_dir: Path) -> Stopped:
         f"ended by {error.name}; {advice}" + ("; resume=true goes on from it" if whole else ""),
         by_signal=error.by_signal,
     )
+
+
+def _save_plan(output_dir: Path, memory: Planned | None) -> None:
+    """Write plan.json of a run that was planned; a plan of an earlier start does not stay."""
+    path = output_dir / "plan.json"
+    path.unlink(missing_ok=True)
+    if memory is not None and memory.parts:
+        write_json(path, asdict(memory))
+
+
+def _write_report(output_dir: Path) -> None:
+    """Write report.html; a failure is told, and ends no run."""
+    try:
+        write_report(ReportConfig([str(output_dir)]))
+    except Exception as error:
+        logger.warning("the report of the run is not written: %s", told(error))
 
 
 def _save_settings(

@@ -12,12 +12,14 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from una_fast.capacity.fit import accumulates, describe_run, largest_batch, longest_rollouts
+from una_fast.capacity.fit import accumulates, largest_batch, longest_rollouts
+from una_fast.capacity.run_plan import RunPlan, plan_of_run
 from una_fast.capacity.settings import RunPlanConfig
 from una_fast.capacity.trace import Row, StepTracer
 from una_fast.data.examples import Example
 from una_fast.distributed import start_world
 from una_fast.model.loading import load_tokenizer
+from una_fast.report.plan_page import write_plan
 from una_fast.resolved import find_facts
 from una_fast.train.build import build_run, open_run
 from una_fast.train.loop import Trainer
@@ -25,8 +27,8 @@ from una_fast.train.measure import measured_peak
 from una_fast.train.run_data import RunData, load_data
 
 
-def plan_run(settings: RunPlanConfig) -> str:
-    """Return the plan of the largest batch of a run as text.
+def plan_run(settings: RunPlanConfig) -> RunPlan:
+    """Return the plan of the largest batch of a run, and write the page of it if one is asked for.
 
     The batch is a given row, or the largest batch that the data gives. With settings.measure the
     run is loaded, too, and takes two steps in a directory that is thrown away.
@@ -58,7 +60,10 @@ def plan_run(settings: RunPlanConfig) -> str:
     measured = None
     if settings.measure:
         measured = functools.partial(_measure, settings, device, batch, accumulate)
-    return describe_run(tracer, batch, accumulate=accumulate, measured=measured)
+    plan = plan_of_run(tracer, batch, accumulate=accumulate, measured=measured)
+    if settings.report is not None:
+        write_plan(plan.plain(), Path(settings.report))
+    return plan
 
 
 def _planned_device(settings: RunPlanConfig) -> str:
