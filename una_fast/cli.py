@@ -319,11 +319,13 @@ def _train(parsed: Namespace) -> None:
     settings = _settings(parsed)  # before anything is loaded
 
     from una_fast.train.loop import train
+    from una_fast.train.summary import closing_lines, result_line
 
     result = train(settings)
     if os.environ.get("RANK", "0") == "0":
-        summary = {"output_dir": str(result.output_dir), "steps": result.steps}
-        print(json.dumps(summary | result.metrics))
+        lines = closing_lines(settings, result.output_dir, result.steps, result.metrics)
+        print(*map(told, lines), sep="\n")
+        print(json.dumps(result_line(result.output_dir, result.steps, result.metrics)))
 
 
 def _precompute(parsed: Namespace) -> None:

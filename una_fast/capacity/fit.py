@@ -105,48 +105,60 @@ def accumulates(config: RunConfig, ranks: int, batch: Sequence[Example]) -> bool
 # --- refusal -------------------------------------------------------------------------------------
 
 
-def refuse_too_large(config: RunConfig, facts: Facts, examples: Sequence[Example]) -> None:
+def refuse_too_large(config: RunConfig, facts: Facts, examples: Sequence[Example]) -> str | None:
     """Check the largest micro-batch of a run against the memory of the device.
 
     config: settings of the run
     facts: device, ranks, model and records of the run
     examples: all records, and the longest rollouts of all prompts
 
+    Returns the memory of the run in words, beside that of the device; None where it is not known.
     ValueError, with the switches to make the run fit. Without a plan, because tracing failed, the
     run is let through, with a warning.
     """
     try:
-        refusal = _refusal(config, facts, examples)
+        refusal, words = _verdict(config, facts, examples)
     except Exception as error:  # a model may do anything with tensors that have no numbers
         logger.warning("the memory of the run is not planned: %s: %s", type(error).__name__, error)
-        return
+        return None
     if refusal is not None:
         raise ValueError(refusal)
+    return words
 
 
-def _refusal(config: RunConfig, facts: Facts, examples: Sequence[Example]) -> str | None:
+def _verdict(
+    config: RunConfig, facts: Facts, examples: Sequence[Example]
+) -> tuple[str | None, str | None]:
+    """Return (the refusal of a run that does not fit, else None; the memory in words)."""
     memory = capacity(config, facts.device)
     if memory is None:
-        return None
+        return None, None
     tracer = StepTracer(config, facts)
     padded = largest_batch(examples, config, packed=False)
-    if tracer.rough_bytes(padded) < ROUGH * memory:
-        return None
     room = usable(memory, facts.device)
+    rough = tracer.rough_bytes(padded)
+    if rough < ROUGH * memory:
+        return None, f"some {_gib(rough)}, of {_gib(room)} that may be filled"
     batch = largest_batch(examples, config, packed=tracer.run.packed)
     accumulate = accumulates(config, facts.ranks, batch)
     # The estimate is seconds faster for a model of many layers.
-    if tracer.estimate(batch, accumulate=accumulate).peak <= 0.95 * room:
-        return None
+    estimated = tracer.estimate(batch, accumulate=accumulate).peak
+    if estimated <= 0.95 * room:
+        return None, _planned(estimated, room)
     step = tracer.step(batch, accumulate=accumulate)
     if step.peak <= room:
-        return None
+        return None, _planned(step.peak, room)
     chosen, smaller = cheapest_way(tracer, batch, room, accumulate=accumulate)
-    return (
+    refusal = (
         f"the largest batch of the run ({_describe(batch)}; first {batch[0].origin}) needs "
         f"{_gib(step.peak)}, mostly for {_largest_categories(step)}, and {_gib(room)} may be "
         f"filled (memory_gib sets it). {_advice(chosen, smaller.peak, room)}"
     )
+    return refusal, None
+
+
+def _planned(peak: int, room: int) -> str:
+    return f"{_gib(peak)} planned, of {_gib(room)} that may be filled"
 
 
 def _advice(chosen: dict[str, Any], peak: int, room: int) -> str:

@@ -104,6 +104,7 @@ class OpenedRun:
     state: content of state.json: of the checkpoint, or of a new run
     total_steps: optimizer steps of the whole run
     checkpoint: a verified checkpoint to go on from; None starts anew
+    memory: planned for the largest batch, in words; None where it is not known
     """
 
     config: RunConfig
@@ -114,6 +115,7 @@ class OpenedRun:
     state: dict[str, Any]
     total_steps: int
     checkpoint: Path | None
+    memory: str | None
 
 
 def open_run(
@@ -141,7 +143,7 @@ def open_run(
         print("\n".join(run.lines()), flush=True)
     if run.reference != "cached":
         data = data.without_cached_logps()
-    refuse_too_large(config, facts, records + longest_rollouts(prompts, config))
+    memory = refuse_too_large(config, facts, records + longest_rollouts(prompts, config))
     loaders = _make_loaders(config, world, data, packed=run.packed)
     state = _open_state(config, world, run, loaders, checkpoint)
     total_steps = num_steps(loaders.steps_per_epoch(config), config.epochs, config.max_steps)
@@ -161,7 +163,7 @@ def open_run(
             total_steps,
         )
     state["total_steps"] = total_steps
-    return OpenedRun(config, world, data, run, loaders, state, total_steps, checkpoint)
+    return OpenedRun(config, world, data, run, loaders, state, total_steps, checkpoint, memory)
 
 
 def build_run(opened: OpenedRun, tokenizer: PreTrainedTokenizerBase) -> RunParts:
