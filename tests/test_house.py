@@ -28,6 +28,7 @@ config
 optim resolved
 online capacity
 train
+guide
 demo
 cli
 command

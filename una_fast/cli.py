@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import select
+import shlex
 import signal
 import sys
 import time
@@ -328,6 +329,24 @@ def _train(parsed: Namespace) -> None:
         print(json.dumps(result_line(result.output_dir, result.steps, result.metrics)))
 
 
+def _merge(parsed: Namespace) -> None:
+    settings = _settings(parsed)
+
+    from una_fast.guide.merge import merge
+
+    output_dir = merge(settings)
+    print(told(f"merged; next: una-fast chat {shlex.quote(str(output_dir))}"))
+    print(json.dumps({"output_dir": str(output_dir)}))
+
+
+def _chat(parsed: Namespace) -> None:
+    settings = _settings(parsed)
+
+    from una_fast.guide.chat import chat
+
+    chat(settings)
+
+
 def _precompute(parsed: Namespace) -> None:
     import yaml
 
@@ -450,6 +469,15 @@ COMMANDS = {
         "una_fast.capacity.settings",
         "RunPlanConfig",
         _plan,
+    ),
+    "merge": Command(
+        "Add an adapter to its base model.", "una_fast.guide.settings", "MergeConfig", _merge
+    ),
+    "chat": Command(
+        "Talk to the model of a run, or to any other.",
+        "una_fast.guide.settings",
+        "ChatConfig",
+        _chat,
     ),
     "check": Command(
         "Show the installation, and probe a model.", "una_fast.cli", "CheckConfig", _check
