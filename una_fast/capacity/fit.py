@@ -138,7 +138,7 @@ def _verdict(
     room = usable(memory, facts.device)
     rough = tracer.rough_bytes(padded)
     if rough < ROUGH * memory:
-        return None, f"some {_gib(rough)}, of {_gib(room)} that may be filled"
+        return None, f"some {gib(rough)}, of {gib(room)} that may be filled"
     batch = largest_batch(examples, config, packed=tracer.run.packed)
     accumulate = accumulates(config, facts.ranks, batch)
     # The estimate is seconds faster for a model of many layers.
@@ -151,23 +151,23 @@ def _verdict(
     chosen, smaller = cheapest_way(tracer, batch, room, accumulate=accumulate)
     refusal = (
         f"the largest batch of the run ({_describe(batch)}; first {batch[0].origin}) needs "
-        f"{_gib(step.peak)}, mostly for {_largest_categories(step)}, and {_gib(room)} may be "
+        f"{gib(step.peak)}, mostly for {_largest_categories(step)}, and {gib(room)} may be "
         f"filled (memory_gib sets it). {_advice(chosen, smaller.peak, room)}"
     )
     return refusal, None
 
 
 def _planned(peak: int, room: int) -> str:
-    return f"{_gib(peak)} planned, of {_gib(room)} that may be filled"
+    return f"{gib(peak)} planned, of {gib(room)} that may be filled"
 
 
 def _advice(chosen: dict[str, Any], peak: int, room: int) -> str:
     if peak <= room:
-        return f"It fits with {_words(chosen)}: {_gib(peak)}"
+        return f"It fits with {_words(chosen)}: {gib(peak)}"
     still = "No switch makes it smaller than"
     if chosen:
         still = f"With {_words(chosen)} it still needs"
-    return f"{still} {_gib(peak)}: set max_tokens lower, train adapters (lora), or use more GPUs"
+    return f"{still} {gib(peak)}: set max_tokens lower, train adapters (lora), or use more GPUs"
 
 
 # --- switches ------------------------------------------------------------------------------------
@@ -349,11 +349,11 @@ def describe_run(
         lines.append(f"longest      {words}")
     for switch, saved in savings(tracer, batch, accumulate=accumulate):
         if saved > 0.01 * step.peak:
-            lines.append(f"switch       {_gib(saved):>12} less with {_words(switch)}")
+            lines.append(f"switch       {gib(saved):>12} less with {_words(switch)}")
     if measured is not None:
         held = measured()
         off = step.peak / held - 1
-        lines.append(f"measured     {_gib(held):>12}, from which the plan is {off:+.1%} off")
+        lines.append(f"measured     {gib(held):>12}, from which the plan is {off:+.1%} off")
     return "\n".join(lines)
 
 
@@ -367,14 +367,14 @@ def _run_lines(run: ResolvedRun) -> list[str]:
 
 
 def _memory_lines(step: StepMemory, room: int | None) -> list[str]:
-    lines = [f"{name:12} {_gib(size):>12}" for name, size in step.categories.items() if size]
+    lines = [f"{name:12} {gib(size):>12}" for name, size in step.categories.items() if size]
     verdict = ""
     if room is not None:
         fits = "fits" if step.peak <= room else "does not fit"
-        verdict = f" of {_gib(room)} that may be filled: {fits}"
-    lines.append(f"peak         {_gib(step.peak):>12}{verdict}")
+        verdict = f" of {gib(room)} that may be filled: {fits}"
+    lines.append(f"peak         {gib(step.peak):>12}{verdict}")
     if step.host:
-        lines.append(f"host         {_gib(step.host):>12}")
+        lines.append(f"host         {gib(step.host):>12}")
     if not math.isnan(step.flop):
         tflop = step.flop / 1e12
         lines.append(
@@ -401,7 +401,7 @@ def _row_in_words(row: Row) -> str:
 
 def _largest_categories(step: StepMemory) -> str:
     largest = sorted(step.categories.items(), key=lambda entry: -entry[1])[:3]
-    return ", ".join(f"{name} {_gib(size)}" for name, size in largest if size)
+    return ", ".join(f"{name} {gib(size)}" for name, size in largest if size)
 
 
 def _words(switch: dict[str, Any]) -> str:
@@ -414,5 +414,6 @@ def _words(switch: dict[str, Any]) -> str:
     return " ".join(words)
 
 
-def _gib(size: float) -> str:
+def gib(size: float) -> str:
+    """Return a size in bytes as text, in GiB or MiB."""
     return f"{size / GIB:,.2f} GiB" if abs(size) >= GIB / 10 else f"{size / 2**20:,.2f} MiB"

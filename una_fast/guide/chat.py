@@ -19,7 +19,7 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from una_fast.data.encode import Encoder
-from una_fast.data.records import Message, Record
+from una_fast.data.records import Record
 from una_fast.data.settings import RecordOptions
 from una_fast.distributed import start_world
 from una_fast.guide.run_of import base_of, model_of
@@ -93,7 +93,7 @@ class Speaker:
     encoder: Encoder
     settings: ChatConfig
     adapter_off: bool = False
-    messages: list[Message] = field(default_factory=list)
+    messages: list[dict[str, Any]] = field(default_factory=list)
 
     def answer(self, text: str, *, show: bool) -> str:
         """Return the answer to the next turn of the user.
@@ -101,7 +101,7 @@ class Speaker:
         text: of the turn; without a chat template, the text to go on with
         show: write the answer on stdout as it comes
         """
-        prompt: str | list[Message] = text
+        prompt: str | list[dict[str, Any]] = text
         if self.tokenizer.chat_template:
             self.messages.append({"role": "user", "content": text})
             prompt = self.messages

@@ -1,4 +1,4 @@
-"""The settings of `una-fast merge`, `chat`, `data` and `init`."""
+"""The settings of `una-fast merge`, `chat`, `data`, `init` and `check`."""
 
 from __future__ import annotations
 
@@ -132,3 +132,16 @@ class InitConfig:
             )
         if self.memory_gib is not None and not self.memory_gib > 0:
             raise ValueError(f"memory_gib={self.memory_gib} must be positive, or null")
+
+
+@dataclass
+class CheckConfig:
+    """Model to look at besides the installation."""
+
+    model: str | None = None
+    """Model directory or hub name to probe: its head, and whether its rows can be packed."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the model."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
