@@ -67,6 +67,10 @@ def test_train_and_precompute(run, llamas, tmp_path):
     result = json.loads(said.out.splitlines()[-1])  # the last line is for programs
     assert result["steps"] == 2 and result["output_dir"] == str(tmp_path / "run")
     assert result["loss"] == read_metrics(tmp_path / "run")[-1]["loss"]
+    names = [line.split()[0] for line in said.out.splitlines()]
+    told = "data lengths steps memory output model done adapter metrics next"
+    assert [name for name in names if name in told.split()] == told.split()
+    assert f"una-fast merge {tmp_path / 'run'} --output_dir" in said.out
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert saved["lora"] == {"r": 2, "alpha": None, "target_modules": "all-linear"}
     assert saved["learning_rate"] == 1e-3 and saved["adam_betas"] == [0.8, 0.9]

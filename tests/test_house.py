@@ -29,6 +29,7 @@ config
 optim resolved report
 online capacity
 train
+guide
 demo
 cli
 command

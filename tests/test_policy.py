@@ -35,7 +35,7 @@ from una_fast.data.examples import Example
 from una_fast.feedback import Feedback
 from una_fast.head.ops import token_logps
 from una_fast.model import loading
-from una_fast.model.export import save_pretrained
+from una_fast.model.export import save_merged, save_pretrained
 from una_fast.model.head_probe import probe_head
 from una_fast.model.loading import load_causal_lm, load_tokenizer, remove_dropout
 from una_fast.model.lora import add_lora
@@ -509,7 +509,8 @@ def test_adapter_round_trip(family, gathered, saved, batch, tmp_path, tokenizer)
     policy = load_policy(saved(family), dtype=torch.float32, lora=LoraOptions(r=4, alpha=12))
     perturb(policy)
     before = copy.deepcopy(policy.model.state_dict())
-    save_pretrained(policy, tmp_path, tokenizer, before if gathered else None, merged=True)
+    save_pretrained(policy, tmp_path, tokenizer, before if gathered else None)
+    save_merged(policy, tmp_path / "merged", tokenizer)
     assert all(torch.equal(t, before[name]) for name, t in policy.model.state_dict().items())
     files = {p.name for p in tmp_path.iterdir()}
     assert files >= {"adapter_model.safetensors", "adapter_config.json", "merged"}

@@ -1,4 +1,4 @@
-"""The command line: `una-fast train | precompute-ref | plan | report | check | demo`.
+"""The command line: `una-fast init | train | chat | merge | data | plan | check | demo`, and more.
 
 Importing the file, and `--help` of any command, loads neither torch nor transformers: modules are
 imported when a command runs, and the parser is built for the given command alone.
@@ -13,16 +13,16 @@ import json
 import logging
 import os
 import select
+import shlex
 import signal
 import sys
 import time
 import warnings
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any, NamedTuple
 
-from una_fast.checks import check_types
 from una_fast.flags import (
     Parser,
     UsageError,
@@ -72,19 +72,6 @@ QUIET = {
 
 VERBOSE = "Show warnings and progress bars of other packages (torch, transformers, ...) too."
 OP = "Plan one call of the fused head instead: its rows, hidden size and vocabulary."
-
-
-@dataclass
-class CheckConfig:
-    """Model to look at besides the installation."""
-
-    model: str | None = None
-    """Model directory or hub name to probe: its head, and whether its rows can be packed."""
-    trust_remote_code: bool = False
-    """Run model code that comes with the model."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
 
 
 class Command(NamedTuple):
@@ -328,11 +315,47 @@ def _train(parsed: Namespace) -> None:
     settings = _settings(parsed)  # before anything is loaded
 
     from una_fast.train.loop import train
+    from una_fast.train.summary import closing_lines, result_line
 
     result = train(settings)
     if os.environ.get("RANK", "0") == "0":
-        summary = {"output_dir": str(result.output_dir), "steps": result.steps}
-        print(json.dumps(summary | result.metrics))
+        lines = closing_lines(settings, result.output_dir, result.steps, result.metrics)
+        print(*map(told, lines), sep="\n")
+        print(json.dumps(result_line(result.output_dir, result.steps, result.metrics)))
+
+
+def _merge(parsed: Namespace) -> None:
+    settings = _settings(parsed)
+
+    from una_fast.guide.merge import merge
+
+    output_dir = merge(settings)
+    print(told(f"merged; next: una-fast chat {shlex.quote(str(output_dir))}"))
+    print(json.dumps({"output_dir": str(output_dir)}))
+
+
+def _chat(parsed: Namespace) -> None:
+    settings = _settings(parsed)
+
+    from una_fast.guide.chat import chat
+
+    chat(settings)
+
+
+def _data(parsed: Namespace) -> None:
+    settings = _settings(parsed)
+
+    from una_fast.guide.data_view import show_data
+
+    print(json.dumps(show_data(settings)))
+
+
+def _init(parsed: Namespace) -> None:
+    settings = _settings(parsed)
+
+    from una_fast.guide.init import init
+
+    print(*init(settings), sep="\n")
 
 
 def _precompute(parsed: Namespace) -> None:
@@ -417,29 +440,9 @@ def _check(parsed: Namespace) -> None:
     engine = choose_engine("auto", device, torch.bfloat16).name
     print(f"engine of the fused head on {device.type}: {engine}")
     if settings.model:
-        _check_model(settings)
+        from una_fast.guide.check import model_lines
 
-
-def _check_model(settings: CheckConfig) -> None:
-    import torch
-
-    from una_fast.attention.probe import packing_refusal
-    from una_fast.model.loading import load_tokenizer
-    from una_fast.model.policy import load_policy
-
-    own_code = {"trust_remote_code": settings.trust_remote_code}
-    tokenizer = load_tokenizer(settings.model, **own_code)
-    policy = load_policy(settings.model, dtype=torch.float32, **own_code)
-    print(f"model: {type(policy.causal_lm).__name__}, tokenizer of {len(tokenizer)} tokens")
-    head = policy.head
-    vocab, hidden = head.weight.shape
-    scale = f"softcap {head.softcap}, logit scale {head.logit_scale:g}"
-    print(f"head: {vocab} x {hidden}, {scale}")
-    refusal = packing_refusal(policy.causal_lm)
-    if refusal is None:
-        print("rows: packed, the prompt once")
-    else:
-        print(f"rows: padded, not packed: {refusal}")
+        print(*map(told, model_lines(settings)), sep="\n")
 
 
 def _demo(parsed: Namespace) -> None:
@@ -451,6 +454,12 @@ def _demo(parsed: Namespace) -> None:
 
 
 COMMANDS = {
+    "init": Command(
+        "Write the settings of a run from a model and its data.",
+        "una_fast.guide.settings",
+        "InitConfig",
+        _init,
+    ),
     "train": Command(
         "Align a model with preference records.", "una_fast.config", "RunConfig", _train
     ),
@@ -472,8 +481,26 @@ COMMANDS = {
         "ReportConfig",
         _report,
     ),
+    "merge": Command(
+        "Add an adapter to its base model.", "una_fast.guide.settings", "MergeConfig", _merge
+    ),
+    "chat": Command(
+        "Talk to the model of a run, or to any other.",
+        "una_fast.guide.settings",
+        "ChatConfig",
+        _chat,
+    ),
+    "data": Command(
+        "Show records as they will be trained on, and what would be refused.",
+        "una_fast.guide.settings",
+        "DataConfig",
+        _data,
+    ),
     "check": Command(
-        "Show the installation, and probe a model.", "una_fast.cli", "CheckConfig", _check
+        "Show the installation, and probe a model.",
+        "una_fast.guide.settings",
+        "CheckConfig",
+        _check,
     ),
     "demo": Command(
         "Align a small model on real text, with nothing to download.",

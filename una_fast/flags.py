@@ -1,6 +1,7 @@
 """Flags of the command line: one for every field of a dataclass of settings, and --config.
 
     --name VALUE     a text as it is, other values as in YAML: --data '[a.jsonl, b.jsonl]'
+    --name           of a bool: true
     --lora.r 8       a field of settings within settings
     --config FILE    a YAML file of settings; later flags and files win
     FILE             words without a flag: of the field with metadata=in_place("FILE")
@@ -27,6 +28,9 @@ from una_fast.printable import printable, shown
 from una_fast.settings_file import parse_value, read_settings
 
 CONFIG = "YAML file with any of the settings below; may be given several times."
+
+
+_BOOLEAN = "{true,false}"
 
 
 class UsageError(Exception):
@@ -203,8 +207,16 @@ def _from_text(name: str, text: str, hint: Any) -> Any:
 
 def _add(parser: Any, name: str, metavar: str, text: str) -> None:
     help_text = text.replace("%", "%%")
+    switch: dict[str, Any] = {}
+    if metavar == _BOOLEAN:
+        switch = {"nargs": "?", "const": "true"}  # --name alone is --name true
     parser.add_argument(
-        f"--{name}", action=_Keep, default=argparse.SUPPRESS, metavar=metavar, help=help_text
+        f"--{name}",
+        action=_Keep,
+        default=argparse.SUPPRESS,
+        metavar=metavar,
+        help=help_text,
+        **switch,
     )
 
 
@@ -219,7 +231,7 @@ def _place_in_usage(kind: type) -> str:
 
 def _metavar(name: str, hint: Any) -> str:
     if hint is bool:
-        return "{true,false}"
+        return _BOOLEAN
     if get_origin(hint) is Literal:
         return f"{{{','.join(get_args(hint))}}}"
     return name.upper()

@@ -43,6 +43,16 @@ def printable(text: object, longest: int = LONGEST) -> str:
     return f"{shown}… ({left_out} more characters)" if left_out else shown
 
 
+def printable_lines(text: str) -> str:
+    """Return a text of several lines that is safe to print, whole, with the lines as they are."""
+    return "".join(c if c.isprintable() or c == "\n" else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    """Return a character as in a Python literal; a tab stays one."""
+    return character if character == "\t" else character.encode("unicode_escape").decode()
+
+
 def shown(value: object) -> str:
     """Return the repr of a foreign value for a message, cut in its inside, safe to print.
 

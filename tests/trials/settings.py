@@ -143,7 +143,7 @@ ANY = [*FIELDS["plan"], "settings.yaml"]
 def keep(settings: Any) -> Any:
     """Stand in for a command: keep its settings."""
     accepted.append(settings)
-    return types.SimpleNamespace(output_dir="out", steps=0, metrics={})
+    return types.SimpleNamespace(output_dir=Path("out"), steps=0, metrics={})
 
 
 accepted: list[Any] = []

@@ -158,7 +158,11 @@ class SourceReport:
 
 
 def load_examples(
-    source: Source, tokenizer: PreTrainedTokenizerBase, *, require_unit_scores: bool
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    require_unit_scores: bool,
+    report: SourceReport | None = None,
 ) -> tuple[list[Example], SourceReport]:
     """Return every record of a source as an example, and the report of the source.
 
@@ -166,12 +170,13 @@ def load_examples(
     tokenizer: of the policy
     require_unit_scores: the objective compares scores with sigmoid(r), and scores must lie in
         [0, 1]
+    report: counts the records; default: a new one
 
     Raises ValueError at the first malformed record, by place and field; with
     on_bad_record=skip, malformed records are left out and counted.
     """
     options = source.options.resolved()
-    report = SourceReport(source.path)
+    report = report or SourceReport(source.path)
     encoder = Encoder(tokenizer, options)
 
     def read(row: dict[str, Any]) -> tuple[Record, Encoded]:
@@ -212,18 +217,23 @@ def load_examples(
 
 
 def load_prompts(
-    source: Source, tokenizer: PreTrainedTokenizerBase, *, max_new_tokens: int = 0
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_new_tokens: int = 0,
+    report: SourceReport | None = None,
 ) -> tuple[list[Prompt], SourceReport]:
     """Return the prompts of a source, and the report; other columns are kept for the rewards.
 
     source: files or a dataset, and the settings of the records
     tokenizer: of the policy
     max_new_tokens: room for a response within `max_tokens`
+    report: counts the records; default: a new one
 
     Errors as in `load_examples`.
     """
     options = source.options.resolved()
-    report = SourceReport(source.path)
+    report = report or SourceReport(source.path)
     encoder = Encoder(tokenizer, options)
     no_feedback = Feedback.merge([])
 

@@ -1,4 +1,4 @@
-"""Save a policy in Hugging Face form, adapters merged if asked.
+"""Save a policy in Hugging Face form, or merged with its adapter.
 
 A model comes out as it came in: the files of its tokenizer byte by byte, the settings of its
 generation with the end of turn that it was trained on, and its weights, in a final model, in the
@@ -53,7 +53,6 @@ def save_pretrained(
     tokenizer: PreTrainedTokenizerBase,
     state_dict: dict[str, Tensor] | None = None,
     *,
-    merged: bool = False,
     final: bool = False,
 ) -> None:
     """Write model and tokenizer so that AutoModelForCausalLM.from_pretrained(directory) works.
@@ -63,7 +62,6 @@ def save_pretrained(
     tokenizer: tokenizer of the model
     state_dict: full tensors under the names of policy.model.state_dict() (sharded runs gather
         them); default: the live weights
-    merged: LoRA also writes whole weights, with the adapter added, in directory/merged
     final: the result of a run, in the dtypes of policy.stored; default: weights as they are, to
         go on from
 
@@ -74,12 +72,26 @@ def save_pretrained(
     stored = policy.stored if final else None
     directory = Path(directory)
     if isinstance(policy.model, PeftModel):
-        if merged:
-            _save_whole(policy, directory / "merged", tokenizer, _merge(policy, state_dict), stored)
         _save_adapter(policy, directory, state_dict, stored)
         save_tokenizer(tokenizer, directory)
     else:
         _save_whole(policy, directory, tokenizer, state_dict, stored)
+
+
+def save_merged(
+    policy: Policy, directory: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Write whole weights with the adapter added in, in the dtypes of policy.stored.
+
+    policy: the model and its adapter
+    directory: receives safetensors, config.json and the tokenizer's files
+    tokenizer: tokenizer of the model
+
+    ValueError, by the name, for a weight that is not finite, and for adapters other than LoRA.
+    """
+    state_dict = whole_weights(policy)
+    _refuse_diverged(state_dict)
+    _save_whole(policy, Path(directory), tokenizer, state_dict, policy.stored)
 
 
 def _refuse_diverged(state_dict: dict[str, Tensor]) -> None:

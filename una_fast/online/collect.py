@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,6 +60,7 @@ class RolloutCollector:
         self.tokenizer = tokenizer
         self.sampler = sampler
         self.rewards = rewards
+        self.tell: Callable[[str], None] = lambda phase: None  # shown by whoever has a terminal
         names: set[str] = set()
         for prompt in prompts:
             names.update(prompt.columns)
@@ -91,6 +92,7 @@ class RolloutCollector:
         missing = math.ceil(len(prompts) / size) - len(mine)
         asked = mine + [prompts[0]] * missing
         stream = int(np.random.SeedSequence([*seed, rank]).generate_state(1)[0])
+        self.tell("generate")
         with meter.timed("time/generate"):
             drawn = self.sampler.sample(
                 [prompt.prompt_ids for prompt in asked],
@@ -98,8 +100,10 @@ class RolloutCollector:
                 samples=samples,
                 version=version,
             )
+        self.tell("reward")
         with meter.timed("time/reward"):  # includes the wait for the slowest rank
             shares = self.world.gather(self._reward(mine, drawn[: len(mine)], stream))
+        self.tell("")
 
         for share in shares:
             if share.error:

@@ -37,15 +37,16 @@ from una_fast.resolved import ResolvedRun
 from una_fast.rewards.settings import RewardError
 from una_fast.signals import Stopped, requests
 from una_fast.train.build import RunParts, build_run, open_run, refuse_another_run
+from una_fast.train.card import model_card
 from una_fast.train.checkpoint import complete_checkpoints, read_state
 from una_fast.train.manifest import Manifest
 from una_fast.train.metrics import Meter, peak_gib, peak_tflops
 from una_fast.train.ref_cache import date_of_caches, verify_cached_logps
-from una_fast.train.report import model_card
 from una_fast.train.room import tell_of_little_room
 from una_fast.train.run_data import RunData, load_data
 from una_fast.train.run_dir import find_checkpoint, finished_run, line_sizes, locked
 from una_fast.train.saver import Saver, save_final
+from una_fast.train.summary import adapter_in_words, model_line, opening_lines
 
 logger = logging.getLogger(__name__)
 
@@ -115,19 +116,22 @@ def _train(config: RunConfig, output_dir: Path, world: World) -> TrainResult:
             f"model={output_dir} to train its model further"
         )
     opened.state["date"] = date
+    if world.is_main:
+        print("\n".join(map(told, opening_lines(opened, output_dir))), flush=True)
     trainer = Trainer(build_run(opened, tokenizer), output_dir)
     if checkpoint is None and isinstance(trainer.reference, CachedReference):
         records, caches = opened.data.examples(), opened.data.caches
         verify_cached_logps(records, caches, trainer.policy, trainer.scoring, world)
-    for report in data.reports:
-        trainer.reporter.say(str(report))
+    trainer.reporter.say(model_line(trainer.policy, config.model))
     if world.is_main:
         _save_settings(output_dir, config, trainer.resolved, data)
         _save_plan(output_dir, opened.memory)
         tell_of_little_room(output_dir, trainer.policy, config, trainer.reporter.say)
     with requests.deferred():
         steps, metrics = trainer.run()
-        card = model_card(config, data.reports, metrics, trainer.policy.is_adapter)
+        before = trainer.reporter.before
+        adapter = adapter_in_words(trainer.policy)
+        card = model_card(config, data.reports, metrics, before, adapter=adapter)
         manifest = Manifest(steps, {**trainer.state["run"], "date": date}, {}, metrics)
         texts = {"README.md": card}
         save_final(output_dir, trainer.policy, tokenizer, world, manifest, texts)
@@ -221,6 +225,8 @@ class Trainer:
             parts.config.keep_checkpoints,
             in_background=parts.config.save_async,
         )
+        if self.online:
+            self.online.collector.tell = self.reporter.phase
         self.saved_step = self.state["step"]
 
     def run(self) -> tuple[int, dict[str, float]]:
@@ -458,9 +464,12 @@ class Trainer:
             self.meter = Meter(self.objective, self.world.device)
             # Before its first step an offline policy is the reference, whose log-probs do for both.
             score = self._score_as_reference if number == 0 and not self.online else self.score
-            for step in self.eval_loader.in_order():
-                for batch in self.ready_batches(step):
-                    score(batch, step.num_units)
+            steps = list(self.eval_loader.in_order())
+            with self.reporter.evaluating(sum(len(step.micro_batches) for step in steps)) as shown:
+                for step in steps:
+                    for batch in self.ready_batches(step):
+                        score(batch, step.num_units)
+                        shown()
             metrics = self.meter.take(self.world)
             self.meter = training_meter
         if self.eval_prompts:

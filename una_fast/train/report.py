@@ -1,36 +1,52 @@
-"""Output of a run: metrics.jsonl, completions.jsonl, loggers, the progress bar, the model card."""
+"""Output of a run: metrics.jsonl, completions.jsonl, loggers, the progress."""
 
 from __future__ import annotations
 
 import json
 import logging
-import re
-from collections.abc import Sequence
-from contextlib import suppress
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from una_fast.config import RunConfig
-from una_fast.data.examples import SourceReport
 from una_fast.distributed import World
 from una_fast.files import named_in_errors
-from una_fast.model.gguf import is_gguf
-from una_fast.model.loading import model_and_adapter
-from una_fast.printable import told, without_secrets
+from una_fast.printable import told
 from una_fast.train.loggers import Loggers
 from una_fast.train.run_dir import rewind_lines
 
 logger = logging.getLogger(__name__)
 
-SHOWN = ("loss", "reward", "rewards/accuracies", "kl", "grad_norm")  # in the progress bar
+# Metric -> name in the progress bar and at the end of a run.
+TOLD = {
+    "loss": "loss",
+    "rewards/accuracies": "accuracy",
+    "reward": "reward",
+    "kl": "KL",
+    "tok_per_sec": "tokens/s",
+}
+
+
+def told_metrics(metrics: dict[str, float]) -> dict[str, str]:
+    """Return the most telling metrics in words, by their short names."""
+    found = {}
+    for name, short in TOLD.items():
+        if name in metrics:
+            spec = ",.0f" if name == "tok_per_sec" else ".4g"
+            found[short] = format(metrics[name], spec)
+    return found
 
 
 class Reporter:
     """Writes the metrics of a run on the main rank; calls on other ranks have no effect.
 
+    On a terminal there is a bar, and elsewhere a line for every hundredth of the run.
+
     last: newest value of every metric, up to the step that the run goes on from
+    before: metrics of the evaluation before the first step
     """
 
     def __init__(
@@ -52,7 +68,13 @@ class Reporter:
         self.world = world
         self.loggers: Loggers | None = None
         self.bar = None
+        self.shown: dict[str, str] = {}  # beside the bar
         self.last: dict[str, float] = {}
+        self.before: dict[str, float] = {}
+        self.every: int | None = None  # steps between two lines of progress
+        self.total_steps = total_steps
+        self.first_step = first_step
+        self.start = time.perf_counter()
         if not world.is_main:
             return
         output_dir = Path(config.output_dir).absolute()  # a reward may change the directory
@@ -61,23 +83,77 @@ class Reporter:
         rewind_lines(output_dir, checkpoint, logger.warning)
         if checkpoint is not None and self.metrics_path.exists():
             for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
-                self.last |= json.loads(line)
+                metrics = json.loads(line)
+                self.last |= metrics
+                self._keep_first(metrics)
             self.last.pop("step", None)
         self.loggers = Loggers(config, output_dir, first_step)
-        if config.progress:
+        if config.progress and sys.stderr.isatty():
             from tqdm.auto import tqdm
 
             self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
+        elif config.progress:
+            self.every = max(total_steps // 100, 1)
+
+    def _keep_first(self, metrics: dict[str, float]) -> None:
+        """Keep the metrics of the evaluation before the first step."""
+        if metrics.get("step") == 0:
+            self.before = metrics
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """Write one line of metrics, and show the most telling metrics in the progress bar."""
         if not self.world.is_main:
             return
-        _append(self.metrics_path, json.dumps({"step": step, **metrics}) + "\n")
+        line = {"step": step, **metrics}
+        self._keep_first(line)
+        _append(self.metrics_path, json.dumps(line) + "\n")
         if self.loggers is not None:
             self.loggers.write(step, metrics)
         if self.bar is not None:
-            self.bar.set_postfix({n: f"{metrics[n]:.4g}" for n in SHOWN if n in metrics})
+            self.shown |= told_metrics(metrics)
+            self.bar.set_postfix(self.shown)
+        is_evaluation = "loss" not in metrics
+        if self.every is not None and (step % self.every == 0 or is_evaluation):
+            self.say(self._progress_line(step, metrics))
+
+    def _progress_line(self, step: int, metrics: dict[str, float]) -> str:
+        """Return the progress of a run as a line of a log."""
+        told_of = told_metrics(metrics)
+        evaluated = {}
+        for name, value in metrics.items():
+            if name.startswith("eval_"):
+                evaluated[name.removeprefix("eval_")] = value
+        if evaluated:
+            told_of = told_metrics(evaluated)
+        parts = [f"step {step}/{self.total_steps}" + (" evaluation" if evaluated else "")]
+        parts += [f"{name} {value}" for name, value in told_of.items()]
+        taken = step - self.first_step
+        if taken and not evaluated:
+            left = (time.perf_counter() - self.start) / taken * (self.total_steps - step)
+            parts.append(f"{_clock(left)} left")
+        return "  ".join(parts)
+
+    def phase(self, name: str) -> None:
+        """Show the work at hand in the bar, such as "generate"; "" for a step of training."""
+        if self.bar is not None:
+            self.bar.set_description_str(name)
+
+    @contextmanager
+    def evaluating(self, batches: int) -> Iterator[Callable[[], None]]:
+        """Show the progress of an evaluation in the bar; the block calls what it is given.
+
+        batches: calls to come
+        """
+        done = 0
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+            self.phase(f"evaluate {done}/{batches}")
+
+        self.phase("evaluate")
+        yield advance
+        self.phase("")
 
     def completions(self, step: int, lines: Sequence[dict[str, Any]]) -> None:
         """Write sampled responses, a line per response, to completions.jsonl."""
@@ -120,79 +196,8 @@ def _append(path: Path, text: str) -> None:
         file.write(text)
 
 
-def model_card(
-    config: RunConfig, reports: Sequence[SourceReport], metrics: dict[str, float], is_adapter: bool
-) -> str:
-    """Return README.md of the trained model.
-
-    config: settings of the run
-    reports: counts of every source
-    metrics: last metrics of the run
-    is_adapter: the model is an adapter directory
-    """
-    mean = ", a mean over tokens" if config.length_normalize else ""
-    offset = ""
-    if config.offset:
-        shown = f"r + f(x), centred by {config.offset}"
-        if not isinstance(config.offset, str):
-            shown = f"r + {config.offset:g}"
-        offset = f", labels and scores compared with {shown}"
-    library = "peft" if is_adapter else "transformers"
-    rows = "\n".join(f"| {_inline(name)} | {value:.4g} |" for name, value in metrics.items())
-    data = "\n".join(f"- {_inline(report)}" for report in reports)
-    front = {
-        "base_model": without_secrets(config.model),
-        "library_name": library,
-        "tags": ["una", "alignment", "preference-optimization"],
-    }
-    about = [
-        f"{_inline(config.model)} aligned with UNA "
-        "([arXiv 2408.15339](https://arxiv.org/abs/2408.15339)) by una_fast: the implicit reward",
-        f"r = {config.beta} * (log pi - log pi_ref){mean} regressed on the feedback below "
-        f"(pairs: {config.pair}, labels:",
-        f"{config.binary}, scores: {config.score}{offset}). All settings: `config.yaml`; "
-        "every logged step: `metrics.jsonl`.",
-    ]
-    text = "\n".join(about) + _how_to_load(config, is_adapter)
-    return f"""---
-{yaml.safe_dump(front, sort_keys=False).rstrip()}
----
-
-# {_inline(Path(config.output_dir).name)}
-
-{text}
-
-## Data
-
-{data}
-
-## Last metrics
-
-| metric | value |
-|---|---|
-{rows}
-"""
-
-
-def _how_to_load(config: RunConfig, is_adapter: bool) -> str:
-    """Return a paragraph of the card for an adapter whose base peft cannot load by itself."""
-    base = ""
-    with suppress(ValueError):  # the model's directory is gone: no reason to end without a card
-        base, _ = model_and_adapter(config.model)
-    if not is_adapter or not is_gguf(base):
-        return ""
-    file = Path(base)
-    return f"""
-
-The base model is a GGUF file, which una_fast loads with the adapter (`model:` this directory).
-With transformers and peft, load the base first:
-
-```python
-base = AutoModelForCausalLM.from_pretrained({str(file.parent)!r}, gguf_file={file.name!r})
-model = PeftModel.from_pretrained(base, {str(Path(config.output_dir).resolve())!r})
-```"""
-
-
-def _inline(text: object) -> str:
-    """Return foreign text for a line of Markdown: no new line, markup, HTML or table cell."""
-    return re.sub(r"([\\`*\[\]<>|#])", r"\\\1", told(text))
+def _clock(seconds: float) -> str:
+    """Return a time as hours, minutes and seconds: 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
