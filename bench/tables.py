@@ -1,7 +1,7 @@
-"""Regenerate the tables of README.md, and the plots, from the results in bench/results/.
+"""Regenerate the tables of README.md and the recipes, and the plots, from bench/results/.
 
     python bench/tables.py                 # write all
-    python bench/tables.py --check         # exit status 1 if README.md does not match the results
+    python bench/tables.py --check         # exit status 1 if a page does not match the results
     python bench/tables.py --merge FILES   # results of one GPU -> head_gpu.json or step_gpu.json
     python bench/tables.py --show FILE     # the tables of a GPU's result, or of steps, to stdout
 
@@ -23,6 +23,7 @@ from typing import Any
 import plots
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "docs/recipes/README.md")
 GPU_SUITES = ("peers", "bars", "memory", "layouts", "slices")  # of the same work the first is shown
 CPU_SUITES = {  # suite -> words behind the shape
     "cpu": "",
@@ -473,6 +474,27 @@ def demo_table(report: dict[str, Any], name: str) -> str:
     )
 
 
+RECIPE_METRICS = {  # recipe -> metrics of its table
+    "dpo": ("loss", "rewards/margins"),
+    "mixed": ("loss", "una/calibration_error"),
+    "online": ("reward", "kl"),
+}
+
+
+def recipes_table(report: dict[str, Any]) -> str:
+    """Return the first and last numbers of the recipes. report: of recipes.py"""
+    where = report["environment"]
+    lines = [line_of(("recipe", "steps", "seconds", "first step → last")), "|---" * 4 + "|"]
+    for row in report["results"]:
+        shown = []
+        for name in RECIPE_METRICS[row["name"]]:
+            shown.append(f"{name} {row['first'][name]:.3f} → {row['last'][name]:.3f}")
+        cells = (row["name"], str(row["steps"]), f"{row['seconds']:.0f}", ", ".join(shown))
+        lines.append(line_of(cells))
+    table = "\n".join(lines)
+    return f"On {where['threads']} CPU threads (torch {where['torch']}):\n\n{table}"
+
+
 def picture_note(report: dict[str, Any]) -> str:
     """Return the caption of the picture of the demo."""
     where = report["environment"]
@@ -546,6 +568,9 @@ def tables(root: Path) -> dict[str, Callable[[], str]]:
     found = {"head": lambda: f"{head_table(root / cpu, cpu)}\n\n{images(cpu)}".strip()}
     if (root / gpu).exists():
         found["head_gpu"] = lambda: f"{gpu_table(read(root / gpu), gpu)}\n\n{images(gpu)}".strip()
+    recipes = root / "bench/results/recipes.json"
+    if recipes.exists():
+        found["recipes"] = lambda: recipes_table(read(recipes))
     demo = "bench/results/demo.json"
     if (root / demo).exists():
         picture = "![before and after](bench/results/demo.png)"
@@ -566,11 +591,14 @@ def any_table(report: dict[str, Any], name: str) -> str:
     return make(report, name)
 
 
-def regenerate(text: str, root: Path = ROOT) -> str:
-    """Return `text` with the tables of the results below `root` between the markers."""
+def regenerate(text: str, root: Path = ROOT, page: str = "README.md") -> str:
+    """Return `text` with the tables of the results below `root` between the markers.
+
+    page: of the text; README.md must have the table of the head
+    """
     for name, make in tables(root).items():
         begin, end = f"<!-- bench:{name} -->", f"<!-- end bench:{name} -->"
-        if name != "head" and begin not in text:
+        if begin not in text and (name != "head" or page != "README.md"):
             continue
         assert begin in text and end in text, f"README.md has no {begin} ... {end}"
         body = f"{begin}\n\n{make()}\n\n{end}"
@@ -591,22 +619,32 @@ def main() -> int:
     if arguments.show:
         print(any_table(read(arguments.show), arguments.show.name))
         return 0
-    gpu, readme = ROOT / "bench/results/head_gpu.json", ROOT / "README.md"
+    gpu = ROOT / "bench/results/head_gpu.json"
     if arguments.merge:
         merged = merge(map(read, arguments.merge))
         target = gpu.with_stem("step_gpu") if merged.get("kind") == "step" else gpu
         target.write_text(json.dumps(merged, indent=1) + "\n", encoding="utf-8")
-    text = readme.read_text(encoding="utf-8")
-    if arguments.check:
-        return int(regenerate(text) != text)
+    if not arguments.check:
+        draw_all(gpu)
+    stale = []
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        new = regenerate(text, page=page)
+        if new != text:
+            stale.append(page)
+        if not arguments.check:
+            (ROOT / page).write_text(new, encoding="utf-8")
+    return int(arguments.check and bool(stale))
+
+
+def draw_all(gpu: Path) -> None:
+    """Draw the pictures of the results that exist. gpu: results of the head on a GPU"""
     for result in (gpu.with_stem("head_cpu"), gpu):
         if result.exists():
             plots.draw(read(result), result)
     demo = ROOT / "bench/results/demo.json"
     if demo.exists():
         plots.draw_demo(read(demo), demo.with_suffix(".png"))
-    readme.write_text(regenerate(text), encoding="utf-8")
-    return 0
 
 
 if __name__ == "__main__":

@@ -45,6 +45,8 @@ from una_fast.demo.smollm2 import find_smollm2
 from una_fast.files import write_json
 from una_fast.model.loading import load_tokenizer
 from una_fast.model.policy import Policy, load_policy
+from una_fast.report.page import write_report
+from una_fast.report.settings import ReportConfig
 from una_fast.resolved import find_facts, resolve
 from una_fast.train.loop import train
 
@@ -105,7 +107,8 @@ class Demo:
         write_json(
             self.run_dir / "comparison.json", comparison(title, rows, held_out, before, after)
         )
-        print(f"{self._next_commands()}\n")
+        page = write_report(ReportConfig([str(self.run_dir)]))
+        print(f"{self._next_commands(page)}\n")
         seconds = round(time.perf_counter() - self.start, 1)
         found = {"output_dir": str(self.output_dir), "seconds": seconds, **summary(rows)}
         write_json(self.output_dir / "summary.json", found)
@@ -157,8 +160,8 @@ class Demo:
         asker = self._asker(self._policy(self.model))
         before = asker.ask(self._asked(), title="answers before")
         self._say(f"{len(before)} held-out questions answered by {self.name}")
+        self._write("prompts", prompts_of(self.questions.train))
         if self.config.online:
-            self._write("prompts", prompts_of(self.questions.train))
             return before
         sizes = self.sizes
         wanted = sizes.pairs + sizes.labels + sizes.scores
@@ -207,6 +210,7 @@ class Demo:
             "loggers": [],
             "progress": self.show_progress,
             "log_every": 1,
+            "write_report": False,  # the comparison is a part of the page
         }
         sizes = self.sizes
         if not self.config.online:
@@ -234,17 +238,21 @@ class Demo:
             **ONLINE,
         )
 
-    def _next_commands(self) -> str:
-        """Return commands to try after the demo, as text."""
+    def _next_commands(self, page: Path) -> str:
+        """Return what to look at and to try after the demo, as text.
+
+        page: the report
+        """
         called = Path(sys.argv[0])
-        command = called if called.name == "una-fast" else "una-fast"
-        again = f"--output_dir {self.output_dir}/again --beta 0.1"
-        own = "--model YOUR_MODEL --data YOUR_RECORDS.jsonl --output_dir runs/first"
-        return f"""Next:
-  {command} chat {self.run_dir} --compare true            # ask both models yourself
-  {self.run_dir}/report.html                   # curves and answers, in a browser
-  {command} train --config {self.run_dir}/config.yaml {again}
-  {command} train {own}"""
+        command = str(called) if called.name == "una-fast" else "una-fast"
+        lines = [
+            f"{page}: curves and answers, for a browser",
+            f"{command} chat {self.run_dir} --compare true",
+            f"{command} train --config {self.run_dir}/config.yaml --beta 0.1 "
+            f"--output_dir {self.output_dir}/again",
+            f"{command} init --model YOUR_MODEL --data YOUR_RECORDS.jsonl",
+        ]
+        return "Next:\n  " + "\n  ".join(lines)
 
 
 def _fresh_directory(wanted: Path) -> Path:
