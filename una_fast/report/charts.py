@@ -141,7 +141,7 @@ def draw(
         figure = Figure(figsize=SIZE, layout="constrained")
         axes = figure.add_subplot()
         axes.tick_params(length=0)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=x_label == "step"))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=x_label == "step", min_n_ticks=1))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         if x_label == "step":
             axes.xaxis.set_major_formatter(_step_in_words)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from una_fast.files import write_text
+from una_fast.printable import told
 from una_fast.report.chart_table import Chart, charts_of
 from una_fast.report.details import (
     bars_of,
@@ -24,6 +26,8 @@ from una_fast.report.run_files import RunFiles, read_runs
 from una_fast.report.settings import ReportConfig
 from una_fast.report.summary import across, changes_of, facts_of, tiles_of
 
+logger = logging.getLogger(__name__)
+
 NAME = "report.html"
 
 
@@ -40,6 +44,14 @@ def write_report(settings: ReportConfig) -> Path:
         out = directories[0] / NAME
     write_text(out, page_of(read_runs(directories)))
     return out
+
+
+def write_own_report(output_dir: Path) -> None:
+    """Write the page of a run into its directory; a failure is told, and ends no run."""
+    try:
+        write_report(ReportConfig([str(output_dir)]))
+    except Exception as error:
+        logger.warning("the report of the run is not written: %s", told(error))
 
 
 def page_of(runs: Sequence[RunFiles]) -> str:

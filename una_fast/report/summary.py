@@ -108,7 +108,7 @@ def _steps(run: RunFiles) -> str:
     words = [f"{run.steps:,}"]
     epoch = last_of(run.series.get("epoch", {}))
     if epoch is not None:
-        words.append(f"{epoch:.3g} epochs")
+        words.append(f"{epoch:.3g} epoch{'' if epoch == 1 else 's'}")
     tokens = filter(math.isfinite, run.series.get("tokens", {}).values())
     total = sum(tokens)
     if total:
