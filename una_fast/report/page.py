@@ -1,4 +1,4 @@
-"""The page of one or several runs, from the files of the runs."""
+"""The page of a run, or of several, from the files of the runs."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ NAME = "report.html"
 
 
 def write_report(settings: ReportConfig) -> Path:
-    """Write the page of runs; return its path.
+    """Write the page of runs; return the path.
 
-    ValueError for a directory that is none of a run.
+    ValueError for a directory without a run.
     """
     directories = [Path(run) for run in settings.runs]
     out = Path(NAME)
@@ -47,7 +47,7 @@ def write_report(settings: ReportConfig) -> Path:
 
 
 def write_own_report(output_dir: Path) -> None:
-    """Write the page of a run into its directory; a failure is told, and ends no run."""
+    """Write the page of a run into the run's directory; a failure is told, and ends no run."""
     try:
         write_report(ReportConfig([str(output_dir)]))
     except Exception as error:
@@ -83,7 +83,7 @@ def _lead(runs: Sequence[RunFiles]) -> str:
 
 
 def _notes(runs: Sequence[RunFiles]) -> list[str]:
-    """Return what a reader must know before the numbers."""
+    """Return remarks to read before the numbers."""
     notes = []
     for run in runs:
         own = list(run.notes)
@@ -102,7 +102,7 @@ def _sections(charts: Sequence[Chart]) -> dict[str, list[Chart]]:
 
 
 def _own(run: RunFiles) -> dict[str, Any]:
-    """Return the parts of the page that belong to a run alone."""
+    """Return the parts of the page on a single run."""
     plan = None
     if run.plan:
         parts = bars_of(mapping_of(run.plan.get("parts")))
