@@ -66,6 +66,8 @@ def test_quick_demo_leaves_everything_and_keeps_an_earlier_run(demo):
     kept = json.loads((directory / "aligned/comparison.json").read_text())
     assert [len(text["answers"]) for text in kept["texts"]] == [2] * TINY.held_out
     assert {"name", "values", "note"} == set(kept["rows"][0])
+    page = (directory / "aligned/report.html").read_text(encoding="utf-8")
+    assert f"<h2>{kept['title']}</h2>" in page and page.count('<div class="answer">') > 1
 
 
 def test_records_of_the_demo_load_as_any_others(demo):

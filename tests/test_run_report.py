@@ -18,7 +18,7 @@ import yaml
 
 from tiny import make_config, make_records, write_jsonl
 from una_fast.cli import main
-from una_fast.report.charts import MOST_POINTS, line_of
+from una_fast.report.charts import MOST_POINTS, draw, line_of
 from una_fast.report.metric_table import METRICS, table_name
 from una_fast.report.page import page_of
 from una_fast.report.run_files import SAMPLES, read_runs
@@ -284,6 +284,15 @@ def test_runs_of_one_step_and_of_none(make_run):
     none = make_run("none")
     (none / "metrics.jsonl").write_text("")
     assert "No metric is written yet" in page(none).text
+
+
+@pytest.mark.parametrize(
+    ("steps", "ticks"), [([2], "2"), ([1, 3], "1 2 3"), ([0, 100_000], "0 25k 50k 75k 100k")]
+)
+def test_steps_below_a_chart_are_whole_numbers(steps, ticks):
+    svg = draw([line_of("loss", dict.fromkeys(steps, 0.5))], label="Loss")
+    texts = re.findall(r"<text[^>]*>([^<]+)</text>", svg)
+    assert texts[: texts.index("step")] == ticks.split()
 
 
 def test_evaluations_stand_in_the_charts_of_training(make_run):

@@ -37,8 +37,8 @@ class RunPlan:
     decisions: (name, decision) of the run
     batch: the batch in words
     step: memory by category
-    room: bytes that may be filled; None for a device that is not known
-    longest: the longest fitting row in words; None where it was not looked for
+    room: bytes to fill; None for an unknown device
+    longest: the longest fitting row in words; None without a search
     switches: (settings to change, bytes less at the peak), largest saving first
     measured: bytes of the measured peak; None without a measurement
     """
@@ -121,7 +121,7 @@ def plan_of_run(
     accumulate: the batch meets gradients of earlier batches
     measured: takes the planned step, and returns the bytes of the peak
 
-    Switches that save less than a hundredth of the peak are left out.
+    Switches to save less than a hundredth of the peak are left out.
     """
     step = tracer.step(batch, accumulate=accumulate)
     memory = capacity(tracer.config, tracer.run.device)
@@ -150,7 +150,7 @@ def plan_of_run(
 
 
 def text_bar(share: float) -> str:
-    """Return a bar of at most WIDTH columns, in blocks, or in # where stdout has no blocks."""
+    """Return a bar of at most WIDTH columns, in blocks, or in # if stdout has no blocks."""
     eighths = round(8 * WIDTH * share)
     bar = WHOLE * (eighths // 8) + EIGHTHS[eighths % 8]
     try:
@@ -161,7 +161,7 @@ def text_bar(share: float) -> str:
 
 
 def _line(name: str, words: str) -> str:
-    """Return a line of the plan; long words go on below, in their column."""
+    """Return a line of the plan; long words go on below, in the same column."""
     return textwrap.fill(
         words,
         COLUMNS,

@@ -1,4 +1,4 @@
-"""The charts of a run's page: which metrics stand in which chart, in the order of the page."""
+"""The charts of a run's page and the metrics in every chart, in the order of the page."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ LEARNING, SAMPLING, MACHINE = "Learning", "Rewards and KL", "Machine"
 class ChartKind:
     """A chart of the page.
 
-    section: heading that the chart stands under
+    section: heading above the chart
     title: of the chart
-    metrics: in the chart, each with its evaluation; a chart without any of them is left out
+    metrics: to draw, with metrics of the evaluation; a chart without any metric is left out
     against: metric of the horizontal axis instead of steps
     """
 
@@ -75,11 +75,11 @@ class Key:
 class Chart:
     """A drawn chart.
 
-    section, title: of its kind
+    section, title: of the kind of chart
     svg: the drawing
     keys: the legend
-    captions: sentences of its metrics
-    notes: what the drawing does not show
+    captions: sentences of the metrics
+    notes: on values without a place in the drawing
     """
 
     section: str
@@ -91,13 +91,13 @@ class Chart:
 
 
 def charts_of(runs: Sequence[RunFiles]) -> list[Chart]:
-    """Return the charts of runs; several runs share each chart."""
+    """Return the charts of runs; several runs share a chart."""
     charts = [_chart(kind, runs) for kind in CHARTS]
     return [chart for chart in charts if chart is not None]
 
 
 def _chart(kind: ChartKind, runs: Sequence[RunFiles]) -> Chart | None:
-    """Draw a chart; None if no run has its metrics."""
+    """Draw a chart; None if no run has a metric for the chart."""
     curves = _curves(kind, runs)
     if not curves:
         return None
@@ -128,7 +128,7 @@ class _Curve:
 
     run: number of the run, from 0
     metric: name of the metric
-    label: metric, and the run where there are several
+    label: metric, and the run if the page shows several
     series: values over the steps
     across: values of the horizontal axis; None: the steps themselves
     """
@@ -158,7 +158,7 @@ def _curves(kind: ChartKind, runs: Sequence[RunFiles]) -> list[_Curve]:
 
 
 def _metrics_of(kind: ChartKind, run: RunFiles) -> list[str]:
-    """Return the metrics of a chart that a run has, evaluations too."""
+    """Return the metrics of a run for a chart, evaluations too."""
     wanted: list[str] = []
     for metric in kind.metrics:
         if metric == OF_REWARD:
@@ -199,7 +199,7 @@ def _look(curve: _Curve, metrics: Sequence[str], runs: int) -> tuple[int, int]:
 
 
 def _notes(curve: _Curve) -> list[str]:
-    """Return a note on values that no chart can show."""
+    """Return a note on values without a place in a chart."""
     bad = [step for step, value in curve.series.items() if not abs(value) < LARGEST]
     if not bad:
         return []

@@ -1,7 +1,7 @@
 """Charts as inline SVG: drawn by matplotlib, coloured by the style sheet of the page.
 
-A chart has no colour of its own: placeholders become CSS variables, so that one drawing serves the
-light page, the dark page and the printed page. Texts stay texts. Invisible circles carry tooltips.
+Colours of a drawing are placeholders, and become CSS variables: the same drawing serves the light
+page, the dark page and the printed page. Texts stay texts. Invisible circles carry tooltips.
 """
 
 from __future__ import annotations
@@ -83,9 +83,9 @@ def line_of(name: str, series: Series, *, points: int = MOST_POINTS) -> Line:
     """Return the line of a series over the steps.
 
     name: for tooltips
-    series: values over the steps, at least one; a value that is not finite is a gap
-    points: to thin the series to; a point is then the mean of neighbouring values, with their
-        smallest and largest
+    series: values over the steps, not empty; infinities and NaN are gaps
+    points: to thin the series to; a point is then the mean of neighbouring values, with the
+        smallest and the largest
     """
     steps = sorted(series)
     values = np.array([series[step] for step in steps], dtype=np.float64)
@@ -102,7 +102,7 @@ def line_of(name: str, series: Series, *, points: int = MOST_POINTS) -> Line:
 
 
 def path_of(name: str, across: Series, up: Series, *, points: int = MOST_POINTS) -> Line:
-    """Return the line of one series against another, over the steps of both; see `line_of`."""
+    """Return the line of a series against another, over the steps of both; see `line_of`."""
     both = [step for step in across if step in up]
     x = line_of(name, {step: across[step] for step in both}, points=points)
     y = line_of(name, {step: up[step] for step in both}, points=points)
@@ -125,8 +125,8 @@ def draw(
 ) -> str:
     """Return a chart as an SVG element.
 
-    lines: of one axis
-    label: what the chart shows, for those who hear the page
+    lines: of the chart
+    label: the chart in words, for readers who hear the page
     x_label: below the horizontal axis
     limit: a horizontal line across the chart
     """
@@ -141,7 +141,7 @@ def draw(
         figure = Figure(figsize=SIZE, layout="constrained")
         axes = figure.add_subplot()
         axes.tick_params(length=0)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=x_label == "step"))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=x_label == "step", min_n_ticks=1))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         if x_label == "step":
             axes.xaxis.set_major_formatter(_step_in_words)
@@ -163,7 +163,7 @@ def _step_in_words(step: float, _: int) -> str:
 
 
 def _draw_line(axes: Any, line: Line, *, band: float) -> None:
-    """Draw a line, and its bounds as a band of an opacity from 0 to 1."""
+    """Draw a line, and the bounds as a band. band: opacity, from 0 to 1."""
     colour = _COLOURS[line.colour % MOST_RUNS]
     known = np.isfinite(line.x) & np.isfinite(line.y)
     axes.plot(line.x, line.y, color=colour, linestyle=_line_style(line.dash))
@@ -196,8 +196,7 @@ def _tooltips(axes: Any, lines: Sequence[Line]) -> list[tuple[float, float, str]
 def _as_element(svg: str, label: str, tooltips: Sequence[tuple[float, float, str]]) -> str:
     """Return a drawing of matplotlib as an element of a page.
 
-    Its size, fonts and metadata give way to those of the page, and its ids are dropped unless a
-    part of the drawing refers to them: several drawings share a page.
+    The page decides on size and fonts. Ids of groups are dropped: several drawings share a page.
     """
     ElementTree.register_namespace("", _SVG)
     ElementTree.register_namespace("xlink", _LINK)

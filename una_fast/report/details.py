@@ -57,7 +57,7 @@ def samples_of(run: RunFiles) -> list[dict[str, Any]]:
 
 
 def _answer(sample: dict[str, Any]) -> dict[str, str]:
-    """Return the text of a sample, its reward, and the parts of the reward."""
+    """Return text, reward and parts of the reward of a sample."""
     parts = mapping_of(sample.get("rewards")).items()
     details = [f"{name} {number_in_words(value)}" for name, value in parts]
     if "tokens" in sample:
@@ -84,7 +84,7 @@ def _prompt(prompt: Any) -> str:
 
 
 def plan_in_words(plan: dict[str, Any]) -> str:
-    """Return the batch of a plan, its peak and the verdict."""
+    """Return batch, peak and verdict of a plan."""
     peak, room = plan.get("peak"), plan.get("room")
     words = f"Largest batch: {text_of(plan.get('batch'))}. Peak {size_in_words(peak)}"
     if is_number(peak) and is_number(room):

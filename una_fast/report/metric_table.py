@@ -1,7 +1,7 @@
-"""The metrics of a run, a sentence each: captions of the report, and the table of docs/metrics.md.
+"""A sentence for every metric of a run: captions of the report, and the table of docs/metrics.md.
 
-Names follow TRL. A metric of the evaluation has the prefix eval_ and the sentence of its name
-without the prefix, read over the evaluation set.
+Names follow TRL. A metric of the evaluation has the prefix eval_, and shares the sentence of
+the name without the prefix.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ OF_REWARD = "rewards/NAME/mean"  # NAME is that of a reward
 
 METRICS = {
     "loss": "Mean loss of a feedback unit (a pair, a label or a score), weights included.",
-    "rewards/accuracies": "Share of pairs whose chosen response has the larger implicit reward.",
+    "rewards/accuracies": (
+        "Share of pairs whose chosen response has the larger implicit reward, without ties."
+    ),
     "rewards/margins": "Mean implicit reward of the chosen less that of the rejected responses.",
     "rewards/chosen": "Mean implicit reward of chosen responses: beta * (log pi - log pi_ref).",
     "rewards/rejected": "Mean implicit reward of rejected responses: beta * (log pi - log pi_ref).",

@@ -1,12 +1,14 @@
-"""The page of one or several runs, from the files of the runs."""
+"""The page of a run, or of several, from the files of the runs."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from una_fast.files import write_text
+from una_fast.printable import told
 from una_fast.report.chart_table import Chart, charts_of
 from una_fast.report.details import (
     bars_of,
@@ -24,13 +26,15 @@ from una_fast.report.run_files import RunFiles, read_runs
 from una_fast.report.settings import ReportConfig
 from una_fast.report.summary import across, changes_of, facts_of, tiles_of
 
+logger = logging.getLogger(__name__)
+
 NAME = "report.html"
 
 
 def write_report(settings: ReportConfig) -> Path:
-    """Write the page of runs; return its path.
+    """Write the page of runs; return the path.
 
-    ValueError for a directory that is none of a run.
+    ValueError for a directory without a run.
     """
     directories = [Path(run) for run in settings.runs]
     out = Path(NAME)
@@ -40,6 +44,14 @@ def write_report(settings: ReportConfig) -> Path:
         out = directories[0] / NAME
     write_text(out, page_of(read_runs(directories)))
     return out
+
+
+def write_own_report(output_dir: Path) -> None:
+    """Write the page of a run into the run's directory; a failure is told, and ends no run."""
+    try:
+        write_report(ReportConfig([str(output_dir)]))
+    except Exception as error:
+        logger.warning("the report of the run is not written: %s", told(error))
 
 
 def page_of(runs: Sequence[RunFiles]) -> str:
@@ -71,7 +83,7 @@ def _lead(runs: Sequence[RunFiles]) -> str:
 
 
 def _notes(runs: Sequence[RunFiles]) -> list[str]:
-    """Return what a reader must know before the numbers."""
+    """Return remarks to read before the numbers."""
     notes = []
     for run in runs:
         own = list(run.notes)
@@ -90,7 +102,7 @@ def _sections(charts: Sequence[Chart]) -> dict[str, list[Chart]]:
 
 
 def _own(run: RunFiles) -> dict[str, Any]:
-    """Return the parts of the page that belong to a run alone."""
+    """Return the parts of the page on a single run."""
     plan = None
     if run.plan:
         parts = bars_of(mapping_of(run.plan.get("parts")))

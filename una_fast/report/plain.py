@@ -1,4 +1,4 @@
-"""Plain values of files in words: files of other versions, or of other hands, may hold anything."""
+"""Plain values of files in words; a file of another version may hold anything."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from una_fast.printable import bytes_in_words
 
 
 def text_of(value: Any) -> str:
-    """Return a plain value as text: a text as it is, other values as JSON."""
+    """Return a plain value as text: texts unchanged, everything else as JSON."""
     if isinstance(value, str):
         return value
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def list_of(value: Any) -> list[Any]:
-    """Return a list as it is, and an empty list for everything else."""
+    """Return a list unchanged, and an empty list for everything else."""
     return value if isinstance(value, list) else []
 
 
 def mapping_of(value: Any) -> dict[str, Any]:
-    """Return a mapping as it is, and an empty mapping for everything else."""
+    """Return a mapping unchanged, and an empty mapping for everything else."""
     return value if isinstance(value, dict) else {}
 
 
@@ -38,7 +38,7 @@ def is_number(value: Any) -> bool:
 
 
 def count_of(value: Any) -> int:
-    """Return a count; 0 for everything that is no number."""
+    """Return a count; 0 for everything but numbers."""
     return int(value) if is_number(value) else 0
 
 
@@ -50,7 +50,7 @@ def number_in_words(value: Any) -> str:
 
 
 def size_in_words(value: Any) -> str:
-    """Return bytes in GiB or MiB; a dash for everything that is no number."""
+    """Return bytes in GiB or MiB; a dash for everything but numbers."""
     return bytes_in_words(value) if is_number(value) else "–"
 
 

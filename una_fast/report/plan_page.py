@@ -1,4 +1,4 @@
-"""The page of a planned run: memory by part, switches and what each saves, the longest row."""
+"""The page of a planned run: memory by part, savings of switches, the longest row."""
 
 from __future__ import annotations
 

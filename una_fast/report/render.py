@@ -1,7 +1,7 @@
-"""Pages from the templates of this folder: one HTML file without a script, a font or a link.
+"""Pages from templates: a single HTML file without a script, a font or a link.
 
 Every text of a run is foreign: `visible` writes control characters as escapes, and the template
-escapes what is left. Markup enters by `Markup` alone, from this folder.
+escapes the rest. Markup enters by `Markup` alone, from this package.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""The files of a run, as far as they are there: a run may be finished, stopped, or still running.
+"""Read the files of a run: finished, stopped, or still running.
 
     metrics.jsonl      series: metric -> steps and values
     completions.jsonl  samples of the first, the middle and the last step
     config.yaml, resolved.json, data.json, comparison.json, plan.json   plain values
 
-A file that is missing is left out; a line or a file that cannot be read is told in `notes`. Only a
-directory without metrics.jsonl is refused.
+A missing file is left out; an unreadable line or file is told in `notes`. Only a directory without
+metrics.jsonl is refused.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Series = dict[int, float]  # step -> value
 
 @dataclass
 class RunFiles:
-    """A run, from its files.
+    """A run, from the files of the output directory.
 
     directory: output directory of the run
     name: the run among the others of the page
@@ -45,7 +45,7 @@ class RunFiles:
     sources: of data.json
     comparison: of comparison.json
     plan: planned memory of the largest batch, of plan.json
-    notes: what could not be read, a line each
+    notes: on unreadable files and lines
     """
 
     directory: Path
@@ -66,13 +66,13 @@ class RunFiles:
 
 
 def read_runs(directories: Sequence[Path]) -> list[RunFiles]:
-    """Read the files of runs; ValueError for a directory that is none of a run."""
+    """Read the files of runs; ValueError for a directory without a run."""
     names = _names([directory.absolute() for directory in directories])
     return [_read_run(*named) for named in zip(directories, names, strict=True)]
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """Return names of directories: the last part, or the parts that tell the runs apart."""
+    """Return names of directories: the last part, or more parts if runs share the last."""
     names = [path.name for path in paths]
     if len(set(names)) == len(names):
         return names
@@ -100,7 +100,7 @@ def _read_run(directory: Path, name: str) -> RunFiles:
 
 
 def _read(run: RunFiles, name: str, read: Callable[[Path], Any], kind: type) -> Any:
-    """Return the value of a file, or an empty one; a file that cannot be read is noted."""
+    """Return the value of a file, or an empty value; an unreadable file is noted."""
     path = run.directory / name
     if not path.is_file():
         return kind()
@@ -120,7 +120,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _object(line: bytes) -> dict[str, Any] | None:
-    """Return the object of a line of JSON; None if the line holds something else."""
+    """Return the object of a line of JSON; None for another value."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
@@ -129,7 +129,7 @@ def _object(line: bytes) -> dict[str, Any] | None:
 
 
 def _read_metrics(run: RunFiles) -> None:
-    """Read the series; the last line may be half written, other unreadable lines are noted."""
+    """Read the series; the last line may be half written, more unreadable lines are noted."""
     unread = 0
     with (run.directory / METRICS).open("rb") as file:
         for line in file:
@@ -186,7 +186,7 @@ def _read_samples(run: RunFiles) -> None:
 
 
 def _samples_of(file: Any, step: int) -> list[dict[str, Any]]:
-    """Return samples of a step, from the place of its first line on."""
+    """Return samples of a step. file: at the first line of the step."""
     samples: list[dict[str, Any]] = []
     for line in file:
         sample = _object(line)

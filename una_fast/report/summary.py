@@ -1,4 +1,4 @@
-"""The summary of runs: what each run was, and the first and last values of the key metrics."""
+"""The summary of runs: facts in words, and the first and last values of the key metrics."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ KEY_METRICS = (
 
 
 def across(found: Sequence[dict[str, str]]) -> list[Row]:
-    """Return the rows of mappings, one of every run; a missing value is empty."""
+    """Return the rows of the runs' mappings; a missing value is empty."""
     names: dict[str, None] = {}
     for values in found:
         names |= dict.fromkeys(values)
@@ -93,7 +93,7 @@ def _data(run: RunFiles) -> str:
 
 
 def training_sources(run: RunFiles) -> int:
-    """Return the count of the sources for training, which stand before those for evaluation."""
+    """Return the count of the sources for training; sources for evaluation stand behind."""
     paths = run.config.get("data")
     return len(paths) if isinstance(paths, list) else len(run.sources)
 
@@ -108,7 +108,7 @@ def _steps(run: RunFiles) -> str:
     words = [f"{run.steps:,}"]
     epoch = last_of(run.series.get("epoch", {}))
     if epoch is not None:
-        words.append(f"{epoch:.3g} epochs")
+        words.append(f"{epoch:.3g} epoch{'' if epoch == 1 else 's'}")
     tokens = filter(math.isfinite, run.series.get("tokens", {}).values())
     total = sum(tokens)
     if total:
@@ -117,7 +117,7 @@ def _steps(run: RunFiles) -> str:
 
 
 def _seconds(run: RunFiles) -> float:
-    """Return the seconds of training: the tokens of every report, divided by their speed."""
+    """Return the seconds of training: tokens of every report, divided by the speed."""
     speeds = run.series.get("tok_per_sec", {})
     total = 0.0
     for step, tokens in run.series.get("tokens", {}).items():
@@ -140,7 +140,7 @@ def _duration(seconds: float) -> str:
 
 
 def tiles_of(run: RunFiles) -> list[dict[str, str]]:
-    """Return the key metrics of a run, of the evaluation where there is one."""
+    """Return the key metrics of a run, of the evaluation if the run has it."""
     tiles = []
     for metric in KEY_METRICS:
         name = EVAL + metric if EVAL + metric in run.series else metric

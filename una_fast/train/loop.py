@@ -31,8 +31,7 @@ from una_fast.online.anchors import AnchoredStep
 from una_fast.online.sampling import SamplerError
 from una_fast.optim import gradient_norm
 from una_fast.printable import told
-from una_fast.report.page import write_report
-from una_fast.report.settings import ReportConfig
+from una_fast.report.page import write_own_report
 from una_fast.resolved import ResolvedRun
 from una_fast.rewards.settings import RewardError
 from una_fast.signals import Stopped, requests
@@ -136,7 +135,7 @@ def _train(config: RunConfig, output_dir: Path, world: World) -> TrainResult:
         texts = {"README.md": card}
         save_final(output_dir, trainer.policy, tokenizer, world, manifest, texts)
         if world.is_main and config.write_report:
-            _write_report(output_dir)
+            write_own_report(output_dir)
     return TrainResult(output_dir, steps, metrics)
 
 
@@ -171,14 +170,6 @@ def _save_plan(output_dir: Path, memory: Planned | None) -> None:
     path.unlink(missing_ok=True)
     if memory is not None and memory.parts:
         write_json(path, asdict(memory))
-
-
-def _write_report(output_dir: Path) -> None:
-    """Write report.html; a failure is told, and ends no run."""
-    try:
-        write_report(ReportConfig([str(output_dir)]))
-    except Exception as error:
-        logger.warning("the report of the run is not written: %s", told(error))
 
 
 def _save_settings(
