@@ -820,7 +820,8 @@ def test_partly_cached_records_are_refused(llamas, mixed, biased, tmp_path):
         train(make_config(llamas["untied"], biased, tmp_path / "eval", eval_data=mixed))
     few = {"max_steps": 1, "batch_size": 4}
     train(make_config(llamas["untied"], data, tmp_path / "frozen", reference="frozen", **few))
-    assert read_metrics(tmp_path / "frozen")[0]["log_ratio"] == 0
+    # Rounding of products of other shapes; the cached numbers of another model are nats away.
+    assert read_metrics(tmp_path / "frozen")[0]["log_ratio"] == pytest.approx(0, abs=1e-5)
 
 
 def test_precompute_runs_as_one_process(llamas, mixed, tmp_path, monkeypatch):

@@ -45,8 +45,7 @@ from una_fast.demo.smollm2 import find_smollm2
 from una_fast.files import write_json
 from una_fast.model.loading import load_tokenizer
 from una_fast.model.policy import Policy, load_policy
-from una_fast.report.page import write_report
-from una_fast.report.settings import ReportConfig
+from una_fast.report.page import NAME, write_own_report
 from una_fast.resolved import find_facts, resolve
 from una_fast.train.loop import train
 
@@ -107,8 +106,8 @@ class Demo:
         write_json(
             self.run_dir / "comparison.json", comparison(title, rows, held_out, before, after)
         )
-        page = write_report(ReportConfig([str(self.run_dir)]))
-        print(f"{self._next_commands(page)}\n")
+        write_own_report(self.run_dir)
+        print(f"{self._next_commands()}\n")
         seconds = round(time.perf_counter() - self.start, 1)
         found = {"output_dir": str(self.output_dir), "seconds": seconds, **summary(rows)}
         write_json(self.output_dir / "summary.json", found)
@@ -238,16 +237,13 @@ class Demo:
             **ONLINE,
         )
 
-    def _next_commands(self, page: Path) -> str:
-        """Return what to look at and to try after the demo, as text.
-
-        page: the report
-        """
+    def _next_commands(self) -> str:
+        """Return what to look at and to try after the demo, as text."""
         called = Path(sys.argv[0])
         command = str(called) if called.name == "una-fast" else "una-fast"
         lines = [
-            f"{page}: curves and answers, for a browser",
-            f"{command} chat {self.run_dir} --compare true",
+            f"{self.run_dir / NAME}    # curves and answers, for a browser",
+            f"{command} chat {self.run_dir} --compare",
             f"{command} train --config {self.run_dir}/config.yaml --beta 0.1 "
             f"--output_dir {self.output_dir}/again",
             f"{command} init --model YOUR_MODEL --data YOUR_RECORDS.jsonl",

@@ -137,16 +137,16 @@ def closing_lines(
     commands = [f"una-fast chat {run} --compare"]
     if is_adapter:
         commands.append(f"una-fast merge {run} --output_dir {run}-merged")
-    commands.append(f"una-fast report {run}")
     if complete_checkpoints(output_dir):
         more = f"--max_steps {2 * steps}"
         if config.max_steps is None:
             more = f"--epochs {2 * (config.epochs or 1):g}"
         commands.append(f"una-fast train --config {run}/config.yaml --resume true {more}")
+    page = f"; curves in {output_dir / 'report.html'}" if config.write_report else ""
     lines = [
         _line("done", f"{steps} steps; {told}"),
         _line(kind, f"{output_dir}, described in README.md"),
-        _line("metrics", f"{output_dir / 'metrics.jsonl'}"),
+        _line("metrics", f"{output_dir / 'metrics.jsonl'}{page}"),
     ]
     lines += [_line("next" if not number else "", c) for number, c in enumerate(commands)]
     return lines
