@@ -153,6 +153,7 @@ def test_damage_is_named_in_one_line(models, tmp_path, change, message):
     [
         ({"architecture": "nonsense"}, "nonsense"),
         ({"llama__block_count": 10**6}, "block_count=1000000 is larger"),
+        ({"llama__block_count": 100}, "says that it has 100 layers, and holds 2"),
         ({"llama__embedding_length": 2**20}, "larger model than its weight files"),
         ({"general__type": "adapter"}, "type 'adapter', not a language model"),
         ({"split__count": 3}, "one of 3 parts"),

@@ -89,6 +89,16 @@ SAME = {
         "rejected": "\n\nHuman: the cat\n\nAssistant: ran",
     },
     "texts": {"prompt": "the cat", "chosen": "sat", "rejected": "ran"},
+    "text beside chats": {
+        "prompt": "the cat",
+        "chosen": [*PROMPT, turn("assistant", "sat")],
+        "rejected": [*PROMPT, turn("assistant", "ran")],
+    },
+    "text and a message": {
+        "prompt": "the cat",
+        "chosen": turn("assistant", "sat"),
+        "rejected": "ran",
+    },
 }
 
 

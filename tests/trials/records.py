@@ -140,6 +140,8 @@ def is_unit(value: object) -> bool:
 def is_text(value: object) -> bool:
     if isinstance(value, str):
         return bool(value.strip())
+    if isinstance(value, dict):
+        return is_message(value)
     return isinstance(value, list) and bool(value) and all(map(is_message, value))
 
 
@@ -147,7 +149,16 @@ def is_message(value: object) -> bool:
     if not isinstance(value, dict) or not isinstance(value.get("role"), str):
         return False
     content = value.get("content")
+    if isinstance(content, list) and all(map(is_part, content)):
+        content = "".join(part if isinstance(part, str) else part["text"] for part in content)
     return isinstance(content, str) and bool(content.strip())
+
+
+def is_part(value: object) -> bool:
+    if isinstance(value, str):
+        return True
+    is_text_part = isinstance(value, dict) and value.get("type", "text") == "text"
+    return is_text_part and isinstance(value.get("text"), str)
 
 
 def fault_of(line: bytes) -> str | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from una_fast.data.bounded import fault_of_trial, interrupted_after
 from una_fast.data.messages import Message, RecordError
-from una_fast.printable import printable
+from una_fast.printable import printable, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 SECONDS = 1
 MEMORY = 1 << 30
 LONGEST_CHAT = 1 << 26  # characters
+
+# A tag that a generation prompt opens for the model, such as "<think>\n".
+_OPENED = re.compile(r"<\w+>\s*\Z")
 
 _tried: set[str] = set()  # templates that have shown in a child that they end
 
@@ -124,6 +128,103 @@ def text_after_answer(
     tail = text.rpartition(answer)[2]
     end = tail.rstrip()
     return end, tail[len(end) :]
+
+
+# ---- responses ---------------------------------------------------------------------------------
+
+
+class Piece(NamedTuple):
+    """A part of a rendered response: an answer, or what stands between two answers.
+
+    has_end: the answer ends with the template's end of turn
+    """
+
+    text: str
+    is_answer: bool
+    has_end: bool = True
+
+
+class Chat:
+    """Renderings of a record's chat, each of which must be the beginning of the next."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        variables: dict[str, Any],
+        end: tuple[str, str],
+    ) -> None:
+        """Keep the ways of a template.
+
+        tokenizer: has the template
+        variables: of the template, beside the messages
+        end: text after every answer, as `text_after_answer` returns it
+        """
+        self.tokenizer = tokenizer
+        self.variables = variables
+        self.end, self.space = end
+
+    def asked(self, messages: list[Message]) -> str:
+        """Return the rendering up to the header of the next answer."""
+        return render_chat(
+            self.tokenizer, messages, add_generation_prompt=True, variables=self.variables
+        )
+
+    def pieces(self, prompt: list[Message], text: str, response: list[Message]) -> list[Piece]:
+        """Return the parts of a response.
+
+        prompt: messages before the response
+        text: rendering of the prompt
+        response: messages, the first and the last of the assistant
+
+        Raises RecordError where the template renders earlier turns anew.
+        """
+        pieces = []
+        for number, message in enumerate(response):
+            if message["role"] != "assistant":
+                continue
+            before = [*prompt, *response[:number]]
+            if pieces:
+                asked = self.asked(before)
+                self._check_beginning(text, asked)
+                pieces.append(Piece(asked[len(text) :], is_answer=False))
+                text = asked
+            whole = render_chat(self.tokenizer, [*before, message], variables=self.variables)
+            self._check_beginning(text, whole)
+            whole = self._without_excess(whole)
+            pieces.append(Piece(whole[len(text) :], is_answer=True, has_end=bool(self.end)))
+            text = whole
+        return pieces
+
+    def _without_excess(self, whole: str) -> str:
+        """Return the rendering of an answered chat up to the end of turn, which stands once."""
+        whole = whole.removesuffix(self.space)
+        if not whole.endswith(self.end):
+            raise RecordError(
+                f"the chat template of {name_of(self.tokenizer)} does not end this response "
+                f"with {shown(self.end)}"
+            )
+        while self.end and whole.endswith(self.end * 2):  # the text brought its own end of turn
+            whole = whole.removesuffix(self.end)
+        return whole
+
+    def _check_beginning(self, text: str, whole: str) -> None:
+        """Check that a rendering begins with the rendering of fewer messages; RecordError."""
+        if whole.startswith(text):
+            return
+        opened = _OPENED.search(text)
+        if opened and whole.startswith(text[: opened.start()]):
+            tag = opened.group().rstrip()
+            raise RecordError(
+                f"the generation prompt of the chat template of {name_of(self.tokenizer)} ends "
+                f"in an opened {tag}, which this answer lacks once rendered; take {tag} out of "
+                "the template's add_generation_prompt part (and let the template keep it in "
+                "answers that bring it), or give prompts and responses as plain strings"
+            )
+        raise RecordError(
+            f"the chat template of {name_of(self.tokenizer)} renders prompt + response "
+            "differently from the prompt with its generation prompt, which must be its "
+            "beginning; fix the template's add_generation_prompt part"
+        )
 
 
 def name_of(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from una_fast.data.chat_template import name_of, render_chat, text_after_answer
+from una_fast.data.chat_template import Chat, Piece, name_of, text_after_answer
 from una_fast.data.messages import Message, RecordError
 from una_fast.data.records import Record, check_ref_logps
 from una_fast.data.settings import RecordOptions
@@ -24,9 +24,6 @@ _SYSTEM = ("system", "developer")
 
 # Texts before which a response is tokenised where a tokenizer opens every text with a space.
 _BEFORE = ("\n", ".", "x")
-
-# A tag that a generation prompt opens for the model, such as "<think>\n".
-_OPENED = re.compile(r"<\w+>\s*\Z")
 
 
 class Encoded(NamedTuple):
@@ -194,7 +191,8 @@ class Encoder:
 
     def _rendered(self, prompt: list[Message], record: Record) -> tuple[list[int], list[_Tokens]]:
         """Return the token ids of a prompt, perhaps shortened, and the responses of a record."""
-        chat = _Chat(self, record.variables)
+        end = self._end_of(prompt, record.variables) if record.responses else ("", "")
+        chat = Chat(self.tokenizer, record.variables, end)
         text = chat.asked(prompt)
         ids = self._ids(text)
         responses = []
@@ -204,7 +202,7 @@ class Encoder:
         return ids, responses
 
     def _tokens_of(
-        self, pieces: Sequence[_Piece], prompt_text: str, prompt_ids: list[int]
+        self, pieces: Sequence[Piece], prompt_text: str, prompt_ids: list[int]
     ) -> _Tokens:
         """Return the tokens of a response.
 
@@ -267,7 +265,7 @@ class Encoder:
         starts_with_bos = full[:1] == [self.tokenizer.bos_token_id]
         return full[:1] if starts_with_bos else []
 
-    def turn_end(self, prompt: list[Message], variables: dict[str, Any]) -> tuple[str, str]:
+    def _end_of(self, prompt: list[Message], variables: dict[str, Any]) -> tuple[str, str]:
         """Return the end of every answer, and the white space after it, in the chat template.
 
         prompt, variables: of any chat, for the first call
@@ -331,95 +329,6 @@ class Encoder:
         if prompt[: len(self.prefix)] == self.prefix:
             return len(self.prefix)
         return int(prompt[0] == self.tokenizer.bos_token_id)
-
-
-class _Piece(NamedTuple):
-    """A part of a rendered response: an answer, or what stands between two answers.
-
-    has_end: the answer ends with the template's end of turn
-    """
-
-    text: str
-    is_answer: bool
-    has_end: bool = True
-
-
-class _Chat:
-    """Renderings of a record's chat, each of which must be the beginning of the next."""
-
-    def __init__(self, encoder: Encoder, variables: dict[str, Any]) -> None:
-        """Keep the tokenizer, and the variables of the template."""
-        self.encoder = encoder
-        self.tokenizer = encoder.tokenizer
-        self.variables = variables
-
-    def asked(self, messages: list[Message]) -> str:
-        """Return the rendering up to the header of the next answer."""
-        return render_chat(
-            self.tokenizer, messages, add_generation_prompt=True, variables=self.variables
-        )
-
-    def pieces(self, prompt: list[Message], text: str, response: list[Message]) -> list[_Piece]:
-        """Return the parts of a response.
-
-        prompt: messages before the response
-        text: rendering of the prompt
-        response: messages, the first and the last of the assistant
-
-        Raises RecordError where the template renders earlier turns anew.
-        """
-        end, space = self.encoder.turn_end(prompt, self.variables)
-        pieces = []
-        for number, message in enumerate(response):
-            if message["role"] != "assistant":
-                continue
-            before = [*prompt, *response[:number]]
-            if pieces:
-                asked = self.asked(before)
-                self._check_beginning(text, asked)
-                pieces.append(_Piece(asked[len(text) :], is_answer=False))
-                text = asked
-            whole = render_chat(self.tokenizer, [*before, message], variables=self.variables)
-            self._check_beginning(text, whole)
-            whole = self._without_excess(whole, end, space)
-            pieces.append(_Piece(whole[len(text) :], is_answer=True, has_end=bool(end)))
-            text = whole
-        return pieces
-
-    def _without_excess(self, whole: str, end: str, space: str) -> str:
-        """Return a rendering that ends with the end of turn, without the white space after it.
-
-        whole: rendering of a chat with its answer
-        end, space: of every answer
-        """
-        whole = whole.removesuffix(space)
-        if not whole.endswith(end):
-            raise RecordError(
-                f"the chat template of {name_of(self.tokenizer)} does not end this response "
-                f"with {shown(end)}"
-            )
-        while end and whole.endswith(end + end):  # the text brought its own end of turn
-            whole = whole.removesuffix(end)
-        return whole
-
-    def _check_beginning(self, text: str, whole: str) -> None:
-        """Check that a rendering begins with the rendering of fewer messages; RecordError."""
-        if whole.startswith(text):
-            return
-        opened = _OPENED.search(text)
-        if opened and whole.startswith(text[: opened.start()]):
-            tag = opened.group().rstrip()
-            raise RecordError(
-                f"the generation prompt of the chat template of {name_of(self.tokenizer)} ends "
-                f"in an opened {tag}, which this answer lacks once rendered; take {tag} out of "
-                "the template's add_generation_prompt part (and let the template keep it in "
-                "answers that bring it), or give prompts and responses as plain strings"
-            )
-        raise RecordError(
-            f"the chat template of {name_of(self.tokenizer)} renders prompt + response "
-            "differently from the prompt with its generation prompt, which must be its "
-            "beginning; fix the template's add_generation_prompt part"
-        )
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:

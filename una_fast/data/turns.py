@@ -10,6 +10,7 @@ user's next question, the result of a tool.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Collection
 
@@ -20,6 +21,8 @@ _SPEAKERS = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 ASSISTANT = "assistant"
+
+_Turn = tuple[str, str]  # speaker and text of a turn of a dialogue
 
 
 def split_texts(
@@ -33,21 +36,41 @@ def split_texts(
 
     The prompt is None where none is found. Raises RecordError by the name of the response.
     """
-    texts = list(responses.values())
-    plain = all(isinstance(text, str) for text in texts)
+    plain = all(isinstance(text, str) for text in responses.values())
     if prompt is None and plain:
-        prompt, texts = _split_dialogues(responses, as_chat=as_chat)
-    if as_chat and isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    if isinstance(prompt, str) and plain or prompt is None and plain:
-        return prompt, tuple(texts)
-    answers = [_as_turn(text) for text in texts]
-    chats = dict(zip(responses, answers, strict=True))
+        dialogues = {name: _turns_of(text) for name, text in responses.items()}
+        if not responses or not all(dialogues.values()):
+            return None, ()
+        if not as_chat:
+            return _split_dialogues(dialogues)
+        responses = {name: _as_messages(dialogue) for name, dialogue in dialogues.items()}
+    elif isinstance(prompt, str) and plain and not as_chat:
+        return prompt, tuple(responses.values())
+    chats = {name: _as_turn(text) for name, text in responses.items()}
+    if isinstance(prompt, str):
+        is_repeated = any(map(functools.partial(_has_turn, prompt), chats.values()))
+        if as_chat and not is_repeated:
+            prompt = [{"role": "user", "content": prompt}]
+    return _split_chats(prompt, chats)
+
+
+def _has_turn(text: str, chat: list[Message]) -> bool:
+    return any(turn.get("content") == text for turn in chat)
+
+
+def _split_chats(
+    prompt: Text | None, chats: dict[str, list[Message]]
+) -> tuple[list[Message], tuple[list[Message], ...]]:
+    """Return the prompt of chats, and their turns after the prompt.
+
+    prompt: as in the row
+    chats: name for messages -> response, perhaps as a whole chat
+    """
     for name, chat in chats.items():
         if chat[-1]["role"] != ASSISTANT:
             role = shown(chat[-1]["role"])
             raise RecordError(f"{name} must end with an assistant message, not with role {role}")
-    if prompt is None or isinstance(prompt, str):
+    if not isinstance(prompt, list):
         prompt = _common_turns(chats, prompt)
     if not prompt or prompt[-1]["role"] == ASSISTANT:
         raise RecordError(
@@ -83,7 +106,7 @@ def _common_turns(chats: dict[str, list[Message]], text: str | None) -> list[Mes
     A single chat is answered by its last turn alone.
     """
     for name, chat in chats.items():
-        if text is not None and all(turn.get("content") != text for turn in chat):
+        if text is not None and not _has_turn(text, chat):
             raise RecordError(
                 f"prompt is plain text but {name} is a list of messages; write the prompt as "
                 'messages too, [{"role": "user", "content": ...}]'
@@ -118,44 +141,37 @@ def _none_in_common(names: list[str]) -> list[Message]:
 # ---- dialogues ---------------------------------------------------------------------------------
 
 
-def _split_dialogues(
-    responses: dict[str, Text], *, as_chat: bool
-) -> tuple[Text | None, list[Text]]:
-    """Return the prompt in common and the responses of dialogues in one text each.
+def _split_dialogues(dialogues: dict[str, list[_Turn]]) -> tuple[str, tuple[str, ...]]:
+    """Return the prompt in common and the last answers, as they are written.
 
-    responses: name for messages -> text
-    as_chat: return messages; else the texts as they are written
-
-    The prompt is None if the texts are no dialogues.
+    dialogues: name for messages -> turns
     """
-    texts = list(responses.values())
-    dialogues = [_turns_of(text) for text in texts]
-    if not texts or not all(dialogues):
-        return None, texts
-    if as_chat:
-        chats = [[_as_message(*turn) for turn in dialogue] for dialogue in dialogues]
-        named = dict(zip(responses, chats, strict=True))
-        return _common_turns(named, None), chats
-    *before, _ = dialogues[0]
-    for name, dialogue in zip(responses, dialogues, strict=True):
+    first, *_ = dialogues
+    *before, _ = dialogues[first]
+    for name, dialogue in dialogues.items():
         if dialogue[:-1] != before:
             raise RecordError(
-                f"{name} differs in more than its last answer from {next(iter(responses))}, and as "
-                "plain text all after the prompt would be trained on; set strings: chat"
+                f"{name} differs in more than its last answer from {first}, and as plain text all "
+                "after the prompt would be trained on; set strings: chat"
             )
     prompt = "".join(f"\n\n{speaker}:{text}" for speaker, text in before)
-    return f"{prompt}\n\nAssistant:", [dialogue[-1][1] for dialogue in dialogues]
+    answers = tuple(dialogue[-1][1] for dialogue in dialogues.values())
+    return f"{prompt}\n\nAssistant:", answers
 
 
-def _turns_of(text: str) -> list[tuple[str, str]]:
-    """Return the (speaker, text) turns of a dialogue from a Human to the Assistant; else []."""
+def _turns_of(text: str) -> list[_Turn]:
+    """Return the turns of a dialogue from a Human to the Assistant; [] for any other text."""
     start, *pieces = _SPEAKERS.split(text)
     turns = list(zip(pieces[::2], pieces[1::2], strict=True))
-    is_dialogue = turns and not start.strip() and turns[0][0] == "Human"
-    return turns if is_dialogue and turns[-1][0] == "Assistant" else []
+    speakers = pieces[::2]
+    is_dialogue = not start.strip() and speakers[:1] == ["Human"] and speakers[-1] == "Assistant"
+    return turns if is_dialogue else []
 
 
-def _as_message(speaker: str, text: str) -> Message:
-    if not text.strip():
-        raise RecordError(f"a turn of the {speaker} is empty; fill it in or remove the record")
-    return {"role": _ROLES[speaker], "content": text.strip()}
+def _as_messages(dialogue: list[_Turn]) -> list[Message]:
+    messages = []
+    for speaker, text in dialogue:
+        if not text.strip():
+            raise RecordError(f"a turn of the {speaker} is empty; fill it in or remove the record")
+        messages.append({"role": _ROLES[speaker], "content": text.strip()})
+    return messages

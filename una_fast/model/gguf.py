@@ -92,6 +92,7 @@ def read_header(file: str | Path) -> GgufHeader:
     with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
         header = _Reader(data, path).header()
     _check_fields(header.fields, path)
+    _check_layers(header, path)
     return header
 
 
@@ -224,9 +225,10 @@ def _check_fields(fields: dict[str, Any], path: Path) -> None:
         )
     if not isinstance(fields.get("general.architecture"), str):
         raise ModelError(f"{printable(path)} has no general.architecture, the class of its model")
-    if fields.get("split.count", 0) > 1:
+    parts = _count(fields, "split.count")
+    if parts > 1:
         raise ModelError(
-            f"{printable(path)} is one of {fields['split.count']} parts of a model; merge them "
+            f"{printable(path)} is one of {parts} parts of a model; merge them "
             "(llama-gguf-split --merge) and give the whole file"
         )
     for key, value in fields.items():
@@ -238,3 +240,24 @@ def _check_fields(fields: dict[str, Any], path: Path) -> None:
                 f"{printable(path)}: {printable(key)}={value} is larger than any model's; give an "
                 "undamaged copy"
             )
+
+
+def _count(fields: dict[str, Any], key: str) -> int:
+    """Return the whole number in a field; 0 without one."""
+    value = fields.get(key)
+    return value if isinstance(value, int) else 0
+
+
+def _check_layers(header: GgufHeader, path: Path) -> None:
+    """Check that the file holds as many layers as its header says.
+
+    transformers takes a minute to look for a hundred, and its own number where the header has none.
+    """
+    names = (name.split(".") for name in header.tensors)
+    held = {parts[1] for parts in names if parts[0] == "blk"}
+    said = _count(header.fields, f"{header.fields['general.architecture']}.block_count")
+    if held and not 1 <= said <= len(held):
+        raise ModelError(
+            f"{printable(path)} says that it has {said} layers, and holds {len(held)}; give a "
+            "whole copy"
+        )

@@ -47,7 +47,7 @@ from una_fast.model.directory import (
     weight_files,
     within_budget,
 )
-from una_fast.model.gguf import is_gguf
+from una_fast.model.gguf import is_gguf, read_header
 from una_fast.model.head_probe import is_number
 from una_fast.model.places import (
     check_place,
@@ -71,6 +71,14 @@ _LEFT_OUT = re.compile(
     r"([._]|$)"
     r"|(^|\.)(inv_freq|masked_bias|attn\.bias|attention\.bias|position_ids)$"
 )
+
+# Special tokens of a tokenizer, and their keys in the header of a GGUF file.
+_GGUF_TOKENS = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
 
 # Settings of an adapter that are, or may be, regular expressions.
 _PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
@@ -115,8 +123,26 @@ def read_tokenizer(path: str, *, trust_remote_code: bool) -> PreTrainedTokenizer
         )
         tokenizer("a b")  # damage that shows in use alone
     if is_gguf(path):
+        _take_special_tokens(tokenizer, read_header(path).fields)
         tokenizer.name_or_path = path  # not the directory: its files may be another model's
     return tokenizer
+
+
+def _take_special_tokens(tokenizer: PreTrainedTokenizerBase, fields: dict[str, Any]) -> None:
+    """Give a tokenizer the special tokens that the header of its GGUF file names.
+
+    tokenizer: changed in place
+    fields: of the header
+
+    transformers 5.17 takes BOS for EOS, and never adds BOS.
+    """
+    for name, key in _GGUF_TOKENS.items():
+        number = fields.get(f"tokenizer.ggml.{key}")
+        if isinstance(number, int) and 0 <= number < len(tokenizer):
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(number))
+    adds_bos = fields.get("tokenizer.ggml.add_bos_token")
+    if isinstance(adds_bos, bool) and tokenizer.bos_token is not None:
+        tokenizer.add_bos_token = adds_bos
 
 
 def set_padding(tokenizer: PreTrainedTokenizerBase, token: str | None) -> None:
