@@ -107,10 +107,8 @@ def _steps_in_words(opened: OpenedRun) -> str:
     epochs = opened.total_steps / opened.loaders.steps_per_epoch(config)
     went_on = f", {taken} of them taken" if taken else ""
     rate = f"rate {config.learning_rate:g}, {config.lr_schedule}"
-    return (
-        f"{opened.total_steps}, each of {' and '.join(batch)}{went_on} ({epochs:.3g} epochs); {rate}, "
-        f"{config.optimizer}, beta {config.beta:g}"
-    )
+    steps = f"{opened.total_steps}, each of {' and '.join(batch)}{went_on} ({epochs:.3g} epochs)"
+    return f"{steps}; {rate}, {config.optimizer}, beta {config.beta:g}"
 
 
 def _line(name: str, text: object) -> str:
