@@ -102,6 +102,7 @@ def test_chat_answers_as_the_model_of_the_run_does(place, capsys):
     base = ["chat", str(place / "model"), *words[2:]]
     assert said_by(capsys, *base) == before
     checkpoint = ["chat", str(place / "run" / "checkpoint-4"), *words[2:]]
+    assert not (place / "run" / "checkpoint-4" / "README.md").exists(), "no empty card of peft's"
     assert said_by(capsys, *checkpoint) == after
 
     model = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
@@ -117,6 +118,33 @@ def test_chat_answers_as_the_model_of_the_run_does(place, capsys):
     second = speaker.answer("and why", show=False)
     speaker.messages.clear()
     assert second != speaker.answer("and why", show=False), "earlier turns are part of the prompt"
+
+
+def test_chat_compares_a_whole_model_with_the_model_of_its_settings(place, capsys, tmp_path):
+    run = str(tmp_path / "run")
+    words = ["--model", str(place / "model"), "--data", str(place / "chats.jsonl")]
+    words += ["--learning_rate", "0.01", "--max_steps", "2", "--batch_size", "4"]
+    assert main(["train", *words, "--output_dir", run, "--progress", "false"]) == 0
+    ask = ["--prompt", QUESTION, "--max_new_tokens", "6"]
+    both = said_by(capsys, "chat", run, *ask, "--compare")
+    before, after = both.removeprefix("--- before\n").split("--- after\n")
+    assert said_by(capsys, "chat", str(place / "model"), *ask) == before
+    assert said_by(capsys, "chat", run, *ask) == after != before
+
+
+def test_a_person_ends_the_chat_with_ctrl_d(place, capsys, monkeypatch):
+    typed = iter(["the cat", "", EOFError()])
+
+    def read(_):
+        line = next(typed)
+        if isinstance(line, EOFError):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    out = said_by(capsys, "chat", str(place / "run"), "--max_new_tokens", "3")
+    assert out.startswith("Ctrl-C stops an answer, Ctrl-D ends.\n") and out.count("\n") == 3
 
 
 def test_chat_reads_prompts_line_by_line(place, capsys, monkeypatch):

@@ -31,6 +31,7 @@ online capacity
 train
 guide
 demo
+commands
 cli
 command
 __init__

@@ -1,33 +1,29 @@
-"""The command line: `una-fast init | train | chat | merge | data | plan | check | demo`, and more.
+"""The process of a command: its words, its log lines, its errors and its exit status.
 
-Importing the file, and `--help` of any command, loads neither torch nor transformers: modules are
-imported when a command runs, and the parser is built for the given command alone.
+Importing the file loads neither torch nor transformers, and the parser is built for the given
+command alone; commands.py has the commands.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
-import importlib.metadata
 import json
 import logging
 import os
 import select
-import shlex
 import signal
 import sys
 import time
 import warnings
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
-from typing import Any, NamedTuple
 
+from una_fast.commands import COMMANDS, settings_of
 from una_fast.flags import (
     Parser,
     UsageError,
     add_settings,
-    default_of,
     field_in_place,
     given_settings,
     suggestion,
@@ -35,17 +31,6 @@ from una_fast.flags import (
 from una_fast.logs import LineFormatter
 from una_fast.printable import printable, shown, told
 from una_fast.signals import Stopped, requests
-
-PACKAGES = (
-    "torch",
-    "triton",
-    "transformers",
-    "peft",
-    "datasets",
-    "flash-attn",
-    "liger-kernel",
-    "trl",
-)
 
 # Loggers of other packages, which show errors alone unless --verbose is given, ...
 OTHERS = (
@@ -72,15 +57,6 @@ QUIET = {
 
 VERBOSE = "Show warnings and progress bars of other packages (torch, transformers, ...) too."
 OP = "Plan one call of the fused head instead: its rows, hidden size and vocabulary."
-
-
-class Command(NamedTuple):
-    """A command: line of help, module and class of the settings, function."""
-
-    help: str
-    module: str
-    settings: str
-    run: Callable[[Namespace], None]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -265,7 +241,7 @@ def _parser(arguments: Sequence[str]) -> Parser:
         if name == asked:
             from una_fast.config import setting_groups
 
-            add_settings(of_command, setting_groups(_settings_of(name)))
+            add_settings(of_command, setting_groups(settings_of(name)))
     return parser
 
 
@@ -287,7 +263,7 @@ def _parse(parser: Parser, arguments: list[str]) -> Namespace:
     """
     parsed, unknown = parser.parse_known_args(arguments)
     prog = f"una-fast {parsed.command}"
-    kind = _settings_of(parsed.command)
+    kind = settings_of(parsed.command)
     takes_words = field_in_place(kind) is not None
     if unknown and (not takes_words or any(word.startswith("-") for word in unknown)):
         names = [f"--{f.name}" for f in fields(kind)]
@@ -298,214 +274,3 @@ def _parse(parser: Parser, arguments: list[str]) -> Namespace:
     except ValueError as error:
         raise UsageError(prog, str(error)) from None
     return parsed
-
-
-def _settings_of(name: str) -> type:
-    """Return the dataclass of the settings of a command."""
-    command = COMMANDS[name]
-    return getattr(importlib.import_module(command.module), command.settings)
-
-
-def _settings(parsed: Namespace) -> Any:
-    """Return the settings of the command; ValueError for values that do not go together."""
-    return _settings_of(parsed.command)(**parsed.given)
-
-
-def _train(parsed: Namespace) -> None:
-    settings = _settings(parsed)  # before anything is loaded
-
-    from una_fast.train.loop import train
-    from una_fast.train.summary import closing_lines, result_line
-
-    result = train(settings)
-    if os.environ.get("RANK", "0") == "0":
-        lines = closing_lines(settings, result.output_dir, result.steps, result.metrics)
-        print(*map(told, lines), sep="\n")
-        print(json.dumps(result_line(result.output_dir, result.steps, result.metrics)))
-
-
-def _merge(parsed: Namespace) -> None:
-    settings = _settings(parsed)
-
-    from una_fast.guide.merge import merge
-
-    output_dir = merge(settings)
-    print(told(f"merged; next: una-fast chat {shlex.quote(str(output_dir))}"))
-    print(json.dumps({"output_dir": str(output_dir)}))
-
-
-def _chat(parsed: Namespace) -> None:
-    settings = _settings(parsed)
-
-    from una_fast.guide.chat import chat
-
-    chat(settings)
-
-
-def _data(parsed: Namespace) -> None:
-    settings = _settings(parsed)
-
-    from una_fast.guide.data_view import show_data
-
-    print(json.dumps(show_data(settings)))
-
-
-def _init(parsed: Namespace) -> None:
-    settings = _settings(parsed)
-
-    from una_fast.guide.init import init
-
-    print(*init(settings), sep="\n")
-
-
-def _precompute(parsed: Namespace) -> None:
-    import yaml
-
-    settings = _settings(parsed)
-
-    from una_fast.train.precompute import precompute_reference
-
-    entries = precompute_reference(settings)
-    print("train on the new files with:\n" + yaml.safe_dump(entries, sort_keys=False), end="")
-
-
-def _plan(parsed: Namespace) -> None:
-    if parsed.op is not None:
-        _plan_op(parsed)
-        return
-    from una_fast.capacity.settings import RunPlanConfig
-
-    if {"pairs", "train_head"} & _changed(RunPlanConfig, parsed.given):
-        raise ValueError(
-            "pairs and train_head describe a call of the fused head; give it with --op N D V"
-        )
-    settings = _settings(parsed)
-
-    from una_fast.train.memory_plan import plan_run
-
-    print(plan_run(settings))
-
-
-def _plan_op(parsed: Namespace) -> None:
-    from una_fast.capacity.settings import RunPlanConfig
-    from una_fast.head.settings import PlanConfig
-
-    of_op = {f.name for f in fields(PlanConfig)}
-    others = _changed(RunPlanConfig, parsed.given) - of_op
-    if others:
-        raise ValueError(
-            f"--op plans one call of the fused head, which {', '.join(sorted(others))} do not enter"
-        )
-    given = {name: value for name, value in parsed.given.items() if name in of_op}
-    if given.get("device", "auto") == "auto":
-        given["device"] = "cuda"
-    settings = PlanConfig(**given)
-
-    from una_fast.head.describe import describe_op
-
-    print(describe_op(*parsed.op, settings))
-
-
-def _changed(kind: type, given: dict[str, Any]) -> set[str]:
-    """Return the names of the given settings with another value than the default."""
-    defaults = {f.name: default_of(f) for f in fields(kind)}
-    return {name for name, value in given.items() if value != defaults[name]}
-
-
-def _report(parsed: Namespace) -> None:
-    settings = _settings(parsed)
-
-    from una_fast.report.page import write_report
-
-    print(write_report(settings))
-
-
-def _check(parsed: Namespace) -> None:
-    settings = _settings(parsed)
-
-    import torch
-
-    from una_fast.head.engines import choose_engine
-
-    print(f"python {sys.version.split()[0]}")
-    for package in PACKAGES:
-        try:
-            print(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            print(f"{package} not installed")
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    print(f"GPUs: {', '.join(devices) or 'none'}")
-    kind = "cuda" if devices else "cpu"
-    device = torch.device(kind)
-    engine = choose_engine("auto", device, torch.bfloat16).name
-    print(f"engine of the fused head on {device.type}: {engine}")
-    if settings.model:
-        from una_fast.guide.check import model_lines
-
-        print(*map(told, model_lines(settings)), sep="\n")
-
-
-def _demo(parsed: Namespace) -> None:
-    settings = _settings(parsed)
-
-    from una_fast.demo.run import run_demo
-
-    run_demo(settings)
-
-
-COMMANDS = {
-    "init": Command(
-        "Write the settings of a run from a model and its data.",
-        "una_fast.guide.settings",
-        "InitConfig",
-        _init,
-    ),
-    "train": Command(
-        "Align a model with preference records.", "una_fast.config", "RunConfig", _train
-    ),
-    "precompute-ref": Command(
-        "Write the records of a run again, with reference log-probs.",
-        "una_fast.config",
-        "RunConfig",
-        _precompute,
-    ),
-    "plan": Command(
-        "Show what a run, or a call of the fused head, will need before it is loaded.",
-        "una_fast.capacity.settings",
-        "RunPlanConfig",
-        _plan,
-    ),
-    "report": Command(
-        "Show runs as one HTML file: curves, samples, data, decisions, settings.",
-        "una_fast.report.settings",
-        "ReportConfig",
-        _report,
-    ),
-    "merge": Command(
-        "Add an adapter to its base model.", "una_fast.guide.settings", "MergeConfig", _merge
-    ),
-    "chat": Command(
-        "Talk to the model of a run, or to any other.",
-        "una_fast.guide.settings",
-        "ChatConfig",
-        _chat,
-    ),
-    "data": Command(
-        "Show records as they will be trained on, and what would be refused.",
-        "una_fast.guide.settings",
-        "DataConfig",
-        _data,
-    ),
-    "check": Command(
-        "Show the installation, and probe a model.",
-        "una_fast.guide.settings",
-        "CheckConfig",
-        _check,
-    ),
-    "demo": Command(
-        "Align a small model on real text, with nothing to download.",
-        "una_fast.demo.settings",
-        "DemoConfig",
-        _demo,
-    ),
-}

@@ -28,7 +28,7 @@ from unittest import mock
 import yaml
 from common import Trial, in_process, main
 
-from una_fast import cli
+from una_fast import cli, commands
 
 MUTATIONS = 3000
 SHORT = 150
@@ -56,7 +56,7 @@ BASES: dict[str, list[dict[str, Any]]] = {
     "check": [{}, {"model": "some/model"}],
     "demo": [{}, {"output_dir": "runs/x", "seed": 3, "quick": True}],
 }
-FIELDS = {name: [f.name for f in dataclasses.fields(cli._settings_of(name))] for name in BASES}
+FIELDS = {name: [f.name for f in dataclasses.fields(commands.settings_of(name))] for name in BASES}
 
 # YAML texts that stand in the place of a value.
 VALUES = (
@@ -163,7 +163,7 @@ def replaced_commands() -> Iterator[None]:
         fakes[module] = types.ModuleType(module)
         keeper = keep if name != "precompute_reference" else lambda settings: keep(settings) and {}
         setattr(fakes[module], name, keeper)
-    check = cli.COMMANDS["check"]._replace(run=lambda parsed: keep(cli._settings(parsed)))
+    check = cli.COMMANDS["check"]._replace(run=lambda parsed: keep(commands.settings_from(parsed)))
     with mock.patch.dict(sys.modules, fakes), mock.patch.dict(cli.COMMANDS, check=check):
         yield
 

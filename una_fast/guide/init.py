@@ -20,7 +20,6 @@ from una_fast.capacity.fit import (
     accumulates,
     capacity,
     cheapest_way,
-    gib,
     largest_batch,
     longest_rollouts,
     usable,
@@ -35,7 +34,7 @@ from una_fast.guide.look import Found, has_responses, look
 from una_fast.guide.settings import InitConfig
 from una_fast.model.loading import load_tokenizer
 from una_fast.model.positions import positions_of
-from una_fast.printable import told
+from una_fast.printable import bytes_in_words, told
 from una_fast.resolved import find_facts, outline_of
 from una_fast.train.summary import lengths_in_words
 
@@ -259,7 +258,8 @@ def _fit(
         peak = step.peak
     where = settings.gpu or ("the GPU" if device == "cuda" else "this machine")
     verdict = "" if peak <= room else "; it does not fit: set max_tokens, or take a larger GPU"
-    return [f"memory     {gib(peak)} planned, of {gib(memory)} on {where}{verdict}"]
+    sizes = f"{bytes_in_words(peak)} planned, of {bytes_in_words(memory)} on {where}"
+    return [f"memory     {sizes}{verdict}"]
 
 
 def _planned(settings: InitConfig, proposal: Proposal) -> RunPlanConfig:

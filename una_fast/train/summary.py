@@ -25,10 +25,10 @@ def opening_lines(opened: OpenedRun, output_dir: Path) -> list[str]:
     """Return what a run is about to do, before its models are loaded, a line per matter."""
     config = opened.config
     reports = [_line("data", report) for report in opened.data.reports]
-    lines = [*reports, _line("lengths", lengths_in_words(opened.data.examples()))]
-    if opened.data.all_prompts():
-        lines.append(_line("prompts", lengths_in_words(opened.data.all_prompts())))
-    lines = [line for line in lines if not line.endswith(" ")]
+    lines = reports
+    for examples in (opened.data.examples(), opened.data.all_prompts()):
+        if examples:
+            lines.append(_line("lengths", lengths_in_words(examples)))
     lines.append(_line("steps", _steps_in_words(opened)))
     if opened.memory is not None:
         lines.append(_line("memory", opened.memory))
@@ -107,10 +107,8 @@ def _steps_in_words(opened: OpenedRun) -> str:
     epochs = opened.total_steps / opened.loaders.steps_per_epoch(config)
     went_on = f", {taken} of them taken" if taken else ""
     rate = f"rate {config.learning_rate:g}, {config.lr_schedule}"
-    return (
-        f"{opened.total_steps} of {' and '.join(batch)}{went_on} ({epochs:.3g} epochs); {rate}, "
-        f"{config.optimizer}, beta {config.beta:g}"
-    )
+    steps = f"{opened.total_steps}, each of {' and '.join(batch)}{went_on} ({epochs:.3g} epochs)"
+    return f"{steps}; {rate}, {config.optimizer}, beta {config.beta:g}"
 
 
 def _line(name: str, text: object) -> str:
