@@ -206,6 +206,16 @@ def test_data_shows_records_as_they_are_trained_on(place, capsys, tmp_path):
     }
 
 
+def test_data_tells_the_turns_that_are_not_trained_on(place, capsys, tmp_path):
+    turns = [("user", "why"), ("assistant", "cat"), ("user", "so"), ("assistant", "mat")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    record = {"prompt": messages[:1], "completion": messages[1:], "label": True}
+    data = write_jsonl(tmp_path / "turns.jsonl", [record])
+    out = said_by(capsys, "data", data, "--model", str(place / "model"))
+    between = "[not trained on: <|user|>so</s><|assistant|>]"
+    assert f"tokens: cat</s>{between}mat[end: </s>]" in out
+
+
 def test_data_counts_every_refusal_by_its_kind(place, capsys, tmp_path):
     scores = [{"prompt": "a", "completion": "b", "score": score} for score in (7, 8.5, 0.5, 99)]
     records = [*scores, {"prompt": "a", "chosen": "b"}, {"prompt": "\x1b[2J", "completion": "x"}]

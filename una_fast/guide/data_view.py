@@ -19,8 +19,15 @@ from una_fast.model.loading import load_tokenizer
 from una_fast.printable import printable_lines, told
 from una_fast.train.summary import lengths_in_words
 
-# Colours of a terminal: of the prompt, of a response, of the token that ends it.
-COLOURS = {"prompt": "\x1b[36m", "response": "\x1b[32m", "end": "\x1b[30;43m"}
+# Colours of a terminal, and marks without colours: of the prompt, of a response, of turns within it
+# that are not trained on, of the token that ends it.
+COLOURS = {
+    "prompt": "\x1b[36m",
+    "response": "\x1b[32m",
+    "between": "\x1b[36m",
+    "end": "\x1b[30;43m",
+}
+MARKS = {"response": "{}", "between": "[not trained on: {}]", "end": "[end: {}]"}
 PLAIN = "\x1b[0m"
 
 LONGEST = 1500  # characters of a text that are shown
@@ -68,12 +75,30 @@ def example_lines(
     prompt = _shown(tokenizer, example.prompt_ids, "prompt", coloured=coloured)
     lines.append(f"prompt     {len(example.prompt_ids)} tokens: {prompt}")
     for number, ids in enumerate(example.responses):
-        text = _shown(tokenizer, ids[:-1], "response", coloured=coloured)
-        end = _shown(tokenizer, ids[-1:], "end", coloured=coloured)
-        if not coloured:
-            end = f"[end: {end}]"
-        lines.append(f"response {number + 1} {len(ids)} tokens: {text}{end}")
+        text = ""
+        for part, span in _parts(ids, example.scored_tokens()[number]):
+            shown_part = _shown(tokenizer, ids[span], part, coloured=coloured)
+            text += shown_part if coloured else MARKS[part].format(shown_part)
+        lines.append(f"response {number + 1} {len(ids)} tokens: {text}")
     return lines
+
+
+def _parts(ids: np.ndarray, scored: np.ndarray) -> Iterator[tuple[str, slice]]:
+    """Yield the parts of a response, and the places of their tokens.
+
+    ids: [R] tokens of the response
+    scored: places of the tokens that the loss counts; the others are turns between two answers
+    """
+    is_scored = np.zeros(len(ids), dtype=bool)
+    is_scored[scored] = True
+    last = len(ids) - 1
+    cuts = [*(np.flatnonzero(is_scored[1:last] != is_scored[: last - 1]) + 1), last]
+    start = 0
+    for cut in cuts:
+        if cut > start:
+            yield ("response" if is_scored[start] else "between"), slice(start, cut)
+        start = cut
+    yield "end", slice(last, len(ids))
 
 
 def _feedback(example: Example) -> Iterator[str]:
