@@ -232,6 +232,7 @@ def test_equal_rewards_and_responses_without_an_end_are_told(
 def test_mixed_steps_hold_rollouts_and_records(model, mixed, prompts, tmp_path):
     data = [{"path": prompts, "online": True}, mixed]
     settings = {"mode": "mixed", "online_fraction": 0.5, "batch_size": 8, "max_steps": 2}
+    settings["rewards"] = [LENGTH]  # equal for no three samples
     config = online(model, data, tmp_path / "run", **settings)
     trainer, step = first_step(config)
     origins = [example.origin for example in examples_in(step)]

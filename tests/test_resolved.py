@@ -362,12 +362,12 @@ OWNERS = {
     # optim.py names it in a message; fit.py proposes to switch it off.
     r"\.master_weights\b": {"resolved.py", "config.py", "optim.py", "capacity/fit.py"},
     r"\bDEFAULT_WORKSPACE_MB\b": {"head/plan.py"},
-    # cli.py: una-fast check, which has no run.
+    # una-fast check has no run.
     r"\bpacking_refusal\(": {
         "resolved.py",
         "attention/probe.py",
         "attention/packed.py",
-        "cli.py",
+        "guide/check.py",
     },
     r"\bhas_cached_logps\(": {"resolved.py", "model/reference.py"},
     r"_keep_in_fp32": {"resolved.py"},

@@ -21,13 +21,13 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from una_fast.attention.probe import packing_refusal
-from una_fast.config import RunConfig
+from una_fast.config import Precision, RunConfig
 from una_fast.data.examples import Example
 from una_fast.head.engines import choose_engine
 from una_fast.head.plan import workspace_bytes
@@ -213,6 +213,22 @@ def _keeps_float32(model: PreTrainedModel) -> bool:
 # ---- decisions ---------------------------------------------------------------------------------
 
 
+class HasPrecision(Protocol):
+    """Settings with a precision."""
+
+    precision: Precision
+
+
+def compute_dtype(config: HasPrecision, device: str) -> torch.dtype:
+    """Return the dtype of the products: bf16 if asked for, or by default on a GPU.
+
+    config: settings of a run or of a chat
+    device: "cpu" or "cuda"
+    """
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and device == "cuda")
+    return torch.bfloat16 if bf16 else torch.float32
+
+
 def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
     """Decide dtypes, reference, layout, workspace and engine of a run.
 
@@ -222,13 +238,12 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
     Weights in bf16 have bf16 gradients, and micro-batches are added up in bf16; with float32
     weights both are float32. Adapters are float32 over a base in the dtype of the products.
     """
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and facts.device == "cuda")
-    compute = torch.bfloat16 if bf16 else torch.float32
+    compute = compute_dtype(config, facts.device)
     wide = config.master_weights and not config.lora
     weights = torch.float32 if wide else compute
     trains_adapter = config.lora is not None or facts.is_adapter
     trained = torch.float32 if trains_adapter else weights
-    wider = trained != compute or (facts.keeps_float32 and bf16)
+    wider = trained != compute or (facts.keeps_float32 and compute == torch.bfloat16)
     # FSDP2 casts the weights that it gathers by itself.
     autocast = compute if wider and facts.ranks == 1 else None
     run = ResolvedRun(

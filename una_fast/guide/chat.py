@@ -28,6 +28,7 @@ from una_fast.model.loading import load_causal_lm, load_tokenizer
 from una_fast.model.positions import positions_of
 from una_fast.online.sampling import stop_ids
 from una_fast.printable import printable_lines, told
+from una_fast.resolved import compute_dtype
 from una_fast.signals import Stopped, requests
 
 SIDES = ("before", "after")
@@ -155,8 +156,7 @@ def load_speakers(settings: ChatConfig) -> list[Speaker]:
 
 
 def _load(settings: ChatConfig, path: str, device: torch.device) -> PreTrainedModel | PeftModel:
-    wide = settings.precision == "fp32" or (settings.precision == "auto" and device.type == "cpu")
-    dtype = torch.float32 if wide else torch.bfloat16
+    dtype = compute_dtype(settings, device.type)
     model = load_causal_lm(path, dtype=dtype, trust_remote_code=settings.trust_remote_code)
     # Penalties and the like of the model's own settings would stand beside ours.
     inside = model.get_base_model() if isinstance(model, PeftModel) else model
