@@ -51,9 +51,15 @@ from una_fast.train.loop import train
 
 LORA = {"r": 16, "alpha": 16}
 
-OFFLINE = {"beta": 0.3, "learning_rate": 1e-3, "lr_schedule": "constant", "warmup_ratio": 0.0}
+OFFLINE = {"beta": 0.3, "learning_rate": 5e-4, "lr_schedule": "constant", "warmup_ratio": 0.0}
 
-ONLINE = OFFLINE | {"beta": 0.02, "temperature": 0.7, "samples_per_prompt": 4, "epochs": 100.0}
+ONLINE = OFFLINE | {
+    "beta": 0.02,
+    "learning_rate": 1e-3,
+    "temperature": 0.7,
+    "samples_per_prompt": 4,
+    "epochs": 100.0,
+}
 
 REWARDS = {"one_sentence": 0.4, "brief": 0.4, "names_the_function": 0.2}
 """Functions of rewards.py, and their weights: rewards lie in [0, 1]."""
