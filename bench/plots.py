@@ -74,12 +74,15 @@ DEMO_BARS = {  # key of a summary -> label
     "overlap_with_another": "... of another\nfunction",
 }
 SHOWN_QUESTION = 0  # of the kept texts
+BEFORE, AFTER, PEER = "#9aa4b2", "#2563eb", "#9aa4b2"
+PEERS = ("una_fast", "trl", "eager")
 
 
-def draw_demo(report: dict[str, Any], file: Path) -> None:
-    """Write a picture of the demo with records: shares before and after, and one question.
+def draw_demo(demo: dict[str, Any], head: dict[str, Any], file: Path) -> None:
+    """Write the picture on top of README: the demo before and after, and the loss beside peers.
 
-    report: of demo_seeds.py
+    demo: report of demo_seeds.py
+    head: report of bench_head.py, with the suite "real"
     file: a PNG
     """
     import matplotlib
@@ -87,30 +90,72 @@ def draw_demo(report: dict[str, Any], file: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [row for row in report["results"] if row["kind"] == "records"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
-    for k, (label, colour) in enumerate((("before", "#9aa4b2"), ("after", "#2563eb"))):
+    figure, (shares, texts, peers) = plt.subplots(
+        1, 3, figsize=(14, 3.9), width_ratios=(4, 5, 3.4), layout="constrained"
+    )
+    _draw_shares(shares, [row for row in demo["results"] if row["kind"] == "records"])
+    _draw_texts(texts, demo["texts"][SHOWN_QUESTION])
+    (real,) = [e for e in head["results"] if e["suite"] == "real" and e["head"] == "trained"]
+    _draw_peers(peers, real["table"])
+    figure.savefig(file, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _draw_shares(axes: Any, rows: list[dict[str, Any]]) -> None:
+    """Draw the means over seeds as bars, and every seed as a dot. rows: summaries"""
+    for k, (label, colour) in enumerate((("before", BEFORE), ("after", AFTER))):
         for place, key in enumerate(DEMO_BARS):
             values = [100 * row[key][k] for row in rows]
             x = place + 0.38 * (k - 0.5)
             mean = sum(values) / len(values)
-            left.bar(x, mean, 0.36, color=colour, label=label if place == 0 else None)
-            left.plot([x] * len(values), values, "k.", markersize=4)
-    left.set_xticks(range(len(DEMO_BARS)), DEMO_BARS.values(), fontsize=9)
-    left.set_ylabel("per cent")
-    left.set_ylim(0, 100)
-    left.set_title(f"held-out questions, {len(rows)} seeds (dots)", fontsize=10)
-    left.spines[["top", "right"]].set_visible(False)
-    left.legend(frameon=False)
-    right.axis("off")
-    text = report["texts"][SHOWN_QUESTION]
-    blocks = [("question", text["prompt"]), ("before", text["answers"][0])]
-    blocks += [("after", text["answers"][1]), ("documentation", text["reference"])]
+            axes.bar(x, mean, 0.36, color=colour, label=label if place == 0 else None)
+            axes.plot([x] * len(values), values, "k.", markersize=4)
+    axes.set_xticks(range(len(DEMO_BARS)), DEMO_BARS.values(), fontsize=8)
+    axes.set_ylabel("per cent")
+    axes.set_ylim(0, 100)
+    axes.set_title(f"una-fast demo: held-out questions, {len(rows)} seeds", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+
+
+def _draw_texts(axes: Any, text: dict[str, Any]) -> None:
+    """Write a question and the answers to it."""
+    axes.axis("off")
+    before, after = text["answers"]
+    blocks = (("question", text["prompt"]), ("before", before), ("after", after))
     height = 1.0
-    for name, words in blocks:
-        lines = textwrap.wrap(" ".join(words.split()), 66)
-        right.text(0.0, height, name, weight="bold", fontsize=9.5, va="top")
-        right.text(0.0, height - 0.07, "\n".join(lines), fontsize=9.5, va="top")
+    for name, words in (*blocks, ("documentation", text["reference"])):
+        lines = textwrap.wrap(" ".join(words.split()), 62)
+        axes.text(0.0, height, name, weight="bold", fontsize=9.5, va="top")
+        axes.text(0.0, height - 0.07, "\n".join(lines), fontsize=9.5, va="top")
         height -= 0.12 + 0.066 * len(lines)
-    figure.savefig(file, dpi=130, metadata={"Software": None})
-    plt.close(figure)
+
+
+def _draw_peers(axes: Any, table: list[dict[str, Any]]) -> None:
+    """Draw time and extra memory of the loss as shares of the largest. table: of an entry"""
+    rows = {row["name"]: row for row in table}
+    measures = {
+        "seconds": ("time", 1.0, "{:.1f} s"),
+        "extra_bytes": ("memory", 2**20, "{:.0f} MiB"),
+    }
+    for place, (key, (_, unit, form)) in enumerate(measures.items()):
+        most = max(rows[name][key] for name in PEERS)
+        for k, name in enumerate(PEERS):
+            value = rows[name][key]
+            y = place + 0.27 * k
+            axes.barh(y, value / most, 0.24, color=AFTER if name == "una_fast" else PEER)
+            shown = f" {name} {form.format(value / unit)}"
+            is_long = value / most > 0.6
+            axes.text(
+                0.02 if is_long else value / most,
+                y,
+                shown,
+                va="center",
+                fontsize=9,
+                color="white" if is_long else "black",
+            )
+    axes.set_yticks([0.27, 1.27], [name for name, _, _ in measures.values()])
+    axes.invert_yaxis()
+    axes.set_xticks([])
+    axes.set_title("the loss of a pair on its hidden states", fontsize=10)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)

@@ -495,15 +495,23 @@ def recipes_table(report: dict[str, Any]) -> str:
     return f"On {where['threads']} CPU threads (torch {where['torch']}):\n\n{table}"
 
 
-def picture_note(report: dict[str, Any]) -> str:
-    """Return the caption of the picture of the demo."""
-    where = report["environment"]
-    rows = [row for row in report["results"] if row["kind"] == "records"]
+def picture_note(demo: dict[str, Any], head: dict[str, Any]) -> str:
+    """Return the caption of README's first picture.
+
+    demo, head: reports of demo_seeds.py and bench_head.py
+    """
+    where, there = demo["environment"], head["environment"]
+    rows = [row for row in demo["results"] if row["kind"] == "records"]
     times = [row["seconds"] for row in rows]
+    (real,) = [e for e in head["results"] if e["suite"] == "real" and e["head"] == "trained"]
+    seconds = f"{min(times):.0f} to {max(times):.0f} seconds"
+    versions = f"torch {there['torch']}, TRL {there['trl']}"
     return (
-        f"*SmolLM2-135M-Instruct before and after `una-fast demo`: {len(rows)} seeds, 32 held-out "
-        f"questions each, {min(times):.0f} to {max(times):.0f} seconds on {where['threads']} CPU "
-        f"threads (torch {where['torch']}). It learns the form of an answer, not facts.*"
+        f"*Left: SmolLM2-135M-Instruct before and after `una-fast demo`: {len(rows)} seeds, 32 "
+        f"held-out questions each, {seconds} on {where['threads']} CPU threads (torch "
+        f"{where['torch']}); it learns the form of an answer, not facts. Right: forward and "
+        f"backward of the loss of a pair of {real['rows']} tokens, policy and reference, fp32 on "
+        f"{there['threads']} CPU threads ({versions}).*"
     )
 
 
@@ -574,7 +582,9 @@ def tables(root: Path) -> dict[str, Callable[[], str]]:
     demo = "bench/results/demo.json"
     if (root / demo).exists():
         picture = "![before and after](bench/results/demo.png)"
-        found["demo_picture"] = lambda: f"{picture}\n\n{picture_note(read(root / demo))}"
+        found["demo_picture"] = lambda: (
+            f"{picture}\n\n{picture_note(read(root / demo), read(root / cpu))}"
+        )
         found["demo"] = lambda: demo_table(read(root / demo), demo)
     step_cpu, step_gpu = (f"bench/results/step_{device}.json" for device in ("cpu", "gpu"))
     if (root / step_cpu).exists():
@@ -644,7 +654,8 @@ def draw_all(gpu: Path) -> None:
             plots.draw(read(result), result)
     demo = ROOT / "bench/results/demo.json"
     if demo.exists():
-        plots.draw_demo(read(demo), demo.with_suffix(".png"))
+        head = read(gpu.with_stem("head_cpu"))
+        plots.draw_demo(read(demo), head, demo.with_suffix(".png"))
 
 
 if __name__ == "__main__":

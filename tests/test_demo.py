@@ -83,11 +83,13 @@ def test_records_of_the_demo_load_as_any_others(demo):
         assert not asked & used, "a held-out question in the records"
 
 
-def test_quick_online_demo(tmp_path, capsys):
+def test_quick_online_demo_of_a_given_model(demo, tmp_path, capsys):
     directory = tmp_path / "demo"
-    arguments = ["demo", "--from_scratch", "true", "--quick", "true", "--online", "true"]
+    model = str(demo[0].with_name("demo-2") / "base")
+    arguments = ["demo", "--model", model, "--quick", "--online"]
     assert main([*arguments, "--output_dir", str(directory)]) == 0
-    shown = capsys.readouterr().out
+    shown, noise = capsys.readouterr()
+    assert noise == ""
     summary = json.loads(shown.splitlines()[-1])
     assert "all_three" in summary and shown.count("\n  before  ") == 3 == shown.count("\n  after  ")
     lines = read_lines(directory / "aligned/metrics.jsonl")

@@ -6,6 +6,7 @@ import json
 import struct
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -41,6 +42,20 @@ def test_weights_are_the_numbers_of_the_file(models, kind):
     bf16 = load_causal_lm(file, dtype=torch.bfloat16)
     for name, tensor in bf16.state_dict().items():
         torch.testing.assert_close(tensor, theirs[name].bfloat16(), rtol=0, atol=0)
+
+
+def test_the_table_of_names_is_made_once(models, monkeypatch):
+    """Once for every module, as transformers asks for it, takes a minute for 100 layers."""
+    made = []
+
+    def table(*arguments):
+        made.append(arguments)
+        return original(*arguments)
+
+    original = gguf.get_tensor_name_map
+    monkeypatch.setattr(gguf, "get_tensor_name_map", table)
+    load_causal_lm(models["plain"][0], dtype=torch.float32)
+    assert len(made) == 1 and gguf.get_tensor_name_map is table
 
 
 def test_tokenizer_and_template_come_from_the_file(models):

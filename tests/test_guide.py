@@ -260,6 +260,9 @@ def test_init_writes_a_run_that_train_takes(place, capsys, tmp_path, task):
     assert json.loads(result)["steps"] == 1
     assert settings.get("score_range") == ([1.0, 5.0] if task == "scores" else None)
     assert ("gradient_checkpointing" in settings) == (task == "long")
+    is_text = task != "long"  # whose records are chats already
+    assert settings.get("strings") == ("chat" if is_text else None)
+    assert "the chat template of the model renders" in said
     assert main(["init", *words]) == 1 and "is there already" in capsys.readouterr().err
 
 
@@ -300,6 +303,8 @@ commands = [
     ["data", data, "--model", model],
     ["chat", run, "--prompt", "why", "--max_new_tokens", "2", "--compare"],
     ["merge", run, "--output_dir", root + "/merged"],
+    ["report", run],
+    ["demo", "--from_scratch", "--quick", "--output_dir", root + "/demo"],
 ]
 for words in commands:
     print("#", words[0], file=sys.stderr, flush=True)
@@ -312,6 +317,6 @@ def test_no_command_says_more_than_its_result(place, tmp_path):
     words = [str(place / "model"), str(place / "chats.jsonl"), str(tmp_path)]
     # Warnings that Python hides by default are no words to a person.
     run = subprocess.run([sys.executable, "-c", HAPPY, *words], capture_output=True, text=True)
-    commands = ["train", "plan", "check", "init", "data", "chat", "merge"]
+    commands = ["train", "plan", "check", "init", "data", "chat", "merge", "report", "demo"]
     assert run.returncode == 0, run.stderr
     assert run.stderr.splitlines() == [f"# {name}" for name in commands]

@@ -50,7 +50,13 @@ class Asker:
     show_progress: bool
 
     def ask(
-        self, questions: Sequence[str], *, title: str, temperature: float = 0.0, seed: int = 0
+        self,
+        questions: Sequence[str],
+        *,
+        title: str,
+        temperature: float = 0.0,
+        seed: int = 0,
+        max_new_tokens: int | None = None,
     ) -> list[Answer]:
         """Return the answers to questions, each asked in a chat of its own.
 
@@ -58,12 +64,14 @@ class Asker:
         title: of the bar
         temperature: of the samples, drawn from the whole distribution; 0: the likeliest tokens
         seed: of the samples
+        max_new_tokens: longest answer; None: the asker's
         """
+        longest = max_new_tokens or self.max_new_tokens
         self.tokenizer.padding_side = "left"
         model = self.policy.model.eval()
         stops = stop_ids(self.tokenizer, self.policy.causal_lm)
         config = GenerationConfig(
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=longest,
             eos_token_id=list(stops),
             pad_token_id=self.tokenizer.pad_token_id,
             **_drawn_at(temperature),
@@ -74,7 +82,7 @@ class Asker:
             for start in range(0, len(questions), BATCH_SIZE):
                 inputs = self._rendered(questions[start : start + BATCH_SIZE])
                 inputs = inputs.to(self.policy.causal_lm.device)
-                tick = _Tick(bar, self.max_new_tokens)
+                tick = _Tick(bar, longest)
                 output = model.generate(
                     **inputs, generation_config=config, stopping_criteria=[tick]
                 )

@@ -25,6 +25,7 @@ from una_fast.demo.questions import ONE_SENTENCE, Function, first_sentence
 from una_fast.demo.settings import Sizes
 
 TEMPERATURE = 0.7  # of the answers in records
+SHORT_TOKENS = 40  # longest short answer, of which the first sentence is kept
 
 Record = dict[str, Any]
 
@@ -110,7 +111,13 @@ def ask_twice(
     if long is None:
         long = asker.ask(questions, title="long answers", temperature=TEMPERATURE, seed=seed)
     questions = [question + ONE_SENTENCE for question in questions]
-    short = asker.ask(questions, title="short answers", temperature=TEMPERATURE, seed=seed)
+    short = asker.ask(
+        questions,
+        title="short answers",
+        temperature=TEMPERATURE,
+        seed=seed,
+        max_new_tokens=SHORT_TOKENS,
+    )
     pairs = []
     for function, long_answer, short_answer in zip(functions, long, short, strict=True):
         long_text = first_sentences(long_answer.text)

@@ -10,6 +10,7 @@ The alignment is an ordinary run of `train`, of an adapter.
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
@@ -46,7 +47,7 @@ from una_fast.files import write_json
 from una_fast.model.loading import load_tokenizer
 from una_fast.model.policy import Policy, load_policy
 from una_fast.report.page import NAME, write_own_report
-from una_fast.resolved import find_facts, resolve
+from una_fast.resolved import ResolvedRun, find_facts, resolve
 from una_fast.train.loop import train
 
 LORA = {"r": 16, "alpha": 16}
@@ -134,11 +135,15 @@ class Demo:
         self._say(f"trained a tiny chat model on {len(functions)} docstrings -> {path}")
         return path
 
+    @functools.cached_property
+    def decided(self) -> ResolvedRun:
+        """Return the decisions of the alignment: dtypes, packing."""
+        settings = self.run_config()
+        return resolve(settings, find_facts(settings, [], device=self.device))
+
     def _policy(self, path: str | Path) -> Policy:
         """Load a model as the run of the alignment does."""
-        settings = self.run_config()
-        run = resolve(settings, find_facts(settings, [], device=self.device))
-        policy = load_policy(path, dtype=run.compute, packed=run.packed)
+        policy = load_policy(path, dtype=self.decided.compute, packed=self.decided.packed)
         policy.model.to(self.device)
         return policy
 

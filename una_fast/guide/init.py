@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +99,20 @@ def init(settings: InitConfig) -> list[str]:
     source = Source(settings.data)
     online = settings.task == "online" or not has_responses(source)
     found = look(source, tokenizer, online=online, require_unit_scores=False)
+    wraps = found.texts > 0 and bool(tokenizer.chat_template)
+    if wraps:
+        options = replace(source.options, strings="chat")
+        source = replace(source, options=options)
+        found = look(source, tokenizer, online=online, require_unit_scores=False)
     if not found.examples:
         raise ValueError(
             "; ".join([f"no usable record in {told(settings.data)}", *_refused(found)])
         )
     task = _task(settings, found, online=online)
     proposal = _of_task(settings, task, found, out)
+    if wraps:
+        reason = "Plain text becomes a user's turn and its answer; raw trains on it as it is."
+        proposal.put("strings", "chat", reason)
     notes = _fit(settings, task, proposal, found.examples)
     RunConfig(**proposal.settings)
     header = _header(settings, task, found, tokenizer, notes)
