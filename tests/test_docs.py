@@ -8,6 +8,8 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import subprocess
+import sys
 import textwrap
 from argparse import Namespace
 from dataclasses import fields
@@ -219,6 +221,27 @@ def test_the_links_of_a_page_lead_somewhere(page):
         assert target.is_file(), f"{link} is not there"
         if anchor:
             assert anchor in anchors_of(target), f"{link} has no such heading"
+
+
+# ---- the site ----------------------------------------------------------------------------------
+
+# What a browser loads by itself; a link is followed by a person.
+LOADED = re.compile(r"""<(?:script|img|link)\b[^>]*(?:src|href)=["']?(?:https?:)?//[^>]*>""")
+
+
+def test_the_site_is_built_without_a_warning(tmp_path):
+    """With every page and picture; and no page loads anything from elsewhere."""
+    pytest.importorskip("material", reason="mkdocs-material is not installed: pip install .[docs]")
+    script = Path(sys.executable).with_name("mkdocs")
+    site = tmp_path / "site"
+    command = [script, "build", "--strict", "-f", ROOT / ".site/mkdocs.yml", "-d", site]
+    build = subprocess.run(command, capture_output=True, text=True)
+    assert build.returncode == 0, build.stderr
+    titles = [path.parent.name for path in site.rglob("index.html")]
+    assert {page.stem for page in DOCS.glob("*.md")} - {"index"} <= set(titles)
+    assert (site / "bench/results/study_e1.png").exists()
+    for path in site.rglob("*.html"):
+        assert not LOADED.search(path.read_text(encoding="utf-8")), path
 
 
 # ---- messages ----------------------------------------------------------------------------------
