@@ -18,6 +18,7 @@ EXTRAS = {
         "gguf>=0.17",
     ],
     "bench": ["pytest-benchmark>=5", "matplotlib>=3.9"],
+    "docs": ["mkdocs-material>=9.5"],
     "flash": ["flash-attn>=2.8"],
     "gguf": ["gguf>=0.17"],
     "liger": ["liger-kernel>=0.8.5"],

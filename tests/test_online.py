@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from dataclasses import replace
 from itertools import chain
@@ -12,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import una_fast.capacity.fit as fit_module
@@ -26,7 +24,7 @@ from una_fast import cli
 from una_fast.capacity.fit import largest_batch
 from una_fast.config import RunConfig
 from una_fast.feedback import PAIR, SCORE
-from una_fast.rewards.settings import RewardError, parse_rewards
+from una_fast.rewards.settings import RewardError
 from una_fast.train.loop import train
 
 FILE = Path(__file__).with_name("reward_functions.py")
@@ -489,14 +487,6 @@ def test_commands_that_do_not_sample_say_so(model, prompts, tmp_path, capsys):
     for command in (["plan", "--measure", "true"], ["precompute-ref"]):
         assert cli.main([*command, "--config", str(tmp_path / "run.yaml")]) == 1
         assert "set mode: offline" in capsys.readouterr().err
-
-
-def test_the_example_of_the_readme_is_a_configuration():
-    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    example = re.search(r"```yaml\n(mode: online.*?)```", text, re.DOTALL)[1]
-    config = RunConfig(model="m", output_dir="out", **yaml.safe_load(example))
-    kinds = [spec.kind for spec in parse_rewards(config.rewards)]
-    assert kinds == ["function", "model", "judge", "endpoint"]
 
 
 def test_the_memory_of_the_longest_rollouts_is_planned(model, prompts, tmp_path, monkeypatch):
