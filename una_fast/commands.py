@@ -1,4 +1,4 @@
-"""The commands of `una-fast`: what each is for, the settings it takes, and what it runs.
+"""The commands of `una-fast`: purpose, settings and function.
 
 Modules are imported when a command runs: `--help` of any command loads neither torch nor
 transformers.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 from una_fast.data.messages import (
@@ -229,7 +230,7 @@ def _in_our_columns(row: dict[str, Any], columns: dict[str, str]) -> dict[str, A
     column = _chat_column(row, columns)
     if column is None:
         return row
-    answered = [name for names in FAMILIES.values() for name in names]
+    answered = list(chain.from_iterable(FAMILIES.values()))
     ours = "completion"
     if any(row.get(columns.get(name, name)) is not None for name in answered):
         ours = "prompt"

@@ -38,7 +38,7 @@ class Answer:
 class Asker:
     """Asks a model, with a bar of progress.
 
-    policy: answers, with its adapter on or off as it is set
+    policy: answers
     tokenizer: of the policy, with a chat template
     max_new_tokens: longest answer
     show_progress: draw a bar for every list of questions
@@ -58,13 +58,13 @@ class Asker:
         seed: int = 0,
         max_new_tokens: int | None = None,
     ) -> list[Answer]:
-        """Return the answers to questions, each asked in a chat of its own.
+        """Return the answers to questions, every question asked in a new chat.
 
         questions: texts of a user's turn
         title: of the bar
         temperature: of the samples, drawn from the whole distribution; 0: the likeliest tokens
         seed: of the samples
-        max_new_tokens: longest answer; None: the asker's
+        max_new_tokens: longest answer; default: the asker's
         """
         longest = max_new_tokens or self.max_new_tokens
         self.tokenizer.padding_side = "left"

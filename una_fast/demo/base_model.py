@@ -1,7 +1,7 @@
 """A tokenizer and a tiny chat model, trained from nothing on docstrings of the standard library.
 
-The model answers a question with a docstring, and with a first sentence where the question asks for
-one sentence.
+The model answers a question with a docstring, and a question for a single sentence with the first
+sentence.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _base_config(tokenizer: PreTrainedTokenizerBase, sizes: Sizes) -> LlamaConfi
 
 
 def _chats(functions: Sequence[Function]) -> Iterator[tuple[str, str]]:
-    """Yield questions with answers: the docstring, and the first sentence where it is asked for."""
+    """Yield questions and answers: the docstring, or the first sentence for a short question."""
     for function in functions:
         yield function.question, function.docstring
         if function.answer:

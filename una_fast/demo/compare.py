@@ -26,8 +26,8 @@ class Row(NamedTuple):
 
     key: name in summary.json
     name: in words
-    before, after: numbers; None where there is nothing to measure
-    note: what the numbers mean
+    before, after: numbers, or None without a measurement
+    note: meaning of the numbers
     is_share: shown in per cent
     """
 
@@ -99,9 +99,9 @@ def answer_rows(
     before: Sequence[Answer],
     after: Sequence[Answer],
 ) -> list[Row]:
-    """Return a row for every measure, and one for the overlap with the documentation of others.
+    """Return a row for every measure, and the overlap with documentation of other functions.
 
-    measures: measures of one answer
+    measures: measures of an answer
     functions: [Q] functions asked about
     before, after: [Q] answers
     """
@@ -131,9 +131,9 @@ def _mean(measure: Measure, answers: Sequence[Answer], functions: Sequence[Funct
 
 
 def kl_row(policy: Policy, samples: Sequence[Answer]) -> Row:
-    """Return the KL of the policy from its base model, in nats per answer.
+    """Return the KL of the policy from the base model, in nats per answer.
 
-    policy: with an adapter, which is switched off for the base model
+    policy: with an adapter; without the adapter the policy is the base model
     samples: answers drawn from the policy at temperature 1
     """
     examples = [_example(sample) for sample in samples]

@@ -1,4 +1,4 @@
-"""Measures of an answer by a program: its form, and the words that it shares with another text."""
+"""Measures of an answer by a program: the form, and the words in common with another text."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ MANY_WORDS = 40
 
 
 def is_one_sentence(text: str) -> bool:
-    """Return whether a text is one sentence, with its end."""
+    """Return whether a text is a single sentence, full stop included."""
     text = text.rstrip()
     return text[-1:] in (".", "!", "?") and len(_END.findall(text)) == 1
 
 
 def first_sentences(text: str) -> str:
-    """Return a text up to the end of its last whole sentence; the text itself without one."""
+    """Return a text up to the end of the last whole sentence; a text without any stays whole."""
     ends = [found.end() for found in _END.finditer(text)]
     return text[: ends[-1]] if ends else text
 

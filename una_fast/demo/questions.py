@@ -1,9 +1,9 @@
-"""The questions of the demo: functions of Python's standard library, and what is written of them.
+"""The questions of the demo: functions of Python's standard library, and their documentation.
 
     What does the Python function `textwrap.dedent` do?
 
 The .py files are parsed; no module is imported or run. The written answer is the first sentence of
-the docstring. A text that several functions share is kept once, so that no held-out answer stands
+the docstring. A text shared by several functions is kept once, so that no held-out answer stands
 in a record.
 """
 
@@ -49,7 +49,7 @@ _ABBREVIATION = re.compile(r"\b(?:e\.?g|i\.?e|etc|vs|cf)\.", re.IGNORECASE)
 class Function:
     """A documented function, method or class of the standard library.
 
-    name: with its module, such as "textwrap.dedent"
+    name: with the module, such as "textwrap.dedent"
     docstring: first words of the docstring
     answer: first sentence of the docstring; "" for docstrings that begin otherwise
     is_plain: a public function of a public module, not a method or a class
@@ -77,7 +77,7 @@ class Questions:
 
     held_out: asked before and after the alignment
     train: for records and rewards
-    others: objects with other names and docstrings, for a model that is trained from nothing
+    others: objects with different names and docstrings, to train a model from scratch
     """
 
     held_out: list[Function]

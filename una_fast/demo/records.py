@@ -1,13 +1,13 @@
-"""The records of the demo: a model's own answers, graded against the written ones.
+"""The records of the demo: a model's own answers, graded against docstrings.
 
-Every question is asked twice, as it is and with "Answer in one sentence.": `long` and `short`
-below. Records hold the question as it is, so that the short form is learnt, not asked for.
+Every question is asked twice, plain and with "Answer in one sentence.": `long` and `short` below.
+Records hold the plain question, so that the short form is learnt, not asked for.
 
     pairs    short is better than long
     labels   short is good, or long is bad, in turn
     scores   short and long by `grade`, the written answer 1
 
-Good answers are the model's own, in another form: a text that the model finds unlikely, such as a
+Good answers are the model's own, in another form: a text with a low probability, such as a
 docstring, teaches a small model to write something else than either text.
 """
 
@@ -46,8 +46,8 @@ class Pair:
 def make_records(pairs: Sequence[Pair], sizes: Sizes) -> dict[str, list[Record]]:
     """Make the records of an alignment; {kind: records}.
 
-    pairs: of different answers, used in this order
-    sizes: number of records of each kind; fewer pairs give fewer scores
+    pairs: of different answers, used in order
+    sizes: number of records by kind; fewer pairs give fewer scores
     """
     of_pairs = pairs[: sizes.pairs]
     of_labels = pairs[sizes.pairs : sizes.pairs + sizes.labels]
@@ -98,14 +98,14 @@ def _reply(text: str) -> list[dict[str, str]]:
 def ask_twice(
     asker: Asker, functions: Sequence[Function], seed: int, long: Sequence[Answer] | None = None
 ) -> list[Pair]:
-    """Return the two answers of a model about each function, where the answers differ.
+    """Return the two answers of a model about every function, unless the answers are equal.
 
     asker: asks the model
     functions: functions to ask about
     seed: of the samples
-    long: answers to the questions as they are, if the model was asked already
+    long: answers to the plain questions, if the model was asked already
 
-    Long answers are cut after their last whole sentence, short answers after their first.
+    Long answers are cut after the last whole sentence, short answers after the first.
     """
     questions = [function.question for function in functions]
     if long is None:
@@ -128,7 +128,7 @@ def ask_twice(
 
 
 def prompts_of(functions: Iterable[Function]) -> list[Record]:
-    """Return prompts for an online run, with the function that each asks about."""
+    """Return prompts for an online run, with the function in question."""
     records = []
     for function in functions:
         prompt = _turn("user", function.question + ONE_SENTENCE)
@@ -137,6 +137,6 @@ def prompts_of(functions: Iterable[Function]) -> list[Record]:
 
 
 def write_jsonl(path: Path, records: Iterable[Record]) -> None:
-    """Write records as JSON, one per line, in a folder that is made if need be."""
+    """Write records as JSON, a line per record; the folder is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")

@@ -1,8 +1,8 @@
-"""Rewards of the online demo: what a program can check of an answer.
+"""Rewards of the online demo: checks of an answer by a program.
 
 Every reward is a function for the setting `rewards`:
 
-    f(completions, **columns of the records) -> one number in [0, 1] per completion
+    f(completions, **columns of the records) -> a number in [0, 1] per completion
 """
 
 from __future__ import annotations

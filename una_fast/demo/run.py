@@ -1,6 +1,6 @@
-"""The demo: ask a chat model about Python, align it with feedback on its answers, and ask again.
+"""The demo: ask a chat model about Python, align the model with feedback on answers, ask again.
 
-    questions.py    functions of the standard library, some of them held out
+    questions.py    functions of the standard library, some held out
     answers.py      the model is asked, before and after
     records.py      pairs, labels and scores of the model's own answers; or rewards.py, online
     compare.py      a table, and texts side by side
@@ -125,7 +125,7 @@ class Demo:
         print(f"[{time.perf_counter() - self.start:5.1f} s] {text}", flush=True)
 
     def _train_model(self, questions: Questions) -> Path:
-        """Train a tiny chat model, on nothing that is held out; return its directory."""
+        """Train a tiny chat model, held-out questions left out; return the model's directory."""
         path = self.output_dir / "base"
         functions = [*questions.train, *questions.others]
         tokenizer = train_tokenizer(functions, self.sizes.vocab_size)
@@ -149,7 +149,7 @@ class Demo:
 
     @property
     def device(self) -> str:
-        """Return the device of the demo: a GPU where there is one."""
+        """Return the device of the demo: a GPU, or else the CPU."""
         import torch
 
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -158,9 +158,9 @@ class Demo:
         return Asker(policy, self.tokenizer, self.sizes.answer_tokens, self.show_progress)
 
     def _asked(self) -> list[str]:
-        """Return the held-out questions as they are asked before and after.
+        """Return the held-out questions, as asked before and after.
 
-        An online run is rewarded for one sentence, and the questions ask for one.
+        An online run is rewarded for a single sentence, and the questions ask for a sentence.
         """
         ending = ONE_SENTENCE if self.config.online else ""
         return [function.question + ending for function in self.questions.held_out]

@@ -37,15 +37,15 @@ class DemoConfig:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of the demo; `quick` makes all of them small.
+    """Sizes of the demo; `quick` makes all sizes small.
 
-    held_out: questions asked before and after, which no record holds
-    pairs, labels, scores: records of each kind
+    held_out: questions asked before and after, left out of the records
+    pairs, labels, scores: records by kind
     batch_size: records of a step
     answer_tokens: longest answer
     online_steps, online_prompts, online_tokens: steps, questions of a step, longest sample
-    max_modules: modules of the library that are read; None: all
-    vocab_size, hidden_size, layers, base_epochs: the model that is trained from nothing
+    max_modules: modules of the library to read; default: all
+    vocab_size, hidden_size, layers, base_epochs: the model trained from scratch
     """
 
     held_out: int = 32

@@ -53,7 +53,7 @@ def _packaged_file() -> Path | None:
 
 
 def _hub_has_it() -> bool:
-    """Return whether the hub, or a copy of its model on this machine, can be read."""
+    """Return whether the hub, or a local copy of the hub's model, can be read."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     if isinstance(try_to_load_from_cache(HUB_NAME, "model.safetensors"), str):

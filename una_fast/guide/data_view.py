@@ -35,7 +35,7 @@ BEGINNING = 1000  # of them from the start
 
 
 def show_data(settings: DataConfig) -> dict[str, Any]:
-    """Print the first records of a source, its counts and its refusals; return the counts.
+    """Print the first records of a source, the counts and the refusals; return the counts.
 
     ValueError if no record is usable.
     """
@@ -67,9 +67,9 @@ def example_lines(
 ) -> list[str]:
     """Return an example as lines: its place and feedback, the prompt, the responses.
 
-    example: as it is trained on
+    example: as trained on
     tokenizer: of the model
-    coloured: parts are told apart by colours, besides their names and marks
+    coloured: parts are told apart by colours, besides names and marks
     """
     lines = [f"--- {told(example.origin)}: {'; '.join(_feedback(example)) or 'a prompt'}"]
     prompt = _shown(tokenizer, example.prompt_ids, "prompt", coloured=coloured)
@@ -84,10 +84,10 @@ def example_lines(
 
 
 def _parts(ids: np.ndarray, scored: np.ndarray) -> Iterator[tuple[str, slice]]:
-    """Yield the parts of a response, and the places of their tokens.
+    """Yield the parts of a response, and the places of the tokens.
 
     ids: [R] tokens of the response
-    scored: places of the tokens that the loss counts; the others are turns between two answers
+    scored: places of the tokens in the loss; the rest are turns between two answers
     """
     is_scored = np.zeros(len(ids), dtype=bool)
     is_scored[scored] = True

@@ -1,6 +1,6 @@
-"""Write the settings of a run from a model and its data: `una-fast init`.
+"""Write the settings of a run from a model and data: `una-fast init`.
 
-records -> what they are -> task -> settings of the task -> planner -> settings that fit
+records -> kinds of feedback -> task -> settings of the task -> planner -> settings that fit
         -> a YAML file with a comment beside every setting, checked as `train` checks it
 """
 
@@ -60,7 +60,7 @@ def short_and_ended(prompts, completions):
 
 @dataclass
 class Proposal:
-    """Settings of a run, each with the reason for it, in the order of the file.
+    """Settings of a run with reasons, in the order of the file.
 
     settings: name -> value
     reasons: name -> comment
@@ -87,10 +87,10 @@ class Proposal:
 
 
 def init(settings: InitConfig) -> list[str]:
-    """Write the settings of a run, and return what was found and what to type next, as lines.
+    """Write the settings of a run; return the findings, and the next command, as lines.
 
-    ValueError for data without a usable record, for a task that the records do not go with, and for
-    a file that is there already.
+    ValueError for data without a usable record, for a task without records of the right kind, and
+    for an existing file.
     """
     out = Path(settings.out).expanduser()
     if out.exists():
@@ -163,7 +163,7 @@ def _rewards_file(out: Path) -> Path:
 
 
 def _task(settings: InitConfig, found: Found, *, online: bool) -> str:
-    """Return the task; ValueError for one that the records do not go with."""
+    """Return the task; ValueError for a task without records of the right kind."""
     kinds = {TASKS[kind] for kind in found.report.units}
     asked = settings.task
     if asked == "auto":

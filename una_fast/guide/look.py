@@ -1,4 +1,4 @@
-"""Look at data with the reader and the encoder of training, and count what they refuse."""
+"""Look at data with the reader and the encoder of training, and count the refusals."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import datetime
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -44,7 +45,7 @@ class Refusals(SourceReport):
 
 
 def _kind_of(message: str) -> str:
-    """Return a refusal without its place and its values, equal for the refusals of one kind."""
+    """Return a refusal without place and values, equal for all refusals of a kind."""
     _, _, reason = message.partition(": ")
     return _VALUE.sub("...", reason.partition(";")[0])
 
@@ -91,7 +92,7 @@ def look(
     online: bool,
     require_unit_scores: bool = True,
 ) -> Found:
-    """Read all records of a source as a run would, and count those that it would refuse.
+    """Read all records of a source as a run would, and count the refusals of a run.
 
     source: files or a dataset, and the settings of the records
     tokenizer: of the model
@@ -110,7 +111,7 @@ def look(
         )
     records = list(_records(source, online=online))
     texts = sum(isinstance(record.prompt, str) for record in records)
-    ratings = [rating for record in records for rating in record.ratings or ()]
+    ratings = list(chain.from_iterable(record.ratings or () for record in records))
     return Found(list(examples), report, texts, len(records) - texts, ratings)
 
 
@@ -136,6 +137,6 @@ def has_responses(source: Source) -> bool:
             found: dict[str, Any] = as_object(row)
         except ValueError:
             continue
-        names = [name for family in FAMILIES.values() for name in family]
+        names = chain.from_iterable(FAMILIES.values())
         return any(found.get(columns.get(name, name)) is not None for name in names)
     return True

@@ -59,7 +59,7 @@ def is_gguf(path: str | Path) -> bool:
 
 
 def gguf_inside(directory: Path) -> Path | None:
-    """Return the GGUF file of a directory without other weights; None without one.
+    """Return the GGUF file of a directory without safetensors; None without a GGUF file.
 
     ModelError for several, with their names.
     """
@@ -217,7 +217,7 @@ class _Reader:
 
 
 def _check_fields(fields: dict[str, Any], path: Path) -> None:
-    """Check the numbers of a header, and that it is of a whole model."""
+    """Check the numbers of a header, and refuse the header of a part of a model."""
     kind = fields.get("general.type", "model")
     if kind != "model":
         raise ModelError(

@@ -66,7 +66,9 @@ def _check_targets(targets: list[str] | str, names: list[str], model: str) -> No
         if not any(map(pattern.fullmatch, names)):
             unknown.append(targets)
     else:
-        ends = {name[i:] for name in names for i in _starts_of_ends(name)}
+        ends = set()
+        for name in names:
+            ends.update(name[start:] for start in _starts_of_ends(name))
         unknown += [target for target in targets if target not in ends]
     if unknown:
         leaves = sorted({name.rpartition(".")[2] for name in names} - {""})

@@ -37,9 +37,9 @@ def model_card(
     """Return README.md of the trained model.
 
     config: settings of the run
-    reports: counts of every source, those of `data` before those of `eval_data`
+    reports: counts of every source, first of `data`, then of `eval_data`
     metrics: last metrics of the run
-    before: metrics of the evaluation before the first step, if there was one
+    before: metrics of the evaluation before the first step, if any
     adapter: settings of the adapter in words; None for a whole model
     """
     library = "transformers" if adapter is None else "peft"
@@ -129,7 +129,7 @@ def _data_lines(config: RunConfig, reports: Sequence[SourceReport]) -> list[str]
 
 
 def _metric_rows(metrics: dict[str, float], before: dict[str, float]) -> list[str]:
-    """Return a table of the metrics that tell of the model, with those before the first step."""
+    """Return a table of the metrics of the model, before the first step and after the last."""
     rows = ["| metric | before | after |", "|---|---|---|"]
     for name, value in metrics.items():
         if _OF_THE_COURSE.fullmatch(name):
@@ -140,7 +140,7 @@ def _metric_rows(metrics: dict[str, float], before: dict[str, float]) -> list[st
 
 
 def licence_of(model: str) -> str | None:
-    """Return the licence that the card of a local model directory names; None if it names none."""
+    """Return the licence in the card of a local model directory, or None."""
     path = Path(model).expanduser() / "README.md"
     try:
         if not path.is_file():

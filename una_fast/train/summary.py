@@ -1,4 +1,4 @@
-"""What a run says of itself to a person: at its start, and at its end."""
+"""Texts of a run for a person, at the start and at the end."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from una_fast.train.report import TOLD, told_metrics
 
 
 def opening_lines(opened: OpenedRun, output_dir: Path) -> list[str]:
-    """Return what a run is about to do, before its models are loaded, a line per matter."""
+    """Return the plan of a run, before models are loaded, a line per matter."""
     config = opened.config
     reports = [_line("data", report) for report in opened.data.reports]
     lines = reports
@@ -121,7 +121,7 @@ def _line(name: str, text: object) -> str:
 def closing_lines(
     config: RunConfig, output_dir: Path, steps: int, metrics: dict[str, float]
 ) -> list[str]:
-    """Return where everything of a finished run is, and what to type next.
+    """Return the places of the results of a finished run, and the next commands.
 
     config: settings of the run
     output_dir: of the run, absolute
