@@ -495,6 +495,18 @@ def recipes_table(report: dict[str, Any]) -> str:
     return f"On {where['threads']} CPU threads (torch {where['torch']}):\n\n{table}"
 
 
+def install_note(report: dict[str, Any]) -> str:
+    """Return what the first command installs. report: of install.py"""
+    where = report["environment"]
+    size, model = report["bytes"] / 1e9, report["model_bytes"] / 1e6
+    return (
+        f"The first command installs {size:.1f} GB, {model:.0f} MB of which are the model and most "
+        f"of the rest torch and Triton (torch {where['torch']}, {report['seconds']:.0f} seconds "
+        "beside a package index; `bench/results/install.json`, made by "
+        f"`{where['command']}`), and then runs some three minutes on two CPU cores."
+    )
+
+
 def picture_note(demo: dict[str, Any], head: dict[str, Any]) -> str:
     """Return the caption of README's first picture.
 
@@ -576,6 +588,9 @@ def tables(root: Path) -> dict[str, Callable[[], str]]:
     found = {"head": lambda: f"{head_table(root / cpu, cpu)}\n\n{images(cpu)}".strip()}
     if (root / gpu).exists():
         found["head_gpu"] = lambda: f"{gpu_table(read(root / gpu), gpu)}\n\n{images(gpu)}".strip()
+    installed = root / "bench/results/install.json"
+    if installed.exists():
+        found["install"] = lambda: install_note(read(installed))
     recipes = root / "bench/results/recipes.json"
     if recipes.exists():
         found["recipes"] = lambda: recipes_table(read(recipes))
