@@ -453,3 +453,16 @@ def test_mutated_settings():
     words = [sys.executable, trial, "--short", "--seed", "11"]
     run = subprocess.run(words, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_words_without_a_flag_stand_anywhere(capsys):
+    def given(*words):
+        return cli._parse(cli._parser(words), list(words)).given
+
+    for words in (["chat", "runs/a", "--compare"], ["chat", "--compare", "runs/a"]):
+        assert given(*words) == {"run": "runs/a", "compare": True}
+    assert given("chat", "--compare", "false", "runs/a") == {"run": "runs/a", "compare": False}
+    with pytest.raises(cli.UsageError, match=r"^unrecognized: --temprature 1; .*--temperature"):
+        given("chat", "runs/a", "--temprature", "1")
+    with pytest.raises(cli.UsageError, match="unrecognized: --run a$"):
+        given("chat", "--run", "a")

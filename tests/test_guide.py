@@ -19,6 +19,7 @@ from una_fast.data.examples import load_examples
 from una_fast.data.sources import Source
 from una_fast.guide.chat import load_speakers, side_by_side
 from una_fast.guide.data_view import example_lines
+from una_fast.guide.look import has_responses
 from una_fast.guide.settings import ChatConfig
 from una_fast.settings_file import read_settings
 from una_fast.signals import Stopped
@@ -214,6 +215,20 @@ def test_data_tells_the_turns_that_are_not_trained_on(place, capsys, tmp_path):
     out = said_by(capsys, "data", data, "--model", str(place / "model"))
     between = "[not trained on: <|user|>so</s><|assistant|>]"
     assert f"tokens: cat</s>{between}mat[end: </s>]" in out
+
+
+def test_a_chat_with_an_answer_is_no_prompt(tmp_path):
+    turns = [{"role": "user", "content": "why"}, {"role": "assistant", "content": "so"}]
+    for number, (record, answered) in enumerate(
+        [
+            ({"messages": turns, "label": True}, True),
+            ({"messages": turns[:1]}, False),
+            ({"prompt": "why", "chosen": "a", "rejected": "b"}, True),
+            ({"prompt": "why"}, False),
+        ]
+    ):
+        data = write_jsonl(tmp_path / f"{number}.jsonl", [record])
+        assert has_responses(Source(data)) == answered, record
 
 
 def test_data_counts_every_refusal_by_its_kind(place, capsys, tmp_path):

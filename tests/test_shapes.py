@@ -88,6 +88,16 @@ SAME = {
         "chosen": "\n\nHuman: the cat\n\nAssistant: sat",
         "rejected": "\n\nHuman: the cat\n\nAssistant: ran",
     },
+    "a dialogue to go on with": {
+        "prompt": "\n\nHuman: the cat\n\nAssistant:",
+        "chosen": "sat",
+        "rejected": "ran",
+    },
+    "dialogues beside their beginning": {
+        "prompt": "\n\nHuman: the cat",
+        "chosen": "\n\nHuman: the cat\n\nAssistant: sat",
+        "rejected": "\n\nHuman: the cat\n\nAssistant: ran",
+    },
     "texts": {"prompt": "the cat", "chosen": "sat", "rejected": "ran"},
     "text beside chats": {
         "prompt": "the cat",
@@ -292,6 +302,12 @@ def as_json_lines(path: Path, records):
     return Path(write_jsonl(path.with_suffix(".json"), records))
 
 
+def as_json_with_a_mark(path: Path, records):
+    path = path.with_suffix(".json")
+    path.write_text(json.dumps(records), encoding="utf-8-sig")
+    return path
+
+
 def as_csv(path: Path, records):
     path = path.with_suffix(".csv")
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -318,7 +334,7 @@ CHATS = [{"prompt": PROMPT, "completions": ["sat", "ran"], "scores": [0.5, 0.25]
 
 
 @pytest.mark.parametrize("records", [RECORDS, CHATS], ids=["labels", "chats"])
-@pytest.mark.parametrize("write", [as_json, as_json_lines, as_csv, as_dataset])
+@pytest.mark.parametrize("write", [as_json, as_json_with_a_mark, as_json_lines, as_csv, as_dataset])
 def test_files_of_every_kind_hold_the_same_records(tmp_path, load, tokenizer, write, records):
     path = write(tmp_path / "records", records)
     found, _ = load_examples(Source(str(path)), tokenizer, require_unit_scores=True)

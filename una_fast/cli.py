@@ -266,9 +266,11 @@ def _parse(parser: Parser, arguments: list[str]) -> Namespace:
     kind = settings_of(parsed.command)
     takes_words = field_in_place(kind) is not None
     if unknown and (not takes_words or any(word.startswith("-") for word in unknown)):
-        names = [f"--{f.name}" for f in fields(kind)]
-        hint = suggestion(unknown[0].split("=")[0], names)
-        raise UsageError(prog, f"unrecognized: {' '.join(map(printable, unknown))}{hint}")
+        names = [f"--{f.name}" for f in fields(kind) if "in_place" not in f.metadata]
+        first = next((k for k, word in enumerate(unknown) if word.startswith("-")), 0)
+        hint = suggestion(unknown[first].split("=")[0], names)
+        wrong = " ".join(map(printable, unknown[first:]))
+        raise UsageError(prog, f"unrecognized: {wrong}{hint}")
     try:
         parsed.given = given_settings(kind, getattr(parsed, "words", []), unknown)
     except ValueError as error:

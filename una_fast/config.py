@@ -112,7 +112,7 @@ class RunBasics:
     """Model and data."""
 
     model: str = ""
-    """Model to align: Hugging Face directory, PEFT adapter directory, or hub name. Required."""
+    """Directory of a model or PEFT adapter, GGUF file, or hub name (with @revision). Required."""
     data: str | list[str | dict[str, Any]] = field(default_factory=list)
     """Sources: paths, names, or {path, weight, split, online, any field of records}. Required."""
     output_dir: str = ""
@@ -439,7 +439,7 @@ class EvaluationAndSaving:
     loggers: list[Logger] = field(default_factory=lambda: ["tensorboard"])
     """Back-ends besides metrics.jsonl: tensorboard | wandb | trackio."""
     progress: bool = True
-    """Show a progress bar."""
+    """Show the progress: a bar on a terminal, elsewhere lines."""
     write_report: bool = True
     """Write report.html into output_dir at the end: curves, samples, data, settings."""
 

@@ -143,6 +143,10 @@ def given_settings(
                 raise ValueError(f"--config {printable(text)}: {error}") from None
             continue
         outer, _, inner = name.partition(".")
+        if hints[outer] is bool and field_in_place(kind) and text.lower() not in ("true", "false"):
+            # A switch before a word without a flag: --compare RUN
+            places = [text, *places]
+            text = "true"
         if not inner:
             given[outer] = _from_text(name, text, hints[outer])
             continue

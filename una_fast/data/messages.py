@@ -136,6 +136,10 @@ def _from_sharegpt(name: str, value: dict[str, Any]) -> Message:
         return message
     calls = _from_json(f"{name}.value", value.get("value"))
     calls = calls if isinstance(calls, list) else [calls]
+    if not all(isinstance(call, dict) for call in calls):
+        raise RecordError(
+            f'{name}.value is {shown(calls)}; a function_call is {{"name": ..., "arguments": ...}}'
+        )
     message["content"] = ""
     message["tool_calls"] = [{"type": "function", "function": call} for call in calls]
     return message

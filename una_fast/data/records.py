@@ -249,6 +249,22 @@ def _asked_in_our_columns(row: dict[str, Any], columns: dict[str, str]) -> dict[
     return {**row, columns.get("prompt", "prompt"): chat}
 
 
+def has_answer(row: dict[str, Any], columns: dict[str, str]) -> bool:
+    """Return whether a row holds a response, or a chat with an answer at the end.
+
+    row: column -> value
+    columns: our field -> column of the data
+
+    RecordError for a chat of another form.
+    """
+    names = chain.from_iterable(FAMILIES.values())
+    if any(row.get(columns.get(name, name)) is not None for name in names):
+        return True
+    column = _chat_column(row, columns)
+    chat = text_or_messages(column, row[column]) if column is not None else ""
+    return isinstance(chat, list) and chat[-1]["role"] == "assistant"
+
+
 def _chat_column(row: dict[str, Any], columns: dict[str, str]) -> str | None:
     """Return the column with a whole chat, if a row without a prompt has one."""
     if row.get(columns.get("prompt", "prompt")) is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import stat
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -251,6 +252,8 @@ def _read_jsonl(place: str, file: IO[bytes]) -> Iterator[tuple[str, bytes]]:
 
 def _read_json(place: str, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
     """Yield the objects of a list in a file, or of its lines."""
+    if file.read(len(BOM_UTF8)) != BOM_UTF8:
+        file.seek(0)
     start = file.read(1)
     while start.isspace():
         start = file.read(1)

@@ -46,7 +46,9 @@ def split_texts(
         responses = {name: _as_messages(dialogue) for name, dialogue in dialogues.items()}
     elif isinstance(prompt, str) and plain and not as_chat:
         return prompt, tuple(responses.values())
-    chats = {name: _as_turn(text) for name, text in responses.items()}
+    chats = {name: _as_turn(text, as_chat=as_chat) for name, text in responses.items()}
+    if as_chat and isinstance(prompt, str):
+        prompt = _dialogue_so_far(prompt) or prompt
     if isinstance(prompt, str):
         is_repeated = any(map(functools.partial(_has_turn, prompt), chats.values()))
         if as_chat and not is_repeated:
@@ -79,10 +81,12 @@ def _split_chats(
     return prompt, tuple(_after(prompt, name, chat) for name, chat in chats.items())
 
 
-def _as_turn(response: Text) -> list[Message]:
-    if isinstance(response, str):
-        return [{"role": ASSISTANT, "content": response}]
-    return response
+def _as_turn(response: Text, *, as_chat: bool) -> list[Message]:
+    """Return a response as messages. as_chat: a dialogue becomes the turns of the dialogue"""
+    if not isinstance(response, str):
+        return response
+    dialogue = _turns_of(response) if as_chat else []
+    return _as_messages(dialogue) or [{"role": ASSISTANT, "content": response}]
 
 
 def _after(prompt: list[Message], name: str, chat: list[Message]) -> list[Message]:
@@ -166,6 +170,14 @@ def _turns_of(text: str) -> list[_Turn]:
     speakers = pieces[::2]
     is_dialogue = not start.strip() and speakers[:1] == ["Human"] and speakers[-1] == "Assistant"
     return turns if is_dialogue else []
+
+
+def _dialogue_so_far(prompt: str) -> list[Message]:
+    """Return the turns of a dialogue up to the Human's last; [] for any other text."""
+    turns = _turns_of(prompt) or _turns_of(f"{prompt}\n\nAssistant:")
+    if not turns or turns[-1][1].strip():
+        return []
+    return _as_messages(turns[:-1])
 
 
 def _as_messages(dialogue: list[_Turn]) -> list[Message]:

@@ -84,6 +84,7 @@ class Speaker:
 
     name: one of SIDES
     encoder: of training
+    longest: tokens of an answer, at most
     adapter_off: the model answers without its adapter
     messages: turns so far, answers included
     """
@@ -93,6 +94,7 @@ class Speaker:
     tokenizer: PreTrainedTokenizerBase
     encoder: Encoder
     settings: ChatConfig
+    longest: int
     adapter_off: bool = False
     messages: list[dict[str, Any]] = field(default_factory=list)
 
@@ -106,7 +108,7 @@ class Speaker:
         if self.tokenizer.chat_template:
             self.messages.append({"role": "user", "content": text})
             prompt = self.messages
-        ids = self.encoder.encode(Record(prompt), room=self.settings.max_new_tokens).prompt
+        ids = self.encoder.encode(Record(prompt), room=self.longest).prompt
         streamer = _Shown(self.tokenizer, show=show)
         torch.manual_seed(self.settings.seed)
         tokens = torch.tensor(ids[None].astype("int64"), device=self.model.device)
@@ -134,7 +136,7 @@ class Speaker:
         if self.settings.temperature:
             options = {"do_sample": True, "temperature": self.settings.temperature, "top_k": 0}
         return GenerationConfig(
-            max_new_tokens=self.settings.max_new_tokens,
+            max_new_tokens=self.longest,
             eos_token_id=list(stop_ids(self.tokenizer, self.model)) or None,
             pad_token_id=self.tokenizer.pad_token_id,
             **options,
@@ -173,8 +175,13 @@ def _speaker(
     adapter_off: bool = False,
 ) -> Speaker:
     # Of a conversation longer than the model's positions the oldest turns are left out.
-    limits = RecordOptions(max_tokens=positions_of(model), prompt_overflow="truncate_left")
-    return Speaker(name, model, tokenizer, Encoder(tokenizer, limits), settings, adapter_off)
+    positions = positions_of(model)
+    limits = RecordOptions(max_tokens=positions, prompt_overflow="truncate_left")
+    longest = settings.max_new_tokens
+    if positions is not None:
+        longest = max(min(longest, positions // 2), 1)  # the rest is for the conversation
+    encoder = Encoder(tokenizer, limits)
+    return Speaker(name, model, tokenizer, encoder, settings, longest, adapter_off)
 
 
 class _Shown(TextStreamer):

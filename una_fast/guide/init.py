@@ -197,8 +197,11 @@ def _of_task(settings: InitConfig, task: str, found: Found, out: Path) -> Propos
         put("beta", 0.1, "Lower: further from the model as it was.")
     if found.ratings and not (min(found.ratings) >= 0 and max(found.ratings) <= 1):
         limits = [float(min(found.ratings)), float(max(found.ratings))]
-        put("score_map", "range", "Scores outside [0, 1] are mapped into it.")
-        put("score_range", limits, "The lowest and highest score found; set those possible.")
+        if limits[0] == limits[1]:
+            put("score_map", "sigmoid", "All scores are equal: a range has to be given by hand.")
+        else:
+            put("score_map", "range", "Scores outside [0, 1] are mapped into it.")
+            put("score_range", limits, "The lowest and highest score found; set those possible.")
     if found.report.skipped:
         reason = f"{found.report.skipped} records are refused (see above), and left out."
         put("on_bad_record", "skip", reason)

@@ -7,13 +7,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from una_fast.config import OnlineOptions
 from una_fast.data.examples import Example, SourceReport, load_examples, load_prompts
-from una_fast.data.records import FAMILIES, Record, as_object, parse_prompt, parse_record
+from una_fast.data.records import Record, as_object, has_answer, parse_prompt, parse_record
 from una_fast.data.sources import Source, read_rows
 from una_fast.data.template_date import fix_template_date
 from una_fast.printable import told
@@ -134,9 +133,7 @@ def has_responses(source: Source) -> bool:
     columns = source.options.resolved().columns
     for _, row in read_rows(source):
         try:
-            found: dict[str, Any] = as_object(row)
+            return has_answer(as_object(row), columns)
         except ValueError:
             continue
-        names = chain.from_iterable(FAMILIES.values())
-        return any(found.get(columns.get(name, name)) is not None for name in names)
     return True

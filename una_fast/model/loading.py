@@ -202,7 +202,8 @@ def model_and_adapter(
         raise ModelError(
             f"{where}: base_model_name_or_path={shown(base)} must be a model directory or hub name"
         )
-    base = with_revision(base, config.revision)
+    if not Path(base).exists():  # of a copy on this machine there are no revisions
+        base = with_revision(base, config.revision)
     base = find(base, f"{where}: base_model_name_or_path, model")
     check_place(base)
     if Path(base).is_dir() and not (Path(base) / "config.json").is_file():

@@ -72,6 +72,7 @@ class Reporter:
         self.last: dict[str, float] = {}
         self.before: dict[str, float] = {}
         self.every: int | None = None  # steps between two lines of progress
+        self.told_step = first_step
         self.total_steps = total_steps
         self.first_step = first_step
         self.start = time.perf_counter()
@@ -113,8 +114,13 @@ class Reporter:
             self.shown |= told_metrics(metrics)
             self.bar.set_postfix(self.shown)
         is_evaluation = "loss" not in metrics
-        if self.every is not None and (step % self.every == 0 or is_evaluation):
+        if self.every is None:
+            return
+        is_due = step - self.told_step >= self.every or step == self.total_steps
+        if is_due or is_evaluation:
             self.say(self._progress_line(step, metrics))
+        if is_due and not is_evaluation:
+            self.told_step = step
 
     def _progress_line(self, step: int, metrics: dict[str, float]) -> str:
         """Return the progress of a run as a line of a log."""
