@@ -503,7 +503,7 @@ def install_note(report: dict[str, Any]) -> str:
         f"The first command installs {size:.1f} GB, {model:.0f} MB of which are the model and most "
         f"of the rest torch and Triton (torch {where['torch']}, {report['seconds']:.0f} seconds "
         "beside a package index; `bench/results/install.json`, made by "
-        f"`{where['command']}`), and then runs some three minutes on two CPU cores."
+        f"`{where['command']}`)."
     )
 
 

@@ -234,7 +234,7 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     pytest.importorskip("material", reason="mkdocs-material is not installed: pip install .[docs]")
     script = Path(sys.executable).with_name("mkdocs")
     site = tmp_path / "site"
-    command = [script, "build", "--strict", "-f", ROOT / ".site/mkdocs.yml", "-d", site]
+    command = [script, "build", "--strict", "-f", ROOT / "docs/site/mkdocs.yml", "-d", site]
     build = subprocess.run(command, capture_output=True, text=True)
     assert build.returncode == 0, build.stderr
     titles = [path.parent.name for path in site.rglob("index.html")]

@@ -244,7 +244,7 @@ COMMANDS = {
         _check,
     ),
     "demo": Command(
-        "Align a small model on real text, with nothing to download.",
+        "Align a chat model, and show its answers before and after.",
         "una_fast.demo.settings",
         "DemoConfig",
         _demo,

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
 
 from una_fast.model.policy import Policy
-from una_fast.online.sampling import stop_ids
+from una_fast.online.sampling import drawn_at, stop_ids
 
 BATCH_SIZE = 64
 
@@ -32,6 +32,11 @@ class Answer:
     ended: bool
     prompt_ids: np.ndarray
     ids: np.ndarray
+
+    @property
+    def shown(self) -> str:
+        """Return the text, with a mark if the answer was cut off."""
+        return self.text if self.ended else f"{self.text} ..."
 
 
 @dataclass
@@ -74,7 +79,7 @@ class Asker:
             max_new_tokens=longest,
             eos_token_id=list(stops),
             pad_token_id=self.tokenizer.pad_token_id,
-            **_drawn_at(temperature),
+            **drawn_at(temperature),
         )
         torch.manual_seed(seed)
         answers = []
@@ -130,13 +135,6 @@ class Asker:
             text = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
             answers.append(Answer(text, ended, prompt_ids, ids))
         return answers
-
-
-def _drawn_at(temperature: float) -> dict[str, Any]:
-    """Return settings of `generate` for a temperature; 0 for the likeliest tokens."""
-    if temperature == 0.0:
-        return {"do_sample": False}
-    return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
 
 
 class _Tick(StoppingCriteria):

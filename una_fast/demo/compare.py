@@ -10,7 +10,7 @@ import numpy as np
 from una_fast.data.batch import collate
 from una_fast.data.examples import Example
 from una_fast.demo.answers import Answer
-from una_fast.demo.measures import FEW_WORDS, is_one_sentence, overlap
+from una_fast.demo.measures import FEW_WORDS, brevity, is_one_sentence, names_function, overlap
 from una_fast.demo.questions import Function
 from una_fast.feedback import Feedback
 from una_fast.model.policy import Policy
@@ -54,11 +54,11 @@ def _is_short_form(answer: Answer) -> bool:
 
 
 def _names(answer: Answer, function: Function) -> bool:
-    return function.short_name in answer.text
+    return names_function(answer.text, function.name)
 
 
 def _passes(answer: Answer, function: Function) -> bool:
-    is_brief = len(answer.text.split()) <= FEW_WORDS
+    is_brief = brevity(answer.text) == 1.0
     return _is_short_form(answer) and is_brief and _names(answer, function)
 
 
@@ -70,7 +70,7 @@ MEASURES = (
         lambda answer, function: _is_short_form(answer),
         "ended, with one full stop",
     ),
-    Measure("names_function", "answers with the function's name", _names, "nobody asked for it"),
+    Measure("names_function", "answers with the function's name", _names),
     Measure(
         "words",
         "words of an answer",
@@ -209,15 +209,11 @@ def show_texts(
         lines = [
             function.question,
             f"  documentation  {function.answer}",
-            f"  before         {_on_one_line(old)}",
-            f"  after          {_on_one_line(new)}",
+            f"  before         {' '.join(old.shown.split())}",
+            f"  after          {' '.join(new.shown.split())}",
         ]
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
-
-
-def _on_one_line(answer: Answer) -> str:
-    return " ".join(answer.text.split()) + ("" if answer.ended else " ...")
 
 
 def comparison(
@@ -242,10 +238,7 @@ def comparison(
         lines.append({"name": name, "values": values, "note": row.note})
     texts = []
     for function, old, new in zip(functions[:KEPT_TEXTS], before, after, strict=False):
-        answers = [
-            old.text + ("" if old.ended else " ..."),
-            new.text + ("" if new.ended else " ..."),
-        ]
+        answers = [old.shown, new.shown]
         texts.append(
             {"prompt": function.question, "reference": function.answer, "answers": answers}
         )

@@ -30,6 +30,15 @@ def brevity(text: str) -> float:
     return min(max((MANY_WORDS - words) / (MANY_WORDS - FEW_WORDS), 0.0), 1.0)
 
 
+def names_function(text: str, name: str) -> bool:
+    """Return whether a text has the name of a function.
+
+    text: an answer
+    name: of the function, with the module, such as "textwrap.dedent"
+    """
+    return name.rpartition(".")[2] in text
+
+
 def overlap(text: str, written: str) -> float:
     """Return the F1 of words: twice the common words over the words of both texts.
 

@@ -65,11 +65,6 @@ class Function:
         """Return the question about the function."""
         return f"What does the Python function `{self.name}` do?"
 
-    @property
-    def short_name(self) -> str:
-        """Return the name without the module."""
-        return self.name.rpartition(".")[2]
-
 
 @dataclass(frozen=True)
 class Questions:

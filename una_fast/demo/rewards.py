@@ -7,7 +7,7 @@ Every reward is a function for the setting `rewards`:
 
 from __future__ import annotations
 
-from una_fast.demo.measures import brevity, is_one_sentence
+from una_fast.demo.measures import brevity, is_one_sentence, names_function
 
 
 def one_sentence(completions: list[str]) -> list[float]:
@@ -23,4 +23,4 @@ def brief(completions: list[str]) -> list[float]:
 def names_the_function(completions: list[str], function: list[str]) -> list[float]:
     """Return 1 for an answer with the name of the function, else 0."""
     pairs = zip(completions, function, strict=True)
-    return [float(name.rpartition(".")[2] in text) for text, name in pairs]
+    return [float(names_function(text, name)) for text, name in pairs]

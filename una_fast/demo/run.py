@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from una_fast.config import RunConfig
 from una_fast.demo.answers import Answer, Asker
 from una_fast.demo.base_model import train_base, train_tokenizer
@@ -150,8 +152,6 @@ class Demo:
     @property
     def device(self) -> str:
         """Return the device of the demo: a GPU, or else the CPU."""
-        import torch
-
         return "cuda" if torch.cuda.is_available() else "cpu"
 
     def _asker(self, policy: Policy) -> Asker:

@@ -26,7 +26,7 @@ from una_fast.guide.run_of import base_of, model_of
 from una_fast.guide.settings import ChatConfig
 from una_fast.model.loading import load_causal_lm, load_tokenizer
 from una_fast.model.positions import positions_of
-from una_fast.online.sampling import stop_ids
+from una_fast.online.sampling import drawn_at, stop_ids
 from una_fast.printable import printable_lines, told
 from una_fast.resolved import compute_dtype
 from una_fast.signals import Stopped, requests
@@ -132,14 +132,11 @@ class Speaker:
         return streamer.text
 
     def _generation(self) -> GenerationConfig:
-        options: dict[str, Any] = {"do_sample": False}
-        if self.settings.temperature:
-            options = {"do_sample": True, "temperature": self.settings.temperature, "top_k": 0}
         return GenerationConfig(
             max_new_tokens=self.longest,
             eos_token_id=list(stop_ids(self.tokenizer, self.model)) or None,
             pad_token_id=self.tokenizer.pad_token_id,
-            **options,
+            **drawn_at(self.settings.temperature),
         )
 
 

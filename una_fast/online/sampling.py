@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -80,6 +80,16 @@ class Sampler(Protocol):
         SamplerError where sampling fails.
         """
         ...
+
+
+def drawn_at(temperature: float) -> dict[str, Any]:
+    """Return the settings of transformers' `generate` for a temperature.
+
+    temperature: tokens are drawn from the whole distribution; 0 takes the likeliest tokens
+    """
+    if temperature == 0.0:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> tuple[int, ...]:
