@@ -17,6 +17,7 @@ _PUBLIC = {
     "linear_una_loss": "head.ops",
     "token_logps": "head.ops",
     "gather_logps": "head.ops",
+    "Layout": "layout",
     "group_offset": "offsets",
     "EmaOffset": "offsets",
 }
