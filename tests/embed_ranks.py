@@ -22,7 +22,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-    sys.path.insert(0, "/tmp/w")
 from embedded import make_batch
 from families import build
 from una_fast import Feedback, Objective
