@@ -30,7 +30,7 @@ LAYERS = """
 feedback offsets counters distributed printable files lazy signals score_maps extras
 checks logs settings_file
 attention losses kernels flags
-data head
+data head layout presets
 model
 rewards
 config

@@ -1,4 +1,4 @@
-"""Remove dropout from a model: two log-probs are compared, and both must be deterministic."""
+"""Dropout of a model, and everything of the kind, set to 0."""
 
 from __future__ import annotations
 
