@@ -1,8 +1,8 @@
-"""What the extras of the installation bring: the op alone needs torch, the commands need more."""
+"""The extras of the installation: the op needs torch alone, the commands need more packages."""
 
 from __future__ import annotations
 
-# Modules that a package may lack -> the extra of setup.py that installs the module.
+# Module -> the extra of setup.py with the package of the module.
 EXTRA_OF = {
     **dict.fromkeys(
         (
@@ -17,7 +17,7 @@ EXTRA_OF = {
             "matplotlib",
             "jinja2",
             "markupsafe",
-            # these come with the others
+            # dependencies of the others
             "accelerate",
             "huggingface_hub",
             "tokenizers",
@@ -32,14 +32,14 @@ EXTRA_OF = {
 
 
 def install_line(extra: str) -> str:
-    """Return the command that installs an extra, for messages."""
+    """Return the command to install an extra, for messages."""
     return f'pip install "una-fast[{extra}]", or pip install -e ".[{extra}]" in a clone'
 
 
 def missing_extra(error: BaseException) -> str | None:
-    """Return the message of a failed import that an extra mends; None for any other error.
+    """Return the message of a failed import of a module of an extra; None for any other error.
 
-    error: raised by the import of a module that is not installed
+    error: raised by a command
     """
     if not isinstance(error, ModuleNotFoundError) or error.name is None:
         return None

@@ -1,4 +1,4 @@
-"""From one number per token, as other trainers hold them, to one number per response."""
+"""From one number per token, the form of other trainers, to one number per response."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def response_sums(logps: Tensor, mask: Tensor) -> Tensor:
     logps: [B, T] any float dtype, carries the gradient; numbers outside the mask may be anything
     mask: [B, T] bool or numbers, the tokens of the response
 
-    ValueError for shapes that differ.
+    ValueError for different shapes.
     """
     if logps.shape != mask.shape or logps.dim() != 2:
         raise ValueError(
@@ -25,7 +25,7 @@ def response_sums(logps: Tensor, mask: Tensor) -> Tensor:
 
 
 def one_per_response(name: str, values: Tensor, mask: Tensor, hint: str) -> Tensor:
-    """Return [B] float64, detached: the number that all tokens of a response share.
+    """Return [B] float64, detached: the common number of all tokens of a response.
 
     name: of the values, for errors
     values: [B, T] any float dtype, equal within the mask of a row
@@ -39,11 +39,13 @@ def one_per_response(name: str, values: Tensor, mask: Tensor, hint: str) -> Tens
     low = values.masked_fill(~inside, float("inf")).amin(1)
     high = values.masked_fill(~inside, float("-inf")).amax(1)
     used = inside.any(1)
-    unequal = used & ~(high - low <= SPREAD * high.abs().clamp_min(1.0))  # NaN is unequal too
+    allowed = SPREAD * high.abs().clamp_min(1.0)
+    unequal = used & ~(high - low <= allowed)  # NaN is unequal too
     if unequal.any():
         row = int(unequal.nonzero()[0])
+        least, most = low[row].item(), high[row].item()
         raise ValueError(
-            f"{name} of response {row} lie between {low[row].item():.4g} and "
-            f"{high[row].item():.4g}, and the loss of a response needs one number; {hint}"
+            f"{name} of response {row} lie between {least:.4g} and {most:.4g}, "
+            f"and the loss of a response needs one number; {hint}"
         )
     return torch.where(used, high, 0.0)
