@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import os
+import subprocess
 import sys
 import types
 
@@ -316,6 +318,21 @@ def test_every_backend_becomes_ours(host, backend):
 
 
 needs_verl = pytest.mark.skipif(not VERL, reason="verl is not installed: tests/versions.sh hosts")
+
+
+@needs_verl
+def test_verl_installs_the_plugin_that_its_environment_names():
+    code = """
+from verl.trainer.ppo.core_algos import get_policy_loss_fn
+from verl.utils.experimental.torch_functional import FusedLinearForPPO
+print(get_policy_loss_fn("una").__module__, FusedLinearForPPO.__module__)
+"""
+    env = os.environ | {"VERL_USE_EXTERNAL_MODULES": "una_fast.integrations.verl_plugin"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd="/", env=env, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split()[-2:] == ["una_fast.integrations.verl"] * 2
 
 
 @needs_verl
