@@ -22,7 +22,7 @@ LAYERS = """
 feedback offsets counters distributed printable files lazy signals score_maps
 checks logs settings_file
 attention losses kernels flags
-data head
+data head layout
 model
 rewards
 config
@@ -30,7 +30,7 @@ optim resolved report
 online capacity
 train
 guide
-demo
+demo integrations
 commands
 cli
 command

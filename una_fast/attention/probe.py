@@ -66,14 +66,25 @@ def packing_refusal(model: PreTrainedModel) -> str | None:
 
 def _reduced_decoder(model: PreTrainedModel) -> PreTrainedModel:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft
-    decoder = base.get_decoder()
-    config = decoder.config
+    return reduced_copy(base.get_decoder())
+
+
+def reduced_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a small float32 model of the class and the config of a model, with random weights.
+
+    Fewer layers (every layer type is kept), heads and experts, a narrow MLP, a small vocabulary,
+    short windows. The weights of the model are not read: they may be sharded, or on the meta
+    device.
+
+    ValueError where no number of layers keeps every kind of module.
+    """
+    config = model.config
     if config.is_encoder_decoder:
         raise ValueError("encoder-decoder models have no packed layout")
-    family = type(decoder).__module__
-    all_types = _module_types(decoder, family)
+    family = type(model).__module__
+    all_types = _module_types(model, family)
     for layers in _layer_counts(config):
-        reduced = type(decoder)(_reduced_config(config, layers)).float().eval()
+        reduced = type(model)(_reduced_config(config, layers)).float().eval()
         if all_types <= _module_types(reduced, family):
             return randomize_weights(reduced)
     names = ", ".join(sorted(kind.__name__ for kind in all_types))

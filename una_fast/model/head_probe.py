@@ -3,13 +3,15 @@
     z = softcap * tanh(logit_scale * (W h + bias) / softcap)        without a softcap: the argument
 
 A model is not trusted to be of such a form. The probe compares candidates with the model's own
-logits, and refuses a model without a fitting candidate.
+logits, and refuses a model without a fitting candidate. `probe_head` runs the model itself,
+`probe_reduced` a small copy with the same config: for weights that are sharded, or not there yet.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,33 +19,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from una_fast.attention.probe import reduced_copy
+from una_fast.model.head_forward import backbone, hidden_states
 from una_fast.model.quantized import is_plain
 
 _SOFTCAP_NAME = re.compile(r"soft_?cap")
 _SCALE_NAME = re.compile(r"scal|multiplier|mup")
 _PROBE_TOKENS = 16
-_ADAPTED = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-
-
-def backbone(causal_lm: PreTrainedModel) -> nn.Module:
-    """Return the model under the head; ValueError for a model class without one."""
-    found = getattr(causal_lm, causal_lm.base_model_prefix or "_none", None)
-    if not isinstance(found, nn.Module):
-        raise ValueError(
-            f"{type(causal_lm).__name__} has no backbone (base_model_prefix is "
-            f"{causal_lm.base_model_prefix!r}); it cannot be scored"
-        )
-    return found
-
-
-def hidden_states(causal_lm: PreTrainedModel, **inputs: Any) -> Tensor:
-    """Return the last hidden states [B, T, D], the input of the head."""
-    return backbone(causal_lm)(**inputs, use_cache=False, return_dict=True)[0]
 
 
 def text_modules(causal_lm: PreTrainedModel) -> set[nn.Module]:
@@ -81,6 +66,10 @@ def freeze_outside_text(causal_lm: PreTrainedModel) -> None:
             parameter.requires_grad_(False)
 
 
+class NoSmallCopy(ValueError):
+    """A model has no small copy of the same class."""
+
+
 @dataclass(frozen=True)
 class HeadSpec:
     """The form of a head: z = softcap * tanh(logit_scale * (W h + bias) / softcap)."""
@@ -115,25 +104,59 @@ def probe_head(causal_lm: PreTrainedModel) -> HeadSpec:
 
     ValueError, by the name of the class, when no candidate reproduces the logits.
     """
-    head = _plain_head(causal_lm)
+    head = plain_head(causal_lm)
+    form = _fitting_form(causal_lm, head)
+    return HeadSpec(causal_lm, *_candidates(causal_lm.config)[form])
+
+
+@torch.no_grad()
+def probe_reduced(causal_lm: PreTrainedModel) -> HeadSpec:
+    """Find softcap and logit_scale on a small copy of a model with the same class and config.
+
+    The weights of the model are not read. Fields of the config, not their values, are compared: a
+    factor that depends on the width is computed for the model's own width.
+
+    causal_lm: the model, on any device, before it is wrapped
+
+    ValueError as of `probe_head`; NoSmallCopy where none can be built.
+    """
+    plain_head(causal_lm)
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            copy = reduced_copy(causal_lm)
+        # An unknown model may fail in any way.
+        except Exception as error:
+            raise NoSmallCopy(
+                f"{type(causal_lm).__name__} has no small copy to probe its head on "
+                f"({type(error).__name__}: {error})"
+            ) from error
+        form = _fitting_form(copy, copy.get_output_embeddings())
+    return HeadSpec(causal_lm, *_candidates(causal_lm.config)[form])
+
+
+def _fitting_form(causal_lm: PreTrainedModel, head: nn.Module) -> str:
+    """Return the name of the candidate that reproduces a model's logits; ValueError without any."""
     tolerance = max(1e-5, torch.finfo(head.weight.dtype).eps)
     devices = [head.weight.device] if head.weight.is_cuda else []
     with torch.random.fork_rng(devices=devices), _evaluating(causal_lm), _random_bias(head):
         hidden, logits, drift = _observe(causal_lm, head)
         _check_observed(causal_lm, head, logits, drift, tolerance)
         raw = F.linear(hidden, head.weight, getattr(head, "bias", None)).float()
-        errors = {}
-        for form in _candidates(causal_lm.config):
-            errors[form] = _row_error(_shape_logits(raw, *form), logits.float())
-    softcap, logit_scale = best = min(errors, key=errors.get)
+    errors = {}
+    candidates = _candidates(causal_lm.config)
+    for name, form in candidates.items():
+        errors[name] = _row_error(_shape_logits(raw, *form), logits.float())
+    best = min(errors, key=errors.get)
     if errors[best] > tolerance:
+        softcap, logit_scale = candidates[best]
         raise ValueError(
             f"{type(causal_lm).__name__} computes its logits in an unknown way: the closest of "
             f"{len(errors)} forms, softcap={softcap} and logit_scale={logit_scale:g}, is off by "
             f"{errors[best]:.1e} (relative, allowed {tolerance:.0e}); this model class cannot be "
             "scored"
         )
-    return HeadSpec(causal_lm, softcap, logit_scale)
+    return best
 
 
 def _check_observed(
@@ -157,28 +180,38 @@ def _check_observed(
         )
 
 
-def _plain_head(causal_lm: PreTrainedModel) -> nn.Module:
+def _is_adapted(module: nn.Module | None) -> bool:
+    """Return whether peft has put an adapter, or a trained copy, around a module."""
+    if "peft" not in sys.modules:
+        return False
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    return isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+
+
+def plain_head(causal_lm: PreTrainedModel) -> nn.Module:
     """Return the output embedding.
 
     ValueError for a model without one, and for an adapter on it or on a tied input embedding.
     """
     name = type(causal_lm).__name__
     head = causal_lm.get_output_embeddings()
-    if getattr(head, "weight", None) is None and not isinstance(head, _ADAPTED):
+    if getattr(head, "weight", None) is None and not _is_adapted(head):
         raise ValueError(
             f"{name} has no output embedding (get_output_embeddings() is {head}); it cannot be "
             "scored"
         )
-    if not isinstance(head, _ADAPTED) and not is_plain(head.weight):
+    if not _is_adapted(head) and not is_plain(head.weight):
         raise ValueError(
             f"{name} has a quantized output embedding, and the fused head needs plain numbers; "
             "leave it out of the quantization"
         )
     embedding = causal_lm.get_input_embeddings()
     adapted = None
-    if isinstance(head, _ADAPTED):
+    if _is_adapted(head):
         adapted = type(head).__name__
-    if isinstance(embedding, _ADAPTED) and causal_lm.config.get_text_config().tie_word_embeddings:
+    if _is_adapted(embedding) and causal_lm.config.get_text_config().tie_word_embeddings:
         adapted = f"{type(embedding).__name__}, tied"
     if adapted is not None:
         raise ValueError(
@@ -256,31 +289,32 @@ class _Stretch:
         return output
 
 
-def _candidates(config: Any) -> list[tuple[float | None, float]]:
-    """Return (softcap, logit_scale) from every number of a config with such a name.
+def _candidates(config: Any) -> dict[str, tuple[float | None, float]]:
+    """Return name -> (softcap, logit_scale) from every number of a config with such a name.
 
     The plain form comes first. Families disagree on the meaning of a name (Granite divides by
     logits_scaling, HyperCLOVA X multiplies), so both are tried. MiniCPM divides the hidden state by
     hidden_size / dim_model_base.
     """
     config = config.get_text_config()
-    softcaps: list[float | None] = [None]
-    factors: list[float] = []
+    softcaps: dict[str, float | None] = {"plain": None}
+    scales = {"": 1.0}
     fields = config.to_dict()
     for name, value in fields.items():
         if not _is_factor(value):
             continue
         if _SOFTCAP_NAME.search(name):
-            softcaps.append(float(value))
+            softcaps[name] = float(value)
         if _SCALE_NAME.search(name) or name == "logit_scale":
-            factors.append(float(value))
+            scales[f" * {name}"] = float(value)
     if _is_factor(fields.get("dim_model_base")):
-        factors.append(float(fields["dim_model_base"]) / config.hidden_size)
-    scales = [1.0, *factors, *(1 / factor for factor in factors)]
-    forms = {}  # in order, without repeats
-    for scale in scales:
-        forms |= {(softcap, scale): None for softcap in softcaps}
-    return list(forms)
+        scales[" * width"] = float(fields["dim_model_base"]) / config.hidden_size
+    scales |= {f" /{name[2:]}": 1 / scale for name, scale in scales.items() if name}
+    forms = {}
+    for scale_name, scale in scales.items():
+        for cap_name, cap in softcaps.items():
+            forms[f"{cap_name}{scale_name}"] = (cap, scale)
+    return forms
 
 
 def _is_factor(value: object) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import os
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,17 +20,17 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from una_fast.attention.packed import packed_attention
 from una_fast.data.batch import Batch
 from una_fast.model.activations import switch_on
 from una_fast.model.directory import reading
+from una_fast.model.head_forward import Scorer, install_scorer
 from una_fast.model.head_probe import (
     HeadSpec,
     freeze_outside_text,
-    hidden_states,
     probe_head,
 )
 from una_fast.model.loading import load_causal_lm
@@ -38,38 +38,6 @@ from una_fast.model.lora import add_lora, cast_outside_autocast
 from una_fast.model.places import split_revision
 from una_fast.model.settings import KEEP_ALL, LoraOptions, MemoryOptions
 from una_fast.model.stored import StoredDtypes
-
-Scorer = Callable[[Tensor, Tensor, Tensor | None], Any]
-"""(hidden rows [N, D], head weight [V, D], head bias [V] or None) -> result of the forward."""
-
-
-def install_scorer(causal_lm: PreTrainedModel) -> None:
-    """Let a model's forward end in a scorer: `causal_lm(input_ids=..., scorer=fn, rows=rows)`.
-
-    The forward then returns fn(hidden rows [N, D], head weight, head bias), `rows` being [N] int64
-    indices into the flattened [B * T] positions. Without `scorer` the model's own forward runs.
-    Idempotent; survives copy.deepcopy and fully_shard.
-    """
-    if hasattr(causal_lm, "_una_model_forward"):
-        return
-
-    @functools.wraps(type(causal_lm).forward)  # transformers reads the signature
-    def forward(
-        self: PreTrainedModel,
-        *args: Any,
-        scorer: Scorer | None = None,
-        rows: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        if scorer is None:
-            return self._una_model_forward(*args, **kwargs)
-        hidden = hidden_states(self, **kwargs).flatten(0, 1).index_select(0, rows)
-        head = self.get_output_embeddings()
-        return scorer(hidden, head.weight, getattr(head, "bias", None))
-
-    causal_lm._una_model_forward = causal_lm.forward
-    # A bound method, not a closure: a deep copy (the frozen reference) must run its own weights.
-    causal_lm.forward = types.MethodType(forward, causal_lm)
 
 
 @dataclass

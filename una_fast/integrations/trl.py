@@ -1,0 +1,248 @@
+"""TRL's trainers on the fused head: their losses, metrics, datasets and adapters stay theirs.
+
+    from una_fast.integrations.trl import UNADPOTrainer as DPOTrainer
+
+From 1.15 on TRL computes every log-prob through one function, `add_fused_lm_head`, and
+`model(..., labels=, fused_lm_head=True)`. `add_una_head` has its signature, and puts our head, our
+packed rows and row statistics behind the same call. `una_calls()` counts the calls that reached it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import types
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer
+from trl.trainer import utils as trl_utils
+
+from una_fast.integrations.calls import fall_back, una_calls
+from una_fast.integrations.hf.patch import (
+    Patch,
+    layout_of,
+    make_patch,
+    run_scorer,
+    token_results,
+)
+from una_fast.integrations.versions import check_version
+from una_fast.layout import Layout
+from una_fast.model.head_probe import plain_head
+
+__all__ = [
+    "UNADPOTrainer",
+    "UNAGRPOTrainer",
+    "UNAKTOTrainer",
+    "UNARLOOTrainer",
+    "add_una_head",
+    "una_calls",
+]
+
+_SEAM = "add_fused_lm_head"
+if not hasattr(trl_utils, _SEAM):
+    raise ImportError(
+        "this TRL has no add_fused_lm_head: una_fast.integrations.trl needs trl >= 1.15; for TRL "
+        "1.9 to 1.14 there is una_fast.integrations.trl_before_seam"
+    )
+_TRL_HEAD = trl_utils.add_fused_lm_head
+
+
+# --- the seam -------------------------------------------------------------------------------------
+
+
+def add_una_head(
+    model: PreTrainedModel,
+    temperature: float = 1.0,
+    cast_lm_head_to_fp32: bool = False,
+    outputs: tuple[str, ...] = ("log_probs",),
+    *,
+    pack: str | bool = "auto",
+    workspace_mb: float | None = None,
+) -> None:
+    """Let `model(..., labels=, fused_lm_head=True)` return TRL's output from the fused head.
+
+    In place of trl.trainer.utils.add_fused_lm_head, before PEFT and FSDP wrap the model. A model
+    that cannot be scored truly gets TRL's head, and a call that the fused head does not serve
+    (pre-shifted labels, a prefix of keys) runs it; both are logged once, and counted.
+
+    model: causal language model
+    temperature: divisor of the logits
+    cast_lm_head_to_fp32: logits from float32 operands; the fused head accumulates them in float32
+        either way
+    outputs: per-token members of the output
+    pack: as of patch_model
+    workspace_mb: MiB of the fused head, see linear_una_loss
+    """
+    check_version("trl", "1.15", "1.16", "1.15.0 and 1.16.0")
+    _TRL_HEAD(model, temperature, cast_lm_head_to_fp32, outputs)
+    try:
+        model._una_trl = _Settings(
+            make_patch(model, pack, workspace_mb, "auto"),
+            temperature,
+            cast_lm_head_to_fp32,
+            tuple(name for name in outputs if name != "log_probs"),
+        )
+    except ValueError as refusal:
+        if pack is True:
+            raise
+        fall_back("TRL's head", str(refusal))
+        return
+    model._una_trl_forward = model.forward
+
+    @functools.wraps(type(model).forward)  # `generate` reads the signature
+    def forward(
+        self: PreTrainedModel,
+        *args: Any,
+        fused_lm_head: bool = False,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        reason = _why_not(self, args, labels, kwargs) if fused_lm_head else ""
+        if reason is None:
+            return _fused_output(self, labels, kwargs)
+        if fused_lm_head:
+            fall_back("TRL's head", reason)
+            kwargs["fused_lm_head"] = True
+        if labels is not None:
+            kwargs["labels"] = labels
+        return self._una_trl_forward(*args, **kwargs)
+
+    model.forward = types.MethodType(forward, model)
+
+
+class _Settings:
+    """What a trainer asked of the head of its model."""
+
+    def __init__(
+        self, patch: Patch, temperature: float, cast_to_float32: bool, stats: tuple[str, ...]
+    ) -> None:
+        self.patch = patch
+        self.temperature = temperature
+        self.cast_to_float32 = cast_to_float32
+        self.stats = stats
+
+
+def _why_not(
+    model: PreTrainedModel, args: tuple, labels: Tensor | None, kwargs: dict[str, Any]
+) -> str | None:
+    """Return the reason why a call cannot be served; None if it can."""
+    if args:
+        return "it has positional arguments"
+    if labels is None or kwargs.get("shift_labels") is not None:
+        return "its labels are shifted already"
+    if kwargs.get("past_key_values") is not None:
+        return "it has a prefix of keys"
+    try:
+        plain_head(model)
+    except ValueError as refusal:
+        return str(refusal)
+    return None
+
+
+def _fused_output(model: PreTrainedModel, labels: Tensor, kwargs: dict[str, Any]) -> Any:
+    """Return TRL's output of a call, from our rows and our head."""
+    settings: _Settings = model._una_trl
+    items = kwargs.pop("num_items_in_batch", None)
+    kwargs.pop("shift_labels", None)
+    inputs = {name: value for name, value in kwargs.items() if value is not None}
+    inputs.pop("logits_to_keep", None)
+    config = model.config.get_text_config()
+    if getattr(config, "output_router_logits", False):
+        inputs.setdefault("output_router_logits", True)
+    layout = layout_of(model, inputs, labels, settings.patch)
+    options = settings.patch.head_options(settings.temperature)
+    request = _TokenFields(settings.stats, settings.cast_to_float32)
+    found, aux_loss = run_scorer(model, layout, inputs, request, options)
+    mask = labels[:, 1:] != -100
+    log_probs = found.pop("logps")
+    total = mask.sum().clamp(min=1) if items is None else items
+    loss = -log_probs.sum() / total
+    if aux_loss is not None:
+        loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss
+    return trl_utils.FusedCausalLMOutput(
+        loss=loss, log_probs=log_probs, label_mask=mask, aux_loss=aux_loss, **found
+    )
+
+
+class _TokenFields:
+    """Per-token members of TRL's output, [B, T - 1]."""
+
+    def __init__(self, stats: tuple[str, ...], cast_to_float32: bool) -> None:
+        self.stats = stats
+        self.cast_to_float32 = cast_to_float32
+
+    def __call__(
+        self,
+        layout: Layout,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        options: dict[str, Any],
+    ) -> dict[str, Tensor]:
+        if self.cast_to_float32:
+            # Operands of 16 bits are exact in float32, and are accumulated there: no copy of the
+            # weight is needed. Autocast would round a float32 weight.
+            hidden = hidden.to(weight.dtype)
+        enabled = torch.is_autocast_enabled(hidden.device.type) and not self.cast_to_float32
+        with torch.autocast(hidden.device.type, enabled=enabled):
+            found = token_results(layout, hidden, weight, bias, self.stats, options)
+        return {name: layout.scatter(values) for name, values in found.items()}
+
+
+# --- trainers -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _una_head_in(modules: Sequence[ModuleType], **options: Any) -> Iterator[None]:
+    """Let modules of TRL find add_una_head under the name of their own function."""
+    before = [getattr(module, _SEAM) for module in modules]
+    for module in modules:
+        setattr(module, _SEAM, functools.partial(add_una_head, **options))
+    try:
+        yield
+    finally:
+        for module, own in zip(modules, before, strict=True):
+            setattr(module, _SEAM, own)
+
+
+class _UnaHead:
+    """A trainer of TRL that is built with our head.
+
+    una_pack: as of patch_model
+    una_workspace_mb: MiB of the fused head, see linear_una_loss
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        una_pack: str | bool = "auto",
+        una_workspace_mb: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        names = {kind.__module__ for kind in type(self).__mro__}
+        loaded = [importlib.import_module(name) for name in names if name.startswith("trl.")]
+        modules = [module for module in loaded if hasattr(module, _SEAM)]
+        with _una_head_in(modules, pack=una_pack, workspace_mb=una_workspace_mb):
+            super().__init__(*args, **kwargs)
+
+
+class UNAKTOTrainer(_UnaHead, KTOTrainer):
+    """TRL's KTOTrainer on the fused head."""
+
+
+class UNAGRPOTrainer(_UnaHead, GRPOTrainer):
+    """TRL's GRPOTrainer on the fused head."""
+
+
+class UNARLOOTrainer(_UnaHead, RLOOTrainer):
+    """TRL's RLOOTrainer on the fused head."""
+
+
+class UNADPOTrainer(_UnaHead, DPOTrainer):
+    """TRL's DPOTrainer on the fused head."""

@@ -1,0 +1,136 @@
+"""From the rows of a causal language model's hidden states to a result of the head, no logits.
+
+    hidden rows [N, D], weight [V, D], bias [V] or None  ->  scorer  ->  result
+
+The scorer runs inside the head module's own call, and that inside the model's own forward: FSDP,
+ZeRO and device maps gather weights by hooks around such calls, and reduce gradients of weights that
+were read within them alone. Needs transformers, and neither peft nor datasets.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
+from transformers import PreTrainedModel
+
+from una_fast.head.ops import _outside_compile
+
+Scorer = Callable[[Tensor, Tensor, Tensor | None], Any]
+"""(hidden rows [N, D], head weight [V, D], head bias [V] or None) -> result of the forward."""
+
+# Attributes by which wrappers (FSDP1, activation checkpointing) keep the module inside.
+_INSIDE = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def backbone(causal_lm: PreTrainedModel) -> nn.Module:
+    """Return the model under the head; ValueError for a model class without one."""
+    found = getattr(causal_lm, causal_lm.base_model_prefix or "_none", None)
+    if not isinstance(found, nn.Module):
+        raise ValueError(
+            f"{type(causal_lm).__name__} has no backbone (base_model_prefix is "
+            f"{causal_lm.base_model_prefix!r}); it cannot be scored"
+        )
+    return found
+
+
+def backbone_output(causal_lm: PreTrainedModel, **inputs: Any) -> Any:
+    """Return the output of the model under the head; its first entry is [B, T, D].
+
+    inputs: of the backbone; use_cache and return_dict among them (peft's forward adds them) are
+        replaced
+    """
+    fixed = {"use_cache": False, "return_dict": True}
+    return backbone(causal_lm)(**{**inputs, **fixed})
+
+
+def hidden_states(causal_lm: PreTrainedModel, **inputs: Any) -> Tensor:
+    """Return the last hidden states [B, T, D], the input of the head."""
+    return backbone_output(causal_lm, **inputs)[0]
+
+
+def score_rows(causal_lm: PreTrainedModel, hidden: Tensor, rows: Tensor, scorer: Scorer) -> Any:
+    """Return the scorer's result on some rows of hidden states.
+
+    causal_lm: the model whose forward is running
+    hidden: [B, T, D]
+    rows: [N] int64 indices into the flattened [B * T] positions
+    scorer: see Scorer
+    """
+    chosen = hidden.flatten(0, 1).index_select(0, rows)
+    return call_head(causal_lm.get_output_embeddings(), chosen, scorer)
+
+
+@_outside_compile
+def call_head(head: nn.Module, hidden: Tensor, scorer: Scorer) -> Any:
+    """Call a head module with a scorer in place of its forward; its hooks run as ever.
+
+    head: the output embedding, or a wrapper of it
+    hidden: [N, D]
+    scorer: see Scorer
+    """
+    inner = _innermost(head)
+
+    def forward(rows: Tensor) -> Any:
+        weight, bias = _whole(inner.weight), _whole(getattr(inner, "bias", None))
+        return scorer(rows.to(weight.device), weight, bias)
+
+    before = inner.__dict__.get("forward")
+    inner.forward = forward
+    try:
+        return head(hidden)
+    finally:
+        if before is None:
+            del inner.forward
+        else:
+            inner.forward = before
+
+
+def _innermost(head: nn.Module) -> nn.Module:
+    """Return the module that holds the weight."""
+    for name in _INSIDE:
+        inside = getattr(head, name, None)
+        if inside is not None:
+            return _innermost(inside)
+    return head
+
+
+def _whole(tensor: Tensor | None) -> Tensor | None:
+    """Return a tensor that no hook has gathered, from all ranks.
+
+    Every rank holds other tokens, so the gradients of the ranks are parts of a sum.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return tensor.full_tensor(grad_placements=[Partial()] * tensor.device_mesh.ndim)
+
+
+def install_scorer(causal_lm: PreTrainedModel) -> None:
+    """Let a model's forward end in a scorer: `causal_lm(input_ids=..., scorer=fn, rows=rows)`.
+
+    The forward then returns fn(hidden rows [N, D], head weight, head bias), `rows` being [N] int64
+    indices into the flattened [B * T] positions. Without `scorer` the model's own forward runs.
+    Idempotent; survives copy.deepcopy and fully_shard.
+    """
+    if hasattr(causal_lm, "_una_model_forward"):
+        return
+
+    @functools.wraps(type(causal_lm).forward)  # transformers reads the signature
+    def forward(
+        self: PreTrainedModel,
+        *args: Any,
+        scorer: Scorer | None = None,
+        rows: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if scorer is None:
+            return self._una_model_forward(*args, **kwargs)
+        return score_rows(self, hidden_states(self, **kwargs), rows, scorer)
+
+    causal_lm._una_model_forward = causal_lm.forward
+    # A bound method, not a closure: a deep copy (the frozen reference) must run its own weights.
+    causal_lm.forward = types.MethodType(forward, causal_lm)
