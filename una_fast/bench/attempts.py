@@ -82,8 +82,10 @@ def attempt(
             return run(), None
     except DeviceLost:
         raise
-    except (torch.OutOfMemoryError, MemoryError):
+    except torch.OutOfMemoryError:
         reason = "out of memory"
+    except MemoryError as error:  # Python's, or a model's: then with the sizes
+        reason = ": ".join(filter(None, ["out of memory", str(error)]))
     except WrongResult as error:
         reason = f"wrong result: {error}"
     except TimeoutError:

@@ -90,6 +90,10 @@ class Contender:
         """Return the bytes of a workspace that the contender never exceeds; None without one."""
         return None
 
+    def rows_at_once(self) -> int | None:
+        """Return the rows that have logits at the same time; None for all rows of a call."""
+        return None
+
     def loss(self, x: Inputs) -> Tensor:
         """Compute the loss of x, with a graph."""
         raise NotImplementedError
@@ -227,6 +231,11 @@ class Trl(PerToken):
     passes = {"trained": 5, "frozen": 4}
     rounds_logits = True
     takes = EVERY_FORM
+
+    def rows_at_once(self) -> int | None:
+        from trl.kernels import chunked_logprob
+
+        return getattr(chunked_logprob, "TOKEN_CHUNK_SIZE", None)
 
     def per_token_of(self, x: Inputs) -> Tensor:
         from trl.kernels import ChunkedLogProbFunction

@@ -17,7 +17,7 @@ from una_fast.bench import attempts
 from una_fast.bench.contenders import Contender, Una, step
 from una_fast.bench.gemms import gemm_jobs, reference
 from una_fast.bench.inputs import Inputs
-from una_fast.bench.timing import CEILING, Job, alternate, spread_of, typical
+from una_fast.bench.timing import CEILING, Job, alternate, keep_quiet, spread_of, typical
 from una_fast.counters import FlopCounter, LiveBytes
 
 VALID_REFERENCE = 0.9  # of the rate of an 8192^3 product
@@ -40,14 +40,27 @@ def alloc_retries(device: torch.device) -> int:
 
 def costs(contender: Contender, x: Inputs) -> dict[str, Any]:
     """Return the peak extra bytes of one step; on a CPU also the counted passes."""
-    accumulator = 4 * x.weight.numel() if x.trained and x.weight.dtype != torch.float32 else 0
+    if x.device.type != "cpu":
+        return {"extra_bytes": extra_bytes(contender, x)}
+    with FlopCounter() as flop:
+        step(contender, x)
+    passes = flop.passes(x.rows, x.dim, x.vocab)
+    return {"passes": passes, "extra_bytes": extra_bytes(contender, x)}
+
+
+def accumulator_bytes(x: Inputs) -> int:
+    """Return the bytes of the float32 [V, D] accumulator of a narrower, trained head."""
+    narrow = x.trained and x.weight.dtype != torch.float32
+    return 4 * x.weight.numel() if narrow else 0
+
+
+def extra_bytes(contender: Contender, x: Inputs) -> int:
+    """Return the peak bytes of one step beyond inputs, gradients and accumulator."""
     if x.device.type == "cpu":
-        with FlopCounter() as flop:
-            step(contender, x)
         with LiveBytes() as memory:
             step(contender, x)
-        extra = memory.peak(excluding=[leaf.grad for leaf in x.leaves.values()]) - accumulator
-        return {"passes": flop.passes(x.rows, x.dim, x.vocab), "extra_bytes": extra}
+        gradients = [leaf.grad for leaf in x.leaves.values()]
+        return memory.peak(excluding=gradients) - accumulator_bytes(x)
     x.clear()
     attempts.release()
     before = torch.cuda.memory_allocated()
@@ -55,7 +68,7 @@ def costs(contender: Contender, x: Inputs) -> dict[str, Any]:
     step(contender, x)
     torch.cuda.synchronize()
     returned = sum(leaf.grad.nbytes for leaf in x.leaves.values())
-    return {"extra_bytes": torch.cuda.max_memory_allocated() - before - returned - accumulator}
+    return torch.cuda.max_memory_allocated() - before - returned - accumulator_bytes(x)
 
 
 def sizes_of(x: Inputs) -> dict[str, int]:
@@ -114,7 +127,7 @@ class Rounds(NamedTuple):
     runs: int
     budget: float
     busy: int = 0
-    tell: Callable[[str], None] = str
+    tell: Callable[[str], None] = keep_quiet
 
 
 class Times(NamedTuple):

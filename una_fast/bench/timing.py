@@ -24,6 +24,10 @@ class Job(NamedTuple):
     run: Callable[..., Any]
 
 
+def keep_quiet(words: str) -> None:
+    """Say nothing: for callers without a progress bar."""
+
+
 def seconds_of(job: Job, device: torch.device) -> float:
     """Return the seconds of one run: CUDA events on a GPU, the clock on a CPU."""
     arguments = job.prepare()
@@ -45,7 +49,7 @@ def alternate(
     budget: float,
     device: torch.device,
     clean: Callable[[], None] = attempts.release,
-    tell: Callable[[str], None] = str,
+    tell: Callable[[str], None] = keep_quiet,
 ) -> tuple[dict[Any, list[float]], dict[Any, str]]:
     """Run all jobs in rounds of random order, so that no job always follows the same job.
 

@@ -14,6 +14,14 @@ from una_fast.bench.contenders import Contender, step
 from una_fast.bench.inputs import BETA, PEAK, Inputs
 
 
+class LogpTruth(NamedTuple):
+    """Log-probs in float64 from full rows of logits."""
+
+    logps: Tensor  # [N]
+    sums: Tensor  # [S]
+    ref_sums: Tensor  # [S]
+
+
 class Truth(NamedTuple):
     """Results in float64 from full rows of logits; the gradients lie on the CPU, in float32."""
 
@@ -27,6 +35,48 @@ class Truth(NamedTuple):
     ref_sums: Tensor  # [S]
 
 
+class _Wide:
+    """A head in float64, which gives logits in blocks of rows."""
+
+    def __init__(self, x: Inputs, block_bytes: int | None) -> None:
+        """Take the policy of x.
+
+        x: the inputs, or the inputs with the reference in the place of the policy
+        block_bytes: of one block of float64 logits; None: 1 GiB on a GPU, 128 MiB on a CPU
+        """
+        if block_bytes is None:
+            block_bytes = 1 << 30 if x.device.type == "cuda" else 1 << 27
+        self.x, self.weight = x, x.weight.double()
+        self.bias = 0.0 if x.bias is None else x.bias.double()
+        self.targets = x.targets.unsqueeze(1)
+        self.block = max(block_bytes // (8 * x.vocab), 1)
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yield (rows, hidden states [C, D], logits [C, V]) of every block."""
+        for start in range(0, self.x.rows, self.block):
+            rows = slice(start, start + self.block)
+            wide = self.x.hidden[rows].double()
+            raw = (wide @ self.weight.T).add_(self.bias)
+            yield rows, wide, self.x.form.logits_(raw)
+
+    def log_probs(self) -> tuple[Tensor, Tensor]:
+        """Return log-probs of the targets and logsumexps, [N] each."""
+        logps = torch.empty(self.x.rows, dtype=torch.float64, device=self.x.device)
+        lse = torch.empty_like(logps)
+        for rows, _, z in self.blocks():
+            lse[rows] = z.logsumexp(1)
+            logps[rows] = z.gather(1, self.targets[rows]).squeeze(1) - lse[rows]
+        return logps, lse
+
+
+@torch.no_grad()
+def logp_truth(x: Inputs, block_bytes: int | None = None) -> LogpTruth:
+    """Compute the true log-probs. block_bytes: as in `truth`"""
+    ref_sums = x.sums(_Wide(x.reference(), block_bytes).log_probs()[0])
+    logps, _ = _Wide(x, block_bytes).log_probs()
+    return LogpTruth(logps, x.sums(logps), ref_sums)
+
+
 @torch.no_grad()
 def truth(x: Inputs, block_bytes: int | None = None) -> Truth:
     """Compute the truth in blocks of rows.
@@ -34,42 +84,21 @@ def truth(x: Inputs, block_bytes: int | None = None) -> Truth:
     x: the inputs
     block_bytes: size of one block of float64 logits (default: 1 GiB on a GPU, 128 MiB on a CPU)
     """
-    if block_bytes is None:
-        block_bytes = 1 << 30 if x.device.type == "cuda" else 1 << 27
-    block = max(block_bytes // (8 * x.vocab), 1)
-    targets = x.targets.unsqueeze(1)
-    bias = 0.0 if x.bias is None else x.bias.double()
-
-    def blocks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        for start in range(0, x.rows, block):
-            rows = slice(start, start + block)
-            wide = hidden[rows].double()
-            yield rows, wide, x.form.logits_((wide @ weight.T).add_(bias))
-
-    def log_probs(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        logps = torch.empty(x.rows, dtype=torch.float64, device=x.device)
-        lse = torch.empty_like(logps)
-        for rows, _, z in blocks(hidden, weight):
-            lse[rows] = z.logsumexp(1)
-            logps[rows] = z.gather(1, targets[rows]).squeeze(1) - lse[rows]
-        return logps, lse
-
-    ref_sums = x.sums(log_probs(x.ref_hidden, x.ref_weight.double())[0])
-    weight = x.weight.double()
-    logps, lse = log_probs(x.hidden, weight)
+    ref_sums = x.sums(_Wide(x.reference(), block_bytes).log_probs()[0])
+    wide = _Wide(x, block_bytes)
+    logps, lse = wide.log_probs()
     sums = x.sums(logps).requires_grad_()
     with torch.enable_grad():
         loss = x.loss_of(sums, ref_sums)
     (response_coef,) = torch.autograd.grad(loss, sums)
     coef = response_coef.repeat_interleave(torch.tensor(x.lengths, device=x.device))
-    grad_hidden, grad_weight = torch.empty(x.rows, x.dim), torch.zeros_like(weight)
-    grad_bias = torch.zeros_like(weight[:, 0])
-    for rows, hidden, z in blocks(x.hidden, weight):
+    grad_hidden, grad_weight = torch.empty(x.rows, x.dim), torch.zeros_like(wide.weight)
+    grad_bias = torch.zeros_like(grad_weight[:, 0])
+    for rows, hidden, z in wide.blocks():
         c = coef[rows].unsqueeze(1)
         p = (z - lse[rows].unsqueeze(1)).exp_()
-        slope = x.form.slope_(z)
-        du = p.mul_(-c).scatter_add_(1, targets[rows], c).mul_(slope)
-        grad_hidden[rows] = (du @ weight).float().cpu()
+        du = p.mul_(-c).scatter_add_(1, wide.targets[rows], c).mul_(x.form.slope_(z))
+        grad_hidden[rows] = (du @ wide.weight).float().cpu()
         grad_weight.addmm_(du.T, hidden)
         grad_bias += du.sum(0)
     return Truth(
@@ -182,7 +211,7 @@ def ensure(right: bool, message: str) -> None:
 
 
 @torch.no_grad()
-def logp_errors(contender: Contender, x: Inputs, true: Truth) -> dict[str, float]:
+def logp_errors(contender: Contender, x: Inputs, true: Truth | LogpTruth) -> dict[str, float]:
     """Return, in nat, the largest and the root-mean-square error of log-probs, and the largest
     errors of a response's sum and of the log-ratio that the loss sees: of a pair, policy against
     reference and chosen against rejected; with scores, of a response.
