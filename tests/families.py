@@ -13,7 +13,7 @@ from transformers.models.gptj import modeling_gptj
 
 from una_fast.attention.probe import randomize_weights
 from una_fast.attention.rows import Segment, Segments
-from una_fast.model.loading import remove_dropout
+from una_fast.model.dropout import remove_dropout
 
 VOCAB = 97
 SMALL = {

@@ -35,12 +35,12 @@ from una_fast import (
     Objective,
     gather_logps,
     linear_una_loss,
+    sequence_logps,
     token_logps,
     una_loss,
 )
 from una_fast.counters import LiveBytes
 from una_fast.head import eager, passes, plan, torch_engine
-from una_fast.head.ops import sequence_logps
 from una_fast.head.plan import Plan
 from una_fast.head.torch_engine import LogitTransform, TorchEngine, one_read_
 from una_fast.logs import say_once
@@ -504,7 +504,12 @@ def check_sequence_logps(
     trained(p)
     arguments = {"bias": p.bias, "workspace_mb": workspace_mb, **transform}
     sums = sequence_logps(p.hidden, p.weight, p.targets, p.cu_seqlens, **arguments)
-    assert sums.dtype == torch.float64 and not sums.requires_grad
+    assert sums.dtype == torch.float64 and sums.requires_grad
+    with torch.no_grad():
+        evaluated = sequence_logps(p.hidden, p.weight, p.targets, p.cu_seqlens, **arguments)
+    assert not evaluated.requires_grad
+    assert relative_error(evaluated, sums.detach()) <= TOLERANCE[dtype]
+    sums = sums.detach()
     assert (
         relative_error(sums, truth(p, ref_logps=torch.zeros(8), **transform)["logps"])
         <= TOLERANCE[dtype]
@@ -847,10 +852,10 @@ def test_gradcheck_token_logps(budget, monkeypatch):
     p = problem(0, dim=3, vocab=5, peak=3.0, lengths=[7], feedback=PAIR)
     p.targets[2] = -100
 
-    def logps(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return token_logps(
-            hidden, weight, p.targets, bias, softcap=4.0, logit_scale=1.2, temperature=0.8
-        )
+    def logps(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        transform = {"softcap": 4.0, "logit_scale": 1.2, "temperature": 0.8}
+        out, stats = token_logps(hidden, weight, p.targets, bias, stats=("entropy",), **transform)
+        return out, stats["entropy"]
 
     assert gradcheck(logps, tuple(getattr(p, name).requires_grad_() for name in LEAVES))
 
@@ -993,6 +998,271 @@ def test_token_logps_second_backward_with_another_upstream():
     second = torch.autograd.grad(out, leaves, -2 * upstream)
     for a, b in zip(first, second, strict=True):
         torch.testing.assert_close(b, -2 * a, rtol=1e-12, atol=1e-15)
+
+
+# --- logits kept for any upstream gradient --------------------------------------------------------
+
+
+STATS = ("is_top1", "entropy", "log_sum_sq_probs", "mean_logits")
+PASS = {"logps", "entropy"}  # carry a gradient
+
+
+@pytest.fixture
+def nothing_kept(monkeypatch):
+    """Return a function that lets later calls compute all logits again."""
+
+    def forget() -> None:
+        monkeypatch.setattr(passes.Head, "keep_buffer", lambda head: not head.drop_buffer())
+
+    return forget
+
+
+def later_grads(
+    p: Problem, targets: Tensor, rows: float, train=LEAVES, stats=(), op=token_logps, **arguments
+) -> dict[str, Tensor]:
+    """Results and gradients of a call with a workspace for so many rows of logits.
+
+    The upstream gradients are random, of the log-probs and of the entropy.
+    """
+    leaves = {name: getattr(p, name).clone().requires_grad_(name in train) for name in LEAVES}
+    given = (leaves["hidden"], leaves["weight"], targets, leaves["bias"])
+    if op is token_logps:
+        size = plan.HeadSize(*p.weight.shape, p.hidden.dtype.itemsize, p.hidden.dtype.itemsize)
+        if p.hidden.dtype in NARROW:
+            size = plan.HeadSize(*p.weight.shape, cast=True)
+        budget = int(rows * size.row_bytes(gathered=False, trained=False)) + 1
+        arguments["workspace_mb"] = budget * (8 / 7 if size.cast else 1) / 2**20 + 1e-5
+        out = token_logps(*given, stats=stats, **arguments)
+        logps, found = out if stats else (out, {})
+    else:
+        logps = eager.token_logps(*given, **arguments)
+        found = eager.token_stats(*given, **arguments) if stats else {}
+    results = {"logps": logps, **{name: found[name] for name in stats}}
+    g = torch.Generator().manual_seed(3)
+    loss = 0.0
+    for name, value in results.items():
+        upstream = torch.randn(len(targets), generator=g, dtype=torch.float64)
+        if name in PASS:
+            loss = loss + (upstream.to(value.dtype) * value).sum()
+    grads = torch.autograd.grad(loss, [leaves[name] for name in train])
+    detached = {name: value.detach() for name, value in results.items()}
+    return {**detached, **{f"grad {n}": x for n, x in zip(train, grads, strict=True)}}
+
+
+def some_ignored(p: Problem) -> Tensor:
+    targets = p.targets.clone()
+    targets[::4] = -100
+    return targets
+
+
+@pytest.mark.parametrize("dtype", [*WIDE, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stats", [(), ("entropy",)], ids=["plain", "entropy"])
+def test_kept_logits_change_no_bit(dtype, stats, nothing_kept):
+    """The gradients are those of a call that computes every row again: for a whole call, for rows
+    left over, for one row at a time, for slices of the vocabulary.
+    """
+    p = problem(4, dtype=dtype, peak=10.0)
+    targets = some_ignored(p)
+    cases = [(100, LEAVES), (22, LEAVES), (22, ("hidden",)), (7, ("weight",)), (1.2, LEAVES)]
+    if dtype in WIDE:
+        cases.append((0.3, LEAVES))
+    transform = {"softcap": 9.0, "logit_scale": 1.2, "temperature": 0.8}
+    kept = [later_grads(p, targets, *case, stats, **transform) for case in cases]
+    nothing_kept()
+    for case, found in zip(cases, kept, strict=True):
+        again = later_grads(p, targets, *case, stats, **transform)
+        with naming(case=case):
+            assert all(torch.equal(found[name], again[name]) for name in found)
+
+
+@pytest.mark.parametrize("dtype", WIDE)
+def test_statistics_and_their_gradients(dtype):
+    """Whole rows, chunks, and slices whose sums are merged."""
+    for k, rows in enumerate([100, 9, 1, 0.3, 0.05]):
+        p = problem(k, dtype=dtype)
+        targets = some_ignored(p)
+        transform = TRANSFORMS[k]
+        with naming(rows=rows):
+            found = later_grads(p, targets, rows, stats=STATS, **transform)
+            exact = cast(p, torch.float64)
+            expected = later_grads(exact, targets, 0, stats=STATS, op=eager, **transform)
+            assert found["is_top1"].dtype == torch.bool
+            assert torch.equal(found.pop("is_top1"), expected.pop("is_top1"))
+            assert_close(found, expected, TOLERANCE[dtype])
+            assert all((found[name][::4] == 0).all() for name in ("logps", *STATS[1:]))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_statistics_without_gradients_are_the_same(mode):
+    p = problem(0, dtype=torch.float32)
+    leaves = trained(p)
+    logps, stats = token_logps(*leaves, p.targets, stats=STATS)
+    assert logps.requires_grad and [n for n in STATS if stats[n].requires_grad] == ["entropy"]
+    assert list(stats) == list(STATS)
+    with mode():
+        evaluated, found = token_logps(*leaves, p.targets, stats=STATS)
+        plain = token_logps(*leaves, p.targets)
+    assert not evaluated.requires_grad and not found["entropy"].requires_grad
+    assert torch.equal(evaluated, logps) and torch.equal(plain, logps)
+    assert all(torch.equal(found[name], stats[name]) for name in STATS)
+
+
+@pytest.mark.parametrize("rows", [100, 9, 0.3])
+def test_one_of_two_outputs_used(rows):
+    """autograd gives None for the other, which costs no tensor of zeros, and changes nothing."""
+    p = problem(0)
+    budget = (rows * 101 * 8 + 1) / 2**20
+    for names in (["logps"], ["entropy"], ["logps", "entropy"]):
+        grads = {}
+        for op in ("ours", "eager"):
+            leaves = [getattr(p, name).clone().requires_grad_() for name in LEAVES]
+            given = (*leaves[:2], p.targets, leaves[2])
+            if op == "ours":
+                logps, stats = token_logps(*given, workspace_mb=budget, stats=("entropy",))
+            else:
+                logps, stats = eager.token_logps(*given), eager.token_stats(*given)
+            out = {"logps": logps, "entropy": stats["entropy"]}
+            loss = sum((out[name] * torch.arange(len(logps))).sum() for name in names)
+            grads[op] = torch.autograd.grad(loss, leaves)
+        for found, expected in zip(grads["ours"], grads["eager"], strict=True):
+            assert relative_error(found, expected) <= 1e-10
+
+
+@pytest.mark.parametrize("rows", [100, 22, 0.3])
+def test_second_backward_after_the_kept_logits_are_used_up(rows):
+    p = problem(1)
+    leaves = trained(p)
+    budget = (rows * 101 * 8 + 1) / 2**20
+    logps, stats = token_logps(*leaves, p.targets, workspace_mb=budget, stats=("entropy",))
+    loss = (logps * stats["entropy"]).sum()
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    copies = [x.clone() for x in first]
+    second = torch.autograd.grad(loss, leaves)
+    for one, copy, two in zip(first, copies, second, strict=True):
+        assert torch.equal(one, copy) and torch.equal(one, two)
+    with pytest.raises(RuntimeError, match="retain_graph=True"):
+        torch.autograd.grad(loss, leaves)
+
+
+def test_statistics_of_peaked_rows_are_no_worse_than_eager():
+    """|z| = 50: what rounding took from the logsumexp is more than the log-prob of the largest."""
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.eye(24)
+    weight = torch.randn(101, 24, generator=g)
+    weight[7] = 50 + torch.arange(24.0) / 7  # logits without a rounding error of their own
+    weight[9] = weight[7] - torch.linspace(0.1, 24, 24)
+    p = replace(problem(0), hidden=hidden, weight=weight, bias=torch.zeros(101))
+    targets = torch.full((24,), 9)
+    train = ("weight",)
+    exact = later_grads(cast(p, torch.float64), targets, 0, train, ("entropy",), eager)
+    for rows in (100, 0.3):
+        ours = later_grads(p, targets, rows, train, ("entropy",))
+        theirs = later_grads(p, targets, 0, train, ("entropy",), eager)
+        for name in ("entropy", "grad weight"):
+            errors_of = [(x[name].double() - exact[name]).abs() for x in (ours, theirs)]
+            assert errors_of[0].max() <= errors_of[1].max() + 1e-9, (name, rows)
+
+
+@pytest.mark.parametrize("rows", [100, 0.3, 0.05])
+def test_of_equal_largest_logits_the_first_is_top1(rows):
+    """As argmax has it: a target is the largest if no entry before is as large."""
+    weight = torch.zeros(101, 1)
+    weight[[20, 60, 90]] = 5.0
+    hidden = torch.ones(4, 1)
+    options = {"workspace_mb": (rows * 101 * 4 + 1) / 2**20, "stats": ("is_top1",)}
+    _, stats = token_logps(hidden, weight, [20, 60, 90, 0], **options)
+    assert stats["is_top1"].tolist() == [True, False, False, False]
+
+
+@pytest.mark.parametrize("rows", [100, 0.3])
+def test_masked_entries_have_no_entropy(rows):
+    p = problem(0)
+    bias = p.bias.clone()
+    bias[:60] = -torch.inf
+    targets = 60 + p.targets % 41
+    leaves = [p.hidden.requires_grad_(), p.weight.requires_grad_()]
+    options = {"workspace_mb": (rows * 101 * 8 + 1) / 2**20, "stats": ("entropy",)}
+    logps, stats = token_logps(*leaves, targets, bias, **options)
+    found = torch.autograd.grad((logps + 2 * stats["entropy"]).sum(), leaves)
+    short = [leaves[0], leaves[1][60:]]
+    expected = eager.token_stats(*short, targets - 60, bias[60:])["entropy"]
+    logps = eager.token_logps(*short, targets - 60, bias[60:])
+    grads = torch.autograd.grad((logps + 2 * expected).sum(), leaves)
+    assert relative_error(stats["entropy"].detach(), expected.detach()) <= 1e-10
+    for ours, theirs in zip(found, grads, strict=True):
+        assert relative_error(ours, theirs) <= 1e-10
+
+
+@pytest.mark.parametrize("rows", [100, 9, 0.3])
+@pytest.mark.parametrize("train", [LEAVES, ("hidden",)])
+def test_sequence_logps_have_the_gradient_of_their_sums(rows, train):
+    p = problem(2)
+    targets = some_ignored(p)
+    leaves = {name: getattr(p, name).clone().requires_grad_(name in train) for name in LEAVES}
+    given = (leaves["hidden"], leaves["weight"], targets)
+    options = {"softcap": 20.0, "temperature": 0.7}
+    budget = (rows * 101 * 8 + 1) / 2**20
+    sums = sequence_logps(*given, p.cu_seqlens, bias=leaves["bias"], workspace_mb=budget, **options)
+    tokens = eager.token_logps(*given, leaves["bias"], **options)
+    parts = tokens.split(p.cu_seqlens.diff().tolist())
+    expected = torch.stack([part.sum() for part in parts])
+    assert sums.dtype == torch.float64
+    assert relative_error(sums.detach(), expected.detach()) <= 1e-10
+    upstream = torch.linspace(-1, 2, len(sums), dtype=torch.float64)
+    wanted = [leaves[name] for name in train]
+    found = torch.autograd.grad(sums, wanted, upstream)
+    for ours, theirs in zip(found, torch.autograd.grad(expected, wanted, upstream), strict=True):
+        assert relative_error(ours, theirs) <= 1e-10
+
+
+@pytest.mark.parametrize("way", ["mixed, one block", "mixed, all at once", "mixed, sliced"])
+@pytest.mark.parametrize("train", [LEAVES, ("hidden",)])
+def test_a_target_of_minus_100_means_the_same_in_the_loss(way, train):
+    """Log-prob 0 and no gradient, in every way through the plan, of policy and reference."""
+    way = WAYS[way]
+    p = way.problem()
+    p = replace(p, targets=some_ignored(p))
+    for ref in ("cached", "own", "policy"):
+        arguments = {**reference(replace(p, targets=p.targets.clamp_min(0)), ref), "train": train}
+        budget = way.workspace_mb(torch.float64, trained="weight" in train)
+        out = evaluate(linear_una_loss, p, workspace_mb=budget, softcap=30.0, **arguments)
+        assert_close(out, truth(p, softcap=30.0, **arguments), 1e-10)
+        assert (out["grad hidden"][::4] == 0).all()
+
+
+def test_lists_arrays_and_ranges_are_as_good_as_tensors():
+    p = problem(0, dtype=torch.float32, lengths=[4, 3], feedback=PAIR)
+    targets, cu, ref = p.targets, torch.tensor([0, 4, 7]), torch.tensor([-20.5, -9.25])
+    given = (p.hidden, p.weight)
+    expected = linear_una_loss(*given, targets, cu, PAIR, ref_logps=ref)
+    for convert in (Tensor.tolist, Tensor.numpy):
+        numbers = [convert(x) for x in (targets, cu)]
+        out = linear_una_loss(*given, *numbers, PAIR.to_dict(), ref_logps=convert(ref))
+        assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
+        assert torch.equal(sequence_logps(*given, *numbers), expected.logps)
+        assert torch.equal(token_logps(*given, numbers[0]), token_logps(*given, targets))
+        logits = p.hidden @ p.weight.T
+        assert torch.equal(gather_logps(logits, numbers[0]), gather_logps(logits, targets))
+        again = una_loss(expected.logps, convert(ref), PAIR.to_dict(), lengths=[4, 3])
+        assert torch.equal(again.loss, expected.loss)
+    order = torch.arange(7)
+    assert torch.equal(token_logps(*given, range(7)), token_logps(*given, order))
+    lengths = torch.tensor([0, *range(1, 8)])
+    one_each = sequence_logps(*given, order, range(8))
+    assert torch.equal(one_each, sequence_logps(*given, order, lengths))
+
+
+def test_no_rows_as_empty_lists():
+    p = problem(0, lengths=[], feedback=PAIR)
+    leaves = trained(p)
+    logps, stats = token_logps(*leaves, [], stats=STATS)
+    assert logps.shape == (0,) and {x.shape for x in stats.values()} == {(0,)}
+    sums = sequence_logps(*leaves, [], [0])
+    assert sums.shape == (0,) and sums.dtype == torch.float64
+    for out in (logps, stats["entropy"], sums):
+        grads = torch.autograd.grad(out.sum(), leaves, retain_graph=True)
+        for grad, leaf in zip(grads, leaves, strict=True):
+            assert torch.equal(grad, torch.zeros_like(leaf))
 
 
 def test_token_logps_and_una_loss_compose_to_linear_una_loss():
@@ -1151,10 +1421,36 @@ def test_shape_refusals(case, op):
 
 
 REFUSED = {
-    "ignored target": (
+    "ignored target in a mean": (
         {"targets": torch.full((7,), -100)},
+        {"objective": Objective(length_normalize=True)},
+        r"targets\[0\] is -100, outside the vocabulary.*leave rows .* out",
+    ),
+    "targets as text": ({"targets": "abc"}, {}, r"targets must be a tensor or a list of numbers"),
+    "ragged targets": ({"targets": [[1, 2], [3]]}, {}, r"targets must be a tensor or a list"),
+    "float targets as a list": (
+        {"targets": [0.5] * 7},
         {},
-        r"targets\[0\] is -100, outside the vocabulary",
+        r"targets \(7,\) must be \[7\] integers",
+    ),
+    "too few targets as a list": (
+        {"targets": [1, 2]},
+        {},
+        r"targets \(2,\) must be \[7\] integers",
+    ),
+    "cu_seqlens as a list ends early": ({"cu_seqlens": [0, 4, 6]}, {}, r"end at N=7; .* ends at 6"),
+    "cu_seqlens of truths": ({"cu_seqlens": [False, True]}, {}, r"cu_seqlens \(2,\) must be"),
+    "cu_seqlens missing": ({"cu_seqlens": None}, {}, r"cu_seqlens must be a tensor or a list"),
+    "ref_logps as a long list": (
+        {},
+        {"ref_logps": [0.0] * 7},
+        r"ref_logps is \(7,\); expected \[2\]",
+    ),
+    "ref_logps as text": ({}, {"ref_logps": "-3"}, r"ref_logps must be a tensor or a list"),
+    "feedback of another kind": (
+        {"feedback": [(0, 1)]},
+        {},
+        r"feedback must be a Feedback.* not list",
     ),
     "cu_seqlens ends early": (
         {"cu_seqlens": torch.tensor([0, 4, 6])},
@@ -1277,6 +1573,12 @@ def test_refusals(case):
         ({"engine": "flash"}, r"engine='flash' is not one of"),
         ({"bias": torch.zeros(7)}, r"bias \(7,\) must be \[101\]"),
         ({"temperature": -1.0}, r"temperature=-1\.0 must be positive"),
+        ({"workspace_mb": 0}, r"workspace_mb=0 must be positive"),
+        (
+            {"stats": ("entropie",)},
+            r"stats=\('entropie',\) must be a tuple with some of \('entropy'",
+        ),
+        ({"stats": "entropy"}, r"stats='entropy' must be a tuple"),
     ],
 )
 def test_token_logps_refusals(arguments, message):

@@ -22,7 +22,7 @@ LAYERS = """
 feedback offsets counters distributed printable files lazy signals score_maps
 checks logs settings_file
 attention losses kernels flags
-data head layout
+data head layout presets
 model
 rewards
 config

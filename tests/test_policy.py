@@ -35,9 +35,10 @@ from una_fast.data.examples import Example
 from una_fast.feedback import Feedback
 from una_fast.head.ops import token_logps
 from una_fast.model import loading
+from una_fast.model.dropout import remove_dropout
 from una_fast.model.export import save_merged, save_pretrained
 from una_fast.model.head_probe import probe_head
-from una_fast.model.loading import load_causal_lm, load_tokenizer, remove_dropout
+from una_fast.model.loading import load_causal_lm, load_tokenizer
 from una_fast.model.lora import add_lora
 from una_fast.model.policy import install_scorer, load_policy, make_policy
 from una_fast.model.positions import longer_records

@@ -20,9 +20,18 @@ TIMEOUT = 600  # seconds; a missing collective hangs for ever
 def run_two_ranks(cases: dict[str, dict[str, Any]], root: Path) -> str:
     """Run cases of fsdp_worker.py under one torchrun; return the output of both ranks."""
     (root / "cases.json").write_text(json.dumps(cases))
-    torchrun = Path(sys.executable).with_name("torchrun")
-    command = [torchrun, "--standalone", "--nproc-per-node", "2", WORKER, root / "cases.json"]
-    log = root / "log"
+    return torchrun(WORKER, root / "cases.json", root / "log")
+
+
+def torchrun(worker: Path, argument: Path, log: Path) -> str:
+    """Run a worker on two ranks; return the output of both.
+
+    worker: Python file
+    argument: of the worker
+    log: file of the output
+    """
+    launcher = Path(sys.executable).with_name("torchrun")
+    command = [launcher, "--standalone", "--nproc-per-node", "2", worker, argument]
     with log.open("w") as output:
         process = subprocess.Popen(
             list(map(str, command)),

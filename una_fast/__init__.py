@@ -16,9 +16,12 @@ _PUBLIC = {
     "una_loss": "losses",
     "linear_una_loss": "head.ops",
     "token_logps": "head.ops",
+    "sequence_logps": "head.ops",
     "gather_logps": "head.ops",
+    "Layout": "layout",
     "group_offset": "offsets",
     "EmaOffset": "offsets",
+    "presets": "presets",
 }
 __all__ = [*_PUBLIC, "__version__"]
 

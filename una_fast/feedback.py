@@ -8,8 +8,9 @@ for a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,11 +61,13 @@ def _indices(name: str, values: Sequence[int] | Tensor) -> Tensor:
     return column.to(torch.int64, copy=True)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Feedback:
     """A table of U feedback units over the responses of a call.
 
-    Build a table with `pairs`, `binary`, `scores` and `merge`. All columns are CPU tensors:
+    Build a table with `pairs`, `binary`, `scores` and `merge`. Two tables are equal if their units
+    are, in order. In batches that a trainer moves, casts or joins, carry the `to_dict` of a table:
+    wherever feedback is taken, such a dict is as good. All columns are CPU tensors:
 
     kind: [U] int64, PAIR, BINARY or SCORE
     first: [U] int64, the chosen or the only response
@@ -199,7 +202,54 @@ class Feedback:
         def joined(name: str) -> Tensor:
             return torch.cat([getattr(table, name) for table in tables])
 
-        return Feedback(**{field.name: joined(field.name) for field in fields(Feedback)})
+        return Feedback(**{name: joined(name) for name in NAMES})
+
+    # --- parts of a batch ---
+
+    def to_dict(self) -> dict[str, Tensor]:
+        """Return the columns by name: plain CPU tensors [U], of their own memory."""
+        return {name: getattr(self, name).clone() for name in NAMES}
+
+    @staticmethod
+    def from_dict(columns: Mapping[str, Any]) -> Feedback:
+        """Build a table from the columns that `to_dict` gave.
+
+        columns: name -> [U] numbers, on any device and in any dtype that holds them
+
+        ValueError for missing or unknown names, unequal lengths, and values that no unit has.
+        """
+        if set(columns) != set(NAMES):
+            raise ValueError(
+                f"a feedback dict must have the columns {NAMES}, not {tuple(columns)}; "
+                "make one with Feedback.to_dict()"
+            )
+        units = torch.as_tensor(columns["kind"]).numel()
+        table = {name: _column(name, columns[name], units) for name in NAMES}
+        for name in ("kind", "first", "second"):
+            table[name] = _whole(name, table[name])
+        return _checked(Feedback(**table))
+
+    @staticmethod
+    def of(feedback: Feedback | Mapping[str, Any]) -> Feedback:
+        """Return a table as it is, and a dict of columns as a table; ValueError otherwise."""
+        if isinstance(feedback, Feedback):
+            return feedback
+        if isinstance(feedback, Mapping):
+            return Feedback.from_dict(feedback)
+        raise ValueError(
+            f"feedback must be a Feedback, or the dict of Feedback.to_dict(), not "
+            f"{type(feedback).__name__}"
+        )
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether another table has the same units in the same order."""
+        if not isinstance(other, Feedback):
+            return NotImplemented
+        return all(torch.equal(getattr(self, name), getattr(other, name)) for name in NAMES)
+
+    def __hash__(self) -> int:
+        """Return a hash of the units."""
+        return hash(tuple(tuple(getattr(self, name).tolist()) for name in NAMES))
 
     @property
     def num_units(self) -> int:
@@ -225,6 +275,45 @@ class Feedback:
                 f"unit {unit} ({kind}) names response {int(column[unit])}, but the call has "
                 f"{num_responses} responses (cu_seqlens has one more entry than responses)"
             )
+
+
+NAMES = tuple(field.name for field in fields(Feedback))
+
+
+def _whole(name: str, column: Tensor) -> Tensor:
+    """Return a column of integers as int64; ValueError for fractions."""
+    fractions = column != column.round()
+    if fractions.any():
+        bad = int(fractions.nonzero()[0])
+        raise ValueError(f"{name}[{bad}] is {column[bad].item()}; it must be an integer")
+    return column.long()
+
+
+def _checked(table: Feedback) -> Feedback:
+    """Return a table with units as `pairs`, `binary` and `scores` build them; else ValueError."""
+    kind, first, second, value = table.kind, table.first, table.second, table.value
+    is_pair = kind == PAIR
+    is_label = kind == BINARY
+    none = torch.zeros_like(is_pair)
+    wrong = {
+        "kind": (kind < PAIR) | (kind > SCORE),
+        "first": first < 0,
+        "second": torch.where(is_pair, (second < 0) | (second == first), second != -1),
+        "value": torch.where(is_label, (value != 0) & (value != 1), none),
+        "margin": ~is_pair & (table.margin != 0),
+        "weight": table.weight < 0,
+        "offset": is_pair & (table.offset != 0),
+    }
+    for name, units in wrong.items():
+        if units.any():
+            bad = int(units.nonzero()[0])
+            raise ValueError(
+                f"unit {bad} of a feedback dict has {name}={getattr(table, name)[bad].item()}, "
+                f"which no unit of kind {int(kind[bad])} has ({KIND_NAMES}); make the dict with "
+                "Feedback.to_dict()"
+            )
+    _check_unit_interval("value", torch.where(is_pair, value, 0.0))
+    return table
 
 
 def _check_unit_interval(name: str, value: Tensor) -> None:

@@ -25,9 +25,9 @@ log-probs already differ by 0.02 nat.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -109,6 +109,25 @@ class UnaOutput(NamedTuple):
     unit_losses: Tensor
 
 
+def as_tensor(name: str, values: Any, device: torch.device) -> Tensor:
+    """Return numbers as a tensor; a tensor as it is.
+
+    name: the argument, for errors
+    values: a tensor, a list, a range or an array
+    device: of a new tensor
+
+    ValueError for anything else.
+    """
+    if isinstance(values, Tensor):
+        return values
+    try:
+        found = torch.tensor(values, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be a tensor or a list of numbers: {error}") from None
+    # An empty list has no dtype of its own.
+    return found if found.numel() else found.long()
+
+
 def implicit_rewards(
     logps: Tensor, ref_logps: Tensor, objective: Objective, lengths: Tensor | None = None
 ) -> Tensor:
@@ -131,19 +150,19 @@ def implicit_rewards(
 
 def una_loss(
     logps: Tensor,
-    ref_logps: Tensor,
-    feedback: Feedback,
+    ref_logps: Tensor | Sequence[float],
+    feedback: Feedback | Mapping[str, Tensor],
     *,
     objective: Objective | None = None,
     reduction: str = "mean",
     num_units: int | Tensor | None = None,
-    lengths: Tensor | None = None,
+    lengths: Tensor | Sequence[int] | None = None,
 ) -> UnaOutput:
     """Compute the UNA loss from sequence log-probs, in pure torch.
 
     logps: [S] any float dtype (computed in float64), sums over the tokens of each response
     ref_logps: [S] any float dtype, the same sums of the reference; receives no gradient
-    feedback: U units over the S responses
+    feedback: U units over the S responses, or the `to_dict` of such a table
     objective: forms and beta; default: Objective()
     reduction: "mean" divides the weighted sum of the unit losses by `num_units`, "sum" does not
     num_units: int or 0-d tensor, units of the global batch; default: the units of this call
@@ -153,6 +172,10 @@ def una_loss(
     form needs such, an unknown reduction, or num_units that is not positive.
     """
     objective = objective or Objective()
+    feedback = Feedback.of(feedback)
+    ref_logps = as_tensor("ref_logps", ref_logps, logps.device)
+    if lengths is not None:
+        lengths = as_tensor("lengths", lengths, logps.device)
     if logps.dim() != 1 or ref_logps.shape != logps.shape:
         raise ValueError(
             f"logps {tuple(logps.shape)} and ref_logps {tuple(ref_logps.shape)} must both be [S], "

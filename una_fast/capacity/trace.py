@@ -36,8 +36,9 @@ from una_fast.data.batch import Batch, collate, layout_tokens
 from una_fast.data.examples import Example
 from una_fast.feedback import Feedback
 from una_fast.model.activations import decoder_layers
+from una_fast.model.dropout import remove_dropout
 from una_fast.model.head_probe import HeadSpec
-from una_fast.model.loading import load_config, model_and_adapter, outline, remove_dropout
+from una_fast.model.loading import load_config, model_and_adapter, outline
 from una_fast.model.lora import add_lora
 from una_fast.model.policy import Policy, make_policy
 from una_fast.model.reference import without_cached_logps

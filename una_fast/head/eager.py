@@ -33,10 +33,36 @@ def token_logps(
     temperature: float = 1.0,
 ) -> Tensor:
     """Return the [N] log-probs of the targets, from [N, V] logits."""
-    logits = torch.nn.functional.linear(hidden, weight, bias) * logit_scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    return gather_logps(logits, targets, temperature)
+    return gather_logps(_logits(hidden, weight, bias, softcap, logit_scale) / temperature, targets)
+
+
+def token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+) -> dict[str, Tensor]:
+    """Return the statistics of ops.token_logps by name, [N] each."""
+    z = _logits(hidden, weight, bias, softcap, logit_scale) / temperature
+    logps = torch.log_softmax(z, dim=-1)
+    stats = {
+        "entropy": -(logps.exp() * logps.clamp_min(-1e30)).sum(-1),
+        "mean_logits": z.mean(-1),
+        "is_top1": z.argmax(-1) == targets,
+        "log_sum_sq_probs": torch.logsumexp(2 * logps, dim=-1),
+    }
+    return {name: x.masked_fill(targets == -100, 0) for name, x in stats.items()}
+
+
+def _logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float
+) -> Tensor:
+    """Return [N, V] logits before the temperature."""
+    logits = torch.nn.functional.linear(hidden, weight, bias) * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def linear_una_loss(

@@ -15,18 +15,22 @@ what is written for the logits, and multiplies rows instead (one_read_ of torch_
                                 dH = f (E W);  dW += E^T (f H)
 
 One GEMM pass = 2 N D V flop. Policy: 3 passes with a trained head, 2 with a frozen one; reference:
-1, or 0 when its log-probs are cached. Per-token losses with arbitrary upstream gradients
-(token_logps) recompute: 4 and 3.
+1, or 0 when its log-probs are cached. Any upstream gradient (token_logps, sequence_logps): the same
+3 and 2 for the rows whose logits the workspace holds until backward; 4 and 3 for the others, whose
+logits are computed again.
 Stored between forward and backward: dH [N, D] in the dtype of hidden (float32 for float16), dW
-[V, D] in the accumulator dtype (bfloat16 where one chunk holds the call).
+[V, D] in the accumulator dtype (bfloat16 where one chunk holds the call); for an upstream gradient
+to come, logits within the workspace instead.
 Never stored: logits of more rows than the workspace holds.
+
+A target of -100 means everywhere: the row has no target; log-prob and statistics 0, no gradient.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -35,10 +39,11 @@ from torch.autograd.function import once_differentiable
 
 from una_fast.feedback import Feedback
 from una_fast.head.engines import choose_engine
-from una_fast.head.passes import Grads, Head, OnePass, empty_hidden_grad, recompute
+from una_fast.head.passes import Head, LaterPass, OnePass
+from una_fast.head.row_stats import EntropyTerm, check_stats
 from una_fast.head.segment_loss import Lengths
 from una_fast.head.torch_engine import IGNORE, LogitTransform, accumulator_dtype
-from una_fast.losses import Objective, UnaOutput, check_units, denominator
+from una_fast.losses import Objective, UnaOutput, as_tensor, check_units, denominator
 
 Result = TypeVar("Result")
 
@@ -69,12 +74,12 @@ def _outside_compile(function: Callable[..., Result]) -> Callable[..., Result]:
 def linear_una_loss(
     hidden: Tensor,
     weight: Tensor,
-    targets: Tensor,
-    cu_seqlens: Tensor,
-    feedback: Feedback,
+    targets: Tensor | Sequence[int],
+    cu_seqlens: Tensor | Sequence[int],
+    feedback: Feedback | Mapping[str, Tensor],
     *,
     objective: Objective | None = None,
-    ref_logps: Tensor | None = None,
+    ref_logps: Tensor | Sequence[float] | None = None,
     ref_hidden: Tensor | None = None,
     ref_weight: Tensor | None = None,
     bias: Tensor | None = None,
@@ -94,9 +99,10 @@ def linear_una_loss(
 
     hidden: [N, D], states that predict the targets (gathered: no prompt, no padding)
     weight: [V, D], dtype of hidden
-    targets: [N] integers
+    targets: [N] integers; -100 gives 0 and no gradient (refused where log-ratios are means)
     cu_seqlens: [S + 1] integers from 0 to N, on the CPU (on a GPU reading them costs a sync)
-    feedback: units over the S responses; responses in no unit get log-probs but no gradient
+    feedback: units over the S responses, or the `to_dict` of such a table; responses in no unit get
+        log-probs but no gradient
     objective: forms of the losses, and beta; None: Objective()
     ref_logps: [S], cached sums over tokens; instead of ref_hidden
     ref_hidden: [N, D'], states of the reference
@@ -113,26 +119,27 @@ def linear_una_loss(
     engine: "auto", "torch" or "triton"
 
     Returns UnaOutput: float64 loss (scalar), logps, ref_logps, rewards [S] and unit_losses [U].
-        Only
-    the loss carries a gradient: to hidden, weight and bias where they require a gradient. No
-        gradient
-    reaches the reference.
+    Only the loss carries a gradient: to hidden, weight and bias where they require a gradient. No
+    gradient reaches the reference.
 
     ValueError for inconsistent shapes, an empty response, feedback on missing responses, and
     targets outside the vocabulary (on a GPU such targets give NaN instead).
     """
     objective = objective or Objective()
+    feedback = Feedback.of(feedback)
     leaves = (hidden, weight, bias)
     hidden, weight, bias = _autocast(*leaves)
     transform = LogitTransform(softcap, logit_scale, temperature)
+    targets = as_tensor("targets", targets, hidden.device)
     _check_head("", hidden, weight, targets, bias)
-    targets = _int64_targets(targets, weight.shape[0])
+    # A mean over tokens would count the rows without a target.
+    targets = _int64_targets(targets, weight.shape[0], ignore=not objective.length_normalize)
     cu = _check_cu_seqlens(cu_seqlens, hidden.shape[0])
     check_units(feedback, objective, len(cu) - 1)  # before any GEMM
     denominator(reduction, num_units, feedback.num_units)
     lengths = Lengths(cu, hidden.device)
     head = Head(weight, bias, transform, workspace_mb, engine)
-    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in leaves]
+    needs = _needs(leaves)
 
     logps = ref_head = None  # logps: of the policy, where one pass without gradients gives both
     if ref_logps is not None:
@@ -172,12 +179,11 @@ def linear_una_loss(
 
 
 @_outside_compile
-@torch.no_grad()
 def sequence_logps(
     hidden: Tensor,
     weight: Tensor,
-    targets: Tensor,
-    cu_seqlens: Tensor,
+    targets: Tensor | Sequence[int],
+    cu_seqlens: Tensor | Sequence[int],
     *,
     bias: Tensor | None = None,
     softcap: float | None = None,
@@ -186,14 +192,14 @@ def sequence_logps(
     workspace_mb: float | None = None,
     engine: str = "auto",
 ) -> Tensor:
-    """Return the [S] float64 sums of log-probs over each response, without gradient.
+    """Return the [S] float64 sums of log-probs over each response.
 
-    The log-probs of a reference, in 1 GEMM pass. Parameters, logits and errors are those of
-    linear_una_loss:
+    Without gradients, as for a reference, 1 GEMM pass. With gradients, passes and kept logits are
+    those of token_logps. Logits and errors are those of linear_una_loss:
 
     hidden: [N, D], states that predict the targets
     weight: [V, D], dtype of hidden
-    targets: [N] integers
+    targets: [N] integers; -100 gives 0 and no gradient
     cu_seqlens: [S + 1] integers from 0 to N, on the CPU
     bias: [V]
     softcap: cap of the logits; None: no cap
@@ -202,31 +208,33 @@ def sequence_logps(
     workspace_mb: MiB for logits; None: 2048 on a GPU, 256 on a CPU
     engine: "auto", "torch" or "triton"
     """
-    hidden, weight, bias = _autocast(hidden, weight, bias)
-    _check_head("", hidden, weight, targets, bias)
-    targets = _int64_targets(targets, weight.shape[0])
-    lengths = Lengths(_check_cu_seqlens(cu_seqlens, hidden.shape[0]), hidden.device)
+    leaves = (hidden, weight, bias)
     transform = LogitTransform(softcap, logit_scale, temperature)
-    head = Head(weight, bias, transform, workspace_mb, engine)
-    logps, _ = head.logps(hidden, targets)
-    return head.sums(lengths, logps)
+    head, hidden, targets = _token_call(leaves, targets, transform, workspace_mb, engine)
+    lengths = Lengths(_check_cu_seqlens(cu_seqlens, hidden.shape[0]), hidden.device)
+    return _later_pass(leaves, head, hidden, targets, lengths=lengths)[0]
 
 
 @_outside_compile
 def token_logps(
     hidden: Tensor,
     weight: Tensor,
-    targets: Tensor,
+    targets: Tensor | Sequence[int],
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     temperature: float = 1.0,
     engine: str = "auto",
-) -> Tensor:
-    """Return the [N] log-probs of the targets, for any per-token loss.
+    *,
+    workspace_mb: float | None = None,
+    stats: Sequence[str] = (),
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    """Return the [N] log-probs of the targets, for any per-token loss; statistics on request.
 
-    float32 (float64 for float64 operands). Backward recomputes the logits: 4 GEMM passes, 3 with a
-    frozen head. Logits and errors are those of linear_una_loss.
+    float32 (float64 for float64 operands). Logits that fit the workspace are kept for backward: 3
+    GEMM passes, 2 with a frozen head. Where rows do not fit, the rest is computed again: 4 and 3.
+    All calls that wait for their backward keep no more than the workspace together; nothing is kept
+    without gradients. Logits and errors are those of linear_una_loss.
 
     hidden: [N, D], states that predict the targets
     weight: [V, D], dtype of hidden
@@ -236,19 +244,31 @@ def token_logps(
     logit_scale: factor of the raw logits
     temperature: divisor of the logits
     engine: "auto", "torch" or "triton"
+    workspace_mb: MiB for logits, kept ones too; None: 2048 on a GPU, 256 on a CPU
+    stats: names of statistics of every row, from the read of the logits that gives the log-probs,
+        of softmax(z):
+        "entropy", with gradient
+        "mean_logits", mean of z over the vocabulary
+        "is_top1", bool, whether the target's logit is the largest: of equal ones, the first
+        "log_sum_sq_probs", log of the sum of squared probabilities
+
+    With stats, returns (log-probs, {name: [N]}). Statistics are 0 where the target is -100.
     """
     leaves = (hidden, weight, bias)
-    hidden, weight, bias = _autocast(*leaves)
-    _check_head("", hidden, weight, targets, bias)
-    targets = _int64_targets(targets, weight.shape[0], ignore=True)
+    stats = check_stats(stats)
     transform = LogitTransform(softcap, logit_scale, temperature)
-    head = Head(weight, bias, transform, None, engine)
-    return _TokenLogps.apply(*leaves, hidden.detach(), targets, head)
+    head, hidden, targets = _token_call(leaves, targets, transform, workspace_mb, engine)
+    logps, *values = _later_pass(leaves, head, hidden, targets, stats=stats)
+    return (logps, dict(zip(stats, values, strict=True))) if stats else logps
 
 
 @_outside_compile
 def gather_logps(
-    logits: Tensor, targets: Tensor, temperature: float = 1.0, *, inplace_backward: bool = False
+    logits: Tensor,
+    targets: Tensor | Sequence[int],
+    temperature: float = 1.0,
+    *,
+    inplace_backward: bool = False,
 ) -> Tensor:
     """Return log softmax(logits / temperature) at the targets, for callers that hold logits.
 
@@ -263,6 +283,7 @@ def gather_logps(
     Returns [...] float32 (float64 for float64 logits). ValueError for targets of another shape, and
     for targets outside the vocabulary (on a GPU such targets give NaN instead).
     """
+    targets = as_tensor("targets", targets, logits.device)
     if targets.shape != logits.shape[:-1]:
         raise ValueError(
             f"targets {tuple(targets.shape)} must have the shape of logits "
@@ -322,6 +343,35 @@ def _check_head(
         )
 
 
+def _needs(leaves: Sequence[Tensor | None]) -> list[bool]:
+    """Return which leaves want a gradient."""
+    enabled = torch.is_grad_enabled()
+    return [enabled and x is not None and x.requires_grad for x in leaves]
+
+
+def _token_call(
+    leaves: tuple[Tensor, Tensor, Tensor | None],
+    targets: Tensor | Sequence[int],
+    transform: LogitTransform,
+    workspace_mb: float | None,
+    engine: str,
+) -> tuple[Head, Tensor, Tensor]:
+    """Return the head of a call, hidden states in the dtype of the head, and int64 targets.
+
+    leaves: hidden, weight and bias as given
+    targets: [N], -100 allowed
+    transform: from raw logits to logits
+    workspace_mb: as given
+    engine: as given
+    """
+    hidden, weight, bias = _autocast(*leaves)
+    targets = as_tensor("targets", targets, hidden.device)
+    _check_head("", hidden, weight, targets, bias)
+    targets = _int64_targets(targets, weight.shape[0], ignore=True)
+    head = Head(weight, bias, transform, workspace_mb, engine)
+    return head, hidden.detach(), targets
+
+
 def _check_vocabularies(ref_weight: Tensor, weight: Tensor) -> None:
     if ref_weight.shape[:1] != weight.shape[:1]:
         raise ValueError(
@@ -331,7 +381,10 @@ def _check_vocabularies(ref_weight: Tensor, weight: Tensor) -> None:
 
 
 def _cached_reference(
-    ref_logps: Tensor, responses: int, device: torch.device, others: Mapping[str, Tensor | None]
+    ref_logps: Tensor | Sequence[float],
+    responses: int,
+    device: torch.device,
+    others: Mapping[str, Tensor | None],
 ) -> Tensor:
     """Return cached log-probs as the loss reads them: [S] float64 on the device.
 
@@ -342,6 +395,7 @@ def _cached_reference(
             raise ValueError(
                 f"give ref_logps or ref_hidden, not both: {name} is not read beside ref_logps"
             )
+    ref_logps = as_tensor("ref_logps", ref_logps, device)
     if ref_logps.shape != (responses,):
         raise ValueError(
             f"ref_logps is {tuple(ref_logps.shape)}; expected [{responses}], one sum per response"
@@ -371,18 +425,23 @@ def _int64_targets(targets: Tensor, vocab: int, ignore: bool = False) -> Tensor:
             wrong &= targets != IGNORE
         if wrong.any():
             bad = int(wrong.flatten().nonzero()[0])
+            value = int(targets.flatten()[bad])
+            hint = ""
+            if value == IGNORE:
+                hint = "; leave rows without a target out where length_normalize=True"
             raise ValueError(
-                f"targets[{bad}] is {int(targets.flatten()[bad])}, outside the vocabulary "
-                f"[0, {vocab})"
+                f"targets[{bad}] is {value}, outside the vocabulary [0, {vocab}){hint}"
             )
     elif not ignore:
         targets = torch.where(targets < 0, -1, targets)  # -100 too is outside the vocabulary here
     return targets
 
 
-def _check_cu_seqlens(cu_seqlens: Tensor, rows: int) -> list[int]:
+def _check_cu_seqlens(cu_seqlens: Tensor | Sequence[int], rows: int) -> list[int]:
     """Return the row offsets of the responses as integers; ValueError for wrong ones."""
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0 or cu_seqlens.is_floating_point():
+    cu_seqlens = as_tensor("cu_seqlens", cu_seqlens, torch.device("cpu"))
+    is_integer = not (cu_seqlens.is_floating_point() or cu_seqlens.dtype == torch.bool)
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0 or not is_integer:
         raise ValueError(
             f"cu_seqlens {tuple(cu_seqlens.shape)} must be [S+1] integers, starting at 0"
         )
@@ -452,10 +511,39 @@ class _LinearUna(torch.autograd.Function):
         return *scaled, None
 
 
-class _TokenLogps(torch.autograd.Function):
-    """Forward keeps the logsumexp; backward recomputes the logits.
+def _later_pass(
+    leaves: tuple[Tensor, Tensor, Tensor | None],
+    head: Head,
+    hidden: Tensor,
+    targets: Tensor,
+    *,
+    stats: tuple[str, ...] = (),
+    lengths: Lengths | None = None,
+) -> tuple[Tensor, ...]:
+    """Return log-probs of tokens, or their sums, and statistics; with a graph where one is wanted.
 
-    The leaves get the gradients; `hidden` is the leaf in the dtype of the head.
+    leaves: hidden, weight and bias, which get the gradients
+    head: the head
+    hidden: [N, D] in the dtype of the head, detached
+    targets: [N]
+    stats: names of the wanted statistics
+    lengths: bounds of the responses to sum over; None: tokens
+    """
+    needs = _needs(leaves)
+    if any(needs):
+        job = LaterPass(head, len(hidden), needs[1], stats, lengths)
+        return _LaterPass.apply(*leaves, hidden, targets, job)
+    with torch.no_grad():
+        rows = head.rows(hidden, targets, head.forward_plan(len(hidden)), stats)
+        logps = rows.logps if lengths is None else head.sums(lengths, rows.logps)
+    return logps, *rows.stats.values()
+
+
+class _LaterPass(torch.autograd.Function):
+    """Forward keeps logits within the workspace; backward uses them up, and recomputes the rest.
+
+    The leaves get the gradients; `hidden` is the leaf in the dtype of the head. Over a kept graph
+    the second backward finds no logits, and recomputes all.
     """
 
     @staticmethod
@@ -466,28 +554,35 @@ class _TokenLogps(torch.autograd.Function):
         bias_leaf: Tensor | None,
         hidden: Tensor,
         targets: Tensor,
-        head: Head,
-    ) -> Tensor:
-        logps, lse = head.logps(hidden, targets)
+        job: LaterPass,
+    ) -> tuple[Tensor, ...]:
+        rows = job.run(hidden, targets)
+        entropy = rows.stats.get("entropy")
         # The weight too, so that autograd sees it change; under autocast the head has a copy.
-        ctx.save_for_backward(hidden_leaf, weight_leaf, bias_leaf, hidden, targets, lse)
-        ctx.head = head.drop_buffer()
-        return logps
+        leaves = (hidden_leaf, weight_leaf, bias_leaf)
+        ctx.save_for_backward(*leaves, hidden, targets, rows.lse, entropy, rows.tail)
+        ctx.job = job
+        ctx.set_materialize_grads(False)
+        others = [x for name, x in rows.stats.items() if name != "entropy"]
+        ctx.mark_non_differentiable(*others)
+        logps = rows.logps
+        if job.lengths is not None:
+            logps = job.head.sums(job.lengths, logps)
+        return logps, *rows.stats.values()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        *leaves, hidden, targets, lse = ctx.saved_tensors
-        head = ctx.head
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        plan = head.forward_plan(len(hidden))
-        rows = empty_hidden_grad(hidden, head, all_rows=True) if need_hidden else None
-        grads = Grads(head, plan.tile, need_weight, need_bias, rows)
-        coef = torch.where(targets == IGNORE, 0.0, upstream.to(lse.dtype))
-        cuts = [[span] for span in plan.cuts]
-        recompute(head, plan.tile, cuts, hidden, targets, coef, lse, grads)
-        grads.finish()
-        head.drop_buffer()
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        *leaves, hidden, targets, lse, entropy, tail = ctx.saved_tensors
+        job = ctx.job
+        of_logps, *of_stats = upstream
+        of_entropy = dict(zip(job.stats, of_stats, strict=True)).get("entropy")
+        term = None
+        if of_entropy is not None:
+            term = EntropyTerm(of_entropy, entropy, tail)
+        needs = ctx.needs_input_grad[:3]
+        rows = (hidden, targets, lse)
+        grads = job.gradients(*rows, of_logps, term, needs, leaves[1].dtype)
         found: list[Tensor | None] = []
         for grad, leaf in zip((grads.hidden, grads.weight, grads.bias), leaves, strict=True):
             found.append(None if grad is None else grad.to(leaf.dtype))

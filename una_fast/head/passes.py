@@ -7,6 +7,7 @@ autograd, on detached tensors; ops.py puts the autograd functions on top.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -26,14 +27,17 @@ from una_fast.head.plan import (
     fit_tile,
     forward_plan,
     holds_both,
+    kept_plan,
     make_plan,
     pieces_of,
     span_rows,
     tile_budget,
     workspace_bytes,
 )
+from una_fast.head.row_stats import EntropyTerm, RowSums
 from una_fast.head.segment_loss import Lengths, SegmentLoss
 from una_fast.head.torch_engine import (
+    IGNORE,
     LogitTransform,
     TorchEngine,
     leaf_bytes,
@@ -44,6 +48,9 @@ from una_fast.logs import say_once
 from una_fast.losses import UnaOutput
 
 logger = logging.getLogger(__name__)
+
+# Buffers of logits that wait for a backward pass, of all calls.
+_waiting: list[weakref.ref[Tensor]] = []
 
 
 class Head:
@@ -138,6 +145,23 @@ class Head:
         self._buffer = self._gradients = None
         return self
 
+    def keep_buffer(self) -> bool:
+        """Keep the logits in the buffer for backward, or free them; return whether they are kept.
+
+        All calls that wait for their backward together keep no more on a device than the workspace:
+        a call that finds no room computes its logits again.
+        """
+        buffer = self._buffer
+        assert buffer is not None
+        _waiting[:] = [ref for ref in _waiting if ref() is not None]
+        others = [x for ref in _waiting if (x := ref()) is not None and x.device == buffer.device]
+        room = self.workspace - sum(x.nbytes for x in others)
+        if buffer.nbytes > room:
+            self.drop_buffer()
+            return False
+        _waiting.append(weakref.ref(buffer))
+        return True
+
     def take_buffer(self, done: Head, tile: Tile) -> None:
         """Take the logits buffer of another head, for tiles of the same size.
 
@@ -173,6 +197,8 @@ class Head:
         vocab: Span,
         tile: Tile,
         replace_: Callable[[slice, Tensor, Tensor | None], Tensor],
+        *,
+        kept: bool = False,
     ) -> Tensor:
         """Return [C, T] gradients of logits, in a buffer: valid until the next call.
 
@@ -181,8 +207,11 @@ class Head:
         tile: of the plan
         replace_: is given rows, their logits, and where their gradients go (None: over the logits);
             returns the gradients
+        kept: the buffer holds the logits of these rows, over all of the vocabulary
         """
         rows, width = len(hidden), vocab[1] - vocab[0]
+        if kept:
+            return replace_(slice(0, rows), self.buffer(tile, rows, width), None)
         if tile.logit_rows is None:
             return replace_(slice(0, rows), self.logits(hidden, vocab, tile), None)
         if self._gradients is None:
@@ -232,16 +261,54 @@ class Head:
                 target_logit = target_logit + slice_target
         return lse, target_logit
 
+    def chunk_sums(
+        self, hidden: Tensor, targets: Tensor, tile: Tile, stats: Sequence[str]
+    ) -> RowSums:
+        """Return the sums that statistics of a chunk need, over the whole vocabulary."""
+        sums: RowSums | None = None
+        for vocab in self.slices(tile):
+            u = self.logits(hidden, vocab, tile)
+            part = self.engine.row_sums(u, targets, vocab, stats)
+            sums = part if sums is None else sums.joined(part)
+        return sums
+
     def logps(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return ([N] log-probs, [N] logsumexp): forward only, 1 pass."""
-        plan = self.forward_plan(len(hidden))
-        lse = torch.empty(len(hidden), dtype=self.engine.acc, device=hidden.device)
-        target_logit = torch.empty_like(lse)
+        rows = self.rows(hidden, targets, self.forward_plan(len(hidden)))
+        return rows.logps, rows.lse
+
+    def rows(
+        self, hidden: Tensor, targets: Tensor, plan: ForwardPlan, stats: Sequence[str] = ()
+    ) -> Rows:
+        """Return log-probs and statistics of all rows: 1 pass.
+
+        hidden: [N, D]
+        targets: [N]; -100 gives 0
+        plan: of the N rows; afterwards the buffer holds the logits of the last chunk
+        stats: names of the wanted statistics
+        """
+        numbers = {"lse": self.engine.acc, "target_logit": self.engine.acc}
+        numbers |= dict.fromkeys(stats, self.engine.acc)
+        if "entropy" in stats:
+            numbers["tail"] = self.engine.acc
+        if "is_top1" in stats:
+            numbers["is_top1"] = torch.bool
+        found = {}
+        for name, dtype in numbers.items():
+            found[name] = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
         for start, stop in plan.cuts:
             rows = slice(start, stop)
-            stats = self.chunk_stats(hidden[rows], targets[rows], plan.tile)
-            lse[rows], target_logit[rows] = stats
-        return log_probs(target_logit, lse, targets, self.vocab), lse
+            chunk = (hidden[rows], targets[rows], plan.tile)
+            if stats:
+                numbers_of = self.chunk_sums(*chunk, stats).finished(targets[rows], self.vocab)
+            else:
+                numbers_of = dict(zip(numbers, self.chunk_stats(*chunk), strict=True))
+            for name, values in numbers_of.items():
+                found[name][rows] = values
+        ignored = targets == IGNORE
+        logps = log_probs(found["target_logit"], found["lse"], targets, self.vocab)
+        wanted = {name: found[name].masked_fill_(ignored, 0) for name in stats}
+        return Rows(logps, found["lse"], wanted, found.get("tail"))
 
     def logps_of_both(
         self, hidden: Tensor, ref_hidden: Tensor, targets: Tensor
@@ -259,6 +326,22 @@ class Head:
     def sums(self, lengths: Lengths, tokens: Tensor) -> Tensor:
         """Return the [S] float64 sums of [N] token log-probs over each response."""
         return self.engine.segment_loss.sums(lengths, tokens)
+
+
+@dataclass
+class Rows:
+    """Log-probs and statistics of N rows, accumulator dtype; 0 where the target is -100.
+
+    logps: [N]
+    lse: [N] logsumexp, of all rows
+    stats: name of a wanted statistic -> [N]
+    tail: [N] what rounding took from lse; None without the entropy
+    """
+
+    logps: Tensor
+    lse: Tensor
+    stats: dict[str, Tensor]
+    tail: Tensor | None = None
 
 
 # --- gradients ------------------------------------------------------------------------------------
@@ -433,6 +516,9 @@ def recompute(
     coef: Tensor,
     lse: Tensor,
     grads: Grads,
+    *,
+    entropy: EntropyTerm | None = None,
+    kept: Span | None = None,
 ) -> None:
     """Add the gradients of rows with known coefficient: the logits once more, tile by tile.
 
@@ -444,16 +530,20 @@ def recompute(
     coef: [N] gradients of the loss by the log-probs
     lse: [N] logsumexp
     grads: gradients to add to
+    entropy: term of the entropy's gradient, [N]; None: the log-probs' alone
+    kept: the first chunk, where the buffer of the head still holds its logits
     """
 
     def tiles(rows: Tensor, spans: Sequence[Span]) -> Iterator[tuple[Span, Tensor]]:
         labels, factors, sums = (_take(x, spans) for x in (targets, coef, lse))
+        term = None if entropy is None else entropy.take(lambda x: _take(x, spans))
         for vocab in head.slices(tile):
 
             def replace_(p: slice, u: Tensor, out: Tensor | None, vocab: Span = vocab) -> Tensor:
-                return head.engine.row_grad_(u, labels[p], vocab, factors[p], sums[p], out)
+                part = None if term is None else term.take(lambda x: x[p])
+                return head.engine.row_grad_(u, labels[p], vocab, factors[p], sums[p], out, part)
 
-            yield vocab, head.gradients(rows, vocab, tile, replace_)
+            yield vocab, head.gradients(rows, vocab, tile, replace_, kept=spans == [kept])
 
     for spans in cuts:
         rows = _take(hidden, spans)
@@ -481,6 +571,95 @@ def _put(x: Tensor, spans: Sequence[Span], values: Tensor) -> None:
         count = stop - start
         x[start:stop] = values[offset : offset + count]
         offset += count
+
+
+# --- any upstream gradient ------------------------------------------------------------------------
+
+
+class LaterPass:
+    """A call whose upstream gradient comes later: log-probs of tokens, or their sums.
+
+    The logits of the last chunk stay in the buffer of the head, and backward begins with them.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        rows: int,
+        train_weight: bool,
+        stats: Sequence[str],
+        lengths: Lengths | None,
+    ) -> None:
+        """Plan a call.
+
+        head: the head
+        rows: N
+        train_weight: the gradient of the weight is wanted
+        stats: names of the wanted statistics
+        lengths: bounds of the responses to sum over; None: log-probs of tokens
+        """
+        self.head, self.stats, self.lengths = head, stats, lengths
+        self.plan = kept_plan(head.size, rows, head.budget, head.dim if train_weight else 0)
+        self.is_kept = False
+
+    def run(self, hidden: Tensor, targets: Tensor) -> Rows:
+        """Return log-probs and statistics of the rows; keep logits if there is room.
+
+        hidden: [N, D] in the dtype of the head
+        targets: [N]
+        """
+        rows = self.head.rows(hidden, targets, self.plan, self.stats)
+        if self.plan.kept is None:
+            self.head.drop_buffer()
+        else:
+            self.is_kept = self.head.keep_buffer()
+        return rows
+
+    def gradients(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        lse: Tensor,
+        upstream: Tensor | None,
+        entropy: EntropyTerm | None,
+        needs: Sequence[bool],
+        weight_dtype: torch.dtype,
+    ) -> Grads:
+        """Return the gradients; the logits that were kept are used up, and freed.
+
+        hidden: [N, D] in the dtype of the head
+        targets: [N]
+        lse: [N]
+        upstream: [N] gradients of the loss by the log-probs, or [S] by the sums; None: 0
+        entropy: term of the entropy's gradient; None: the entropy got none
+        needs: whether hidden, weight and bias want a gradient
+        weight_dtype: of the leaf of the weight
+        """
+        head, plan = self.head, self.plan
+        if upstream is None:
+            coef = torch.zeros_like(lse)
+        else:
+            coef = upstream.to(lse.dtype)
+        if upstream is not None and self.lengths is not None:
+            coef = self.lengths.per_row(coef)
+        # An ignored row may have an upstream gradient of NaN.
+        ignored = targets == IGNORE
+        coef = coef.masked_fill(ignored, 0.0)
+        if entropy is not None:
+            entropy = entropy.take(lambda x: x.masked_fill(ignored, 0.0))
+        need_hidden, need_weight, need_bias = needs
+        rows = empty_hidden_grad(hidden, head, all_rows=True) if need_hidden else None
+        is_single = len(plan.cuts) == 1 and plan.tile.vocab == head.vocab
+        direct = weight_dtype if is_single and leaf_bytes(weight_dtype) else None
+        grads = Grads(head, plan.tile, need_weight, need_bias, rows, direct)
+        cuts = [[span] for span in plan.backward_cuts]
+        kept = plan.kept if self.is_kept else None
+        self.is_kept = False
+        chunks = (head, plan.tile, cuts, hidden, targets)
+        recompute(*chunks, coef, lse, grads, entropy=entropy, kept=kept)
+        grads.finish()
+        head.drop_buffer()
+        return grads
 
 
 # --- one pass -------------------------------------------------------------------------------------
@@ -573,6 +752,7 @@ class OnePass:
             return scores
 
         scores = self.head.gradients(hidden, self.whole, self.plan.tile, replace_)
+        factors.masked_fill_(targets == IGNORE, 0.0)
         _put(self.logps, spans, where_known(logps, targets, self.head.vocab))
         return hidden, scores, factors
 
@@ -646,6 +826,7 @@ class OnePass:
             _, _, lse = self._forward(spans)
             _put(self.lse, spans, lse)
         coef = self._per_row(self.loss.coefficients(self.logps))
+        coef.masked_fill_(self.targets == IGNORE, 0.0)
         recompute(
             self.head,
             self.plan.tile,

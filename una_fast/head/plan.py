@@ -380,10 +380,20 @@ def span_rows(spans: Sequence[Span]) -> int:
 
 @dataclass(frozen=True)
 class ForwardPlan:
-    """A pass without gradients over contiguous rows: tile, and rows of every chunk."""
+    """A pass over contiguous rows: tile, rows of every chunk.
+
+    kept: the last chunk, with logits that may stay in the buffer for a later gradient; None where
+        slices follow each other in the buffer, and without rows
+    """
 
     tile: Tile
     cuts: tuple[Span, ...]
+    kept: Span | None = None
+
+    @property
+    def backward_cuts(self) -> tuple[Span, ...]:
+        """The chunks in the order of their gradients: the logits in the buffer come first."""
+        return self.cuts[-1:] + self.cuts[:-1]
 
 
 def forward_plan(size: HeadSize, rows: int, budget: int) -> ForwardPlan:
@@ -401,6 +411,35 @@ def forward_plan(size: HeadSize, rows: int, budget: int) -> ForwardPlan:
         tile = sliced if seconds[1] < CLEARLY * seconds[0] else tile
     cuts = chunks([0], [0, rows], tile.rows, size.quantum)
     return ForwardPlan(tile, tuple(chain.from_iterable(cuts)))
+
+
+def kept_plan(size: HeadSize, rows: int, budget: int, accumulator_width: int) -> ForwardPlan:
+    """Plan log-probs of rows, and their gradients for any upstream: later, chunk by chunk.
+
+    The last chunk is as large as the budget allows, and keeps its logits in the buffer until
+    backward: 3 passes. Chunks before share the buffer, and are computed again: 4 passes, as are
+    all rows in slices of the vocabulary.
+
+    size: of the head
+    rows: contiguous rows
+    budget: bytes for tiles
+    accumulator_width: as in make_plan
+    """
+    whole = fit_tile(size, rows, budget, gathered=False)
+    if whole.vocab < size.vocab or not rows:
+        return forward_plan(size, rows, budget)
+    before = rows - whole.rows
+    spans = chain.from_iterable(chunks([0], [0, before], whole.rows, size.quantum))
+    last = (before, rows)
+    plan = ForwardPlan(whole, (*spans, last), kept=last)
+    if size.machine is None or not before:
+        return plan
+    sliced = sliced_tile(size, rows, budget, gathered=False)
+    cuts = chain.from_iterable(chunks([0], [0, rows], sliced.rows, size.quantum))
+    other = ForwardPlan(sliced, tuple(cuts))
+    work = [_kept_cost(each, size, accumulator_width) for each in (plan, other)]
+    seconds = [each.seconds(size.machine) for each in work]
+    return other if seconds[1] < CLEARLY * seconds[0] else plan
 
 
 def holds_both(size: HeadSize, rows: int, budget: int) -> bool:
@@ -640,6 +679,20 @@ def backward_cost(size: HeadSize, rows: float, vocab: float, accumulator_width: 
         gemms.append((flop, narrow * (cells + rows * dim)))
         traffic += 2 * narrow * rows * dim  # hidden rows times their factors
     return Cost(tuple(gemms), traffic)
+
+
+def _kept_cost(plan: ForwardPlan, size: HeadSize, accumulator_width: int) -> Cost:
+    """Return the work of a `kept_plan`, gradients included."""
+    slices = -(-size.vocab // plan.tile.vocab)
+    width = size.vocab / slices
+    total = Cost()
+    for span in plan.cuts:
+        rows = span_rows([span])
+        forwards = 1 if span == plan.kept else 2
+        tile = forward_cost(size, rows, width) * forwards
+        total += (tile + backward_cost(size, rows, width, accumulator_width)) * slices
+    accumulated = 2 * len(plan.cuts) * size.vocab * accumulator_width * size.acc_bytes
+    return total + Cost(traffic=accumulated)
 
 
 def head_gradient_bytes(plan: Plan, adds: int, size: HeadSize, accumulator_width: int) -> float:

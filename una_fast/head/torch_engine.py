@@ -19,13 +19,14 @@ the temporaries.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from una_fast.head.plan import HeadSize, Machine
+from una_fast.head.row_stats import LOWEST, EntropyTerm, RowSums
 from una_fast.head.segment_loss import SegmentLoss
 from una_fast.head.threads import share
 
@@ -37,6 +38,8 @@ GPU_BLOCK_BYTES = 8 << 20
 # Logarithms, as in kernels/one_read.py.
 SHIFT = 40.0  # of the target's E below 1
 LARGEST = 60.0  # of an E
+
+DEEPEST = -1e4  # of a log-prob where 0 * -inf would be NaN: its exponential is 0 in any dtype
 
 Vocab = tuple[int, int]  # vocabulary entries [start, stop)
 
@@ -158,6 +161,54 @@ def row_logps(
     return lse, torch.where(inside, target_logit, 0.0)
 
 
+def row_sums(
+    u: Tensor,
+    targets: Tensor,
+    transform: LogitTransform,
+    stats: Sequence[str],
+    bias: Tensor | None = None,
+    start: int = 0,
+) -> RowSums:
+    """Return the sums of row_stats.py over the tile.
+
+    u: [C, T] raw logits of the vocabulary from `start` on; not changed
+    targets: [C] indices into the whole vocabulary
+    transform: from u to z
+    stats: names of the wanted statistics
+    bias: [T], dtype of u
+    start: first vocabulary entry of the tile
+    """
+    inside, local = _local(targets, start, start + u.shape[1])
+    sums = RowSums.empty(len(u), u.dtype, u.device, stats)
+
+    def work(rows: slice) -> None:
+        raw = u[rows] if bias is None else u[rows] + bias
+        z = transform(raw)
+        target_logit = z.gather(1, local[rows]).squeeze(1)
+        sums.target_logit[rows] = torch.where(inside[rows], target_logit, 0.0)
+        if sums.plain is not None:
+            sums.plain[rows] = z.sum(1)
+        if sums.place is None:
+            top = z.amax(1)
+        else:
+            top, place = z.max(1)  # the first of equal ones
+            sums.place[rows] = place + start
+        sums.top[rows] = top.clamp_min_(LOWEST)
+        d = z - top.unsqueeze(1)
+        if sums.moment is None:
+            e = d.exp_()
+        else:
+            e = d.clamp_min_(DEEPEST).exp()
+        sums.total[rows] = e.sum(1)
+        if sums.moment is not None:
+            sums.moment[rows] = d.mul_(e).sum(1)
+        if sums.squares is not None:
+            sums.squares[rows] = e.square_().sum(1)
+
+    share(work, _blocks_of(u), u.device)
+    return sums
+
+
 def row_grad_(
     u: Tensor,
     targets: Tensor,
@@ -168,8 +219,11 @@ def row_grad_(
     start: int = 0,
     dtype: torch.dtype | None = None,
     out: Tensor | None = None,
+    entropy: EntropyTerm | None = None,
 ) -> Tensor:
     """Return du = coef * (onehot - softmax(z)) * dz/du, [C, T], over the storage of u or in out.
+
+    With an entropy term, du is the sum of both gradients (row_stats.py).
 
     u: [C, T] raw logits of the vocabulary from `start` on; lost
     targets: [C] indices into the whole vocabulary
@@ -180,6 +234,7 @@ def row_grad_(
     start: first vocabulary entry of the tile
     dtype: dtype of du, no wider than the dtype of u; None: the dtype of u
     out: [C, T] beside u, for du in the dtype of out
+    entropy: term of the entropy's gradient; None: the log-probs' alone
     """
     inside, local = _local(targets, start, start + u.shape[1])
     du = overlay(u, dtype or u.dtype) if out is None else out
@@ -188,7 +243,14 @@ def row_grad_(
         block = u[rows] if bias is None else u[rows].add_(bias)
         slope = transform.apply_(block)
         c = coef[rows].unsqueeze(1)
-        block.sub_(lse[rows].unsqueeze(1)).exp_().mul_(-c)
+        block.sub_(lse[rows].unsqueeze(1))
+        if entropy is None:
+            block.exp_().mul_(-c)
+        else:
+            e, found, tail = (x[rows].unsqueeze(1) for x in entropy.columns)
+            block.sub_(tail).clamp_min_(DEEPEST)  # log p
+            factor = (block + found).mul_(-e).sub_(c)
+            block.exp_().mul_(factor)
         at_target = torch.where(inside[rows].unsqueeze(1), c, 0.0)
         block.scatter_add_(1, local[rows], at_target)
         if isinstance(slope, Tensor) or slope != 1.0:
@@ -399,6 +461,10 @@ class TorchEngine:
         """Return ([C] logsumexp, [C] target logit) of a tile over a vocabulary range."""
         return row_logps(u, targets, self.transform, self._bias(vocab), vocab[0])
 
+    def row_sums(self, u: Tensor, targets: Tensor, vocab: Vocab, stats: Sequence[str]) -> RowSums:
+        """Return the sums that statistics need, of a tile over a vocabulary range."""
+        return row_sums(u, targets, self.transform, stats, self._bias(vocab), vocab[0])
+
     def row_grad_(
         self,
         u: Tensor,
@@ -407,10 +473,12 @@ class TorchEngine:
         coef: Tensor,
         lse: Tensor,
         out: Tensor | None = None,
+        entropy: EntropyTerm | None = None,
     ) -> Tensor:
         """Return du of a tile over a vocabulary range, for GEMMs to read: over u, or in out."""
         bias = self._bias(vocab)
-        return row_grad_(u, targets, coef, lse, self.transform, bias, vocab[0], self.operand, out)
+        head = (self.transform, bias, vocab[0], self.operand)
+        return row_grad_(u, targets, coef, lse, *head, out, entropy)
 
     def one_read_(
         self, u: Tensor, targets: Tensor, out: Tensor | None = None

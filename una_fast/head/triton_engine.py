@@ -8,14 +8,26 @@ all responses are two launches. No step waits for the device.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from una_fast.head.constants import kept_on_device
 from una_fast.head.plan import HOPPER
+from una_fast.head.row_stats import EntropyTerm, RowSums, needed_sums
 from una_fast.head.segment_loss import Lengths, SegmentLoss
 from una_fast.head.torch_engine import LogitTransform, TorchEngine, Vocab
-from una_fast.kernels import gather, gemm, logp_partials, one_read, rowgrad, scale, una_loss
+from una_fast.kernels import (
+    gather,
+    gemm,
+    logp_partials,
+    one_read,
+    row_stats,
+    rowgrad,
+    scale,
+    una_loss,
+)
 from una_fast.losses import UnaOutput, denominator
 
 COLUMNS = ("kind", "first", "second", "value", "margin", "weight", "offset")  # of Feedback
@@ -136,11 +148,22 @@ class TritonEngine(TorchEngine):
         coef: Tensor,
         lse: Tensor,
         out: Tensor | None = None,
+        entropy: EntropyTerm | None = None,
     ) -> Tensor:
         """Return du of a tile over a vocabulary range: over u, or in out."""
         du = rowgrad.overlay(u, self.operand) if out is None else out
-        rowgrad.row_grad(u, targets, coef, lse, out=du, **self._options(vocab))
+        rows = (u, targets, coef, lse)
+        options = self._options(vocab)
+        if entropy is None:
+            rowgrad.row_grad(*rows, out=du, **options)
+        else:
+            row_stats.entropy_grad(*rows, out=du, **vars(entropy), **options)
         return du
+
+    def row_sums(self, u: Tensor, targets: Tensor, vocab: Vocab, stats: Sequence[str]) -> RowSums:
+        """Return the sums that statistics need, of a tile over a vocabulary range, in one read."""
+        wanted = needed_sums(stats)
+        return RowSums(**row_stats.row_sums(u, targets, wanted, **self._options(vocab)))
 
     def one_read_(
         self, u: Tensor, targets: Tensor, out: Tensor | None = None

@@ -19,7 +19,7 @@ import transformers
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -47,8 +47,8 @@ from una_fast.model.directory import (
     weight_files,
     within_budget,
 )
+from una_fast.model.dropout import remove_dropout
 from una_fast.model.gguf import is_gguf, read_header
-from una_fast.model.head_probe import is_number
 from una_fast.model.places import (
     check_place,
     element_budget,
@@ -83,8 +83,6 @@ _GGUF_TOKENS = {
 # Settings of an adapter that are, or may be, regular expressions.
 _PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
 _NAME = re.compile(r"[\w.-]*")  # is found at once
-
-_DROPOUT_NAME = re.compile(r"dropout|pdrop|drop_path|drop_rate|layerdrop|jitter")
 
 
 def load_tokenizer(
@@ -640,19 +638,3 @@ def is_finite(tensor: Tensor) -> bool:
     # One pass without a copy: minimum and maximum carry NaN on.
     low, high = torch.aminmax(tensor.detach())
     return bool(torch.isfinite(low) & torch.isfinite(high))
-
-
-def remove_dropout(model: nn.Module) -> None:
-    """Set every dropout (and router jitter) of a model to 0.
-
-    The implicit reward compares two deterministic log-probs.
-    """
-    modules = list(model.modules())
-    configs = {id(m.config): m.config for m in modules if hasattr(m, "config")}
-    configs |= {id(c): c for c in getattr(model, "peft_config", {}).values()}
-    for holder in (*modules, *configs.values()):
-        for name, value in list(vars(holder).items()):
-            if _DROPOUT_NAME.search(name) and is_number(value):
-                setattr(holder, name, type(value)(0))
-        if isinstance(holder, nn.modules.dropout._DropoutNd):
-            holder.p = 0.0

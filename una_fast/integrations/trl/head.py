@@ -1,29 +1,17 @@
-"""TRL's trainers on the fused head: their losses, metrics, datasets and adapters stay theirs.
-
-    from una_fast.integrations.trl import UNADPOTrainer as DPOTrainer
-
-From 1.15 on TRL computes every log-prob through one function, `add_fused_lm_head`, and
-`model(..., labels=, fused_lm_head=True)`. `add_una_head` has its signature, and puts our head, our
-packed rows and row statistics behind the same call. `una_calls()` counts the calls that reached it.
-"""
+"""TRL's one seam: the head that gives its trainers per-token log-probs, without logits."""
 
 from __future__ import annotations
 
 import functools
-import importlib
 import types
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer
 from trl.trainer import utils as trl_utils
 
-from una_fast.integrations.calls import fall_back, una_calls
+from una_fast.integrations.calls import fall_back
 from una_fast.integrations.hf.patch import (
     Patch,
     layout_of,
@@ -35,25 +23,13 @@ from una_fast.integrations.versions import check_version
 from una_fast.layout import Layout
 from una_fast.model.head_probe import plain_head
 
-__all__ = [
-    "UNADPOTrainer",
-    "UNAGRPOTrainer",
-    "UNAKTOTrainer",
-    "UNARLOOTrainer",
-    "add_una_head",
-    "una_calls",
-]
-
-_SEAM = "add_fused_lm_head"
-if not hasattr(trl_utils, _SEAM):
+SEAM = "add_fused_lm_head"
+if not hasattr(trl_utils, SEAM):
     raise ImportError(
         "this TRL has no add_fused_lm_head: una_fast.integrations.trl needs trl >= 1.15; for TRL "
         "1.9 to 1.14 there is una_fast.integrations.trl_before_seam"
     )
 _TRL_HEAD = trl_utils.add_fused_lm_head
-
-
-# --- the seam -------------------------------------------------------------------------------------
 
 
 def add_una_head(
@@ -193,56 +169,3 @@ class _TokenFields:
         with torch.autocast(hidden.device.type, enabled=enabled):
             found = token_results(layout, hidden, weight, bias, self.stats, options)
         return {name: layout.scatter(values) for name, values in found.items()}
-
-
-# --- trainers -------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _una_head_in(modules: Sequence[ModuleType], **options: Any) -> Iterator[None]:
-    """Let modules of TRL find add_una_head under the name of their own function."""
-    before = [getattr(module, _SEAM) for module in modules]
-    for module in modules:
-        setattr(module, _SEAM, functools.partial(add_una_head, **options))
-    try:
-        yield
-    finally:
-        for module, own in zip(modules, before, strict=True):
-            setattr(module, _SEAM, own)
-
-
-class _UnaHead:
-    """A trainer of TRL that is built with our head.
-
-    una_pack: as of patch_model
-    una_workspace_mb: MiB of the fused head, see linear_una_loss
-    """
-
-    def __init__(
-        self,
-        *args: Any,
-        una_pack: str | bool = "auto",
-        una_workspace_mb: float | None = None,
-        **kwargs: Any,
-    ) -> None:
-        names = {kind.__module__ for kind in type(self).__mro__}
-        loaded = [importlib.import_module(name) for name in names if name.startswith("trl.")]
-        modules = [module for module in loaded if hasattr(module, _SEAM)]
-        with _una_head_in(modules, pack=una_pack, workspace_mb=una_workspace_mb):
-            super().__init__(*args, **kwargs)
-
-
-class UNAKTOTrainer(_UnaHead, KTOTrainer):
-    """TRL's KTOTrainer on the fused head."""
-
-
-class UNAGRPOTrainer(_UnaHead, GRPOTrainer):
-    """TRL's GRPOTrainer on the fused head."""
-
-
-class UNARLOOTrainer(_UnaHead, RLOOTrainer):
-    """TRL's RLOOTrainer on the fused head."""
-
-
-class UNADPOTrainer(_UnaHead, DPOTrainer):
-    """TRL's DPOTrainer on the fused head."""

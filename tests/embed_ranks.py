@@ -1,0 +1,164 @@
+"""Gradients of a patched model under a wrapper: on ranks by torchrun, imported for one process.
+
+    torchrun --nproc-per-node 2 tests/embed_ranks.py OUT
+
+Writes OUT/<wrapper>.pt: the gradients, whole, after four micro-batches per rank.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from embedded import make_batch
+from families import build
+from una_fast import Feedback, Objective
+from una_fast.integrations.hf import patch_model
+
+RANKS, MICRO_BATCHES = 2, 4
+# Batch rows, and units, of every micro-batch; the last one of rank 1 has responses and no unit.
+SIZES = ((4, 3, 5, 2), (2, 5, 3, 4))
+WRAPPERS = ("ddp", "fsdp1", "fsdp1_head", "fsdp2", "fsdp2_head", "fsdp2_tied", "tokens", "lora")
+
+
+def micro_batch(rank: int, number: int) -> tuple[dict[str, Tensor], Feedback, Tensor]:
+    """Return a ragged batch, its feedback, and reference log-probs."""
+    generator = torch.Generator().manual_seed(10 * rank + number)
+
+    def draw(low: int, high: int, count: int) -> list[int]:
+        return torch.randint(low, high, (count,), generator=generator).tolist()
+
+    prompts = [tuple(draw(5, 90, size)) for size in (3, 6)]
+    rows = []
+    for row in range(SIZES[rank][number]):
+        size = draw(1, 8, 1)[0]
+        rows.append((prompts[row % 2], tuple(draw(5, 90, size))))
+    batch = make_batch(rows)
+    count = len(rows)
+    if (rank, number) == (1, 3):
+        feedback = Feedback.merge([])
+    else:
+        scores = [0.1 + 0.2 * (row % 4) for row in range(1, count)]
+        feedback = Feedback.merge(
+            [Feedback.pairs([0], [1]), Feedback.scores(range(1, count), scores)]
+        )
+    return batch, feedback, -3.0 - torch.rand(count, generator=generator).double()
+
+
+def all_units() -> int:
+    batches = [micro_batch(rank, n) for rank in range(RANKS) for n in range(MICRO_BATCHES)]
+    return sum(feedback.num_units for _, feedback, _ in batches)
+
+
+def make_model(wrapper: str) -> nn.Module:
+    """Return a patched model, the same on every rank."""
+    torch.manual_seed(0)
+    model = patch_model(build("LlamaConfig tied" if "tied" in wrapper else "LlamaConfig"))
+    if wrapper == "lora":
+        import peft
+
+        options = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"])
+        model = peft.get_peft_model(model, options)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.1)
+    return model.train()
+
+
+def wrap(model: nn.Module, wrapper: str) -> nn.Module:
+    """Wrap a model for two ranks."""
+    if wrapper in ("ddp", "tokens", "lora"):
+        return DistributedDataParallel(model)
+    if wrapper.startswith("fsdp1"):
+        kinds = {LlamaDecoderLayer} | ({nn.Linear} if "head" in wrapper else set())
+        return FullyShardedDataParallel(
+            model,
+            auto_wrap_policy=ModuleWrapPolicy(kinds),
+            use_orig_params=True,
+            device_id=torch.device("cpu"),
+        )
+    mesh = init_device_mesh("cpu", (RANKS,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    if "head" in wrapper:
+        fully_shard(model.lm_head, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def loss_of(model: nn.Module, wrapper: str, rank: int, number: int, units: int) -> Tensor:
+    """Return the share of a micro-batch in the loss of the step."""
+    batch, feedback, reference = micro_batch(rank, number)
+    if wrapper == "tokens":
+        logps = model(**batch, una="tokens").logps
+        weights = torch.linspace(-1, 1, logps.numel()).view_as(logps)
+        return (logps * weights).sum() / units
+    objective = Objective(beta=0.2)
+    out = model(
+        **batch, feedback=feedback, ref_logps=reference, objective=objective, num_units=units
+    )
+    return out.loss
+
+
+def whole(tensor: Tensor | None) -> Tensor:
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    return tensor.detach().clone()
+
+
+def gradients_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the whole gradients by the names of the unwrapped model."""
+    is_fsdp1 = isinstance(model, FullyShardedDataParallel)
+    summon: Any = nullcontext()
+    if is_fsdp1:
+        summon = FullyShardedDataParallel.summon_full_params(model, with_grads=True)
+    with summon:
+        found = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                plain = name.replace("_fsdp_wrapped_module.", "").removeprefix("module.")
+                found[plain] = whole(parameter.grad)
+    return found
+
+
+def one_process(wrapper: str) -> dict[str, Tensor]:
+    """Return the gradients of the same step in one process."""
+    model = make_model(wrapper)
+    for rank in range(RANKS):
+        for number in range(MICRO_BATCHES):
+            loss_of(model, wrapper, rank, number, all_units()).backward()
+    return gradients_of(model)
+
+
+def main() -> None:
+    """Run every wrapper on this rank."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    for wrapper in WRAPPERS:
+        model = wrap(make_model(wrapper), wrapper)
+        for number in range(MICRO_BATCHES):
+            last = number == MICRO_BATCHES - 1
+            waits = isinstance(model, DistributedDataParallel) and not last
+            with model.no_sync() if waits else nullcontext():
+                # DDP and FSDP average over ranks what is a sum here.
+                (RANKS * loss_of(model, wrapper, rank, number, all_units())).backward()
+        found = gradients_of(model)
+        if rank == 0:
+            torch.save(found, Path(sys.argv[1]) / f"{wrapper}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

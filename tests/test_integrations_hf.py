@@ -1,0 +1,511 @@
+"""A patched model gives the log-probs and the loss of its own logits; other calls are its own."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from embedded import RESPONSES, difference, eager_logps, gradients, make_batch, plain
+from families import FAMILIES, REFUSED, SMALL, build
+from una_fast import Feedback, Layout, Objective, una_loss
+from una_fast.head import ops
+from una_fast.integrations.calls import una_calls
+from una_fast.integrations.hf import patch_model, unpatch_model
+from una_fast.integrations.hf.patch import Uncast
+from una_fast.model.head_probe import probe_head, probe_reduced
+
+MIXED = Feedback.merge(
+    [Feedback.pairs([0, 3], [1, 2], margin=[0.1, 0.0]), Feedback.scores([4, 0], [0.9, 0.3])]
+)
+BETA = Objective(beta=0.3)
+
+
+def llama(**changes) -> LlamaForCausalLM:
+    return build("LlamaConfig", SMALL | changes)
+
+
+def reference_of(model, batch) -> torch.Tensor:
+    """Return log-probs near the policy's."""
+    with torch.no_grad():
+        return eager_logps(model, batch).double().sum(1) + torch.linspace(-2, 2, 5).double()
+
+
+# ---- the same numbers as the model's own logits ----
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_probs_and_gradients_are_those_of_the_logits(family, left):
+    """Every family with an exact packed form, and every kind of head."""
+    model = patch_model(build(family)).train()
+    assert model._una.packs
+    batch = make_batch(left=left)
+    truth = eager_logps(model, batch, temperature=0.8)
+    tokens = model(**batch, una="tokens", temperature=0.8).logps
+    assert (tokens - truth).abs().max() < 4e-6
+    reference = reference_of(model, batch)
+    out = model(**batch, feedback=MIXED, ref_logps=reference, objective=BETA, num_units=7)
+    logps = eager_logps(model, batch).sum(1)
+    expected = una_loss(logps, reference, MIXED, objective=BETA, num_units=7)
+    for name in ("loss", "logps", "ref_logps", "rewards", "unit_losses"):
+        assert torch.allclose(out[name], getattr(expected, name), atol=2e-5), name
+    assert difference(gradients(out.loss, model), gradients(expected.loss, model)) < 2e-5
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_models_that_cannot_be_packed_are_exact_padded(family):
+    model = build(family)
+    try:
+        patch_model(model)
+    except ValueError as refusal:
+        assert type(model).__name__ in str(refusal)
+        return
+    assert not model._una.packs
+    batch = make_batch()
+    before = una_calls()
+    tokens = model(**batch, una="tokens").logps
+    assert (tokens - eager_logps(model, batch)).abs().max() < 4e-6
+    assert una_calls()["padded"] == before["padded"] + 1
+    with pytest.raises(ValueError, match="pack=True, but"):
+        patch_model(model, pack=True)
+
+
+def test_packed_and_padded_agree_and_are_counted():
+    batch = make_batch()
+    model = patch_model(llama())
+    before = una_calls()
+    packed = model(**batch, una="responses").logps
+    patch_model(model, pack=False)
+    padded = model(**batch, una="responses").logps
+    assert torch.allclose(packed, padded, atol=1e-5)
+    after = una_calls()
+    assert [after[kind] - before[kind] for kind in ("packed", "padded")] == [1, 1]
+
+
+def test_sums_and_statistics_carry_gradients():
+    model = patch_model(llama())
+    batch = make_batch()
+    upstream = torch.randn(5, dtype=torch.float64)
+    found = gradients((model(**batch, una="responses").logps * upstream).sum(), model)
+    truth = gradients((eager_logps(model, batch).double().sum(1) * upstream).sum(), model)
+    assert difference(found, truth) < 1e-5
+
+    names = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+    out = model(**batch, una="tokens", stats=names)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    logits = model(**inputs).logits[:, :-1]
+    log_p = logits.log_softmax(-1)
+    targets = batch["labels"][:, 1:]
+    scored = targets != -100
+    entropy = torch.where(scored, -(log_p.exp() * log_p).sum(-1), 0.0)
+    assert torch.allclose(out.entropy, entropy, atol=1e-5)
+    assert torch.equal(out.is_top1, (logits.argmax(-1) == targets) & scored)
+    mean = torch.where(scored, logits.mean(-1), 0.0)
+    assert torch.allclose(out.mean_logits, mean, atol=1e-5)
+    squares = torch.where(scored, (2 * log_p).logsumexp(-1), 0.0)
+    assert torch.allclose(out.log_sum_sq_probs, squares, atol=1e-5)
+    weights = torch.randn_like(entropy)
+    both = (out.entropy * weights).sum() + (out.logps * weights.flip(0)).sum()
+    truth = (entropy * weights).sum() + (eager_logps(model, batch) * weights.flip(0)).sum()
+    assert difference(gradients(both, model), gradients(truth, model)) < 1e-5
+
+
+def test_prompts_are_computed_once():
+    """Tokens that reach the model: prompt 4 + 2 and responses, in place of 5 padded rows."""
+    model = patch_model(llama())
+    seen = []
+    embedding = model.get_input_embeddings()
+    embedding.register_forward_hook(lambda module, given, out: seen.append(given[0].numel()))
+    model(**make_batch(), una="responses")
+    assert seen == [4 + 2 + 14]
+
+
+def test_no_logits_are_made():
+    """The largest tensor of a step is no [tokens, vocabulary]."""
+    model = patch_model(llama(vocab_size=997), workspace_mb=0.05)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for tensor in torch.utils._pytree.tree_leaves(out):
+                # views of the whole workspace are [rows, V] too: count what is allocated
+                if torch.is_tensor(tensor) and tensor.dim() == 2 and tensor.shape[-1] == 997:
+                    largest = max(largest, tensor.shape[0])
+            return out
+
+    rows = [((5, 6), tuple(range(7, 47))) for _ in range(4)]
+    batch = make_batch(rows)
+    with Watch():
+        model(**batch, una="tokens").logps.sum().backward()
+    assert 0 < largest < 40
+
+
+# ---- rows that are cut to nothing, and batches of a rank without records ----
+
+
+def test_an_empty_response_has_a_log_ratio_of_zero():
+    """One rank must not stop with an error while the others wait in a collective."""
+    model = patch_model(llama())
+    rows = [RESPONSES[0], ((5, 6, 7, 8), ()), *RESPONSES[2:]]
+    batch = make_batch(rows)
+    reference = reference_of(model, batch)
+    reference[1] = 0.0
+    for objective in (BETA, Objective(length_normalize=True)):
+        out = model(**batch, feedback=MIXED, ref_logps=reference, objective=objective)
+        logps = eager_logps(model, batch).double().sum(1)
+        lengths = torch.tensor([3, 1, 2, 7, 1])
+        truth = una_loss(logps, reference, MIXED, objective=objective, lengths=lengths)
+        assert torch.allclose(out.loss, truth.loss, atol=1e-6) and out.logps[1] == 0
+        assert difference(gradients(out.loss, model), gradients(truth.loss, model)) < 1e-5
+
+
+def test_a_batch_without_any_response_joins_the_graph():
+    model = patch_model(llama())
+    batch = make_batch([((5, 6), ()), ((7,), ())])
+    nothing = Feedback.merge([])
+    loss = model(**batch, feedback=nothing, ref_logps=[0.0, 0.0], num_units=3).loss
+    loss.backward()
+    assert loss == 0 and all(p.grad is not None for p in model.parameters())
+    assert model(**batch, una="responses").logps.tolist() == [0.0, 0.0]
+    assert not model(**batch, una="tokens").logps.any()
+
+
+# ---- everything else is the model's own ----
+
+
+def test_other_calls_are_bitwise_the_models_own(tmp_path):
+    model = llama().eval()
+    batch = make_batch()
+    prompt = batch["input_ids"][:1, :4]
+    generate = partial(model.generate, prompt, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    before = plain(model(**batch)), generate()
+    model.save_pretrained(tmp_path / "before")
+    patch_model(model)
+    after = plain(model(**batch)), generate()
+    assert all(torch.equal(before[0][name], after[0][name]) for name in before[0])
+    assert torch.equal(before[1], after[1])
+    model(**batch, una="responses")
+    model.save_pretrained(tmp_path / "after")
+    for name in ("config.json", "model.safetensors", "generation_config.json"):
+        bytes_before = (tmp_path / "before" / name).read_bytes()
+        assert bytes_before == (tmp_path / "after" / name).read_bytes()
+    again = patch_model(AutoModelForCausalLM.from_pretrained(tmp_path / "after"))
+    found = again(**batch, una="responses").logps
+    assert torch.equal(found, model(**batch, una="responses").logps)
+
+
+def test_unpatching_leaves_no_trace():
+    model = llama()
+    names = set(model.__dict__)
+    own = model.forward
+    patch_model(model, pack=False)
+    patch_model(model)  # a second time replaces the options
+    assert model._una.packs
+    unpatch_model(model)
+    assert set(model.__dict__) == names and model.forward == own
+    unpatch_model(model)
+
+
+def test_unpatching_restores_a_forward_of_somebody_else():
+    model = llama()
+    model.forward = theirs = model.forward
+    unpatch_model(patch_model(model))
+    assert model.__dict__["forward"] is theirs
+
+
+def test_a_deep_copy_runs_its_own_weights():
+    model = patch_model(llama())
+    batch = make_batch()
+    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    before = frozen(**batch, una="responses").logps
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    assert torch.equal(frozen(**batch, una="responses").logps, before)
+    logits = frozen(input_ids=batch["input_ids"]).logits
+    assert not torch.equal(logits, model(input_ids=batch["input_ids"]).logits)
+
+
+# ---- wrappers ----
+
+
+def test_adapters():
+    """peft repeats return_dict; the reference is the adapter switched off; a head stays plain."""
+    peft = pytest.importorskip("peft")
+    batch = make_batch()
+    base = llama()
+    options = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
+    model = patch_model(peft.get_peft_model(base, options))
+    before = model(**batch, una="responses").logps
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    with torch.no_grad(), model.disable_adapter():
+        reference = model(**batch, una="responses").logps
+    assert torch.allclose(reference, before.detach(), atol=1e-6)
+    out = model(**batch, feedback=MIXED, ref_logps=reference, objective=BETA)
+    truth = una_loss(eager_logps(model, batch).sum(1), reference, MIXED, objective=BETA)
+    assert out.rewards.abs().min() > 1e-3
+    assert difference(gradients(out.loss, model), gradients(truth.loss, model)) < 1e-5
+
+
+def test_an_adapter_on_the_head_is_refused_at_the_call():
+    peft = pytest.importorskip("peft")
+    base = patch_model(llama())
+    options = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"])
+    model = peft.get_peft_model(base, options)
+    with pytest.raises(ValueError, match="adapted head"):
+        model(**make_batch(), una="responses")
+
+
+def test_prompt_tuning_runs_padded():
+    """peft puts virtual tokens, and labels for them, in front."""
+    peft = pytest.importorskip("peft")
+    options = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(patch_model(llama()), options)
+    batch = make_batch()
+    found = model(**batch, una="responses").logps
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    logits = model(**inputs).logits[:, 3:-1]
+    targets = batch["labels"][:, 1:]
+    log_p = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
+    truth = torch.where(targets != -100, log_p, 0.0).sum(1)
+    assert torch.allclose(found, truth.double(), atol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant):
+    model = patch_model(llama()).train()
+    batch = make_batch()
+    truth = gradients(model(**batch, una="responses").logps.sum(), model)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    model(**batch, una="responses").logps.sum().backward()
+    found = {name: p.grad for name, p in model.named_parameters()}
+    assert difference(found, truth) < 1e-6
+
+
+def test_autocast_computes_from_bf16_operands():
+    model = patch_model(llama())
+    batch = make_batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(**batch, una="tokens").logps
+        truth = eager_logps(model, batch)
+    assert out.dtype == torch.float32
+    exact = eager_logps(model, batch)
+    assert (out - exact).norm() < 1.5 * (truth - exact).norm()
+    out.sum().backward()
+    assert model.lm_head.weight.grad.dtype == torch.float32
+
+
+def test_compiled_models():
+    torch._dynamo.reset()
+    model = patch_model(llama())
+    batch = make_batch()
+    truth = model(**batch, una="tokens").logps
+    compiled = torch.compile(model, backend="eager")
+    found = compiled(**batch, una="tokens").logps
+    assert (found - truth).abs().max() < 1e-5
+    assert difference(gradients(found.sum(), model), gradients(truth.sum(), model)) < 1e-5
+    torch._dynamo.reset()
+
+
+class Gathered:
+    """Hooks of a head whose weight is there within its own call alone, as ZeRO-3 keeps it."""
+
+    def __init__(self, head: nn.Module) -> None:
+        self.full = head.weight.data
+        head.weight.data = self.full.new_empty(0)
+        head.register_forward_pre_hook(self.gather)
+        head.register_forward_hook(self.release)
+        head.register_full_backward_pre_hook(self.gather)
+
+    def gather(self, head: nn.Module, *_: object) -> None:
+        head.weight.data = self.full
+
+    def release(self, head: nn.Module, *_: object) -> None:
+        head.weight.data = self.full.new_empty(0)
+
+
+@pytest.mark.parametrize("call", ["loss", "responses"])
+def test_a_head_that_is_gathered_for_its_call(call):
+    """A stand-in for ZeRO-3: outside the call of the head module its weight has no elements."""
+    batch = make_batch()
+    model = patch_model(llama())
+    reference = reference_of(model, batch)
+
+    def run() -> torch.Tensor:
+        if call == "responses":
+            return model(**batch, una="responses").logps.sum()
+        return model(**batch, feedback=MIXED, ref_logps=reference, objective=BETA).loss
+
+    truth_loss = run()
+    truth = gradients(truth_loss, model)
+    hooks = Gathered(model.lm_head)
+    loss = run()
+    assert model.lm_head.weight.numel() == 0 and torch.equal(loss, truth_loss)
+    hidden_only = [p for name, p in model.named_parameters() if not name.startswith("lm_head")]
+    names = [name for name, _ in model.named_parameters() if not name.startswith("lm_head")]
+    found = torch.autograd.grad(loss, hidden_only)
+    model.lm_head.weight.data = hooks.full
+    truth.pop("lm_head.weight")
+    assert difference(dict(zip(names, found, strict=True)), truth) < 1e-6
+
+
+# ---- the probe ----
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_small_copy_has_the_head_of_the_model(family):
+    """Factors that depend on the width are those of the model, not of the copy."""
+    model = build(family)
+    truth = probe_head(model)
+    with torch.device("meta"):
+        outline = type(model)(model.config)
+    state = torch.random.get_rng_state()
+    found = probe_reduced(outline)
+    assert (found.softcap, found.logit_scale) == (truth.softcap, truth.logit_scale)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_patching_needs_no_weights():
+    """Trainers patch before weights are there: meta tensors, or shards of other ranks."""
+    with torch.device("meta"):
+        model = build("GraniteConfig", sharp=False)
+    patch_model(model)
+    assert model._una.logit_scale == 0.125 and model._una.packs
+
+
+class Cleverer(LlamaForCausalLM):
+    """A model with a head that no form describes."""
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits + out.logits.roll(1, -1)
+        return out
+
+
+def test_an_unknown_head_is_refused_by_the_class():
+    with pytest.raises(ValueError, match="Cleverer computes its logits in an unknown way"):
+        patch_model(Cleverer(LlamaConfig(**SMALL)))
+
+
+# ---- requests that are refused ----
+
+
+@pytest.mark.parametrize(
+    "request_, message",
+    [
+        ({"una": "rows"}, "una='rows' is not one of"),
+        ({"una": "responses", "labels": None}, "need labels="),
+        ({"feedback": MIXED}, "feedback needs ref_logps="),
+        ({"una": "tokens", "feedback": MIXED, "ref_logps": [0.0] * 5}, "beside feedback"),
+        ({"una": "responses", "stats": ("entropy",)}, "stats are per token"),
+        ({"feedback": MIXED, "ref_logps": torch.zeros(5).bfloat16()}, "rounds sums by whole nats"),
+        ({"feedback": MIXED, "ref_logps": [0.0] * 4}, "ref_logps is"),
+    ],
+)
+def test_impossible_requests_are_refused(request_, message):
+    model = patch_model(llama())
+    with pytest.raises(ValueError, match=message):
+        model(**{**make_batch(), **request_})
+
+
+def test_models_that_cannot_be_patched():
+    small = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 9}
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        patch_model(T5ForConditionalGeneration(T5Config(**small)))
+    with pytest.raises(ValueError, match="no model of transformers"):
+        patch_model(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="DistributedDataParallel"):
+        patch_model(nn.DataParallel(llama()))
+    with pytest.raises(ValueError, match="pack='always' is not one of"):
+        patch_model(llama(), pack="always")
+
+
+def test_attention_dropout_keeps_batches_padded(caplog):
+    model = patch_model(llama())
+    model.config.attention_dropout = 0.1
+    before = una_calls()["padded"]
+    with caplog.at_level(logging.WARNING):
+        model.train()(**make_batch(), una="responses")
+    assert una_calls()["padded"] == before + 1
+    model.eval()(**make_batch(), una="responses")
+    assert una_calls()["padded"] == before + 1
+
+
+def test_positions_of_the_caller_keep_batches_padded():
+    model = patch_model(llama())
+    batch = make_batch()
+    positions = torch.arange(batch["input_ids"].shape[1]).expand(5, -1)
+    before = una_calls()["padded"]
+    found = model(**batch, position_ids=positions, una="tokens").logps
+    assert una_calls()["padded"] == before + 1
+    assert (found - eager_logps(model, batch)).abs().max() < 4e-6
+
+
+def test_a_layout_made_before_is_used():
+    model = patch_model(llama())
+    batch = make_batch()
+    layout = Layout.from_labels(batch["labels"], batch["attention_mask"], batch["input_ids"])
+    truth = model(**batch, una="responses").logps
+    del batch["labels"]
+    assert torch.equal(model(**batch, layout=layout, una="responses").logps, truth)
+
+
+def test_references_keep_their_dtype_through_wrappers():
+    model = patch_model(llama())
+    batch = make_batch()
+    reference = reference_of(model, batch)
+    truth = model(**batch, feedback=MIXED, ref_logps=reference).loss
+    for given in (Uncast(reference), reference.tolist()):
+        assert torch.equal(model(**batch, feedback=MIXED, ref_logps=given).loss, truth)
+    dictionary = MIXED.to_dict()
+    assert torch.equal(model(**batch, feedback=dictionary, ref_logps=reference).loss, truth)
+
+
+def test_mixture_of_experts_balance_their_packed_row():
+    fields = SMALL | {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "output_router_logits": True,
+    }
+    model = patch_model(build("MixtralConfig", fields)).train()
+    batch = make_batch()
+    found = model(**batch, una="responses")
+    patch_model(model, pack=False)
+    padded = model(**batch, una="responses")
+    assert torch.allclose(found.logps, padded.logps, atol=1e-5)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    truth = model(**inputs).aux_loss
+    assert torch.allclose(padded.aux_loss, truth, atol=1e-6)
+    # Other tokens are counted, a shared prompt once: near, and not the same.
+    assert 0 < abs(found.aux_loss - truth) < 0.3 * truth
+    assert model(**batch, una="responses", output_router_logits=False).aux_loss is None
+
+
+def test_the_op_is_reached_through_its_module(monkeypatch):
+    """Hosts and checks count the calls of head.ops."""
+    calls = []
+    own = ops.linear_una_loss
+    monkeypatch.setattr(ops, "linear_una_loss", lambda *a, **k: calls.append(1) or own(*a, **k))
+    model = patch_model(llama())
+    with sdpa_kernel(SDPBackend.MATH):
+        model(**make_batch(), feedback=MIXED, ref_logps=[0.0] * 5)
+    assert calls == [1]

@@ -1,0 +1,254 @@
+"""UNATrainer: transformers' Trainer on feedback, accumulated, evaluated, adapted, resumed."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import IterableDataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
+
+from tiny import make_records, save_llama
+from una_fast import Objective, una_loss
+from una_fast.data.settings import RecordOptions
+from una_fast.integrations.hf import FeedbackCollator, UNATrainer
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> str:
+    return save_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(directory):
+    return AutoTokenizer.from_pretrained(directory)
+
+
+def load(directory: str):
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+
+
+def arguments(out: Path, **changes) -> TrainingArguments:
+    usual = {
+        "output_dir": str(out),
+        "per_device_train_batch_size": 2,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "report_to": [],
+        "use_cpu": True,
+        "optim": "sgd",
+        "learning_rate": 0.05,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "seed": 5,
+    }
+    return TrainingArguments(**(usual | changes))
+
+
+def make_trainer(directory, tokenizer, out, records=None, model=None, **changes) -> UNATrainer:
+    model = load(directory) if model is None else model
+    given = {name: changes.pop(name) for name in list(changes) if name in OF_TRAINER}
+    given.setdefault("ref_model", load(directory))
+    return UNATrainer(
+        model,
+        arguments(out, **changes),
+        train_dataset=records or make_records("mixed", 16),
+        processing_class=tokenizer,
+        **given,
+    )
+
+
+OF_TRAINER = ("ref_model", "eval_dataset", "callbacks", "objective", "data_collator")
+
+
+def losses(trainer: UNATrainer) -> list[float]:
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+def test_collated_records_are_responses_with_feedback(tokenizer):
+    records = [*make_records("pairs", 2), *make_records("labels", 1), *make_records("several", 1)]
+    batch = FeedbackCollator(tokenizer)(records)
+    feedback = batch["feedback"]
+    assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
+    assert feedback.first[:3].tolist() == [0, 2, 4] and feedback.second[:2].tolist() == [1, 3]
+    assert feedback.num_units == 3 + batch["input_ids"].shape[0] - 5
+    for row in range(len(batch["labels"])):
+        scored = batch["labels"][row] != -100
+        assert torch.equal(batch["labels"][row][scored], batch["input_ids"][row][scored])
+        assert scored.any() and batch["labels"][row][scored][-1] == tokenizer.eos_token_id
+        assert not scored[batch["attention_mask"][row] == 0].any() and not scored[0]
+
+
+def test_malformed_records_are_named(tokenizer):
+    records = [make_records("pairs", 1)[0], {"prompt": "a", "chosen": "b"}]
+    with pytest.raises(ValueError, match="record 1 of the batch: .*rejected"):
+        FeedbackCollator(tokenizer)(records)
+    with pytest.raises(ValueError, match="score_center=dataset needs every record at once"):
+        FeedbackCollator(tokenizer, options=RecordOptions(score_center="dataset"))
+
+
+@pytest.mark.parametrize("split", [(4, 1), (2, 2), (1, 4)])
+def test_any_split_of_a_step_is_one_batch(directory, tokenizer, tmp_path, split):
+    """Batches have unequal numbers of units: a mean of means would be another gradient."""
+    size, accumulated = split
+    records = make_records("mixed", 8)
+    model = load(directory)
+    trainer = make_trainer(
+        directory,
+        tokenizer,
+        tmp_path,
+        records,
+        model,
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=accumulated,
+    )
+    trainer.train()
+
+    truth, reference = load(directory), load(directory)
+    seen = []
+    again = make_trainer(directory, tokenizer, tmp_path, records)
+    batches = list(again.get_train_dataloader())  # of two records, in the order of the seed
+    optimizer = torch.optim.SGD(truth.parameters(), lr=0.05)
+    for parts in (batches[0:2], batches[2:4]):
+        units = sum(part["feedback"].num_units for part in parts)
+        total = 0.0
+        for part in parts:
+            inputs = {name: part[name] for name in ("input_ids", "attention_mask")}
+            sums = []
+            for each in (truth, reference):
+                logits = each(**inputs).logits[:, :-1]
+                targets = part["labels"][:, 1:]
+                found = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])
+                sums.append(found.squeeze(-1).where(targets != -100, 0.0).sum(1))
+            total = total + una_loss(*sums, part["feedback"], num_units=units).loss
+        total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(total.item())
+    assert losses(trainer) == pytest.approx(seen, rel=1e-5)
+    for name, parameter in model.named_parameters():
+        expected = truth.get_parameter(name)
+        assert torch.allclose(parameter, expected, atol=1e-6), name
+
+
+def test_evaluation_counts_units(directory, tokenizer, tmp_path):
+    """The mean over units, not over batches; metrics under the names of the trainer."""
+    records = make_records("mixed", 7)
+    changes = {"eval_dataset": records, "per_device_eval_batch_size": 3}
+    trainer = make_trainer(directory, tokenizer, tmp_path, records, **changes)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.mul_(1.1)
+    metrics = trainer.evaluate()
+    batch = FeedbackCollator(tokenizer)(records)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    reference = trainer.ref_model(**inputs, una="responses").logps
+    out = trainer.model(**inputs, feedback=batch["feedback"], ref_logps=reference)
+    assert metrics["eval_loss"] == pytest.approx(out.loss.item(), rel=1e-6)
+    pairs = batch["feedback"].kind == 0
+    chosen = out.rewards[batch["feedback"].first[pairs]].mean()
+    assert metrics["eval_rewards/chosen"] == pytest.approx(chosen.item(), rel=1e-6)
+    assert metrics["eval_units"] == batch["feedback"].num_units
+
+
+def test_metrics_of_training_are_logged(directory, tokenizer, tmp_path):
+    class Watch(TrainerCallback):
+        seen: list[dict] = []
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            self.seen.append(dict(logs))
+
+    watch = Watch()
+    records = make_records("mixed", 16)
+    changes = {"callbacks": [watch], "per_device_train_batch_size": 8}
+    make_trainer(directory, tokenizer, tmp_path, records, **changes).train()
+    step = watch.seen[0]
+    assert {"loss", "grad_norm", "rewards/chosen", "una/implicit_mean", "log_ratio"} <= set(step)
+    assert step["units"] > 0 and "rewards/chosen" not in watch.seen[-1]
+
+
+def test_adapters_need_no_reference(directory, tokenizer, tmp_path):
+    peft = pytest.importorskip("peft")
+    options = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], lora_dropout=0.3)
+    model = peft.get_peft_model(load(directory), options)
+    trainer = make_trainer(
+        directory, tokenizer, tmp_path, model=model, ref_model=None, learning_rate=1.0
+    )
+    trainer.train()
+    first, second = losses(trainer)
+    objective_at_zero = make_trainer(directory, tokenizer, tmp_path, max_steps=1)
+    objective_at_zero.train()
+    assert first == pytest.approx(losses(objective_at_zero)[0], rel=1e-6)
+    assert second != first
+    trainer.save_model(str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / "adapter_model.safetensors").exists()
+
+
+def test_a_full_model_without_reference_is_refused(directory, tokenizer, tmp_path):
+    trainer = make_trainer(directory, tokenizer, tmp_path, ref_model=None)
+    with pytest.raises(ValueError, match="give ref_model=, or ref_logps in every record"):
+        trainer.train()
+
+
+def test_cached_references_replace_the_model(directory, tokenizer, tmp_path):
+    records = make_records("pairs", 8)
+    truth = make_trainer(directory, tokenizer, tmp_path, records)
+    truth.train()
+    collate, reference = FeedbackCollator(tokenizer), truth.ref_model
+    for record in records:
+        batch = collate([record])
+        del batch["feedback"]
+        with torch.no_grad():
+            record["ref_logps"] = reference(**batch, una="responses").logps.tolist()
+    trainer = make_trainer(directory, tokenizer, tmp_path, records, ref_model=None)
+    trainer.train()
+    assert losses(trainer) == pytest.approx(losses(truth), rel=1e-6)
+
+
+def test_a_run_goes_on_from_its_checkpoint(directory, tokenizer, tmp_path):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
+    whole = make_trainer(directory, tokenizer, tmp_path / "whole", **options)
+    whole.train()
+    resumed = make_trainer(directory, tokenizer, tmp_path / "whole", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert losses(resumed)[-2:] == losses(whole)[-2:]
+    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "checkpoint-4")
+    assert all(map(torch.equal, saved.parameters(), whole.model.parameters()))
+
+
+def test_objectives_reach_the_loss(directory, tokenizer, tmp_path):
+    records = [dict(record, weight=1.0) for record in make_records("pairs", 8)]
+    changes = {"max_steps": 1, "per_device_train_batch_size": 8}
+    usual = make_trainer(directory, tokenizer, tmp_path, records, **changes)
+    usual.train()
+    squared = Objective(pair="squared", beta=0.5)
+    margin = [dict(record, margin=2.0) for record in records]
+    other = make_trainer(directory, tokenizer, tmp_path, margin, objective=squared, **changes)
+    other.train()
+    assert losses(usual) == pytest.approx([0.6931472], rel=1e-6)
+    assert losses(other) == pytest.approx([4.0], rel=1e-6)
+
+
+class Stream(IterableDataset):
+    def __init__(self, records: list) -> None:
+        self.records = records
+
+    def __iter__(self):
+        return iter(copy.deepcopy(self.records))
+
+
+def test_streams_are_not_cut_by_rows(directory, tokenizer, tmp_path, monkeypatch):
+    """accelerate would join the batches of all ranks, and cut them by rows: feedback is no row."""
+    records = Stream(make_records("pairs", 8))
+    make_trainer(directory, tokenizer, tmp_path, records).train()
+    from accelerate import Accelerator
+
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    with pytest.raises(ValueError, match='"dispatch_batches": False'):
+        make_trainer(directory, tokenizer, tmp_path, records)

@@ -1,0 +1,252 @@
+"""transformers' Trainer on the UNA loss: its loop, callbacks, checkpoints and resume are its own.
+
+Units are counted over the accumulation window and over all ranks, so that N batches of one step, on
+any number of ranks, have the gradient of one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+from transformers import Trainer, TrainingArguments
+
+from una_fast.distributed import World
+from una_fast.feedback import Feedback
+from una_fast.integrations.hf.collator import FeedbackCollator
+from una_fast.integrations.hf.patch import UnaModelOutput, Uncast, patch_model
+from una_fast.layout import IGNORED
+from una_fast.losses import Objective
+from una_fast.model.dropout import remove_dropout
+from una_fast.train.metrics import Meter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_OF_LOSS = ("feedback", "ref_logps")
+
+
+class UNATrainer(Trainer):
+    """Train a causal language model on pairs, labels and scores, with transformers' Trainer.
+
+        UNATrainer(model, args, ref_model=reference, train_dataset=records,
+                   processing_class=tokenizer).train()
+
+    A batch has input_ids, attention_mask, labels (-100 outside the responses), feedback over the
+    rows of the batch, and optionally ref_logps. FeedbackCollator makes such batches from records.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments | None = None,
+        *,
+        ref_model: nn.Module | None = None,
+        objective: Objective | None = None,
+        pack: str | bool = "auto",
+        workspace_mb: float | None = None,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Patch the model, and build the trainer.
+
+        model: causal language model, or PeftModel; its dropout is set to 0, as log-ratios compare
+            deterministic log-probs
+        args: of the Trainer
+        ref_model: frozen reference; None: the model with its adapter off, or ref_logps of the
+            batches
+        objective: forms of the losses; None: Objective()
+        pack, workspace_mb: as of patch_model
+        data_collator: makes the batches; None: FeedbackCollator of the tokenizer
+        processing_class: tokenizer, saved with the model
+        kwargs: of transformers.Trainer: datasets, callbacks, optimizers
+
+        ValueError for what cannot be trained truly, by the argument.
+        """
+        self.objective = objective or Objective()
+        if data_collator is None:
+            if processing_class is None:
+                raise ValueError("give processing_class= (a tokenizer), or a data_collator=")
+            data_collator = FeedbackCollator(processing_class, objective=self.objective)
+        remove_dropout(model)
+        super().__init__(
+            patch_model(model, pack=pack, workspace_mb=workspace_mb),
+            args,
+            data_collator=data_collator,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self._refuse_split_batches()
+        # Which of the two says that a loss is divided already depends on the release.
+        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
+        self.can_return_loss = True
+        self.ref_model = None
+        if ref_model is not None:
+            patched = patch_model(ref_model, pack=pack, workspace_mb=workspace_mb)
+            frozen = patched.eval().requires_grad_(False)
+            self.ref_model = self.accelerator.prepare_model(frozen, evaluation_mode=True)
+        accelerator = self.accelerator
+        self.world = World(accelerator.process_index, accelerator.num_processes, accelerator.device)
+        self._meters = {True: self._new_meter(), False: self._new_meter()}
+
+    def _new_meter(self) -> Meter:
+        return Meter(self.objective, self.accelerator.device)
+
+    def _refuse_split_batches(self) -> None:
+        """Refuse a loader that joins the batches of all ranks and cuts them by rows."""
+        streams = isinstance(self.train_dataset, IterableDataset)
+        ranks = self.accelerator.num_processes
+        if streams and ranks > 1 and self.args.accelerator_config.dispatch_batches is not False:
+            raise ValueError(
+                "batches of an IterableDataset are cut by rows between the ranks, and feedback is "
+                'not; set accelerator_config={"dispatch_batches": False}'
+            )
+
+    # Columns of records are read by the collator.
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        return dataset
+
+    def _get_collator_with_removed_columns(
+        self, data_collator: Callable[..., Any], description: str | None = None
+    ) -> Callable[..., Any]:
+        return data_collator
+
+    # --- loss ---
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
+        """Return the units of all batches of a step, on all ranks; at least 1."""
+        units = sum(Feedback.of(batch["feedback"]).num_units for batch in batch_samples)
+        total = self.world.sum(torch.tensor(units, dtype=torch.int64, device=device))
+        return total.clamp(min=1)
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor]:
+        """Collect the batches of a step, and count their units.
+
+        epoch_iterator: yields batches
+        num_batches: batches of a step, at most
+        device: of the count
+        """
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Compute the loss of a batch: its units' sum, divided by the units of the step.
+
+        model: wrapped
+        inputs: a batch
+        return_outputs: return the UnaModelOutput too
+        num_items_in_batch: units of the step; None: those of the batch
+        """
+        tokens = {name: value for name, value in inputs.items() if name not in _OF_LOSS}
+        feedback = Feedback.of(inputs["feedback"])
+        ref_logps = inputs.get("ref_logps")
+        if ref_logps is None:
+            ref_logps = self.reference_logps(model, tokens)
+        out = model(
+            **tokens,
+            feedback=feedback,
+            ref_logps=Uncast(ref_logps),
+            objective=self.objective,
+            num_units=num_items_in_batch,
+        )
+        self._meters[model.training].add(_Counted.of(tokens, feedback), out)
+        loss = out.loss
+        if out.aux_loss is not None:
+            loss = loss + self._share(feedback, num_items_in_batch) * self._router_loss(out)
+        if num_items_in_batch is not None:
+            # DDP and FSDP average the gradients of ranks, which are parts of one sum.
+            loss = loss * self.accelerator.num_processes
+        return (loss, out) if return_outputs else loss
+
+    def _router_loss(self, out: UnaModelOutput) -> Tensor:
+        config = self.accelerator.unwrap_model(self.model).config.get_text_config()
+        return getattr(config, "router_aux_loss_coef", 0.0) * out.aux_loss
+
+    def _share(self, feedback: Feedback, num_items: Tensor | int | None) -> Tensor | float:
+        """Return the share of a batch in its step, by units."""
+        return 1.0 if num_items is None else feedback.num_units / num_items
+
+    @torch.no_grad()
+    def reference_logps(self, model: nn.Module, tokens: dict[str, Any]) -> Tensor:
+        """Return the [B] log-probs of the reference.
+
+        model: the policy, wrapped
+        tokens: a batch without its feedback
+
+        ValueError where there is neither a reference nor an adapter to switch off.
+        """
+        if self.ref_model is not None:
+            return self.ref_model(**tokens, una="responses").logps
+        inside = self.accelerator.unwrap_model(model)
+        if not hasattr(inside, "disable_adapter"):
+            raise ValueError(
+                "a fully trained model needs its reference: give ref_model=, or ref_logps in every "
+                "record"
+            )
+        with inside.disable_adapter():
+            return model(**tokens, una="responses").logps
+
+    # --- evaluation and metrics ---
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        """Return the loss of a batch; there are no logits.
+
+        model: wrapped
+        inputs: a batch
+        prediction_loss_only, ignore_keys: of the Trainer; nothing but the loss is predicted
+        """
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        return loss.detach().float(), None, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the Trainer's loop, and add the metrics over all units."""
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        for name, value in self._meters[False].take(self.world).items():
+            output.metrics[f"{prefix}_{name}"] = value
+        return output
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, with the metrics of the steps since the last log."""
+        if "loss" in logs:
+            found = self._meters[True].take(self.world)
+            logs = {**logs, **{name: value for name, value in found.items() if name != "loss"}}
+        super().log(logs, *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """What a Meter reads of a batch."""
+
+    feedback: Feedback
+    input_ids: Tensor
+    targets: Tensor
+    num_tokens: int
+
+    @staticmethod
+    def of(tokens: dict[str, Any], feedback: Feedback) -> _Counted:
+        """Count the tokens of a batch."""
+        ids, mask, labels = tokens["input_ids"], tokens.get("attention_mask"), tokens["labels"]
+        scored = labels[labels != IGNORED]
+        return _Counted(feedback, ids, scored, ids.numel() if mask is None else int(mask.sum()))
