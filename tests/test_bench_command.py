@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import subprocess
 import sys
 
 import pytest
 import torch
 
 from una_fast.bench import contenders, longest, run
-from una_fast.bench.attempts import attempt
+from una_fast.bench.attempts import DeviceLost, attempt
 from una_fast.bench.contenders import Eager, Liger, Trl, Una
 from una_fast.bench.inputs import HEADS, Form, Inputs
 from una_fast.bench.longest import Line, line_of, search
@@ -103,15 +104,16 @@ def test_a_quick_run_fills_the_table_and_the_files(bench, tmp_path, monkeypatch)
         assert row["quartiles"] and len(row["all_seconds"]) == run.QUICK_RUNS
     assert rows["bare mm"]["seconds"] > 0
     assert last["reasons"].keys() == {"broken", "absent", "cce", "huge"}
+    assert rows["huge"]["longest_rows"] == 0
     environment = stored["environment"]
     assert {"torch", "trl", "machine", "threads", "command", "time"} <= environment.keys()
     head = stored["head"]
     assert (head["rows"], head["dim"], head["vocab"]) == (24, 16, 90)
 
 
-def test_a_model_gives_sizes_and_real_states(bench, llamas, monkeypatch):
-    monkeypatch.setattr(run, "of_the_head", lambda *_: [Una(), Eager()])
-    status, said, _, stored = bench("--model", llamas["tied"], "--tokens", "16", "--head", "frozen")
+def test_a_model_gives_sizes_and_real_states(bench, llamas):
+    words = ["--contenders", "[una_fast, eager]", "--tokens", "16", "--head", "frozen"]
+    status, said, _, stored = bench("--model", llamas["tied"], *words)
     assert status == 0, said
     head = stored["head"]
     assert (head["dim"], head["vocab"], head["head"]) == (32, 300, "frozen")
@@ -126,9 +128,9 @@ def test_without_weights_or_matplotlib_the_rest_is_measured(bench, llamas, monke
     only_config.mkdir()
     with open(f"{llamas['untied']}/config.json", encoding="utf-8") as file:
         (only_config / "config.json").write_text(file.read(), encoding="utf-8")
-    monkeypatch.setattr(run, "of_the_head", lambda *_: [Una()])
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    status, said, _, stored = bench("--model", str(only_config), "--tokens", "16")
+    words = ["--contenders", "[una_fast]", "--tokens", "16"]
+    status, said, _, stored = bench("--model", str(only_config), *words)
     assert status == 0
     assert json.loads(said.splitlines()[-1])["files"] == [RESULT]
     assert "no picture: matplotlib is not installed: pip install matplotlib" in said
@@ -146,6 +148,8 @@ def test_without_weights_or_matplotlib_the_rest_is_measured(bench, llamas, monke
         (("--model", "./nowhere"), "model directory ./nowhere does not exist"),
         (("--model", "m", "--vocab", "90"), "the model gives hidden and vocab"),
         (("--workspace_mb", "0"), "workspace_mb=0.* must be at least 1"),
+        (("--contenders", "[una_fast, trll]"), "contenders='trll' is not one of una_fast, eager"),
+        (("--contenders", "[]"), "contenders is empty"),
         (("--seconds", "-1"), "seconds=-1.* must be positive"),
     ],
 )
@@ -161,6 +165,37 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
         run.run_bench(BenchConfig(device="cuda"))
 
 
+def test_a_gpu_that_a_contender_broke_is_told(monkeypatch, tmp_path):
+    def lost(self, real):
+        raise DeviceLost("liger", "RuntimeError: misaligned address")
+
+    monkeypatch.setattr(run.Bench, "measure", lost)
+    settings = BenchConfig(tokens=8, hidden=8, vocab=30, device="cpu", out=str(tmp_path))
+    with pytest.raises(ValueError, match="liger broke the GPU's context .*misaligned.*contenders"):
+        run.run_bench(settings)
+
+
+def test_a_run_of_a_shape_needs_torch_alone(tmp_path):
+    """Peers, transformers and matplotlib may all be absent: each is named, none is needed."""
+    absent = ["transformers", "peft", "datasets", "safetensors", "matplotlib", "trl"]
+    absent += ["liger_kernel", "cut_cross_entropy"]
+    # -v: the command does not quieten packages, which are None here.
+    words = ["-v", "bench", "--quick", "--device", "cpu", "--out", str(tmp_path / "out"), *SMALL]
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({absent!r}))
+from una_fast.bench import longest
+from una_fast.cli import main
+longest.SLOPE_BYTES = 1 << 16
+sys.exit(main({words!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shown = lines_of(done.stdout)
+    assert "trl" in shown["trl"] and "liger_kernel" in shown["liger"]
+    assert "seconds" in json.loads(done.stdout.splitlines()[-1])
+
+
 def test_every_setting_is_read(monkeypatch, tmp_path):
     """A setting that nobody reads is a bug."""
     read = set()
@@ -171,8 +206,8 @@ def test_every_setting_is_read(monkeypatch, tmp_path):
             return super().__getattribute__(name)
 
     settings = Watched(tokens=8, hidden=8, vocab=30, out=str(tmp_path), quick=True, device="cpu")
+    settings.contenders = ["una_fast"]
     read.clear()
-    monkeypatch.setattr(run, "of_the_head", lambda workspace, engine: [Una(workspace, engine)])
     monkeypatch.setattr(run, "asdict", lambda settings: {})
     run.run_bench(settings)
     unread = {field.name for field in dataclasses.fields(BenchConfig)} - read

@@ -28,6 +28,10 @@ class WrongResult(Exception):
 class DeviceLost(Exception):
     """(name, reason) of a contender; the GPU answers nothing more in this process."""
 
+    def __str__(self) -> str:
+        name, reason = self.args
+        return f"{name} broke the GPU's context ({reason})"
+
 
 def release() -> None:
     """Give the GPU's cached memory back."""

@@ -19,7 +19,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -299,9 +299,16 @@ class Liger(Contender):
         return self._apply(x)[1].detach()
 
 
-def of_the_head(workspace_mb: float | None, engine: str = "auto") -> list[Contender]:
-    """Return the contenders of `una-fast bench`: this package first, then eager and the peers."""
-    return [Una(workspace_mb, engine), Eager(), Trl(), Liger(), Cce()]
+def of_the_head(
+    workspace_mb: float | None, engine: str = "auto", names: Sequence[str] | None = None
+) -> list[Contender]:
+    """Return the contenders of `una-fast bench`: this package first, then eager and the peers.
+
+    workspace_mb, engine: of this package
+    names: of the contenders that take part; None: all
+    """
+    found = [Una(workspace_mb, engine), Eager(), Trl(), Liger(), Cce()]
+    return [c for c in found if names is None or c.name.startswith(tuple(names))]
 
 
 def lacks(function: Callable[..., Any], positional: int, *named: str) -> str | None:

@@ -7,6 +7,7 @@ reference the same states with noise; a head's weight, and its bias, are the mod
 
 from __future__ import annotations
 
+import gc
 import textwrap
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -17,10 +18,11 @@ from torch import Tensor
 
 from una_fast.bench.inputs import SPREAD, Form
 from una_fast.bench.machine import free_memory
+from una_fast.model.directory import reading
 from una_fast.model.gguf import is_gguf
 from una_fast.model.head_probe import hidden_states, probe_reduced
 from una_fast.model.loading import load_causal_lm, load_tokenizer, model_and_adapter, sized_outline
-from una_fast.printable import bytes_in_words, printable
+from una_fast.printable import bytes_in_words
 
 CONTEXT = 64  # tokens before the first row of a response
 LETTERS = 12  # of the text per wanted token, more than a tokenizer packs into a token
@@ -52,12 +54,9 @@ def head_of(name: str, *, trust_remote_code: bool) -> ModelHead:
     ValueError for a model that is not there, or whose logits have another form.
     """
     base, _ = model_and_adapter(name)
-    try:
+    with reading(base, "model"):
         model = sized_outline(base, trust_remote_code=trust_remote_code)
-    except OSError as error:  # transformers', of several lines, for names of the hub
-        reason = printable(" ".join(str(error).split()), 300)
-        raise ValueError(f"model {printable(name)} cannot be read: {reason}") from error
-    spec = probe_reduced(model)
+        spec = probe_reduced(model)
     vocab, dim = spec.weight.shape
     weights = sum(p.numel() for p in model.parameters())
     form = Form(spec.softcap, spec.logit_scale, spec.bias is not None)
@@ -79,7 +78,7 @@ def refuse_states(head: ModelHead, device: torch.device, dtype: torch.dtype) -> 
         raise NoStates("the weights are not in a directory on this machine")
     # The file is read on the CPU, and whole in float32 from a GGUF file.
     on_cpu = head.weights * (4 if is_gguf(base) else dtype.itemsize)
-    places = {torch.device("cpu"): on_cpu, device: head.weights * dtype.itemsize}
+    places = {device: head.weights * dtype.itemsize, torch.device("cpu"): on_cpu}
     for place, needed in places.items():
         free = free_memory(place)
         if needed > 0.8 * free:
@@ -131,6 +130,8 @@ def real_states(
     }
     if getattr(output, "bias", None) is not None:
         found["bias"] = output.bias.detach()
+    del model, states
+    gc.collect()  # the rest of the model has cycles
     return found
 
 

@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
+from una_fast.bench.attempts import DeviceLost
 from una_fast.bench.contenders import Contender, of_the_head
 from una_fast.bench.inputs import PLAIN, Form, Inputs, StatesInputs
-from una_fast.bench.longest import line_of, modelled, search
+from una_fast.bench.longest import Line, line_of, modelled, search
 from una_fast.bench.machine import (
     PEERS,
     command_output,
@@ -43,8 +44,8 @@ from una_fast.bench.settings import BenchConfig
 from una_fast.bench.tables import Column, table_lines
 from una_fast.bench.truth import LogpTruth, check, logp_errors, logp_truth, truth
 from una_fast.files import write_json
+from una_fast.head.engines import compute_dtype
 from una_fast.printable import bytes_in_words
-from una_fast.resolved import compute_dtype
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("una_fast", "kernels")
@@ -239,6 +240,7 @@ class _Asked:
     true: of `part`
     real: real hidden states, if there are any
     real_truth: log-probs of `real`
+    lines: memory by contender, on a CPU
     """
 
     x: Inputs
@@ -246,6 +248,7 @@ class _Asked:
     true: Any
     real: Inputs | None = None
     real_truth: LogpTruth | None = None
+    lines: dict[str, Line] = field(default_factory=dict)
 
     def questions(self, contender: Contender) -> list[Question]:
         """Return the questions to a contender, in order."""
@@ -256,6 +259,7 @@ class _Asked:
         if self.real is not None:
             asked.append(functools.partial(self._real_errors, contender))
         if self.x.device.type == "cpu":
+            asked.append(functools.partial(self._longest, contender))
             asked.append(functools.partial(self._fits, contender))
         asked.append(functools.partial(costs, contender, self.x))
         return [Question(ask, FIRST_CALL) for ask in asked]
@@ -264,14 +268,19 @@ class _Asked:
         found = logp_errors(contender, self.real, self.real_truth)
         return {f"real_{name}": value for name, value in found.items()}
 
+    def _longest(self, contender: Contender) -> dict[str, Any]:
+        """Return the longest call by the model."""
+        line = self.lines[contender.name] = line_of(contender, self.x)
+        return modelled(line, self.x)
+
     def _fits(self, contender: Contender) -> dict[str, Any]:
-        """Return the longest call by the model; MemoryError where the timed call is too long."""
-        line = line_of(contender, self.x)
+        """Raise MemoryError where the timed call is too long for the memory."""
+        line = self.lines[contender.name]
         needed, free = line.needed(self.x.rows), free_memory(self.x.device)
         if MARGIN * needed > free:
             words = f"a step needs {bytes_in_words(needed)}, and {bytes_in_words(free)} are free"
             raise MemoryError(words)
-        return modelled(line, self.x)
+        return {}
 
 
 def run_bench(settings: BenchConfig) -> dict[str, Any]:
@@ -292,13 +301,13 @@ def run_bench(settings: BenchConfig) -> dict[str, Any]:
     work = _work(settings, model, device, dtype)
     _refuse_too_large(work)
     out.mkdir(parents=True, exist_ok=True)
-    entrants = of_the_head(settings.workspace_mb, settings.engine)
+    entrants = of_the_head(settings.workspace_mb, settings.engine, settings.contenders)
     runs = QUICK_RUNS if settings.quick else RUNS[device.type]
     total = len(entrants) + (runs + 1) * (len(entrants) + GEMM_JOBS)
     print(work.title(settings.head), flush=True)
     with progress_bar(total, settings.progress) as progress:
         bench = Bench(settings, work, entrants, progress)
-        found = bench.measure(bench.real_states(model))
+        found = _measured(bench, model)
     result = {
         "environment": _environment(device),
         "settings": asdict(settings),
@@ -307,6 +316,14 @@ def run_bench(settings: BenchConfig) -> dict[str, Any]:
         **found,
     }
     return _tell(result, work, settings, out)
+
+
+def _measured(bench: Bench, model: Any) -> dict[str, Any]:
+    """Return table and reference; ValueError where a contender leaves the GPU unusable."""
+    try:
+        return bench.measure(bench.real_states(model))
+    except DeviceLost as error:
+        raise ValueError(f"{error}; name the others with --contenders") from error
 
 
 def _device_of(settings: BenchConfig) -> torch.device:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from una_fast.checks import check_at_least, check_choices, check_types
+from una_fast.checks import check_at_least, check_choices, check_one_of, check_types
 from una_fast.config import Device, Engine, Precision
 
 Head = Literal["trained", "frozen"]
+CONTENDERS = ("una_fast", "eager", "trl", "liger", "cce")
 
 
 @dataclass
@@ -33,6 +34,8 @@ class BenchConfig:
     """Dtype of hidden states and head; auto: bf16 on a GPU, fp32 on a CPU."""
     device: Device = "auto"
     """Device to measure on."""
+    contenders: list[str] | None = None
+    """Of una_fast, eager, trl, liger, cce; null: all."""
     quick: bool = False
     """Fewer tokens and rounds, and no search for the longest row on a GPU: about a minute."""
     seconds: float = 60.0
@@ -53,6 +56,10 @@ class BenchConfig:
             raise ValueError("the model gives hidden and vocab; leave them out, or leave model out")
         if self.model is not None and not self.model.strip():
             raise ValueError("model is empty; name a model, or give --hidden and --vocab")
+        for name in self.contenders or ():
+            check_one_of("contenders", name, CONTENDERS)
+        if self.contenders == []:
+            raise ValueError(f"contenders is empty; name some of {', '.join(CONTENDERS)}")
         if self.workspace_mb is not None and not self.workspace_mb >= 1:
             raise ValueError(f"workspace_mb={self.workspace_mb} must be at least 1, or null")
         if not self.seconds > 0:
