@@ -105,6 +105,10 @@ def test_a_quick_run_fills_the_table_and_the_files(bench, tmp_path, monkeypatch)
     assert rows["bare mm"]["seconds"] > 0
     assert last["reasons"].keys() == {"broken", "absent", "cce", "huge"}
     assert rows["huge"]["longest_rows"] == 0
+    shares = last["ratios"]["eager"]
+    assert shares["seconds"] == rows["una_fast"]["seconds"] / rows["eager"]["seconds"]
+    assert f"una_fast beside eager: {shares['seconds']:.3g} of the time" in said
+    assert "modelled from short calls" in said
     environment = stored["environment"]
     assert {"torch", "trl", "machine", "threads", "command", "time"} <= environment.keys()
     head = stored["head"]

@@ -1,4 +1,4 @@
-"""Attempts of contenders: a failure becomes a reason, and the others go on."""
+"""Attempts of contenders: a failure becomes a reason, and the bench goes on."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ watches: list[Watch] = []
 
 
 class WrongResult(Exception):
-    """A contender that does not compute the work to be timed."""
+    """A contender does not compute the work to be timed."""
 
 
 class DeviceLost(Exception):
-    """(name, reason) of a contender; the GPU answers nothing more in this process."""
+    """(name, reason) of a contender; the GPU is lost to the process."""
 
     def __str__(self) -> str:
         name, reason = self.args
@@ -50,7 +50,7 @@ def _watched(name: str, seconds: float | None) -> contextlib.AbstractContextMana
 def deadline(seconds: float | None) -> Iterator[None]:
     """Raise TimeoutError after `seconds` of Python; a running kernel is waited for.
 
-    Without effect outside the main thread, where Python hears no alarm.
+    Without effect outside the main thread, for Python hears alarms in the main thread alone.
     """
     if not seconds or threading.current_thread() is not threading.main_thread():
         yield
@@ -79,7 +79,7 @@ def attempt(
     name: the contender named by DeviceLost
     run: the work
     clean: frees the memory of a failed run; DeviceLost is raised if `clean` fails too
-    seconds: the deadline of `run`, None for no deadline
+    seconds: the deadline of `run`, if any
     """
     try:
         with _watched(name, seconds), deadline(seconds):
@@ -105,7 +105,7 @@ def attempt(
 
 
 def _in_a_line(error: Exception) -> str:
-    """Return the reason of a failure; torch has several errors for memory that is full."""
+    """Return the reason of a failure; torch has several errors for full memory."""
     text = " ".join(str(error).split())
     if "out of memory" in text.lower() or "can't allocate memory" in text:
         return "out of memory"

@@ -1,4 +1,4 @@
-"""The contenders: this package, eager PyTorch, and peers, each called as its trainers call it.
+"""The contenders: una_fast, eager PyTorch, and peers, called as the trainers of the peers do.
 
 una_fast       linear_una_loss; log-probs: token_logps, sums: sequence_logps
 eager          F.linear, float32 log_softmax over all rows, gather
@@ -10,7 +10,7 @@ cce            cut_cross_entropy.linear_cross_entropy(reduction="none"), default
 liger          liger_kernel.chunked_loss.LigerFusedLinearDPOLoss on [2 B, T, D], chosen first,
                compiled on a GPU as by default
 
-A contender that cannot do the work, or is not installed, says why (`Contender.unavailable`).
+`Contender.unavailable` says why a contender cannot do the work, or is not installed.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Contender:
     """A participant in the bench, under `name`.
 
     module: the package to be imported
-    install: what pip installs for the module
+    install: the name of the module for pip
     passes: GEMM passes of 2 N D V flop, with a trained and with a frozen head
-    takes: parts of a head's form beyond W h that the contender can compute, see Form.extras
+    takes: computable parts of a head's form beyond W h, see Form.extras
     rounds_logits: the logits, or the target's logit alone, are rounded to the dtype of the
         operands, so that sums of log-probs, and with the sums the coefficient of a pair, carry
         noise
@@ -83,15 +83,15 @@ class Contender:
         return None
 
     def small(self) -> Contender:
-        """Return the contender with the least memory of its own, to see the memory of a row."""
+        """Return the contender with the smallest workspace, to see the memory of a row."""
         return self
 
     def fixed_bytes(self, x: Inputs) -> int | None:
-        """Return the bytes of a workspace that the contender never exceeds; None without one."""
+        """Return the bytes of the workspace, if the contender has a workspace."""
         return None
 
     def rows_at_once(self) -> int | None:
-        """Return the rows that have logits at the same time; None for all rows of a call."""
+        """Return the rows with logits at the same time; None for all rows of a call."""
         return None
 
     def loss(self, x: Inputs) -> Tensor:
@@ -112,7 +112,7 @@ EVERY_FORM = frozenset({"softcap", "logit scale", "bias"})
 
 
 class Una(Contender):
-    """This package: the fused loss, and log-probs without gradient."""
+    """una_fast: the fused loss, and log-probs without gradient."""
 
     takes = EVERY_FORM
 
@@ -159,7 +159,7 @@ class Una(Contender):
 class PerToken(Contender):
     """Log-probs per token [N]; the loss follows from the sums.
 
-    A class gives `per_token`, or, for heads of other forms, `per_token_of`.
+    A class gives `per_token`, or, for heads of every form, `per_token_of`.
     """
 
     def per_token(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ class PerToken(Contender):
         raise NotImplementedError
 
     def per_token_of(self, x: Inputs) -> Tensor:
-        """Return [N] log-probs of inputs, for any form that the contender takes."""
+        """Return [N] log-probs of inputs, for every form in `takes`."""
         return self.per_token(x.hidden, x.weight, x.targets)
 
     def logps(self, x: Inputs) -> Tensor:
@@ -302,10 +302,10 @@ class Liger(Contender):
 def of_the_head(
     workspace_mb: float | None, engine: str = "auto", names: Sequence[str] | None = None
 ) -> list[Contender]:
-    """Return the contenders of `una-fast bench`: this package first, then eager and the peers.
+    """Return the contenders of `una-fast bench`: una_fast, then eager and the peers.
 
-    workspace_mb, engine: of this package
-    names: of the contenders that take part; None: all
+    workspace_mb, engine: of una_fast
+    names: beginnings of the names of the contenders; default: all
     """
     found = [Una(workspace_mb, engine), Eager(), Trl(), Liger(), Cce()]
     return [c for c in found if names is None or c.name.startswith(tuple(names))]

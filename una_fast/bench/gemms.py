@@ -1,4 +1,4 @@
-"""The bare matrix products of the work: the least time that any contender could take.
+"""The bare matrix products of the work: the least time of any contender.
 
 The time of a pass is the fastest torch.mm among chunks of 4096, 8192 and N rows, scaled to N rows;
 the work takes the logits of reference and policy, dL/dh and, with a trained head, dL/dW.

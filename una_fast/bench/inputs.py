@@ -1,4 +1,4 @@
-"""The tensors that all contenders share: hidden states and heads of policy and reference.
+"""The tensors of all contenders: hidden states and heads of policy and reference.
 
 The work of a contender: forward and backward of a loss over S responses of N rows in all, policy
 and reference, head trained or frozen. Pairs carry the DPO loss, single responses
@@ -27,9 +27,9 @@ HEADS = ("trained", "frozen")
 class Form(NamedTuple):
     """The form of a head: z = softcap * tanh(logit_scale * (W h + bias) / softcap).
 
-    softcap: None for no cap
+    softcap: if any
     logit_scale: factor of W h + bias
-    has_bias: whether there is a bias
+    has_bias: whether a bias is added
     """
 
     softcap: float | None = None
@@ -54,7 +54,7 @@ class Form(NamedTuple):
         return raw if self.softcap is None else self.softcap * torch.tanh(raw / self.softcap)
 
     def slope_(self, logits: Tensor) -> Tensor | float:
-        """Return dz/d(W h + bias) at the logits z, written over z where the slope varies."""
+        """Return dz/d(W h + bias) at the logits z; a slope of every logit is written over z."""
         if self.softcap is None:
             return self.logit_scale
         share = logits.div_(self.softcap).square_()  # of the cap, squared
@@ -171,7 +171,7 @@ class Inputs:
     def of_length(self, rows: int) -> Inputs:
         """Return inputs with `rows` rows per response and the same heads.
 
-        Rows are the first of each response, and begin again where there are not as many.
+        Rows are the first of every response; a short response begins again.
         """
         found = copy.copy(self)
         starts = self.cu_seqlens[:-1].tolist()
@@ -222,7 +222,7 @@ class StatesInputs(Inputs):
         """Take tensors, rounded to a dtype.
 
         tensors: hidden, ref_hidden [N, D], weight, ref_weight [V, D], targets [N], perhaps bias [V]
-        lengths: rows of each response
+        lengths: rows of the responses
         device: to move the tensors to
         dtype: of the floating-point tensors
         form: of the head

@@ -1,7 +1,7 @@
-"""The longest call that fits: response tokens of one step, searched on a GPU, modelled on a CPU.
+"""The longest call in the memory: response tokens of a step, searched on a GPU, modelled on a CPU.
 
-A GPU says when its memory is full, and goes on: calls of growing length are tried, with the cache
-given back before each. A CPU without room swaps, or ends the process: there the memory of a
+A GPU says when the memory is full, and goes on: calls of growing length are tried, and the cache is
+given back before every call. A CPU without room swaps, or ends the process: the memory of a
 contender is measured in two short calls, and continued as a line.
 
     bytes(N) = base + N * (extra + states)      states: hidden, ref_hidden, dL/dhidden, targets
@@ -34,12 +34,12 @@ CLOSE = 1.05  # the search ends when a length that fits is so near a length that
 
 
 class Line(NamedTuple):
-    """The memory of a contender as a line, with a bend where logits are written over logits.
+    """The memory of a contender as a line, with a bend from which logits are written over logits.
 
     base: bytes of a call without rows, beyond the heads: gradients, accumulators, workspace
     extra: bytes of a further row before the bend, beyond states
     states: bytes of a row's states, gradient and target
-    bend: rows with logits at the same time; None for all rows
+    bend: rows with logits at the same time; default: all rows
     tail: bytes of a further row behind the bend, beyond states
     """
 
@@ -55,7 +55,7 @@ class Line(NamedTuple):
         return self.base + self.extra * before + self.tail * (rows - before)
 
     def longest(self, free: int) -> int:
-        """Return the rows that fit into so many bytes."""
+        """Return the rows of so many bytes."""
         rows = (free - self.base) / (self.extra + self.states)
         if self.bend is not None and rows > self.bend:
             left = free - self.needed(self.bend) - self.states * self.bend
@@ -78,8 +78,9 @@ def _quiet() -> Iterator[None]:
 def line_of(contender: Contender, x: Inputs) -> Line:
     """Measure the memory of a contender in two short calls on the device of x.
 
-    Short calls have the heads of x. A contender with a workspace is measured with a small one, and
-    the line holds the whole workspace. A contender with tiles is measured beyond a tile, too.
+    Short calls have the heads of x. A contender with a workspace is measured with a small
+    workspace, and the line holds the whole workspace. A contender with tiles is measured beyond a
+    tile, too.
     """
     small = contender.small()
     shorter = max(SLOPE_BYTES // (4 * x.vocab * len(x.lengths)), 4)
@@ -104,7 +105,7 @@ def _slope(contender: Contender, x: Inputs, rows: int) -> tuple[float, float]:
     """Return bytes per row, and bytes without rows, from calls of `rows` and twice as many.
 
     contender: of the calls
-    x: gives the heads, and the rows, which begin again
+    x: gives the heads, and rows to repeat
     rows: of a response
     """
     points = []
@@ -122,10 +123,10 @@ def search(contender: Contender, x: Inputs, seconds: float) -> dict[str, Any]:
     """Search the longest call of a contender on a GPU, from the length of x.
 
     contender: fits at the length of x
-    x: gives the heads, and the rows, which begin again
-    seconds: after which no further length is tried
+    x: gives the heads, and rows to repeat
+    seconds: of the search
 
-    Returns longest_rows and, where the search ended early, longest_note.
+    Returns longest_rows and, after an early end of the search, longest_note.
     """
     responses = len(x.lengths)
     fits, full = max(x.lengths), None
@@ -155,12 +156,12 @@ def search(contender: Contender, x: Inputs, seconds: float) -> dict[str, Any]:
 
 
 def _try(contender: Contender, x: Inputs, rows: int) -> None:
-    """Run one step of `rows` rows per response; gradients are dropped."""
+    """Run a step of `rows` rows per response; gradients are dropped."""
     part = x.of_length(rows)
     step(contender, part)
     attempts.release()  # waits for the step
 
 
 def modelled(line: Line, x: Inputs) -> dict[str, Any]:
-    """Return the longest call of a contender by its line, in the memory that is free now."""
+    """Return the longest call of a contender by a line, in the free memory."""
     return {"longest_rows": line.longest(free_memory(x.device)), "longest_kind": "modelled"}

@@ -19,7 +19,7 @@ PEERS = ("triton", "liger-kernel", "cut-cross-entropy", "quack-kernels", "transf
 
 
 def command_output(root: Path, *command: str) -> str | None:
-    """Return the output of a command run in a folder, None where the command fails."""
+    """Return the output of a command run in a folder, None after a failure."""
     try:
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     except OSError:
@@ -28,7 +28,7 @@ def command_output(root: Path, *command: str) -> str | None:
 
 
 def installed(package: str) -> str | None:
-    """Return the version of a package, None where the package is missing."""
+    """Return the version of a package, None for a missing package."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -39,7 +39,7 @@ def commit_of(root: Path, folders: Iterable[str]) -> dict[str, Any]:
     """Return the commit of a tree, and whether folders have uncommitted changes.
 
     root: of the tree
-    folders: that are looked at for changes
+    folders: to look at for changes
 
     None without git. A copy of the tree on another machine has no git: BENCH_COMMIT names the
     commit.
@@ -53,14 +53,14 @@ def commit_of(root: Path, folders: Iterable[str]) -> dict[str, Any]:
 
 
 def total_memory(device: torch.device) -> int:
-    """Return the bytes of a device's memory: of a GPU, or of this machine."""
+    """Return the bytes of a device's memory: of a GPU, or of the machine."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes that this process may still take, on a CPU without swapping."""
+    """Return the bytes left to the process, on a CPU without swapping."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -68,7 +68,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def _available() -> int:
-    """Return the bytes that Linux can give to new programs; elsewhere all of the memory."""
+    """Return the bytes left to new programs under Linux, else all of the memory."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -78,7 +78,7 @@ def _available() -> int:
 
 
 def _left_of_group(group: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return the bytes that a container leaves; a large number without a limit."""
+    """Return the bytes left in a container; a large number without a limit."""
     try:
         limit = int((group / "memory.max").read_text(encoding="utf-8"))
         used = int((group / "memory.current").read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
-"""The numbers of a contender: errors against float64, extra memory, time in turns with the others.
+"""The numbers of a contender: errors against float64, extra memory, time in turns.
 
-Extra memory is the peak beyond inputs, returned gradients and, where a trained head is narrower,
-one float32 [V, D] accumulator. On a CPU torch's dispatcher counts the memory (counters.py), on a
+Extra memory is the peak beyond inputs, returned gradients and, for a narrower, trained head, a
+float32 [V, D] accumulator. On a CPU torch's dispatcher counts the memory (counters.py), on a
 GPU the caching allocator.
 """
 
@@ -24,7 +24,7 @@ VALID_REFERENCE = 0.9  # of the rate of an 8192^3 product
 
 
 def cleaner(x: Inputs) -> Callable[[], None]:
-    """Return a function that drops the gradients of x and the GPU's cached memory."""
+    """Return a function to drop the gradients of x and the GPU's cached memory."""
 
     def clean() -> None:
         x.clear()
@@ -39,7 +39,7 @@ def alloc_retries(device: torch.device) -> int:
 
 
 def costs(contender: Contender, x: Inputs) -> dict[str, Any]:
-    """Return the peak extra bytes of one step; on a CPU also the counted passes."""
+    """Return the peak extra bytes of a step; on a CPU also the counted passes."""
     if x.device.type != "cpu":
         return {"extra_bytes": extra_bytes(contender, x)}
     with FlopCounter() as flop:
@@ -55,7 +55,7 @@ def accumulator_bytes(x: Inputs) -> int:
 
 
 def extra_bytes(contender: Contender, x: Inputs) -> int:
-    """Return the peak bytes of one step beyond inputs, gradients and accumulator."""
+    """Return the peak bytes of a step beyond inputs, gradients and accumulator."""
     if x.device.type == "cpu":
         with LiveBytes() as memory:
             step(contender, x)
@@ -77,7 +77,7 @@ def sizes_of(x: Inputs) -> dict[str, int]:
 
 
 class Question(NamedTuple):
-    """A question about a contender: a function that returns numbers, and its seconds at most."""
+    """A question about a contender: a function with numbers as answer, and a limit in seconds."""
 
     ask: Callable[[], dict[str, Any]]
     seconds: float
@@ -96,7 +96,7 @@ def examine(
     row: of the table, changed in place
     x: the inputs of the questions
     questions: asked in order, until a failure
-    reason: why nothing is asked at all, if there is a reason
+    reason: known beforehand, so that no question is asked
 
     Returns whether the contender may be timed.
     """
@@ -119,9 +119,9 @@ class Rounds(NamedTuple):
     """The timed rounds.
 
     runs: number of rounds
-    budget: seconds after which no further round starts
-    busy: programs that run beside on purpose
-    tell: told the name of every job that has run
+    budget: seconds of all rounds; three rounds are made in any case
+    busy: programs to run beside
+    tell: told the name of every finished job
     """
 
     runs: int
@@ -133,10 +133,10 @@ class Rounds(NamedTuple):
 class Times(NamedTuple):
     """Seconds of jobs; the bare products have names of two parts, see gemm_jobs.
 
-    best: name -> seconds that count
+    best: name -> seconds to count
     spreads: name -> quartiles, spread and single runs
     failed: name -> reason
-    retries: of the caching allocator; each cost some contender time
+    retries: of the caching allocator, at some contender's expense
     """
 
     best: dict[Any, float]
@@ -174,14 +174,14 @@ def time_all(ready: Sequence[Contender], x: Inputs, rounds: Rounds) -> Times:
 def put_times(
     table: Mapping[str, dict[str, Any]], ready: Sequence[Contender], x: Inputs, times: Times
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Put the times of contenders into their rows, beside the time of the bare products.
+    """Put the times of contenders into rows of a table, beside the time of the bare products.
 
     table: name -> row, changed in place
-    ready: the contenders that were timed
+    ready: the timed contenders
     x: the inputs
     times: of contenders and bare products
 
-    Returns (the reference: the bare products in detail, their row of the table).
+    Returns (the reference: the bare products in detail, the row of the bare products).
     """
     best = times.best
     products = {name: value for name, value in best.items() if isinstance(name, tuple)}

@@ -1,8 +1,8 @@
-"""The head of a model: its size and constants from the config, real hidden states from the weights.
+"""The head of a model: size and constants from the config, real hidden states from the weights.
 
 The size and the constants need no weights: the constants are found on a small copy of the model.
-Real states are those of a page of English from Python's own documentation (pydoc_data), the
-reference the same states with noise; a head's weight, and its bias, are the model's.
+Real states are states of a page of English from Python's own documentation (pydoc_data), the
+reference is the same states with noise; weight and bias of the head are the model's.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ def head_of(name: str, *, trust_remote_code: bool) -> ModelHead:
     """Return the size and the constants of a model's head, from the config alone.
 
     name: model directory, GGUF file, adapter directory or hub name
-    trust_remote_code: run model code that comes with the config
+    trust_remote_code: run code beside the config
 
-    ValueError for a model that is not there, or whose logits have another form.
+    ValueError for a missing model, and for logits of an unknown form.
     """
     base, _ = model_and_adapter(name)
     with reading(base, "model"):
@@ -68,7 +68,7 @@ class NoStates(Exception):
 
 
 def refuse_states(head: ModelHead, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise NoStates where the weights are not on this machine, or do not fit into the memory.
+    """Raise NoStates for weights on another machine, or larger than the memory.
 
     head: of the model
     device, dtype: of the weights
@@ -95,12 +95,12 @@ def real_states(
     *,
     trust_remote_code: bool,
 ) -> dict[str, Tensor]:
-    """Return states of two responses of `rows` rows each, and the head, on a device.
+    """Return states of two responses of equal length, and the head, on a device.
 
     head: of the model
     rows: of a response
     device, dtype: of the model
-    trust_remote_code: run model code that comes with the weights
+    trust_remote_code: run code beside the weights
 
     Keys: hidden, ref_hidden [N, D], weight, ref_weight [V, D], targets [N], perhaps bias [V].
     """
@@ -136,7 +136,7 @@ def real_states(
 
 
 def _text(letters: int) -> str:
-    """Return English text of at least so many letters, as far as there is any."""
+    """Return English text of at least so many letters, if Python has as many."""
     found = ""
     for name in sorted(topics):
         if len(found) >= letters:

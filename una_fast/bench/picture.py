@@ -18,7 +18,7 @@ PANELS = (  # key of a row, title, unit
 
 
 def draw(table: Sequence[Mapping[str, Any]], title: str, file: Path) -> str | None:
-    """Write the picture as PNG; return why there is none, or None.
+    """Write the picture as PNG; return a reason without a picture.
 
     table: rows of the result
     title: above the panels

@@ -1,9 +1,9 @@
-"""`una-fast bench`: one call of the fused head on this machine, beside eager PyTorch and peers.
+"""`una-fast bench`: a call of the fused head on the user's machine, beside eager PyTorch and peers.
 
-sizes -> memory that is there -> inputs -> errors against float64 -> memory -> longest call
+sizes -> free memory -> inputs -> errors against float64 -> memory -> longest call
       -> timed rounds in turns -> table, picture, JSON
 
-A contender that is not installed, wrong, too slow or too large is a row with the reason.
+A missing, wrong, slow or large contender is a row with the reason.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,7 @@ MARGIN = 1.1  # memory is asked for with
 MOST_REAL = {"cuda": 8192, "cpu": 512}  # rows of real hidden states
 GEMM_JOBS = 4  # at least: three bare products and the square product
 CELL = 12  # columns
+SHARES = {"seconds": "time", "extra_bytes": "extra memory", "longest_rows": "longest call"}
 RESULT, PICTURE = "bench.json", "bench.png"
 
 COLUMNS = {
@@ -84,12 +85,13 @@ ms          a step, policy and reference, forward and backward: the least of the
             median on a GPU; spread: of the middle half of the runs
 x bare mm   beside the matrix products that the step cannot do without (bare mm)
 extra MiB   peak beyond inputs, gradients and a float32 accumulator of the head's gradient
-longest     response tokens of a call that fit into the free memory"""
+longest     response tokens of a call that fit into the free memory, """
+LONGEST = {"cuda": "searched", "cpu": "modelled from short calls"}
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is measured.
+    """The measured call.
 
     name: of the model, or of the sizes
     rows: of a response
@@ -119,13 +121,13 @@ class Work:
         return [f"{part} {named[part]}".strip() for part in self.form.extras()]
 
     def checked(self) -> int:
-        """Return the rows of a response that are compared with float64."""
+        """Return the rows of a response to compare with float64."""
         return min(self.rows, CHECKED[self.device.type] // RESPONSES)
 
     def bytes_of_check(self) -> int:
-        """Return the bytes without which nothing can be measured: heads, gradients, the truth.
+        """Return the bytes of the least measurement: heads, gradients, the truth.
 
-        The truth holds a head and its gradient in float64, and the gradient in float32.
+        The truth holds a head and a gradient in float64, and the gradient in float32.
         """
         size = self.dtype.itemsize
         of_head = self.vocab * self.dim * (2 * size + size + 8 + 8 + 4)
@@ -140,7 +142,7 @@ class Progress:
     bar: Any = None
 
     def tell(self, words: str, steps: int = 0) -> None:
-        """Show what is being done, after so many further steps."""
+        """Show the present work, after so many further steps."""
         if self.bar is not None:
             self.bar.update(steps)
             self.bar.set_description_str(words)
@@ -160,13 +162,13 @@ def progress_bar(total: int, shown: bool) -> Iterator[Progress]:
 
 @dataclass
 class Bench:
-    """A bench on its way.
+    """A bench under way.
 
     settings: of the command
-    work: what is measured
-    entrants: contenders, this package first
+    work: the measured call
+    entrants: contenders, una_fast first
     progress: of the bar
-    notes: what the reader has to know besides the table
+    notes: for the reader of the table
     """
 
     settings: BenchConfig
@@ -203,7 +205,7 @@ class Bench:
         times = time_all(ready, x, Rounds(runs, budget, tell=tell))
         ref, roof = put_times(table, ready, x, times)
         if work.device.type == "cuda" and not self.settings.quick:
-            for c in ready:
+            for c in [c for c in ready if "reason" not in table[c.name]]:
                 self.progress.tell(f"{c.name}: longest call", steps=1)
                 table[c.name] |= search(c, x, SEARCH_SECONDS)
         return {"table": [*table.values(), roof], "reference": ref}
@@ -238,7 +240,7 @@ class _Asked:
     x: of the timed call
     part: fewer rows, compared with float64
     true: of `part`
-    real: real hidden states, if there are any
+    real: real hidden states, if any
     real_truth: log-probs of `real`
     lines: memory by contender, on a CPU
     """
@@ -274,7 +276,7 @@ class _Asked:
         return modelled(line, self.x)
 
     def _fits(self, contender: Contender) -> dict[str, Any]:
-        """Raise MemoryError where the timed call is too long for the memory."""
+        """Raise MemoryError for a timed call beyond the memory."""
         line = self.lines[contender.name]
         needed, free = line.needed(self.x.rows), free_memory(self.x.device)
         if MARGIN * needed > free:
@@ -288,7 +290,7 @@ def run_bench(settings: BenchConfig) -> dict[str, Any]:
 
     settings: of the command
 
-    ValueError for a model that is not there, and for sizes that do not fit into the memory.
+    ValueError for a missing model, and for sizes beyond the memory.
     """
     out = Path(settings.out).expanduser().absolute()
     device = _device_of(settings)
@@ -314,12 +316,13 @@ def run_bench(settings: BenchConfig) -> dict[str, Any]:
         "head": _head_in_words(work, settings),
         "notes": bench.notes,
         **found,
+        "ratios": _ratios(found["table"]),
     }
     return _tell(result, work, settings, out)
 
 
 def _measured(bench: Bench, model: Any) -> dict[str, Any]:
-    """Return table and reference; ValueError where a contender leaves the GPU unusable."""
+    """Return table and reference; ValueError for a GPU that a contender has broken."""
     try:
         return bench.measure(bench.real_states(model))
     except DeviceLost as error:
@@ -327,7 +330,7 @@ def _measured(bench: Bench, model: Any) -> dict[str, Any]:
 
 
 def _device_of(settings: BenchConfig) -> torch.device:
-    """Return the device to measure on; ValueError for a GPU that is not there."""
+    """Return the device to measure on; ValueError for a missing GPU."""
     there = torch.cuda.is_available()
     if settings.device == "cuda" and not there:
         raise ValueError("device=cuda, and torch finds no GPU; set device: cpu")
@@ -336,7 +339,7 @@ def _device_of(settings: BenchConfig) -> torch.device:
 
 
 def _work(settings: BenchConfig, model: Any, device: torch.device, dtype: torch.dtype) -> Work:
-    """Return what is measured.
+    """Return the call to measure.
 
     settings: of the command
     model: ModelHead, or None
@@ -357,7 +360,7 @@ def _work(settings: BenchConfig, model: Any, device: torch.device, dtype: torch.
 
 
 def _refuse_too_large(work: Work) -> None:
-    """Raise ValueError for heads that this machine has no memory for."""
+    """Raise ValueError for heads beyond the memory of the device."""
     needed, free = work.bytes_of_check(), free_memory(work.device)
     if needed > free:
         raise ValueError(
@@ -368,7 +371,7 @@ def _refuse_too_large(work: Work) -> None:
 
 
 def _environment(device: torch.device) -> dict[str, Any]:
-    """Return machine, versions of the peers, and the commit where the package is a git tree."""
+    """Return machine, versions of the peers, and the commit of a package in a git tree."""
     found = machine_of(device) | {name: installed(name) for name in PEERS}
     found["una-fast"] = installed("una-fast")
     if command_output(ROOT, "git", "ls-files", "--error-unmatch", "una_fast/__init__.py"):
@@ -396,7 +399,7 @@ def _tell(result: dict[str, Any], work: Work, settings: BenchConfig, out: Path) 
     """Print the table and the notes, write the files, return the line for programs.
 
     result: to be stored
-    work: what was measured
+    work: the measured call
     settings: of the command
     out: directory
     """
@@ -405,12 +408,18 @@ def _tell(result: dict[str, Any], work: Work, settings: BenchConfig, out: Path) 
     machine = (
         environment.get("gpu") or f"{environment['machine']}, {environment['threads']} threads"
     )
+    for name, shares in result["ratios"].items():
+        words = [f"{share:.3g} of the {SHARES[key]}" for key, share in shares.items()]
+        result["notes"].append(f"una_fast beside {name}: {', '.join(words)}")
+    for row in result["table"]:
+        if "longest_note" in row:
+            result["notes"].append(f"{row['name']}: longest call: {row['longest_note']}")
     missing = draw(result["table"], f"{title}; {machine}", out / PICTURE)
     if missing:
         result["notes"].append(f"no picture: {missing}")
     write_json(out / RESULT, result)
     print(*table_lines(COLUMNS, result["table"], CELL), sep="\n")
-    print(LEGEND, *result["notes"], sep="\n")
+    print(LEGEND + LONGEST[work.device.type], *result["notes"], sep="\n")
     files = [RESULT] if missing else [RESULT, PICTURE]
     print(f"wrote {' and '.join(str(out / name) for name in files)}")
     rows = {row["name"]: row for row in result["table"]}
@@ -420,4 +429,19 @@ def _tell(result: dict[str, Any], work: Work, settings: BenchConfig, out: Path) 
         "seconds": {name: row.get("seconds") for name, row in rows.items()},
         "extra_bytes": {name: row.get("extra_bytes") for name, row in rows.items()},
         "reasons": {name: row["reason"] for name, row in rows.items() if "reason" in row},
+        "ratios": result["ratios"],
     }
+
+
+def _ratios(table: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return una_fast's time, extra memory and longest call as shares of every contender's.
+
+    table: rows of the result, una_fast first if una_fast takes part
+    """
+    ours, *others = table
+    found: dict[str, dict[str, float]] = {}
+    for row in others if ours["name"].startswith("una_fast") else ():
+        shares = {key: ours[key] / row[key] for key in SHARES if ours.get(key) and row.get(key)}
+        if shares and "reason" not in row:
+            found[row["name"]] = shares
+    return found

@@ -17,7 +17,7 @@ class Column(NamedTuple):
     divisor: float = 1
 
     def cell(self, row: Mapping[str, Any]) -> str:
-        """Return the text of a row's cell, empty where the row has no such number."""
+        """Return the text of a row's cell, empty without such a number."""
         return f"{row[self.key] / self.divisor:{self.form}}" if self.key in row else ""
 
 

@@ -25,7 +25,7 @@ class Job(NamedTuple):
 
 
 def keep_quiet(words: str) -> None:
-    """Say nothing: for callers without a progress bar."""
+    """Stay silent: for callers without a progress bar."""
 
 
 def seconds_of(job: Job, device: torch.device) -> float:
@@ -54,9 +54,9 @@ def alternate(
     """Run all jobs in rounds of random order, so that no job always follows the same job.
 
     runs: number of rounds
-    budget: seconds after which no further round starts; three rounds are made in any case
+    budget: seconds of all rounds; three rounds are made in any case
     clean: called after a failure
-    tell: told the name of every job that has run
+    tell: told the name of every finished job
 
     Returns (seconds of every run by job, reason by job that failed). A failed job is left out of
     the rounds that follow.
@@ -85,11 +85,11 @@ def alternate(
 
 
 def typical(values: list[float], device: torch.device, busy: int = 0) -> float:
-    """Return the median of `values`; on a CPU, shared with other work, the minimum.
+    """Return the median of `values`; on a CPU, shared with more work, the minimum.
 
     values: seconds
     device: of the runs
-    busy: programs that ran beside on purpose, and whose share of the time belongs to the result
+    busy: programs beside the runs on purpose; a busy machine belongs to the result
     """
     return min(values) if device.type == "cpu" and not busy else statistics.median(values)
 

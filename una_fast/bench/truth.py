@@ -1,4 +1,4 @@
-"""The float64 truth of the work, and the errors of a contender against it."""
+"""The float64 truth of the work, and the errors of a contender."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class Truth(NamedTuple):
 
 
 class _Wide:
-    """A head in float64, which gives logits in blocks of rows."""
+    """A head in float64, with logits in blocks of rows."""
 
     def __init__(self, x: Inputs, block_bytes: int | None) -> None:
         """Take the policy of x.
 
         x: the inputs, or the inputs with the reference in the place of the policy
-        block_bytes: of one block of float64 logits; None: 1 GiB on a GPU, 128 MiB on a CPU
+        block_bytes: of a block of float64 logits; default: 1 GiB on a GPU, 128 MiB on a CPU
         """
         if block_bytes is None:
             block_bytes = 1 << 30 if x.device.type == "cuda" else 1 << 27
@@ -60,7 +60,7 @@ class _Wide:
             yield rows, wide, self.x.form.logits_(raw)
 
     def log_probs(self) -> tuple[Tensor, Tensor]:
-        """Return log-probs of the targets and logsumexps, [N] each."""
+        """Return log-probs of the targets [N] and logsumexps [N]."""
         logps = torch.empty(self.x.rows, dtype=torch.float64, device=self.x.device)
         lse = torch.empty_like(logps)
         for rows, _, z in self.blocks():
@@ -169,7 +169,7 @@ def sum_noise(x: Inputs) -> float:
 
 
 def check(contender: Contender, x: Inputs, true: Truth) -> dict[str, float]:
-    """Return the errors of one step against the truth; also the contender's warm-up.
+    """Return the errors of a step against the truth; also the contender's warm-up.
 
     Raises WrongResult for errors beyond rounding.
     """
