@@ -1,0 +1,385 @@
+"""TRL's trainers on the fused head: the same losses, gradient norms and metrics, step by step."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from embedded import eager_logps, make_batch
+from families import SMALL, build
+from tiny import WORDS, save_llama
+from una_fast import Feedback, Objective, una_loss
+from una_fast.integrations.calls import una_calls
+
+trl = pytest.importorskip("trl")
+
+from una_fast.integrations.trl import (  # noqa: E402
+    UNADPOTrainer,
+    UNAGRPOTrainer,
+    UNAKTOTrainer,
+    UNARLOOTrainer,
+    add_una_head,
+)
+
+# Every loss of TRL's DPOTrainer, with settings that it needs.
+LOSSES = {
+    "sigmoid": {},
+    "hinge": {},
+    "ipo": {},
+    "exo_pair": {"label_smoothing": 0.1},
+    "nca_pair": {},
+    "robust": {"label_smoothing": 0.1},
+    "bco_pair": {},
+    "sppo_hard": {"learning_rate": 1e-4},  # grows without bound in larger steps
+    "aot": {},
+    "aot_unpaired": {},
+    "apo_zero": {},
+    "apo_down": {},
+    "discopop": {},
+    "sft": {},
+    "sigmoid_norm": {},
+}
+VARIANTS = {
+    "several": {"loss_type": ["sigmoid", "sft"], "loss_weights": [0.8, 0.2]},
+    "weighted": {"use_weighting": True},
+    "length desensitized": {"ld_alpha": 0.5},
+    "forward kl": {"f_divergence_type": "forward_kl"},
+    "precomputed": {"precompute_ref_log_probs": True},
+    "cut": {"max_length": 12},
+}
+# Differences of numbers near 0, whose relative error says nothing: compared in nats instead.
+ABSOLUTE = ("rewards/", "logits/", "kl", "objective/kl")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> str:
+    return save_llama(tmp_path_factory.mktemp("llama"))
+
+
+def preference_rows(count: int = 8) -> list[dict[str, str]]:
+    rows = []
+    for i in range(count):
+        prompt = " ".join(WORDS[i : i + 4]) + " "
+        chosen, rejected = WORDS[: 2 + i % 5], WORDS[6 : 8 + (3 * i) % 4]
+        rows.append({"prompt": prompt, "chosen": " ".join(chosen), "rejected": " ".join(rejected)})
+    return rows
+
+
+def settings(out: Path, **changes: Any) -> dict[str, Any]:
+    usual = {
+        "output_dir": str(out),
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 8,
+        "logging_steps": 1,
+        "report_to": [],
+        "bf16": False,  # TRL's default, also on a CPU: both sides would show its noise
+        "use_cpu": True,
+        "optim": "sgd",
+        "learning_rate": 0.05,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 1e9,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    return usual | changes
+
+
+def run(
+    trainer: type, config: type, directory: str, rows: list, out: Path, **changes: Any
+) -> tuple[list[dict[str, float]], PreTrainedModel]:
+    """Train; return the logged steps, and the model.
+
+    trainer, config: of TRL, or ours
+    directory: of the model
+    rows: the dataset
+    out: for outputs
+    changes: of `settings`, and `given`, arguments of the trainer
+    """
+    datasets = pytest.importorskip("datasets")
+    given = changes.pop("given", {})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    made = trainer(
+        model=model,
+        args=config(**settings(out, **changes)),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(directory),
+        **copy.deepcopy(given),
+    )
+    made.train()
+    return [line for line in made.state.log_history if "loss" in line], made.model
+
+
+def assert_same_steps(ours: list[dict], theirs: list[dict], tolerance: float) -> None:
+    """Compare every logged number of every step, to a relative tolerance."""
+    assert len(ours) == len(theirs) > 0
+    for mine, truth in zip(ours, theirs, strict=True):
+        assert mine.keys() == truth.keys()
+        for name, expected in truth.items():
+            if "time" in name or "runtime" in name:
+                continue
+            size = {"rel": tolerance, "abs": 1e-7}
+            if name.startswith(ABSOLUTE):
+                size = {"abs": 20 * tolerance}
+            assert mine[name] == pytest.approx(expected, **size, nan_ok=True), name
+
+
+@pytest.fixture
+def both(directory, tmp_path):
+    """Return a function that runs both trainers, and checks that ours reached the fused head."""
+
+    def compare(ours: type, theirs: type, config: type, rows: list, tolerance: float, **changes):
+        truth, their_model = run(theirs, config, directory, rows, tmp_path / "theirs", **changes)
+        before = una_calls()
+        found, our_model = run(ours, config, directory, rows, tmp_path / "ours", **changes)
+        after = una_calls()
+        assert after["packed"] > before["packed"] and after["fell_back"] == before["fell_back"]
+        assert_same_steps(found, truth, tolerance)
+        return our_model, their_model
+
+    return compare
+
+
+def dpo(both, tolerance: float, **changes):
+    return both(
+        UNADPOTrainer, trl.DPOTrainer, trl.DPOConfig, preference_rows(), tolerance, **changes
+    )
+
+
+# ---- DPO ----
+
+
+def test_fifty_steps_of_sgd(both):
+    """Without clipping: nothing hides a gradient that is off by a factor."""
+    ours, theirs = dpo(both, 1e-5, max_steps=50, learning_rate=0.01)
+    for mine, truth in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert (mine - truth).norm() <= 1e-5 * truth.norm()
+
+
+def test_thirty_steps_of_adamw(both):
+    changes = {"optim": "adamw_torch", "learning_rate": 1e-3, "max_grad_norm": 1.0}
+    dpo(both, 1e-4, max_steps=30, **changes)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_of_theirs(both, loss):
+    dpo(both, 1e-4, loss_type=[loss], **LOSSES[loss])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_of_theirs(both, variant):
+    dpo(both, 1e-4, max_steps=4, **VARIANTS[variant])
+
+
+def test_checkpointed_layers(both):
+    dpo(both, 1e-5, max_steps=4, gradient_checkpointing=True)
+
+
+def test_adapters(both):
+    peft = pytest.importorskip("peft")
+    options = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
+    dpo(both, 1e-4, max_steps=4, learning_rate=1.0, given={"peft_config": options})
+
+
+# ---- KTO, GRPO, RLOO ----
+
+
+def test_kto(both):
+    rows = []
+    for i, row in enumerate(preference_rows()):
+        label = i % 2 == 0
+        completion = row["chosen" if label else "rejected"]
+        rows.append({"prompt": row["prompt"], "completion": completion, "label": label})
+    both(UNAKTOTrainer, trl.KTOTrainer, trl.KTOConfig, rows, 1e-4)
+
+
+def count_letters(completions: list[str], **_: Any) -> list[float]:
+    """Reward the share of the letter e."""
+    return [text.count("e") / (1 + len(text)) for text in completions]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"beta": 0.04, "temperature": 0.9}, {"entropy_coef": 0.01, "beta": 0.1}],
+    ids=["plain", "with a reference", "with an entropy bonus"],
+)
+def test_grpo(both, changes):
+    rows = [{"prompt": row["prompt"]} for row in preference_rows()]
+    changes = {"num_generations": 4, "max_completion_length": 8, "max_steps": 4} | changes
+    changes |= {"per_device_train_batch_size": 4, "learning_rate": 0.01}
+    given = {"reward_funcs": count_letters}
+    both(UNAGRPOTrainer, trl.GRPOTrainer, trl.GRPOConfig, rows, 1e-4, given=given, **changes)
+
+
+def test_rloo(both):
+    rows = [{"prompt": row["prompt"]} for row in preference_rows()]
+    changes = {"num_generations": 4, "max_completion_length": 8, "max_steps": 3, "beta": 0.05}
+    changes |= {"per_device_train_batch_size": 4, "learning_rate": 0.01}
+    given = {"reward_funcs": count_letters}
+    both(UNARLOOTrainer, trl.RLOOTrainer, trl.RLOOConfig, rows, 1e-4, given=given, **changes)
+
+
+# ---- the head itself ----
+
+
+@pytest.mark.parametrize(
+    "family", ["Gemma2Config", "CohereConfig", "GraniteConfig", "GptOssConfig"]
+)
+@pytest.mark.parametrize("cast", [False, True], ids=["", "float32 head"])
+def test_the_output_is_theirs(family, cast):
+    """Softcaps, scales, sinks; every member, with gradients of log-probs and entropy."""
+    names = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+    ours, theirs = build(family), build(family)
+    add_una_head(ours, temperature=0.7, cast_lm_head_to_fp32=cast, outputs=names)
+    trl.trainer.utils.add_fused_lm_head(
+        theirs, temperature=0.7, cast_lm_head_to_fp32=cast, outputs=names
+    )
+    batch = make_batch()
+    found = ours(**batch, fused_lm_head=True)
+    truth = theirs(**batch, fused_lm_head=True)
+    assert found.keys() == truth.keys()
+    for name, expected in truth.items():
+        assert found[name].dtype == expected.dtype, name
+        assert torch.allclose(found[name].float(), expected.float(), atol=3e-5), name
+    weights = torch.randn_like(truth.log_probs)
+    for out in (found, truth):
+        ((out.log_probs + 0.5 * out.entropy) * weights).sum().backward()
+    for mine, expected in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(mine.grad, expected.grad, atol=1e-4 * (1 + expected.grad.abs().max()))
+
+
+def test_experts_are_balanced_on_the_packed_row():
+    """TRL's DPO asks for router logits: the auxiliary loss joins ours, too."""
+    fields = SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2}
+    ours, theirs = build("MixtralConfig", fields), build("MixtralConfig", fields)
+    add_una_head(ours, pack=False)
+    trl.trainer.utils.add_fused_lm_head(theirs)
+    batch = make_batch()
+    found, truth = (
+        m(**batch, fused_lm_head=True, output_router_logits=True) for m in (ours, theirs)
+    )
+    assert torch.allclose(found.aux_loss, truth.aux_loss, atol=1e-6)
+    assert torch.allclose(found.loss, truth.loss, atol=1e-5)
+    packed = build("MixtralConfig", fields)
+    add_una_head(packed, pack=True)
+    shared = packed(**batch, fused_lm_head=True, output_router_logits=True).aux_loss
+    assert 0 < abs(shared - truth.aux_loss) < 0.3 * truth.aux_loss
+
+
+def test_calls_that_are_not_served_run_their_head_and_are_counted(caplog):
+    model = build("LlamaConfig")
+    add_una_head(model)
+    batch = make_batch()
+    truth = model(**batch, fused_lm_head=True).log_probs
+    shifted = torch.nn.functional.pad(batch.pop("labels")[:, 1:], (0, 1), value=-100)
+    before = una_calls()["fell_back"]
+    with caplog.at_level(logging.WARNING):
+        found = model(**batch, shift_labels=shifted, fused_lm_head=True).log_probs
+    assert torch.allclose(found[:, :-1], truth, atol=1e-5)
+    assert una_calls()["fell_back"] == before + 1
+    assert "una_fast leaves this call to TRL's head: its labels are shifted" in caplog.text
+
+
+def test_a_model_that_cannot_be_scored_keeps_their_head():
+    peft = pytest.importorskip("peft")
+    options = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"])
+    model = peft.get_peft_model(build("LlamaConfig"), options).get_base_model()
+    before = una_calls()["fell_back"]
+    add_una_head(model)
+    assert una_calls()["fell_back"] == before + 1 and not hasattr(model, "_una_trl")
+    with pytest.raises(ValueError, match="adapted head"):
+        add_una_head(model, pack=True)
+
+
+def test_their_function_is_back_after_a_trainer_is_built(directory, tmp_path):
+    own = sys.modules["trl.trainer.dpo_trainer"].add_fused_lm_head
+    with pytest.raises(ValueError):
+        run(UNADPOTrainer, trl.DPOConfig, directory, preference_rows(), tmp_path, loss_type=["no"])
+    assert sys.modules["trl.trainer.dpo_trainer"].add_fused_lm_head is own
+
+
+# ---- an objective beside their pairs ----
+
+
+def scored_rows() -> list[dict[str, Any]]:
+    rows = preference_rows(4)
+    for i, row in enumerate(rows):
+        row["chosen_score"] = 0.9 if i % 2 else None
+        row["rejected_label"] = False
+    return rows
+
+
+def test_labels_and_scores_join_the_pairs(directory, tmp_path):
+    objective = Objective(beta=0.2)
+    changes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "beta": 0.2}
+    given = {"given": {"objective": objective}, "max_steps": 1}
+    steps, trained = run(
+        UNADPOTrainer, trl.DPOConfig, directory, scored_rows(), tmp_path, **changes, **given
+    )
+    pairs = Feedback.pairs(range(4), range(4, 8))
+    scores = Feedback.scores([1, 3], [0.9, 0.9])
+    labels = Feedback.binary(range(4, 8), [False] * 4)
+    zeros = torch.zeros(8)
+    feedback = Feedback.merge([pairs, labels, scores])
+    truth = una_loss(zeros, zeros, feedback, objective=objective).loss
+    assert steps[0]["loss"] == pytest.approx(truth.item(), rel=1e-6)
+    assert "rewards/accuracies" in steps[0] and "entropy" in steps[0]
+
+    # Pairs alone are TRL's own sigmoid loss.
+    found, ours = run(
+        UNADPOTrainer, trl.DPOConfig, directory, preference_rows(4), tmp_path, **changes, **given
+    )
+    expected, theirs = run(
+        trl.DPOTrainer,
+        trl.DPOConfig,
+        directory,
+        preference_rows(4),
+        tmp_path,
+        max_steps=1,
+        **changes,
+    )
+    assert_same_steps(found, expected, 1e-5)
+    assert any(
+        not torch.equal(a, b) for a, b in zip(trained.parameters(), ours.parameters(), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"beta": 0.3}, "beta=0.3 of the DPOConfig"),
+        ({"loss_type": ["ipo"]}, "loss_type belongs to"),
+    ],
+)
+def test_settings_that_an_objective_replaces_are_refused(directory, tmp_path, changes, message):
+    changes["given"] = {"objective": Objective(beta=0.1)}
+    with pytest.raises(ValueError, match=message):
+        run(UNADPOTrainer, trl.DPOConfig, directory, preference_rows(), tmp_path, **changes)
+
+
+def test_precomputed_references_of_an_objective(directory, tmp_path):
+    given = {"objective": Objective()}
+    logged = []
+    for precompute in (False, True):
+        changes = {"precompute_ref_log_probs": precompute, "max_steps": 3, "given": given}
+        steps, _ = run(UNADPOTrainer, trl.DPOConfig, directory, scored_rows(), tmp_path, **changes)
+        logged.append(steps)
+    assert_same_steps(logged[1], logged[0], 1e-5)
+
+
+def test_eager_truth_of_the_tests():
+    """The truth that other tests compare with is TRL's head, too."""
+    model = build("LlamaConfig")
+    batch = make_batch()
+    truth = eager_logps(model, batch)
+    trl.trainer.utils.add_fused_lm_head(model)
+    assert torch.allclose(model(**batch, fused_lm_head=True).log_probs, truth, atol=1e-5)
