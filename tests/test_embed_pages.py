@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import re
+from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from embed_loops import (
     ACCUMULATED,
@@ -27,8 +32,11 @@ from pages import DOCS, MODEL, lines_of, python_of, run_page
 from tiny import make_records, save_llama
 from two_ranks import torchrun
 from una_fast import Feedback, Objective, una_loss
+from una_fast.config import RunConfig
+from una_fast.data.settings import FIELDS
 from una_fast.integrations.calls import una_calls
 from una_fast.integrations.hf import FeedbackCollator
+from una_fast.model.settings import LoraOptions
 
 EMBED = DOCS / "embed"
 README = DOCS.parent / "README.md"
@@ -263,3 +271,160 @@ def test_one_import_makes_trls_trainer_ours(directory, tmp_path, monkeypatch):
     for line, expected in zip(*histories, strict=True):
         for name in set(expected) & {"loss", "grad_norm", "rewards/margins", "entropy"}:
             assert line[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
+
+
+# ---- settings of other trainers ----
+
+ROW = re.compile(r"^\| (`.+?) \| (.+?) \| (.*?) ?\|$", re.MULTILINE)
+SPAN = re.compile(r"(column )?`([^`]+)`")
+HOSTS = ("TRL", "axolotl", "LLaMA-Factory")
+
+
+def section(host: str) -> str:
+    text = (EMBED / "migration.md").read_text(encoding="utf-8")
+    (found,) = re.findall(rf"^## {host}\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)
+    return found
+
+
+def flags_of(host: str) -> set[str]:
+    """Return every flag that the page says a host has, in tables and below."""
+    text = section(host)
+    spans = [span for row in ROW.findall(text) for span in SPAN.findall(row[0])]
+    spans += SPAN.findall(text[text.index("Without a counterpart") :])
+    return {name.partition(":")[0] for _, name in spans}
+
+
+def check_setting(span: str) -> None:
+    """Raise where `name` or `name: value` is no setting of a run."""
+    name, _, value = span.partition(": ")
+    name, _, member = name.partition(".")
+    hints = get_type_hints(RunConfig)
+    assert name in hints, f"{name} is no setting"
+    if member:
+        hints = get_type_hints(LoraOptions)
+        assert name == "lora" and member in hints, span
+    kinds = [hints[member or name], *get_args(hints[member or name])]
+    choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+    if value and choices:
+        assert value in choices, f"{span} is none of {choices}"
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_every_setting_of_the_migration_page_exists(host):
+    rows = ROW.findall(section(host))
+    assert len(rows) > 15
+    for _, ours, remark in rows:
+        spans = SPAN.findall(ours)
+        assert spans or ours in ("no setting", "no counterpart"), ours
+        for column, span in spans + [found for found in SPAN.findall(remark) if found[0]]:
+            if column:
+                assert span in FIELDS
+            else:
+                check_setting(span)
+
+
+def test_a_setting_that_does_not_exist_is_seen():
+    for wrong in ("batchsize", "pair: hinge", "lora.rank", "beta.r"):
+        with pytest.raises(AssertionError):
+            check_setting(wrong)
+
+
+def test_every_flag_of_trl_exists():
+    trl = pytest.importorskip("trl")
+    configs = (trl.DPOConfig, trl.KTOConfig, trl.GRPOConfig)
+    known = {field.name for config in configs for field in fields(config)}
+    named = flags_of("TRL")
+    assert len(named) > 60 and named <= known, named - known
+
+
+@pytest.mark.parametrize("host", [("axolotl", "axolotl"), ("LLaMA-Factory", "llamafactory")])
+def test_every_flag_of_other_hosts_exists(host):
+    """Read from their source: an import would need all that they need."""
+    name, package = host
+    spec = find_spec(package)
+    if spec is None:
+        pytest.skip(f"{package} is not installed")
+    known = set()
+    for path in Path(spec.submodule_search_locations[0]).rglob("*.py"):
+        if "schemas" in path.parts or "hparams" in path.parts:
+            known |= set(re.findall(r"^    (\w+): ", path.read_text(encoding="utf-8"), re.M))
+    known |= {field.name for field in fields(TrainingArguments)}
+    named = flags_of(name)
+    assert len(named) > 30 and named <= known, named - known
+
+
+def test_losses_of_trl_are_those_of_the_settings_beside_them():
+    """The factors that the page gives, by gradients: a constant of a loss is no matter."""
+    beta = 0.3
+    sums = torch.tensor([-7.0, -9.0], dtype=torch.float64, requires_grad=True)
+    before = torch.tensor([-8.0, -8.5], dtype=torch.float64)
+    lengths = torch.tensor([4, 5])
+    good, bad = sums - before
+    mean_good, mean_bad = (sums - before) / lengths
+    pair = Feedback.pairs([0], [1])
+    labels = Feedback.binary([0, 1], [True, False])
+    rewards = Feedback.scores([0, 1], [0.5, -0.5])
+    log_sigmoid = nn.functional.logsigmoid
+    normalized = Objective(beta, length_normalize=True)
+    squared = Objective(beta, pair="squared", length_normalize=True)
+    cases = [
+        (-log_sigmoid(beta * (good - bad)), Objective(beta), pair, 1.0),
+        (-log_sigmoid(beta * (mean_good - mean_bad)), normalized, pair, 1.0),
+        (
+            (mean_good - mean_bad - 1 / (2 * beta)) ** 2,
+            squared,
+            Feedback.pairs([0], [1], margin=0.5),
+            beta**2,
+        ),
+        (-log_sigmoid(beta * good) - log_sigmoid(-beta * bad), Objective(beta), labels, 0.5),
+        (
+            (good - 0.5 / beta) ** 2 + (bad + 0.5 / beta) ** 2,
+            Objective(beta, score="reward_mse"),
+            rewards,
+            beta**2 / 2,
+        ),
+    ]
+    for theirs, objective, feedback, factor in cases:
+        ours = una_loss(sums, before, feedback, objective=objective, lengths=lengths).loss
+        assert ours.item() == pytest.approx(factor * theirs.item(), rel=1e-12)
+        (expected,) = torch.autograd.grad(theirs, sums, retain_graph=True)
+        (found,) = torch.autograd.grad(ours, sums)
+        assert torch.allclose(found, factor * expected, rtol=1e-12)
+
+
+# ---- versions ----
+
+NUMBER = re.compile(r"\d+(?:\.\d+)+")
+
+
+def tested_with(path: Path) -> list[str]:
+    """Return the last arguments of check_version in a module: texts, or constants of the module."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    constants = {}
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant | ast.Tuple):
+            constants[ast.unparse(node.targets[0])] = node.value
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "check_version":
+            name = ast.unparse(node.args[-1]).lstrip("*")
+            given = ast.literal_eval(constants.get(name, node.args[-1]))
+            found.append(given[-1] if isinstance(given, tuple) else given)
+    return found
+
+
+def test_the_table_names_the_versions_of_the_adapters():
+    """The last argument of check_version, as a text or as a constant of the module."""
+    text = (EMBED / "README.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    root = DOCS.parent / "una_fast" / "integrations"
+    adapters = set()
+    for path in sorted(root.rglob("*.py")):
+        for versions in tested_with(path):
+            adapter = path.relative_to(root).with_suffix("").parts[0]
+            adapters.add(adapter)
+            pattern = re.compile(rf"una_fast\.integrations\.{adapter}(_plugin)?\b")
+            row = next(row for row in rows if pattern.search(row))
+            numbers = set(NUMBER.findall(versions))
+            assert numbers and numbers <= set(NUMBER.findall(row)), adapter
+    assert {"hf", "trl"} <= adapters
