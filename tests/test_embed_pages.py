@@ -1,4 +1,4 @@
-"""The pages on una_fast inside other trainers: what they show is run, and gives the true numbers."""
+"""The pages on other trainers: what they show is run, and gives the numbers of an eager loop."""
 
 from __future__ import annotations
 
@@ -397,7 +397,7 @@ def test_losses_of_trl_are_those_of_the_settings_beside_them():
 NUMBER = re.compile(r"\d+(?:\.\d+)+")
 
 
-def tested_with(path: Path) -> list[str]:
+def versions_of(path: Path) -> list[str]:
     """Return the last arguments of check_version in a module: texts, or constants of the module."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     constants = {}
@@ -420,7 +420,7 @@ def test_the_table_names_the_versions_of_the_adapters():
     root = DOCS.parent / "una_fast" / "integrations"
     adapters = set()
     for path in sorted(root.rglob("*.py")):
-        for versions in tested_with(path):
+        for versions in versions_of(path):
             adapter = path.relative_to(root).with_suffix("").parts[0]
             adapters.add(adapter)
             pattern = re.compile(rf"una_fast\.integrations\.{adapter}(_plugin)?\b")
