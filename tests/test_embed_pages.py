@@ -220,6 +220,20 @@ def test_a_loop_on_two_ranks_takes_the_steps_of_one_process(page, ranks):
     assert step_error(found, truth, start) < CLOSE
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_fabric_rounds_no_feedback(directory, precision):
+    fabric = pytest.importorskip("lightning_fabric", reason="pip install lightning-fabric")
+    host = fabric.Fabric(accelerator="cpu", devices=1, precision=precision)
+    names = run("fabric", directory)
+    batch = next(iter(make_loader(directory, names["PlainCollator"])))
+    expected = next(iter(make_loader(directory)))["feedback"]
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    own, seen = model.forward, {}
+    model.forward = lambda *args, **kwargs: seen.update(kwargs) or own(*args, **kwargs)
+    host.setup(model)(**batch, ref_logps=[-0.1])
+    assert Feedback.of(seen["feedback"]) == expected and seen["ref_logps"] == [-0.1]
+
+
 # ---- trainers ----
 
 
@@ -428,3 +442,6 @@ def test_the_table_names_the_versions_of_the_adapters():
             numbers = set(NUMBER.findall(versions))
             assert numbers and numbers <= set(NUMBER.findall(row)), adapter
     assert {"hf", "trl"} <= adapters
+    pins = (DOCS.parent / "constraints.txt").read_text(encoding="utf-8")
+    (accelerate,) = re.findall(r"^accelerate==(.+)$", pins, re.MULTILINE)
+    assert f"| accelerate {accelerate}," in text
