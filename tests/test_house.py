@@ -29,7 +29,7 @@ config
 optim resolved report
 online capacity
 train
-guide
+guide bench
 demo integrations
 commands
 cli
