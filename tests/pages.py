@@ -11,8 +11,6 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from tiny import save_llama
-
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 MODEL = "path/or/hub-name"
 FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
@@ -40,6 +38,8 @@ def run_page(page: Path, directory: Path, **names: Any) -> dict[str, Any]:
     for block in python_of(page):
         if MODEL in block:
             if not (directory / "config.json").exists():
+                from tiny import save_llama  # most pages do without transformers
+
                 save_llama(directory)
             block = block.replace(MODEL, str(directory))
         exec(compile(block, str(page), "exec"), namespace)
