@@ -37,7 +37,7 @@ config
 optim resolved report
 online capacity
 train
-guide
+guide bench
 demo integrations
 commands
 cli

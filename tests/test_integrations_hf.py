@@ -24,7 +24,7 @@ from una_fast import Feedback, Layout, Objective, una_loss
 from una_fast.head import ops
 from una_fast.integrations.calls import una_calls
 from una_fast.integrations.hf import patch_model, unpatch_model
-from una_fast.integrations.hf.patch import Uncast
+from una_fast.integrations.hf.scored import Uncast
 from una_fast.model.head_probe import probe_head, probe_reduced
 
 MIXED = Feedback.merge(
