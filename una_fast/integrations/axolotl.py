@@ -1,0 +1,204 @@
+"""axolotl: `rl: dpo`, `ipo` and `kto` on log-probs that need no logits.
+
+    plugins:
+      - una_fast.integrations.axolotl.UNAPlugin
+
+axolotl imports this module when it reads the config, and goes on without the plugin where that
+raises an ImportError. So the module needs axolotl and pydantic alone, and everything else is
+imported by `UNAPlugin.register`, whose errors end the run.
+
+A class from `get_trainer_cls` would be built without its model: axolotl's builder for `rl` then
+leaves model and reference out of the arguments. The plugin sets `trainer_cls` in the config
+instead, a path that the builder resolves beside model and reference.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any, Literal
+
+from axolotl.integrations.base import BasePlugin
+from pydantic import BaseModel, Field
+
+from una_fast.integrations.calls import una_calls
+from una_fast.integrations.versions import check_version
+from una_fast.losses import Objective
+
+TESTED = ("axolotl", "0.19", "0.19", "0.19.0 (TRL 1.9.0, transformers 5.16.1)")
+TRAINERS = {"dpo": "UNADPOTrainer", "ipo": "UNADPOTrainer", "kto": "UNAKTOTrainer"}
+INSTEAD = {
+    "orpo": "it has no reference model",
+    "simpo": "it has no reference model",
+    "grpo": "it needs TRL 1.15 or newer: una_fast.integrations.trl.UNAGRPOTrainer outside axolotl",
+    "gdpo": "it needs TRL 1.15 or newer: una_fast.integrations.trl.UNAGRPOTrainer outside axolotl",
+}
+_WAY_OUT = "Set una_head: false, or remove the plugin"
+_logger = logging.getLogger("axolotl.una_fast")  # shown among axolotl's own lines
+_options: dict[str, Any] = {}  # of the config in force, for the trainer that axolotl builds
+
+
+def _described(default: Any, description: str) -> Any:
+    """Return a field of the config, with the description that axolotl's reference shows."""
+    return Field(default=default, json_schema_extra={"description": description})
+
+
+class UNAArgs(BaseModel):
+    """The keys that the plugin adds to a config.
+
+    una_head: False leaves the run as it is without the plugin
+    una_pack: "auto" shares a prompt among neighbouring rows where the model can; False never
+    una_workspace_mb: logits at a time, in MiB; default: chosen by the head
+    una_objective: fields of una_fast.Objective, whose losses replace TRL's; beta is rl_beta
+    """
+
+    una_head: bool = _described(True, "Take log-probs from una_fast's head, without logits")
+    una_pack: bool | Literal["auto"] = _described("auto", "Share the prompt of neighbouring rows")
+    una_workspace_mb: float | None = _described(None, "Logits held at a time, in MiB")
+    una_objective: dict[str, Any] | None = _described(None, "Fields of una_fast.Objective")
+
+
+class UNAPlugin(BasePlugin):
+    """Trains `rl: dpo`, `ipo` and `kto` without logits; see `UNAArgs` for the keys."""
+
+    def get_input_args(self) -> str:
+        return f"{__name__}.UNAArgs"
+
+    def register(self, cfg: Any) -> None:
+        """Refuse configs that una_fast cannot train, before anything is loaded."""
+        if _is_wanted(cfg):
+            check_version(*TESTED)
+            _check(cfg)
+            _load_trainers()
+
+    def pre_model_load(self, cfg: Any) -> None:
+        """Name our trainer in the config, and keep its options for the trainer."""
+        if not _is_wanted(cfg):
+            return
+        _check(cfg)
+        cfg.trainer_cls = _trainer_path(cfg)
+        _options.clear()
+        _options.update(
+            una_pack=cfg.get("una_pack", "auto"),
+            una_workspace_mb=cfg.get("una_workspace_mb"),
+            objective=_objective(cfg),
+        )
+
+    def post_train(self, cfg: Any, model: Any) -> None:
+        """Say how many calls gave log-probs, and how many used TRL's logits."""
+        if _is_wanted(cfg):
+            calls = una_calls()
+            served = calls["packed"] + calls["padded"]
+            level = logging.INFO if served else logging.WARNING
+            message = "%d calls gave log-probs without logits, %d batches used TRL's logits"
+            _logger.log(level, message, served, calls["fell_back"])
+
+
+def _is_wanted(cfg: Any) -> bool:
+    """Return whether this config lists the plugin and leaves `una_head` on.
+
+    axolotl keeps a plugin registered for the later configs of a process.
+    """
+    names = [str(name) for name in cfg.get("plugins") or []]
+    return f"{__name__}.UNAPlugin" in names and cfg.get("una_head") is not False
+
+
+def _rl_of(cfg: Any) -> str | None:
+    """Return the name of the method: a text before validation, an enum after."""
+    rl = cfg.get("rl")
+    return getattr(rl, "value", rl)
+
+
+def _trainer_path(cfg: Any) -> str:
+    return f"{__name__}.{TRAINERS[_rl_of(cfg)]}"
+
+
+def _check(cfg: Any) -> None:
+    """Raise ValueError, by the key and the way out, for a config that una_fast cannot train."""
+    rl = _rl_of(cfg)
+    if rl not in TRAINERS:
+        why = f"rl: {rl} is not among them" if rl else "this config has no rl"
+        reason = f" ({INSTEAD[rl]})" if rl in INSTEAD else ""
+        raise ValueError(f"UNAPlugin trains rl: dpo, ipo and kto; {why}{reason}. {_WAY_OUT}")
+    own = cfg.get("trainer_cls")
+    if own and own != _trainer_path(cfg):
+        raise ValueError(f"trainer_cls: {own} would replace una_fast's trainer. {_WAY_OUT}")
+    if cfg.get("dpo_use_liger_kernel"):
+        raise ValueError(
+            "dpo_use_liger_kernel: true replaces the head that una_fast replaces; remove one of "
+            f"them. {_WAY_OUT}"
+        )
+    if (cfg.get("context_parallel_size") or 1) > 1:
+        raise ValueError(f"context_parallel_size splits the rows that una_fast scores. {_WAY_OUT}")
+    _objective(cfg)
+
+
+def _objective(cfg: Any) -> Objective | None:
+    """Return the objective of a config, with the beta that axolotl gives TRL; None: TRL's loss.
+
+    ValueError for a field that does not exist, and beside another key that names the loss.
+    """
+    given = cfg.get("una_objective")
+    if given is None:
+        return None
+    if _rl_of(cfg) == "ipo" or cfg.get("dpo_loss_type"):
+        key = "rl: ipo" if _rl_of(cfg) == "ipo" else "dpo_loss_type"
+        raise ValueError(f"una_objective and {key} both name the loss; keep one of them")
+    fields = sorted(Objective.__dataclass_fields__)
+    unknown = sorted(set(given) - set(fields))
+    if unknown:
+        raise ValueError(f"una_objective has no field {unknown[0]}; its fields are {fields}")
+    return Objective(**{"beta": _beta(cfg), **given})
+
+
+def _beta(cfg: Any) -> float:
+    """Return the beta that axolotl gives TRL, and else TRL's default."""
+    of_trl = (cfg.get("trl") or {}).get("beta")
+    beta = cfg.get("rl_beta") if of_trl is None else of_trl
+    return 0.1 if beta is None else float(beta)
+
+
+def _load_trainers() -> None:
+    """Import what the trainers need.
+
+    RuntimeError where that fails: axolotl swallows an ImportError of a plugin.
+    """
+    try:
+        for name in set(TRAINERS.values()):
+            _trainer(name)
+    except ImportError as error:
+        raise RuntimeError(
+            f"una_fast's trainers cannot be imported beside this axolotl: {error}. "
+            f"They were tested with {TESTED[-1]}. {_WAY_OUT}"
+        ) from error
+    from una_fast.integrations.trl_before_seam import check_no_seam
+
+    check_no_seam()
+
+
+@functools.cache
+def _trainer(name: str) -> type:
+    """Build axolotl's trainer with our log-probs before it."""
+    from axolotl.core.trainers import AxolotlDPOTrainer, AxolotlKTOTrainer
+
+    from una_fast.integrations.trl_before_seam import LabelLogProbs, PairLogProbs
+
+    parts = {
+        "UNADPOTrainer": (PairLogProbs, AxolotlDPOTrainer),
+        "UNAKTOTrainer": (LabelLogProbs, AxolotlKTOTrainer),
+    }
+    return type(name, (_FromConfig, *parts[name]), {"__module__": __name__})
+
+
+class _FromConfig:
+    """Gives the options of the config to the trainer, whose arguments axolotl's builder chooses."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **_options, **kwargs)
+
+
+def __getattr__(name: str) -> type:
+    """Return a trainer by its path in `trainer_cls`."""
+    if name in TRAINERS.values():
+        return _trainer(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
