@@ -23,6 +23,7 @@ from pydantic import BaseModel, Field
 
 from una_fast.integrations.calls import una_calls
 from una_fast.integrations.versions import check_version
+from una_fast.logs import say_once
 from una_fast.losses import Objective
 
 TESTED = ("axolotl", "0.19", "0.19", "0.19.0 (TRL 1.9.0, transformers 5.16.1)")
@@ -90,8 +91,9 @@ class UNAPlugin(BasePlugin):
             calls = una_calls()
             served = calls["packed"] + calls["padded"]
             level = logging.INFO if served else logging.WARNING
-            message = "%d calls gave log-probs without logits, %d batches used TRL's logits"
-            _logger.log(level, message, served, calls["fell_back"])
+            others = f"{calls['fell_back']} batches used TRL's logits"
+            message = f"{served} calls gave log-probs without logits, {others}"
+            say_once(level, message, _logger)  # axolotl calls this hook twice
 
 
 def _is_wanted(cfg: Any) -> bool:
