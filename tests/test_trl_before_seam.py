@@ -202,13 +202,15 @@ def history(trainer: Any) -> list[dict[str, float]]:
     return [line for line in trainer.state.log_history if "loss" in line]
 
 
-def check_equal(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> None:
-    """Check losses and gradient norms to 1e-5, and that every metric is there and close."""
+def check_equal(
+    ours: list[dict[str, float]], theirs: list[dict[str, float]], rel: float = 1e-5
+) -> None:
+    """Check losses and gradient norms, and that every metric is there and close."""
     assert len(ours) == len(theirs) == STEPS
     for mine, truth in zip(ours, theirs, strict=True):
         assert set(mine) == set(truth)
         for name in ("loss", "grad_norm"):
-            assert mine[name] == pytest.approx(truth[name], rel=1e-5, abs=1e-7), name
+            assert mine[name] == pytest.approx(truth[name], rel=rel, abs=1e-7), name
         # differences of log-probs near 100, in float32
         assert mine == pytest.approx(truth, rel=1e-4, abs=1e-4)
 
@@ -218,14 +220,14 @@ def served() -> int:
     return calls["packed"] + calls["padded"]
 
 
-def compare(method: str, directory: str, tmp_path: Any, **settings: Any) -> None:
+def compare(method: str, directory: str, tmp_path: Any, rel: float = 1e-5, **settings: Any) -> None:
     """Train TRL's trainer and ours, and compare; our op must have served, and no other."""
     before, fell_back = served(), una_calls()["fell_back"]
     theirs = build(method, False, directory, directory, tmp_path, **settings)
     truth = history(theirs)
     assert served() == before
     ours = build(method, True, directory, directory, tmp_path, **settings)
-    check_equal(history(ours), truth)
+    check_equal(history(ours), truth, rel)
     # a call of the policy in every step, and one of the reference unless it is stored
     calls = 1 if settings.get("precompute_ref_log_probs") else 2
     assert served() - before >= calls * STEPS
@@ -241,7 +243,9 @@ def test_every_pair_loss_of_trl_trains_the_same(llamas, tmp_path, loss, adapters
         "label_smoothing": SMOOTHED.get(loss, 0.0),
         "learning_rate": LEARNING_RATE.get(loss, 0.01),
     }
-    compare("dpo", llamas["untied"], tmp_path, adapters=adapters, **settings)
+    # discopop divides log-ratios by 0.05, and so grows the roundings of log-probs near 100
+    rel = 1e-4 if loss == "discopop" else 1e-5
+    compare("dpo", llamas["untied"], tmp_path, rel, adapters=adapters, **settings)
 
 
 @before_seam
@@ -290,6 +294,7 @@ def test_evaluation_gives_trls_losses_and_metrics(llamas, tmp_path, method):
 
 @before_seam
 def test_the_router_loss_of_a_mixture_of_experts_is_kept(llamas, tmp_path):
+    """Padded: in a packed row a shared prompt counts once among the tokens that are balanced."""
     config = MixtralConfig(
         vocab_size=300,
         hidden_size=32,
@@ -312,6 +317,7 @@ def test_the_router_loss_of_a_mixture_of_experts_is_kept(llamas, tmp_path):
             llamas["untied"],
             tmp_path,
             router_aux_loss_coef=0.5,
+            options={"una_pack": False},
         )
         for mine in (False, True)
     )

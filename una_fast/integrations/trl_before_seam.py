@@ -192,27 +192,28 @@ class Scoring:
         finally:
             self.asked = []
 
-    def watch(self, model: nn.Module, is_policy: bool) -> None:
+    def watch(self, model: nn.Module) -> None:
         """Hook a patched model: calls on `asked` give log-probs, all others what they gave."""
 
         def ask(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
             input_ids = kwargs.get("input_ids", args[0] if args else None)
-            labels = self._labels_of(input_ids)
-            if labels is None:
+            number = self._number(input_ids)
+            if number is None:
                 return None
-            # A call without gradient while the policy trains is a call for the reference.
-            wants_stats = is_policy and (torch.is_grad_enabled() or not module.training)
-            stats = self.stats if wants_stats else ()
+            labels = self.asked[number][1].to(input_ids.device)
+            # TRL asks the policy first, and wants statistics of that call alone.
+            is_policy = number == 0 and not self.seen
+            stats = self.stats if is_policy else ()
             asked = {"input_ids": input_ids, "labels": labels, "una": "tokens", "stats": stats}
             return (), {**kwargs, **asked}
 
         def answer(module: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> Any:
             if kwargs.get("una") != "tokens" or not self.asked:
                 return out
-            log_probs = out.logps.clone()  # TRL writes zeros into it
-            if kwargs["labels"] is self.asked[0][1]:
+            if self._number(kwargs["input_ids"]) == 0:
+                self.aux_loss = self.aux_loss if self.seen else out.aux_loss
                 self.seen.append(out.logps)
-                self.aux_loss = out.aux_loss if self.aux_loss is None else self.aux_loss
+            log_probs = out.logps.clone()  # TRL writes zeros into it
             stats = {name: out[name] for name in kwargs["stats"]}
             targets = kwargs["labels"][:, 1:]
             return ScoredOutput(log_probs, targets, **stats, aux_loss=out.aux_loss)
@@ -220,15 +221,15 @@ class Scoring:
         model.register_forward_pre_hook(ask, with_kwargs=True)
         model.register_forward_hook(answer, with_kwargs=True)
 
-    def _labels_of(self, input_ids: Tensor | None) -> Tensor | None:
-        """Return the labels of a call, or None for a call that is not scored."""
-        for ids, labels in self.asked:
+    def _number(self, input_ids: Tensor | None) -> int | None:
+        """Return the place in `asked` of the ids of a call, or None for a call not to score."""
+        for number, (ids, _) in enumerate(self.asked):
             if input_ids is ids:
-                return labels
+                return number
         # A wrapper may have copied the ids.
-        for ids, labels in self.asked:
+        for number, (ids, _) in enumerate(self.asked):
             if input_ids is not None and torch.equal(ids, input_ids.to(ids.device)):
-                return labels.to(input_ids.device)
+                return number
         return None
 
 
@@ -347,7 +348,7 @@ class UnaLogProbs:
         except ValueError as refusal:
             return str(refusal)
         for model in models:
-            self._una_scoring.watch(model, is_policy=model is self.model)
+            self._una_scoring.watch(model)
         return None
 
     @contextmanager
