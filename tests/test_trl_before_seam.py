@@ -1,10 +1,11 @@
 """TRL 1.9 to 1.14: TRL's own methods on a stand-in for the logits, against TRL's own trainers.
 
-The stand-in is tested beside any TRL; training needs TRL 1.9 to 1.14: tests/axolotl.sh runs it.
+The stand-in is tested beside any TRL. Training needs TRL 1.9 to 1.14, of tests/axolotl.sh.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 from typing import Any
 
@@ -363,12 +364,12 @@ def test_calls_outside_the_loss_are_the_models_own(llamas, tmp_path):
     with torch.no_grad():
         found, truth = trainer.model(input_ids=ids), own(input_ids=ids)
     assert torch.equal(found.logits, truth.logits)
-    functions = [getattr(trl_utils, name) for name in READERS if hasattr(trl_utils, name)]
+    module = importlib.import_module("trl.trainer.dpo_trainer")
+    names = [name for name in READERS if hasattr(module, name)]
+    before = [getattr(module, name) for name in names]
     history(trainer)
-    module = __import__("sys").modules["trl.trainer.dpo_trainer"]
-    assert [getattr(module, n) for n in READERS if hasattr(module, n)] == [
-        f for f in functions if hasattr(module, f.__name__)
-    ], "TRL's functions are back in place"
+    assert names
+    assert [getattr(module, name) for name in names] == before, "TRL's functions are back"
 
 
 @before_seam
@@ -434,7 +435,9 @@ def test_an_objective_of_labels_is_the_loss(llamas, tmp_path):
 )
 def test_refusals_name_the_setting(llamas, tmp_path, settings, options, named):
     if "use_liger_kernel" in settings:
-        pytest.importorskip("liger_kernel", reason="TRL refuses the setting without liger-kernel")
+        available = importlib.import_module("trl.import_utils").is_liger_kernel_available
+        if not available():
+            pytest.skip("TRL itself refuses the setting without its liger-kernel")
     directory = llamas["untied"]
     with pytest.raises(ValueError, match=named):
         build("dpo", True, directory, directory, tmp_path, options=options, **settings)

@@ -1,15 +1,15 @@
-"""axolotl: `rl: dpo`, `ipo` and `kto` on log-probs that need no logits.
+"""axolotl: `rl: dpo`, `ipo` and `kto` on log-probs made without logits.
 
     plugins:
       - una_fast.integrations.axolotl.UNAPlugin
 
-axolotl imports this module when it reads the config, and goes on without the plugin where that
-raises an ImportError. So the module needs axolotl and pydantic alone, and everything else is
-imported by `UNAPlugin.register`, whose errors end the run.
+axolotl imports this module while reading the config, and goes on without the plugin after an
+ImportError. Therefore the module imports the op, axolotl's base class and pydantic alone;
+`UNAPlugin.register` imports the trainers, and an error of `register` ends the run.
 
-A class from `get_trainer_cls` would be built without its model: axolotl's builder for `rl` then
-leaves model and reference out of the arguments. The plugin sets `trainer_cls` in the config
-instead, a path that the builder resolves beside model and reference.
+axolotl's builder for `rl` drops model and reference from the arguments of a class given by
+`get_trainer_cls`. The plugin sets `trainer_cls` in the config instead, a path resolved by the
+builder, beside model and reference.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ _options: dict[str, Any] = {}  # of the config in force, for the trainer that ax
 
 
 def _described(default: Any, description: str) -> Any:
-    """Return a field of the config, with the description that axolotl's reference shows."""
+    """Return a field of the config, with a description for axolotl's reference."""
     return Field(default=default, json_schema_extra={"description": description})
 
 
 class UNAArgs(BaseModel):
-    """The keys that the plugin adds to a config.
+    """The plugin's keys of a config.
 
-    una_head: False leaves the run as it is without the plugin
-    una_pack: "auto" shares a prompt among neighbouring rows where the model can; False never
-    una_workspace_mb: logits at a time, in MiB; default: chosen by the head
-    una_objective: fields of una_fast.Objective, whose losses replace TRL's; beta is rl_beta
+    una_head: False switches the plugin off
+    una_pack: as of patch_model
+    una_workspace_mb: MiB of the fused head, see linear_una_loss
+    una_objective: fields of una_fast.Objective, in place of TRL's losses; beta is rl_beta
     """
 
     una_head: bool = _described(True, "Take log-probs from una_fast's head, without logits")
@@ -66,7 +66,7 @@ class UNAPlugin(BasePlugin):
         return f"{__name__}.UNAArgs"
 
     def register(self, cfg: Any) -> None:
-        """Refuse configs that una_fast cannot train, before anything is loaded."""
+        """Refuse configs out of reach of una_fast, before anything is loaded."""
         if _is_wanted(cfg):
             check_version(*TESTED)
             _check(cfg)
@@ -97,9 +97,9 @@ class UNAPlugin(BasePlugin):
 
 
 def _is_wanted(cfg: Any) -> bool:
-    """Return whether this config lists the plugin and leaves `una_head` on.
+    """Return whether a config lists the plugin and leaves `una_head` on.
 
-    axolotl keeps a plugin registered for the later configs of a process.
+    axolotl keeps a plugin registered for later configs of a process.
     """
     names = [str(name) for name in cfg.get("plugins") or []]
     return f"{__name__}.UNAPlugin" in names and cfg.get("una_head") is not False
@@ -116,7 +116,7 @@ def _trainer_path(cfg: Any) -> str:
 
 
 def _check(cfg: Any) -> None:
-    """Raise ValueError, by the key and the way out, for a config that una_fast cannot train."""
+    """Raise ValueError, by the key and the way out, for a config out of reach of una_fast."""
     rl = _rl_of(cfg)
     if rl not in TRAINERS:
         why = f"rl: {rl} is not among them" if rl else "this config has no rl"
@@ -136,9 +136,9 @@ def _check(cfg: Any) -> None:
 
 
 def _objective(cfg: Any) -> Objective | None:
-    """Return the objective of a config, with the beta that axolotl gives TRL; None: TRL's loss.
+    """Return the objective of a config, with the run's beta; None: TRL's loss.
 
-    ValueError for a field that does not exist, and beside another key that names the loss.
+    ValueError for an unknown field, and beside another key for the loss.
     """
     given = cfg.get("una_objective")
     if given is None:
@@ -154,17 +154,14 @@ def _objective(cfg: Any) -> Objective | None:
 
 
 def _beta(cfg: Any) -> float:
-    """Return the beta that axolotl gives TRL, and else TRL's default."""
+    """Return the beta given to TRL by axolotl, or else TRL's default."""
     of_trl = (cfg.get("trl") or {}).get("beta")
     beta = cfg.get("rl_beta") if of_trl is None else of_trl
     return 0.1 if beta is None else float(beta)
 
 
 def _load_trainers() -> None:
-    """Import what the trainers need.
-
-    RuntimeError where that fails: axolotl swallows an ImportError of a plugin.
-    """
+    """Import the trainers; RuntimeError if an import fails."""
     try:
         for name in set(TRAINERS.values()):
             _trainer(name)
@@ -193,7 +190,7 @@ def _trainer(name: str) -> type:
 
 
 class _FromConfig:
-    """Gives the options of the config to the trainer, whose arguments axolotl's builder chooses."""
+    """Gives a trainer the options of the config; axolotl's builder gives all other arguments."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **_options, **kwargs)

@@ -1,22 +1,21 @@
-"""TRL 1.9 to 1.14: its own losses and metrics, on log-probs that need no logits.
+"""TRL 1.9 to 1.14: TRL's own losses and metrics, on log-probs made without logits.
 
-These versions have no function through which every log-prob goes (1.15 has one, and
-`una_fast.integrations.trl` takes it). Their `_compute_loss` calls `model(...)`, slices
-`outputs.logits`, and asks the slice for little: the log-prob of the target, the entropy, the mean
-logit, the most likely token, the sum of the squared probabilities. So TRL's method runs as it is,
-and only what it reads is replaced:
+TRL 1.15 has one function for every log-prob, and `una_fast.integrations.trl` replaces the function.
+Older `_compute_loss` methods call `model(...)`, slice `outputs.logits`, and ask the slice for five
+numbers per token: log-prob of the target, entropy, mean logit, most likely token, and under WPO the
+sum of squared probabilities. TRL's method runs unchanged; three of its inputs are replaced:
 
     model(...)         a hook adds labels and `una="tokens"` to the call; the head of
                        `una_fast.integrations.hf` answers with one number per scored token
-    outputs.logits     a `Logits`, which holds these numbers and answers from them
+    outputs.logits     a `Logits`: holds these numbers and answers from them
     selective_log_softmax, entropy_from_logits, selective_log_softmax_and_entropy
-                       read a `Logits` where they are given one
+                       read a `Logits` too
 
-No loss of TRL is repeated here, every loss type keeps TRL's formula, and the log-probs are computed
-inside the forward of the wrapped model, where DDP and FSDP see them. Never stored: [B, T, V].
+No formula of TRL is repeated here. Log-probs are computed inside the forward of the wrapped model,
+where DDP and FSDP see them. Never stored: [B, T, V].
 
-What has no such form (vision-language models, prompt tuning, heads that the probe refuses) runs on
-TRL's logits, is said once in the log and counted in `una_calls()`.
+Vision-language models, prompt tuning and heads refused by the probe run on TRL's logits. The log
+gives the reason once, and `una_calls()` counts the calls.
 """
 
 from __future__ import annotations
@@ -51,14 +50,14 @@ _OF_TOKENS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 
 
 class Logits:
-    """Stands for logits [..., V] that were never computed, and answers what TRL asks of them.
+    """Stands for logits [..., V] without having them, and answers TRL's questions.
 
     log_probs: [...] float32, log-probs of the targets; carry the gradient
     targets: [...] int64, -100 where no token is scored
     stats: {name: [...]}, the statistics of METRICS, and "log_sum_sq_probs" under WPO
 
-    Logits are defined up to a constant per row. `torch.logsumexp` answers for the logits whose
-    probabilities sum to one: 0, and log sum p^2 for the doubled logits.
+    Logits are defined up to a constant per row. `torch.logsumexp` answers for normalised logits:
+    0, and log sum p^2 for doubled logits.
     """
 
     def __init__(self, log_probs: Tensor, targets: Tensor, stats: dict[str, Tensor]) -> None:
@@ -68,7 +67,7 @@ class Logits:
         self.doubled = False
 
     def _each(self, take: Callable[[Tensor], Tensor]) -> Logits:
-        """Return the part of the rows that `take` takes of every tensor."""
+        """Return a part of the rows: `take` applied to every tensor."""
         stats = {name: take(values) for name, values in self.stats.items()}
         return Logits(take(self.log_probs), take(self.targets), stats)
 
@@ -120,14 +119,13 @@ class Logits:
     def __torch_function__(
         cls, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Tensor:
-        """Answer the functions of torch that TRL's losses call on logits."""
-        logits = args[0] if args else None
-        if func is F.cross_entropy and isinstance(logits, Logits):
+        """Answer the functions of torch called by TRL's losses on logits."""
+        logits = args[0]
+        if func is F.cross_entropy:
             return -logits.log_probs.mean()
-        if func is torch.logsumexp and isinstance(logits, Logits):
-            if logits.doubled:
-                return logits.stats["log_sum_sq_probs"]
-            return torch.zeros_like(logits.log_probs)
+        if func is torch.logsumexp:
+            doubled = logits.stats.get("log_sum_sq_probs")
+            return doubled if logits.doubled else torch.zeros_like(logits.log_probs)
         _refuse(getattr(func, "__name__", repr(func)))
 
 
@@ -140,12 +138,12 @@ def _refuse(what: str) -> NoReturn:
 
 @dataclass
 class ScoredOutput(ModelOutput):
-    """What a scored call of a model returns: its fields pass through DDP, FSDP and accelerate.
+    """The output of a scored call; its fields pass through DDP, FSDP and accelerate.
 
     log_probs: [B, T - 1] float32
     targets: [B, T - 1] int64
-    entropy, mean_logits, is_top1, log_sum_sq_probs: [B, T - 1], where they were asked for
-    aux_loss: [] load balancing of a mixture of experts, where the call asked for router logits
+    entropy, mean_logits, is_top1, log_sum_sq_probs: [B, T - 1], or None if not asked for
+    aux_loss: [] load balancing of a mixture of experts, or None without router logits
     """
 
     log_probs: Tensor | None = None
@@ -163,10 +161,10 @@ class ScoredOutput(ModelOutput):
 
 
 class Scoring:
-    """The calls of a model that are scored: those with one of the given input ids.
+    """Scores the calls of a model on given input ids.
 
-    asked: [(input_ids [B, T], labels [B, T])], of the batch and, for KTO, of its mismatched pairs
-    stats: statistics that the policy is asked for
+    asked: [(input_ids [B, T], labels [B, T])], of the batch and, for KTO, of mismatched pairs
+    stats: names of the policy's statistics
     seen: log-probs [B, T - 1] of the calls on the first of `asked`: policy, then reference
     aux_loss: [] of the policy's call, for a mixture of experts
     """
@@ -179,12 +177,13 @@ class Scoring:
 
     @contextmanager
     def of(self, batch: dict[str, Any], stats: tuple[str, ...]) -> Iterator[None]:
-        """Score the calls on the ids of a batch of TRL's collators, and on no others."""
-        self.asked = [
-            (batch[f"{kind}input_ids"], _labels(batch, kind))
-            for kind in ("", "KL_")
-            if f"{kind}input_ids" in batch
-        ]
+        """Score calls on the ids of a batch of TRL's collators, and no other calls.
+
+        batch: of TRL's collator
+        stats: names of the policy's statistics
+        """
+        kinds = [kind for kind in ("", "KL_") if f"{kind}input_ids" in batch]
+        self.asked = [_ids_and_labels(batch, kind) for kind in kinds]
         self.stats = stats
         self.seen, self.aux_loss = [], None
         try:
@@ -193,25 +192,27 @@ class Scoring:
             self.asked = []
 
     def watch(self, model: nn.Module) -> None:
-        """Hook a patched model: calls on `asked` give log-probs, all others what they gave."""
+        """Hook a patched model: calls on `asked` give log-probs, other calls are left alone."""
 
         def ask(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
-            input_ids = kwargs.get("input_ids", args[0] if args else None)
+            input_ids = args[0] if args else kwargs.get("input_ids")
             number = self._number(input_ids)
             if number is None:
                 return None
-            labels = self.asked[number][1].to(input_ids.device)
+            _, labels = self.asked[number]
             # TRL asks the policy first, and wants statistics of that call alone.
             is_policy = number == 0 and not self.seen
-            stats = self.stats if is_policy else ()
-            asked = {"input_ids": input_ids, "labels": labels, "una": "tokens", "stats": stats}
-            return (), {**kwargs, **asked}
+            kwargs = kwargs | {"input_ids": input_ids, "una": "tokens"}
+            kwargs["labels"] = labels.to(input_ids.device)
+            kwargs["stats"] = self.stats if is_policy else ()
+            return (), kwargs
 
         def answer(module: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> Any:
             if kwargs.get("una") != "tokens" or not self.asked:
                 return out
             if self._number(kwargs["input_ids"]) == 0:
-                self.aux_loss = self.aux_loss if self.seen else out.aux_loss
+                if not self.seen:
+                    self.aux_loss = out.aux_loss
                 self.seen.append(out.logps)
             log_probs = out.logps.clone()  # TRL writes zeros into it
             stats = {name: out[name] for name in kwargs["stats"]}
@@ -222,28 +223,32 @@ class Scoring:
         model.register_forward_hook(answer, with_kwargs=True)
 
     def _number(self, input_ids: Tensor | None) -> int | None:
-        """Return the place in `asked` of the ids of a call, or None for a call not to score."""
-        for number, (ids, _) in enumerate(self.asked):
+        """Return the place in `asked` of the ids of a call; None for a call not to score."""
+        numbered = [(number, ids) for number, (ids, _) in enumerate(self.asked)]
+        for number, ids in numbered:
             if input_ids is ids:
                 return number
-        # A wrapper may have copied the ids.
-        for number, (ids, _) in enumerate(self.asked):
-            if input_ids is not None and torch.equal(ids, input_ids.to(ids.device)):
+        if input_ids is None:
+            return None
+        for number, ids in numbered:
+            # A wrapper may have copied the ids.
+            if torch.equal(ids, input_ids.to(ids.device)):
                 return number
         return None
 
 
-def _labels(batch: dict[str, Any], kind: str) -> Tensor:
-    """Return [B, T] labels of TRL's batch, -100 outside the completions.
+def _ids_and_labels(batch: dict[str, Any], kind: str) -> tuple[Tensor, Tensor]:
+    """Return [B, T] ids and labels of TRL's batch, labels -100 outside the completions.
 
     kind: "" for the batch, "KL_" for KTO's mismatched pairs
     """
+    ids = batch[f"{kind}input_ids"]
     mask = batch[f"{kind}completion_mask"] != 0
-    return batch[f"{kind}input_ids"].masked_fill(~mask, -100)
+    return ids, ids.masked_fill(~mask, -100)
 
 
 def _read(name: str, theirs: Callable) -> Callable:
-    """Return TRL's function of logits, which reads a `Logits` where it is given one."""
+    """Return TRL's function of logits, made to read a `Logits` too."""
 
     def read(logits: Tensor | Logits, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(logits, Logits):
@@ -251,13 +256,15 @@ def _read(name: str, theirs: Callable) -> Callable:
         if name == "selective_log_softmax":
             return logits.log_probs
         entropy = logits.stats["entropy"].detach()
-        return entropy if name == "entropy_from_logits" else (logits.log_probs, entropy)
+        if name == "entropy_from_logits":
+            return entropy
+        return logits.log_probs, entropy
 
     return read
 
 
 def check_no_seam() -> None:
-    """Raise RuntimeError for TRL 1.15 and newer, whose losses do not read logits."""
+    """Raise RuntimeError for TRL 1.15 and newer: its losses do not read logits."""
     if hasattr(trl_utils, "add_fused_lm_head"):
         raise RuntimeError(
             "this TRL has add_fused_lm_head: use the trainers of una_fast.integrations.trl, which "
@@ -267,7 +274,7 @@ def check_no_seam() -> None:
 
 @contextmanager
 def _reading(trainer: object) -> Iterator[None]:
-    """Let the functions by which TRL's module reads logits read a `Logits` too."""
+    """Let the READERS of TRL's module read a `Logits` too."""
     theirs = [cls for cls in type(trainer).__mro__ if cls.__module__.startswith("trl.trainer.")]
     module = sys.modules[theirs[0].__module__]
     before = {name: vars(module)[name] for name in READERS if name in vars(module)}
@@ -286,8 +293,8 @@ class UnaLogProbs:
     una_pack, una_workspace_mb: as of patch_model
     objective: losses in place of args.loss_type, on DPO's pairs or KTO's labels; None: TRL's own
 
-    ValueError for `use_liger_kernel=True`, which replaces the same head, and for an objective
-    beside settings of the losses that the objective replaces.
+    ValueError for `use_liger_kernel=True`, a second head, and for an objective beside settings of
+    TRL's losses.
     """
 
     def __init__(
@@ -325,7 +332,7 @@ class UnaLogProbs:
                 raise ValueError(f"objective needs una_fast's log-probs, but {self.una_refusal}")
 
     def _una_check(self) -> None:
-        """Raise ValueError for arguments of TRL that our head cannot stand beside."""
+        """Raise ValueError for arguments of TRL at odds with our head or objective."""
         if self.args.use_liger_kernel:
             raise ValueError(
                 "use_liger_kernel=True replaces the head that una_fast replaces; set "
@@ -341,7 +348,7 @@ class UnaLogProbs:
         adapters = getattr(self.model, "peft_config", None) or {}
         if any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters.values()):
             return "prompt learning puts virtual tokens before the prompt"
-        models = [model for model in (self.model, reference) if model is not None]
+        models = [self.model] if reference is None else [self.model, reference]
         try:
             for model in models:
                 patch_model(model, **self.una_options)
@@ -353,10 +360,10 @@ class UnaLogProbs:
 
     @contextmanager
     def _una_scored(self, inputs: dict[str, Any], stats: tuple[str, ...]) -> Iterator[None]:
-        """Take the log-probs of the calls on a batch from una_fast, or count that TRL's serve.
+        """Take the log-probs of a batch from una_fast, or count a batch of TRL's logits.
 
         inputs: batch of TRL's collator
-        stats: statistics that the policy is asked for
+        stats: names of the policy's statistics
         """
         if self.una_refusal:
             fall_back("TRL's head", self.una_refusal)
@@ -364,6 +371,8 @@ class UnaLogProbs:
             return
         with _reading(self), self._una_scoring.of(inputs, stats):
             yield
+        if not self._una_scoring.seen:
+            fall_back("TRL's head", "the model was called on other ids than those of the batch")
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
         """Compute TRL's reference log-probs."""
@@ -381,16 +390,20 @@ class UnaLogProbs:
         return (loss, result[1]) if return_outputs else loss
 
     def _una_loss(self, inputs: dict[str, Any]) -> Tensor:
-        """Return the loss of `objective` on the log-probs that TRL's method has just read."""
+        """Return the loss of `objective` on the log-probs read by TRL's method just before.
+
+        inputs: batch of TRL's collator
+        """
         scored = self._una_scoring
         policy, *reference = (values.double().sum(1) for values in scored.seen)
         ref_logps = reference[0] if reference else self._una_precomputed(inputs)
+        scored_tokens = inputs["completion_mask"][:, 1:] != 0
         out = una_loss(
             policy,
             ref_logps,
             self._una_feedback(inputs),
             objective=self.objective,
-            lengths=(inputs["completion_mask"][:, 1:] != 0).sum(1).clamp(min=1),
+            lengths=scored_tokens.sum(1).clamp(min=1),
         )
         if scored.aux_loss is None:
             return out.loss
@@ -403,7 +416,10 @@ class UnaLogProbs:
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Any, Any]:
-        """Return the loss of an evaluation batch; there are no logits to return."""
+        """Return the loss of an evaluation batch, without logits.
+
+        model, inputs, prediction_loss_only, ignore_keys: as of transformers' Trainer
+        """
         if not (prediction_loss_only or self.una_refusal):
             raise ValueError(
                 "compute_metrics needs logits, which are never computed; leave compute_metrics "
