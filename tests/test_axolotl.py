@@ -10,12 +10,14 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
+import re
 import sys
 import types
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 pydantic = pytest.importorskip("pydantic")
 
@@ -25,6 +27,7 @@ from una_fast.integrations.calls import una_calls  # noqa: E402
 
 INSTALLED = importlib.util.find_spec("axolotl") is not None
 HOST = f"axolotl {importlib.metadata.version('axolotl')}" if INSTALLED else "a stand-in of axolotl"
+PAGE = Path(__file__).parents[1] / "docs" / "embed" / "axolotl.md"
 PLUGIN = "una_fast.integrations.axolotl.UNAPlugin"
 beside_axolotl = pytest.mark.skipif(
     not INSTALLED, reason="axolotl is not installed; tests/axolotl.sh builds its environment"
@@ -109,6 +112,17 @@ def test_the_plugin_brings_its_keys(plugin, adapter):
     }
     with pytest.raises(pydantic.ValidationError, match="una_pack"):
         keys(una_pack="sometimes")
+
+
+def test_the_page_names_the_plugin_and_its_keys(plugin, adapter):
+    blocks = re.findall(r"```text\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    shown = [yaml.safe_load(block) for block in blocks]
+    assert [keys["plugins"] for keys in shown] == [[PLUGIN]] * 2
+    documented = re.findall(r"^\| `(una_\w+)` ", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert list(dict.fromkeys(documented)) == list(adapter.UNAArgs.model_fields)
+    for keys in shown:
+        plugin.pre_model_load(config(**keys))
+    assert adapter._options["objective"] == Objective(binary="mse")
 
 
 def test_the_host_swallows_an_import_error_of_a_plugin(manager, tmp_path, monkeypatch):
@@ -233,6 +247,8 @@ def train(root: Path, rl: str, adapter: str | None, **keys: Any) -> list[dict[st
     if adapter:
         keys |= {"adapter": adapter, "lora_r": 4, "lora_alpha": 8}
         keys |= {"lora_target_modules": ["q_proj", "v_proj"]}
+    if rl == "kto":
+        keys |= {"remove_unused_columns": False}  # axolotl asks for it
     number = len(list(root.glob("run*")))
     cfg = {
         "base_model": str(root / "model"),
