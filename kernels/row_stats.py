@@ -23,9 +23,10 @@ Sums run per lane, as in rowgrad.py: a larger logit moves the top of its lane, a
 b = exp(-|z - top|) <= 1 either what is summed or what is added shrinks by b. moment follows a move
 of the top by d: b (moment - d total).
 
-A lane keeps up to six numbers instead of two, so that programs have half the logits per thread of
-rowgrad.py: one 16-byte load. Logits are float32, as the engine makes them. The gradient lies over
-the logits under the same rules.
+A lane keeps up to six numbers instead of two: some 80 registers a thread with everything wanted, 50
+with one sum, so two to five programs on a multiprocessor. Half the logits per thread would leave
+room for more programs, but spill on sm_100, and load a 2-byte bias 8 bytes at a time. Logits are
+float32, as the engine makes them. The gradient lies over the logits under the rules of rowgrad.py.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from una_fast.kernels import rowgrad
-from una_fast.kernels.rowgrad import FUSED, affine, load_logits, logit_at
+from una_fast.kernels.rowgrad import affine, load_logits, logit_at
 
-LAUNCH = {"BLOCK": 1024, "num_warps": 8, **FUSED}
+LAUNCH = rowgrad.LAUNCH
 
 SUMS = ("moment", "squares", "plain", "place")  # that are optional
 
@@ -351,7 +352,7 @@ def entropy_grad(
             outer,
             HAS_BIAS=bias is not None,
             HAS_SOFTCAP=softcap is not None,
-            **rowgrad.LAUNCH,
+            **LAUNCH,
         )
 
 
