@@ -256,6 +256,7 @@ WRONG_COLUMNS = {
     "an unknown column": (("rank", [0.0] * 5), r"must have the columns"),
     "short": (("weight", [1.0] * 4), r"weight has shape \(4,\)"),
     "text": (("value", "high"), r"value must be numbers"),
+    "kind as text": (("kind", "pair"), r"kind must be numbers"),
     "NaN": (("margin", [NAN, 0, 0, 0, 0]), r"margin\[0\] is nan"),
     "kind": (("kind", [0, 0, 1, 1, 3]), r"unit 4 of a feedback dict has kind=3"),
     "fractional kind": (("kind", [0, 0.5, 1, 1, 2]), r"kind\[1\] is 0\.5; it must be an integer"),

@@ -255,7 +255,7 @@ def test_statistics_and_the_gradient_of_the_entropy(rows, width, grad, transform
     with_bias = (rows + width) % 2 == 1
     start = 0 if with_bias else 11
     buffer, u, targets, coef = row_case(rows, width, torch.float32, start)
-    bias = torch.randn(width, generator=generator(1)).to(DEVICE, grad) if with_bias else None
+    bias = torch.randn(width, generator=generator(1)).to(DEVICE) if with_bias else None
     options = {"bias": bias, "start": start, **vars(transform)}
     lse, target_logit, of_logp = truth(u, targets, transform, bias, start, coef)
     entropy, squares, plain, place, of_entropy = stats_truth(u, transform, bias)
