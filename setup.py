@@ -8,6 +8,20 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 EXTRAS = {
+    # Everything but the op: the commands of una-fast and what they import.
+    "train": [
+        "numpy>=1.26",
+        "transformers>=5.15",
+        "peft>=0.20",
+        "datasets>=4.7",
+        "safetensors>=0.8",
+        "pyyaml>=6",
+        "tqdm>=4.66.3",
+        "tensorboard>=2.18",
+        "matplotlib>=3.9",
+        "jinja2>=3.1",
+        "markupsafe>=2.1",
+    ],
     # kernels: Hugging Face's, whose name our folder must not hide.
     "test": [
         "pytest>=8",
@@ -39,21 +53,8 @@ setup(
     package_data={"una_fast.report": ["templates/*"]},
     # Hugging Face's own package is called `kernels`: ours is imported as una_fast.kernels alone.
     package_dir={"una_fast.kernels": "kernels"},
-    install_requires=[
-        "torch>=2.11",
-        "triton>=3.6; sys_platform == 'linux'",
-        "numpy>=1.26",
-        "transformers>=5.17",
-        "peft>=0.20",
-        "datasets>=4.7",
-        "safetensors>=0.8",
-        "pyyaml>=6",
-        "tqdm>=4.66.3",
-        "tensorboard>=2.18",
-        "matplotlib>=3.9",
-        "jinja2>=3.1",
-        "markupsafe>=2.1",
-    ],
+    # The op alone: it is installed beside the transformers of other trainers, or without any.
+    install_requires=["torch>=2.11", "triton>=3.6; sys_platform == 'linux'"],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["una-fast=una_fast.command:main"]},
 )

@@ -37,21 +37,33 @@ import logging
 import random
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 import contenders
 import harness
 import real_states
-from contenders import HEADS, Contender, Inputs, RealInputs, check, logp_errors, step, truth
+from contenders import RealInputs
 from forward import forward, show_forward
-from harness import Column, DeviceLost, release, typical
-from timing import CEILING, Job, alternate, ceiling_job, ceilings
-from una_fast.counters import FlopCounter, LiveBytes
+from una_fast.bench import attempts
+from una_fast.bench.attempts import DeviceLost
+from una_fast.bench.contenders import Contender, step
+from una_fast.bench.inputs import HEADS, Inputs
+from una_fast.bench.measuring import (
+    Question,
+    Rounds,
+    cleaner,
+    costs,
+    examine,
+    put_times,
+    sizes_of,
+    time_all,
+)
+from una_fast.bench.tables import Column
+from una_fast.bench.timing import ceilings
+from una_fast.bench.truth import Truth, check, logp_errors, truth
 
 # CPU shape (rows per response, hidden, vocabulary) -> largest allowed ratios
 BARS = {
@@ -76,8 +88,6 @@ PEER_BARS = {
 }
 MEMORY_BAR = 1.05  # extra memory / workspace
 SUM_BAR = 0.02  # nat, error of a sum over 8192 tokens
-VALID_REFERENCE = 0.9  # of the rate of an 8192^3 product
-GEMM_ROWS = (4096, 8192)
 
 MODELS = {
     "llama3-8b": (4096, 128256),
@@ -184,102 +194,7 @@ def cases(suite: str, shapes: list[Shape] | None = None, cpu: bool = False) -> l
 # --------------------------------------------------------------------------------------- measuring
 
 
-def cleaner(x: Inputs) -> Callable[[], None]:
-    """Return a function that drops the gradients of x and the GPU's cached memory."""
-
-    def clean() -> None:
-        x.clear()
-        release()
-
-    return clean
-
-
-def gemm_jobs(x: Inputs) -> dict[Any, Job]:
-    """Return one torch.mm for every (pass, rows of a chunk), and the square product "ceiling"."""
-    weight, hidden = x.weight.detach(), x.hidden.detach()
-    device = x.device
-    room = 1 << 40
-    if device.type == "cuda":
-        room = torch.cuda.get_device_properties(device).total_memory // 8
-    most = min(x.rows, room // (x.vocab * weight.element_size()))
-    counts = {rows for rows in (*GEMM_ROWS, x.rows) if rows <= most} or {most}
-
-    def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
-        torch.mm(a, b, out=out)
-
-    def logits(rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        return hidden[:rows], weight.T, weight.new_empty(rows, x.vocab)
-
-    def hidden_grad(rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        return hidden[:rows] @ weight.T, weight, weight.new_empty(rows, x.dim)
-
-    def weight_grad(rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        return (hidden[:rows] @ weight.T).T, hidden[:rows], torch.empty_like(weight)
-
-    passes = {"logits": logits, "hidden": hidden_grad}
-    if x.trained:
-        passes["weight"] = weight_grad
-    found: dict[Any, Job] = {}
-    for name, operands in passes.items():
-        for rows in sorted(counts):
-            found[name, rows] = Job(functools.partial(operands, rows), multiply)
-    return found | {"ceiling": ceiling_job(device, weight.dtype)}
-
-
-def reference(seconds: dict[tuple[str, int], float], rows: int, trained: bool) -> dict[str, Any]:
-    """Return the time of the bare products of the minimal passes over N rows.
-
-    seconds: time of one torch.mm by (pass, rows of the chunk)
-    rows: N
-    trained: whether the head is trained, for one pass more
-    """
-    each: dict[str, float] = {}
-    chunk: dict[str, int] = {}
-    for (name, count), value in seconds.items():
-        whole = value * rows / count
-        if whole < each.get(name, float("inf")):
-            each[name], chunk[name] = whole, count
-    passes = ["logits", "logits", "hidden", *["weight"] * trained]
-    return {
-        "seconds": sum(each[name] for name in passes),
-        "passes": len(passes),
-        "each": each,
-        "rows of mm": chunk,
-    }
-
-
-def alloc_retries(device: torch.device) -> int:
-    """Return how often the caching allocator had to give memory back and ask again."""
-    return torch.cuda.memory_stats()["num_alloc_retries"] if device.type == "cuda" else 0
-
-
-def costs(contender: Contender, x: Inputs) -> dict[str, Any]:
-    """Return the peak extra bytes of one step; on a CPU also the counted passes."""
-    accumulator = 4 * x.weight.numel() if x.trained and x.weight.dtype != torch.float32 else 0
-    if x.device.type == "cpu":
-        with FlopCounter() as flop:
-            step(contender, x)
-        with LiveBytes() as memory:
-            step(contender, x)
-        extra = memory.peak(excluding=[leaf.grad for leaf in x.leaves.values()]) - accumulator
-        return {"passes": flop.passes(x.rows, x.dim, x.vocab), "extra_bytes": extra}
-    x.clear()
-    release()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step(contender, x)
-    torch.cuda.synchronize()
-    returned = sum(leaf.grad.nbytes for leaf in x.leaves.values())
-    return {"extra_bytes": torch.cuda.max_memory_allocated() - before - returned - accumulator}
-
-
-def sizes_of(x: Inputs) -> dict[str, int]:
-    return {"rows": x.rows, "dim": x.dim, "vocab": x.vocab}
-
-
-def measure(
-    case: Case, x: Inputs, true: contenders.Truth, entrants: list[Contender], options: Any
-) -> Entry:
+def measure(case: Case, x: Inputs, true: Truth, entrants: list[Contender], options: Any) -> Entry:
     """Return one entry of the results: a row for each entrant, then the row of the bare products.
 
     case: the bars and the number of runs
@@ -298,97 +213,35 @@ def measure(
         table[c.name] = row
     ready = []
     for c in entrants:
-        if examine(c, table[c.name], case, x, true, options):
+        questions = questions_of(c, case, x, true, options.warmup)
+        if examine(c, table[c.name], x, questions, options.lost.get(c.name)):
             ready.append(c)
         options.note(table[c.name] | {"suite": case.suite, "head": head})
-    rows = list(table.values())
     if not case.runs:
-        return entry | {"table": rows}
-    runs = options.runs or case.runs
+        return entry | {"table": list(table.values())}
+    rounds = Rounds(options.runs or case.runs, options.seconds, case.busy)
     with harness.busy_programs(case.busy):
-        measured = time_all(ready, x, runs, options.seconds, case.busy)
-    best, spreads, failed, retries = measured
-    products = {name: value for name, value in best.items() if isinstance(name, tuple)}
-    ref = reference(products, x.rows, x.trained)
-    flop = 2 * x.rows * x.dim * x.vocab
-    ref["tflops"] = ref["passes"] * flop / ref["seconds"] / 1e12
-    ref["ceiling_tflops"] = 2 * CEILING[x.device.type] ** 3 / best["ceiling"] / 1e12
-    ref["valid"] = ref["tflops"] >= VALID_REFERENCE * ref["ceiling_tflops"]
-    ref["alloc_retries"] = retries  # each of them cost some contender time
-    for c in ready:
-        row = table[c.name]
-        if c.name in failed:
-            row["reason"] = failed[c.name]
-            continue
-        seconds = best[c.name]
-        bare = ref["seconds"] - (0 if c.same_work else ref["each"]["logits"])
-        row |= {"seconds": seconds, **spreads[c.name], "times bare mm": seconds / bare}
-        row["tflops"] = row["passes"] * flop / seconds / 1e12
-    roof = sizes_of(x) | {"name": "bare mm", "seconds": ref["seconds"], "times bare mm": 1.0}
-    roof |= {"passes": ref["passes"], "tflops": ref["tflops"]}
-    return entry | {"reference": ref, "table": [*rows, roof]}
+        times = time_all(ready, x, rounds)
+    ref, roof = put_times(table, ready, x, times)
+    return entry | {"reference": ref, "table": [*table.values(), roof]}
 
 
-def examine(
-    contender: Contender,
-    row: dict[str, Any],
-    case: Case,
-    x: Inputs,
-    true: contenders.Truth,
-    options: Any,
-) -> bool:
-    """Put a contender's errors and costs into `row`, or the reason why no time is taken.
+def questions_of(
+    contender: Contender, case: Case, x: Inputs, true: Truth, seconds: float
+) -> list[Question]:
+    """Return what is asked of a contender before its time is taken.
 
-    Returns whether the contender may be timed.
+    contender, x, true: as in `measure`
+    case: without timed runs costs are not asked
+    seconds: of a contender's first call
     """
-    if isinstance(contender, contenders.Una):
-        row["workspace_mb"] = contender.workspace_mb
-    questions = [
-        (functools.partial(check, contender, x, true), options.warmup),
-        (functools.partial(logp_errors, contender, x, true), options.warmup),
+    found = [
+        Question(functools.partial(check, contender, x, true), seconds),
+        Question(functools.partial(logp_errors, contender, x, true), seconds),
     ]
     if case.runs:
-        questions.append((functools.partial(costs, contender, x), 2 * options.warmup))
-    reason = options.lost.get(contender.name) or contender.unavailable(x)
-    for question, seconds in questions:
-        if reason:
-            break
-        found, reason = harness.attempt(contender.name, question, cleaner(x), seconds)
-        row |= found or {}
-    if reason:
-        row["reason"] = reason
-    x.clear()
-    return not reason
-
-
-def time_all(
-    ready: list[Contender], x: Inputs, runs: int, budget: float, busy: int
-) -> tuple[dict[Any, float], dict[Any, dict[str, Any]], dict[Any, str], int]:
-    """Time the contenders and the bare products in turns, beside so many `busy` programs.
-
-    Returns (seconds, spread and single runs, reasons of failures, each by name; allocator retries).
-    """
-
-    def cleared() -> tuple:
-        x.clear()
-        return ()
-
-    jobs = gemm_jobs(x)
-    for c in ready:
-        jobs[c.name] = Job(cleared, functools.partial(step, c, x))
-    retries = alloc_retries(x.device)
-    # A warm-up: costs() gave the cache back.
-    _, failed = alternate(jobs, 1, budget, x.device, cleaner(x))
-    runnable = {name: job for name, job in jobs.items() if name not in failed}
-    times, late = alternate(runnable, runs, budget, x.device, cleaner(x))
-    failed |= late
-    best: dict[Any, float] = {}
-    spreads = {}
-    for name, values in times.items():
-        if name not in failed:
-            best[name] = typical(values, x.device, busy)
-            spreads[name] = harness.spread_of(values, best[name]) | {"all_seconds": values}
-    return best, spreads, failed, alloc_retries(x.device) - retries
+        found.append(Question(functools.partial(costs, contender, x), 2 * seconds))
+    return found
 
 
 # -------------------------------------------------------------------------------------------- bars
@@ -624,7 +477,7 @@ class Run:
         if ("forward", rows, 1, dim, vocab, "none") in self.done or self.late():
             return
         run = functools.partial(forward, dim, vocab, rows, self.device, self.options)
-        entry, reason = harness.attempt("forward", run)
+        entry, reason = attempts.attempt("forward", run)
         if reason:
             print(f"\nforward, D {dim}: {reason}")
         else:
@@ -645,7 +498,7 @@ class Run:
         found = [c for c in found if c.name.startswith(self.options.only)]
         return [c for c in found if not c.name.startswith(case.without)]
 
-    def inputs_of(self, case: Case) -> tuple[Inputs, contenders.Truth]:
+    def inputs_of(self, case: Case) -> tuple[Inputs, Truth]:
         kind = {"device": self.device.type, "dtype": self.options.dtype}
         make = RealInputs if case.suite == "real" else Inputs
         x = make(case.lengths, case.dim, case.vocab, scores=case.scores, **kind)
@@ -655,11 +508,11 @@ class Run:
         heads = self.heads_of(case)
         if not heads:
             return
-        release()
+        attempts.release()
         if self.device.type == "cuda":
             # Every shape is compiled for itself; the limit of recompilations is never met.
             torch.compiler.reset()
-        made, reason = harness.attempt("inputs", functools.partial(self.inputs_of, case))
+        made, reason = attempts.attempt("inputs", functools.partial(self.inputs_of, case))
         if reason:
             print(f"\n{case.suite} {case.shape}: no inputs: {reason}")
             return
@@ -668,7 +521,7 @@ class Run:
         for head in heads:
             x.head(head)
             run = functools.partial(measure, case, x, true, entrants, self.options)
-            entry, reason = harness.attempt("bare mm", run, cleaner(x))
+            entry, reason = attempts.attempt("bare mm", run, cleaner(x))
             if reason:
                 print(f"\n{case.suite} {case.shape} {head}: {reason}")
                 continue

@@ -44,10 +44,11 @@ import torch
 
 import harness
 import step_contenders
-from contenders import WrongResult
-from harness import Column
 from step_contenders import CONTENDERS, SHAPES, Case, Session, Setup, needed_flop, responses_of
-from timing import CEILING, ceilings
+from una_fast.bench import attempts, machine, timing
+from una_fast.bench.attempts import WrongResult
+from una_fast.bench.tables import Column
+from una_fast.bench.timing import CEILING, ceilings, spread_of
 from una_fast.train.metrics import peak_tflops
 
 STEP_SUITES = ("equal", "ragged", "shared16", "shared64")
@@ -215,7 +216,7 @@ def take_turns(
         if k == 0 and not reasons and len(names) == 2:
             first = (sessions["una_fast"][0], sessions["trl"][0])
             compare = functools.partial(parity, case, setup.dtype, options.warmup, *first)
-            found, reason = harness.attempt("parity", compare, step_contenders.clean)
+            found, reason = attempts.attempt("parity", compare, step_contenders.clean)
             if reason:
                 return sessions, dict.fromkeys(names, reason), {}
     return sessions, reasons, found
@@ -232,12 +233,12 @@ def row_of(
     device: "cpu" or "cuda"
     """
     seconds = list(itertools.chain.from_iterable(session.seconds for session in sessions))
-    typical = harness.typical(seconds, torch.device(device))
+    typical = timing.typical(seconds, torch.device(device))
     first = sessions[0]
     row = {
         "name": name,
         "seconds": typical,
-        **harness.spread_of(seconds, typical),
+        **spread_of(seconds, typical),
         "all_seconds": seconds,
         "tokens_per_s": case.tokens / typical,
         "row_tokens": first.row_tokens,
@@ -638,7 +639,7 @@ def peak_of(device: torch.device) -> dict[str, Any]:
 def versions() -> dict[str, str | None]:
     """Return the versions of the packages that a step runs through."""
     packages = ("transformers", "accelerate", "peft", "liger-kernel", "flash-attn", "torchao")
-    return {name: harness.installed(name) for name in packages}
+    return {name: machine.installed(name) for name in packages}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -677,7 +678,7 @@ def main(arguments: list[str] | None = None) -> int:
                     entry = measure(case, setup, options, late)
                 else:
                     entry = longest(case, ratio, setup, options, late)
-        except harness.DeviceLost as error:
+        except attempts.DeviceLost as error:
             return harness.store_loss(report, error, options.out)
         entry = judge(entry)
         show(entry)

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contenders import Inputs
-from harness import attempt, typical
-from timing import Job, alternate, seconds_of
+from una_fast.bench.attempts import attempt
+from una_fast.bench.inputs import Inputs
+from una_fast.bench.timing import Job, alternate, seconds_of, typical
 
 LARGEST_ERROR = 1e-3  # nat, of linear_logps against row_logps
 PADDING = 64  # logits

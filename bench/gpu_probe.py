@@ -38,7 +38,8 @@ from torch import Tensor
 
 import harness
 from bench_head import MODELS
-from timing import Job, ceilings, seconds_of
+from una_fast.bench import attempts
+from una_fast.bench.timing import Job, ceilings, seconds_of, typical
 
 PADDING = 64  # logits between the rows of a padded buffer
 CHUNK_BYTES = 1 << 31  # of the float32 logits of a chunk, the default workspace
@@ -101,7 +102,7 @@ class Probe:
             self.add(row | {"reason": f"no time left of {self.options.seconds:g} s"})
             return
         work = functools.partial(self.median, line)
-        seconds, reason = harness.attempt(line.name, work, seconds=30)
+        seconds, reason = attempts.attempt(line.name, work, seconds=30)
         if reason:
             self.add(row | {"reason": reason})
             return
@@ -122,7 +123,7 @@ class Probe:
 
         job = Job(prepare, line.run)
         times = [seconds_of(job, self.device) for _ in range(self.options.runs + 2)]
-        return harness.typical(times[2:], self.device)
+        return typical(times[2:], self.device)
 
     def allocated(self, model: str, name: str, run: Callable[[], Any], whole: int) -> None:
         """Tell how many bytes a call allocates beside its `out`, and whether that is a copy.
@@ -143,7 +144,7 @@ class Probe:
             torch.cuda.synchronize()
             return torch.cuda.max_memory_allocated() - before
 
-        extra, reason = harness.attempt(name, peak, seconds=30)
+        extra, reason = attempts.attempt(name, peak, seconds=30)
         if reason:
             self.add(row | {"reason": reason})
         else:
@@ -305,14 +306,14 @@ def main(arguments: list[str] | None = None) -> int:
     probe = Probe(parse(arguments))
     machine(probe)
     for model, (dim, vocab) in probe.options.shapes.items():
-        made, reason = harness.attempt("operands", functools.partial(Head, probe, dim, vocab))
+        made, reason = attempts.attempt("operands", functools.partial(Head, probe, dim, vocab))
         if reason:
             probe.add({"model": model, "name": "operands", "reason": reason})
             continue
         products(probe, model, made)
         row_kernels(probe, model, made)
         del made
-        harness.release()
+        attempts.release()
     failed = [row for row in probe.report["results"] if "reason" in row]
     expected = [row for row in failed if row["reason"].startswith("needs a GPU")]
     return int(len(failed) > len(expected))

@@ -7,26 +7,23 @@ versions, the machine and a digest of the sources (`environment`).
 from __future__ import annotations
 
 import contextlib
-import gc
 import hashlib
 import json
 import os
-import platform
-import shlex
-import signal
-import statistics
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
-from importlib import metadata
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from contenders import WrongResult
+import contenders  # noqa: F401  before anything imports triton
+from una_fast.bench import attempts
+from una_fast.bench.attempts import DeviceLost
+from una_fast.bench.machine import PEERS, commit_of, installed, machine_of
+from una_fast.bench.tables import Column, table_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = ("una_fast", "kernels", "bench")
@@ -35,18 +32,6 @@ GPU_LOST = 75  # exit status after a contender broke the GPU's context: run agai
 
 
 # ----------------------------------------------------------------------------------------- attempts
-
-
-def release() -> None:
-    """Give the GPU's cached memory back."""
-    if torch.cuda.is_available():
-        gc.collect()
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-
-
-class DeviceLost(Exception):
-    """(name, reason) of a contender; the GPU answers nothing more in this process."""
 
 
 def running_file(out: Path) -> Path:
@@ -111,9 +96,6 @@ class Guard:
                 self.running.write_text(before, encoding="utf-8")
 
 
-_guards: list[Guard] = []  # at most one: of the run in this process
-
-
 @contextlib.contextmanager
 def guarded(report: dict[str, Any], out: Path | None) -> Iterator[None]:
     """Guard every attempt of a run that stores its results.
@@ -126,79 +108,11 @@ def guarded(report: dict[str, Any], out: Path | None) -> Iterator[None]:
         return
     guard = Guard(report, out)
     guard.take_over()
-    _guards.append(guard)
+    attempts.watches.append(guard.watch)
     try:
         yield
     finally:
-        _guards.remove(guard)
-
-
-def watched(name: str, seconds: float | None) -> contextlib.AbstractContextManager[None]:
-    """Return the guard of one attempt, or no guard in a run without one."""
-    return _guards[-1].watch(name, seconds) if _guards else contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def deadline(seconds: float | None) -> Iterator[None]:
-    """Raise TimeoutError after `seconds` of Python; a running kernel is waited for."""
-    if not seconds:
-        yield
-        return
-
-    def stop(*_: Any) -> None:
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def attempt(
-    name: str,
-    run: Callable[[], Any],
-    clean: Callable[[], None] = release,
-    seconds: float | None = None,
-) -> tuple[Any, str | None]:
-    """Return (result of run, None), or (None, the reason of the failure) after a call of `clean`.
-
-    name: the contender named by DeviceLost
-    run: the work
-    clean: frees the memory of a failed run; DeviceLost is raised if `clean` fails too
-    seconds: the deadline of `run`, None for no deadline
-    """
-    try:
-        with watched(name, seconds), deadline(seconds):
-            return run(), None
-    except DeviceLost:
-        raise
-    except torch.OutOfMemoryError:
-        reason = "out of memory"
-    except WrongResult as error:
-        reason = f"wrong result: {error}"
-    except TimeoutError:
-        reason = f"not done in {seconds:g} s"
-    except Exception as error:  # a peer may fail in any way
-        text = " ".join(str(error).split())
-        full = "out of memory" in text.lower()
-        reason = "out of memory" if full else f"{type(error).__name__}: {text}"[:200]
-    try:
-        with watched(name, CLEANING):
-            clean()
-    except Exception as error:
-        raise DeviceLost(name, reason) from error
-    return None, reason
-
-
-def typical(values: list[float], device: torch.device, busy: int = 0) -> float:
-    """Return the median of `values`; on a CPU, shared with other work, the minimum.
-
-    busy: programs that ran beside on purpose, and whose share of the time belongs to the result
-    """
-    return min(values) if device.type == "cpu" and not busy else statistics.median(values)
+        attempts.watches.remove(guard.watch)
 
 
 @contextlib.contextmanager
@@ -215,32 +129,7 @@ def busy_programs(count: int) -> Iterator[None]:
             program.wait()
 
 
-def spread_of(values: list[float], middle: float) -> dict[str, Any]:
-    """Return the quartiles of `values`, and the distance of the outer two relative to `middle`."""
-    quartiles = values * 3
-    if len(values) > 1:
-        quartiles = statistics.quantiles(values, n=4, method="inclusive")
-    return {"quartiles": quartiles, "spread": (quartiles[2] - quartiles[0]) / middle}
-
-
 # -------------------------------------------------------------------------------------- environment
-
-
-def command_output(*command: str) -> str | None:
-    """Return the output of a command run at the root, None where the command fails."""
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def installed(package: str) -> str | None:
-    """Return the version of a package, None where the package is missing."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def digest_of(*folders: str) -> str:
@@ -252,43 +141,11 @@ def digest_of(*folders: str) -> str:
     return hashlib.sha256(contents).hexdigest()[:16]
 
 
-def commit_of(*folders: str) -> dict[str, Any]:
-    """Return the commit, and whether `folders` have uncommitted changes; None without git."""
-    changes = command_output("git", "status", "--porcelain", "--", *folders)
-    commit = command_output("git", "rev-parse", "HEAD")
-    return {
-        # A copy of the tree on another machine has no git: its caller names the commit.
-        "commit": commit or os.environ.get("BENCH_COMMIT"),
-        "uncommitted_changes": None if changes is None else bool(changes),
-    }
-
-
-def utc_time() -> str:
-    """Return the time of now, in UTC."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
 def environment(device: torch.device) -> dict[str, Any]:
     """Return the versions, the machine, the command and the sources of a result."""
-    found = {
-        "torch": torch.__version__,
-        "trl": installed("trl"),
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
-        "threads": torch.get_num_threads(),
-        "command": shlex.join(["python", *sys.argv]),
-        **commit_of(*MEASURED),
-        "sources": digest_of(*MEASURED),
-        "time": utc_time(),
-    }
+    found = machine_of(device) | commit_of(ROOT, MEASURED) | {"sources": digest_of(*MEASURED)}
     if device.type == "cuda":
-        query = command_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        found["allocator"] = os.environ.get("PYTORCH_ALLOC_CONF")
-        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "driver": query}
-        found |= {"memory_gib": torch.cuda.get_device_properties(0).total_memory / 2**30}
-        peers = ("triton", "liger-kernel", "cut-cross-entropy", "quack-kernels", "transformers")
-        peers += ("unsloth_zoo",)
-        found |= {name: installed(name) for name in peers}
+        found |= {name: installed(name) for name in (*PEERS, "unsloth_zoo")}
     return found
 
 
@@ -342,29 +199,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 # ------------------------------------------------------------------------------------------- tables
 
 
-class Column(NamedTuple):
-    """A column of a printed table: row[key] / divisor in the format `form`."""
-
-    key: str
-    form: str
-    divisor: float = 1
-
-    def cell(self, row: dict[str, Any]) -> str:
-        """Return the text of a row's cell, empty where the row has no such number."""
-        return f"{row[self.key] / self.divisor:{self.form}}" if self.key in row else ""
-
-
 def print_table(columns: dict[str, Column], table: Iterable[dict[str, Any]]) -> None:
-    """Print a heading and a line per row: the name, then the row's cells or the row's reason."""
-    print(f"{'':20}" + "".join(f"{head:>11}" for head in columns))
-    for row in table:
-        if "reason" in row:
-            print(f"{row['name']:20}  {row['reason']}")
-            continue
-        cells = [f"{column.cell(row):>11}" for column in columns.values()]
-        print(f"{row['name']:20}" + "".join(cells))
-        if row.get("unfinished"):
-            print(f"  the search ended early: {row['unfinished']}")
+    """Print a heading and a line per row: see `table_lines`."""
+    print(*table_lines(columns, table), sep="\n")
 
 
 def print_verdict(bar: dict[str, Any], question: str, digits: int) -> None:

@@ -64,14 +64,16 @@ def bench_head() -> int:
     import bench_head as bench
     import contenders
     import harness
+    from una_fast.bench.contenders import Eager, Una
+    from una_fast.bench.inputs import Inputs
 
-    class Stub(contenders.Eager):
+    class Stub(Eager):
         """Eager PyTorch, but for what `act` does before it."""
 
         def __init__(self, name: str, act: Any) -> None:
             self.name, self.act = name, act
 
-        def loss(self, x: contenders.Inputs) -> Any:
+        def loss(self, x: Inputs) -> Any:
             self.act()
             return super().loss(x)
 
@@ -84,7 +86,7 @@ def bench_head() -> int:
         "cut": [Stub("outlives", hang)],
     }
     kind = os.environ[STUBS]
-    entrants = [contenders.Una(), *stubs[kind], contenders.Eager()]
+    entrants = [Una(), *stubs[kind], Eager()]
 
     def cases(suite: str, *_: Any) -> list[Any]:
         case = bench.pair(suite, SHAPE, heads=("trained",), runs=1)

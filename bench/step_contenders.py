@@ -36,6 +36,7 @@ from transformers import (
 
 import contenders  # noqa: F401  finds the peers, and lets triton be imported without a GPU
 import harness
+from una_fast.bench import attempts
 from una_fast.counters import LiveBytes
 from una_fast.model.activations import BLOCK
 
@@ -667,7 +668,7 @@ CONTENDERS: dict[str, Callable[[Case, Setup, Watch], Session]] = {"una_fast": ou
 def clean() -> None:
     """Collect garbage: trainers stand in reference cycles, which hold memory until a collection."""
     gc.collect()
-    harness.release()
+    attempts.release()
 
 
 def run(
@@ -693,7 +694,7 @@ def run(
         clean()
 
     work = functools.partial(CONTENDERS[name], case, setup, watch)
-    session, reason = harness.attempt(name, work, close, seconds)
+    session, reason = attempts.attempt(name, work, close, seconds)
     if not reason:
         clean()
     return session, reason

@@ -2,11 +2,15 @@
 
     torchrun --nproc-per-node 2 tests/embed_ranks.py OUT
 
-Writes OUT/<wrapper>.pt: the gradients, whole, after four micro-batches per rank.
+Writes OUT/<wrapper>.pt: the gradients, whole, after four micro-batches per rank. Then trainers run
+on the model in OUT/model: OUT/<trainer>.json holds their logged steps, and OUT/una_trainer.pt the
+weights of UNATrainer.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,18 +18,23 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import trl
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from embedded import make_batch
 from families import build
+from tiny import make_records
 from una_fast import Feedback, Objective
-from una_fast.integrations.hf import patch_model
+from una_fast.integrations.hf import UNATrainer, patch_model
+from una_fast.integrations.trl import UNADPOTrainer
 
 RANKS, MICRO_BATCHES = 2, 4
 # Batch rows, and units, of every micro-batch; the last one of rank 1 has responses and no unit.
@@ -141,8 +150,93 @@ def one_process(wrapper: str) -> dict[str, Tensor]:
     return gradients_of(model)
 
 
+# --- trainers -------------------------------------------------------------------------------------
+
+
+def una_trainer(out: Path, ranks: int) -> UNATrainer:
+    """Train with UNATrainer: steps of four records of unequal numbers of units, in batches of one.
+
+    out: with the model
+    ranks: of the run
+    """
+    return train(
+        UNATrainer,
+        TrainingArguments,
+        out,
+        make_records("mixed", 12),
+        processing_class=AutoTokenizer.from_pretrained(out / "model"),
+        ref_model=load(out),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=4 // ranks,
+    )
+
+
+def dpo_trainer(kind: type, out: Path) -> Any:
+    """Train with TRL's DPOTrainer, or ours in its place."""
+    return train(
+        kind,
+        functools.partial(trl.DPOConfig, bf16=False),
+        out,
+        Dataset.from_list(make_records("pairs", 12)),
+        processing_class=AutoTokenizer.from_pretrained(out / "model"),
+        ref_model=load(out),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=1,
+    )
+
+
+def load(out: Path) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32)
+
+
+def train(kind: type, config: Any, out: Path, records: Any, **options: Any) -> Any:
+    """Take three unclipped steps of SGD; return the trainer.
+
+    kind: of the trainer
+    config: makes its arguments
+    out: with the model
+    records: the dataset
+    options: of the trainer, and of its arguments
+    """
+    of_trainer = {name: options.pop(name) for name in ("processing_class", "ref_model")}
+    arguments = config(
+        output_dir=str(out / "trained"),
+        max_steps=3,
+        logging_steps=1,
+        optim="sgd",
+        learning_rate=0.05,
+        lr_scheduler_type="constant",
+        max_grad_norm=1e9,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+        **options,
+    )
+    trainer = kind(model=load(out), args=arguments, train_dataset=records, **of_trainer)
+    trainer.train()
+    return trainer
+
+
+def logged(trainer: Any) -> list[dict[str, float]]:
+    """Return the logged steps of a trainer."""
+    return [line for line in trainer.state.log_history if "loss" in line]
+
+
+def run_trainers(out: Path, rank: int) -> None:
+    """Run the trainers on this rank, and write what they logged."""
+    found = {"una_trainer": una_trainer(out, RANKS)}
+    for name, kind in (("trl", trl.DPOTrainer), ("ours", UNADPOTrainer)):
+        found[name] = dpo_trainer(kind, out)
+    if rank == 0:
+        for name, trainer in found.items():
+            (out / f"{name}.json").write_text(json.dumps(logged(trainer)))
+        trained = found["una_trainer"].accelerator.unwrap_model(found["una_trainer"].model)
+        torch.save(trained.state_dict(), out / "una_trainer.pt")
+
+
 def main() -> None:
-    """Run every wrapper on this rank."""
+    """Run every wrapper on this rank, then the trainers."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -157,6 +251,7 @@ def main() -> None:
         found = gradients_of(model)
         if rank == 0:
             torch.save(found, Path(sys.argv[1]) / f"{wrapper}.pt")
+    run_trainers(Path(sys.argv[1]), rank)
     dist.destroy_process_group()
 
 

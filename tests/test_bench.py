@@ -20,9 +20,15 @@ import harness
 import plots
 import real_states
 import tables
-from bench_head import Case, judge, measure, reference
-from contenders import Eager, Inputs, Trl, Una, WrongResult, check, truth
+from bench_head import Case, judge, measure
 from una_fast import Objective
+from una_fast.bench import attempts
+from una_fast.bench.attempts import WrongResult, attempt
+from una_fast.bench.contenders import Eager, Trl, Una, full_logits, lacks
+from una_fast.bench.gemms import reference
+from una_fast.bench.inputs import BETA, HEADS, Inputs
+from una_fast.bench.timing import typical
+from una_fast.bench.truth import check, logp_errors, truth
 from una_fast.head import eager
 
 CASE = Case("test", (9, 9), 16, 130, bars=("time", "peers", "memory", "accuracy"), runs=1)
@@ -67,7 +73,7 @@ def test_truth_is_eager():
         x = Inputs((5, 8, 3, 6), 12, 70, scores=scores)
         leaves = [leaf.detach().double().requires_grad_() for leaf in (x.hidden, x.weight)]
         call = {"ref_hidden": x.ref_hidden.double(), "ref_weight": x.ref_weight.double()}
-        call["objective"] = Objective(beta=contenders.BETA)
+        call["objective"] = Objective(beta=BETA)
         out = eager.linear_una_loss(*leaves, x.targets, x.cu_seqlens, x.feedback, **call)
         out.loss.backward()
         found = truth(x, block_bytes=8 * 70 * 4)
@@ -77,7 +83,7 @@ def test_truth_is_eager():
         torch.testing.assert_close(found.weight, leaves[1].grad.float())
 
 
-@pytest.mark.parametrize("head", contenders.HEADS)
+@pytest.mark.parametrize("head", HEADS)
 def test_stated_passes_are_the_counted_passes(head):
     x = Inputs((40, 40), 32, 300)
     x.head(head)
@@ -93,7 +99,7 @@ def test_the_error_of_a_log_ratio_is_of_what_the_loss_sees(scores):
     """An error that policy and reference share cancels, and an error of one sum does not."""
     x = Inputs((7, 7, 5, 5), 12, 70, scores=scores)
     true = truth(x)
-    found = contenders.logp_errors(Eager(), x, true)
+    found = logp_errors(Eager(), x, true)
     assert found["ratio_error"] < 1e-4
 
     class Shifted(Eager):
@@ -105,9 +111,9 @@ def test_the_error_of_a_log_ratio_is_of_what_the_loss_sees(scores):
             shift = torch.tensor([0.5, 0.0, 0.0, 0.25])
             return super().sums(inputs) + shift * (self.both or is_policy)
 
-    assert contenders.logp_errors(Shifted(True), x, true)["sum_error"] > 0.49
-    assert contenders.logp_errors(Shifted(True), x, true)["ratio_error"] < 1e-4
-    alone = contenders.logp_errors(Shifted(False), x, true)["ratio_error"]
+    assert logp_errors(Shifted(True), x, true)["sum_error"] > 0.49
+    assert logp_errors(Shifted(True), x, true)["ratio_error"] < 1e-4
+    alone = logp_errors(Shifted(False), x, true)["ratio_error"]
     assert alone == pytest.approx(0.5, abs=1e-4)
 
 
@@ -115,9 +121,9 @@ def test_a_peer_with_another_signature_is_a_row():
     def renamed(hidden, weight, labels, *, how):
         """Take other arguments than this bench passes."""
 
-    reason = contenders.lacks(renamed, 3, "reduction")
+    reason = lacks(renamed, 3, "reduction")
     assert "renamed has another signature" in reason and "'how'" in reason
-    assert contenders.lacks(renamed, 3, "how") is None
+    assert lacks(renamed, 3, "how") is None
     x = Inputs((8, 8), 16, 90)
     for contender in contenders.everybody([None]):
         reason = contender.unavailable(x)
@@ -152,12 +158,12 @@ def test_a_package_loads_without_its_start(tmp_path, monkeypatch):
 
 def no_reference(x, loss):
     zero = torch.zeros(len(x.lengths))
-    return x.loss_of(x.sums(contenders.full_logits(x.hidden, x.weight, x.targets)), zero)
+    return x.loss_of(x.sums(full_logits(x.hidden, x.weight, x.targets)), zero)
 
 
 def detached_weight(x, loss):
-    sums = x.sums(contenders.full_logits(x.hidden, x.weight.detach(), x.targets))
-    ref = x.sums(contenders.full_logits(x.ref_hidden, x.ref_weight, x.targets))
+    sums = x.sums(full_logits(x.hidden, x.weight.detach(), x.targets))
+    ref = x.sums(full_logits(x.ref_hidden, x.ref_weight, x.targets))
     return x.loss_of(sums, ref)
 
 
@@ -222,8 +228,8 @@ def test_a_deadline_ends_a_run_and_leaves_no_alarm_behind():
         while True:
             pass
 
-    assert harness.attempt("x", forever, seconds=0.05) == (None, "not done in 0.05 s")
-    assert harness.attempt("x", lambda: sum(range(2_000_000)))[1] is None  # longer than the alarm
+    assert attempt("x", forever, seconds=0.05) == (None, "not done in 0.05 s")
+    assert attempt("x", lambda: sum(range(2_000_000)))[1] is None  # longer than the alarm
 
 
 def test_a_process_that_ended_leaves_the_name_of_its_contender(tmp_path):
@@ -233,11 +239,11 @@ def test_a_process_that_ended_leaves_the_name_of_its_contender(tmp_path):
     seen = []
 
     def outer():
-        harness.attempt("inner", lambda: seen.append(running.read_text()))
+        attempt("inner", lambda: seen.append(running.read_text()))
         seen.append(running.read_text())
 
     with harness.guarded(report, out):
-        harness.attempt("outer", outer)
+        attempt("outer", outer)
     assert seen == ["inner", "outer"] and not running.exists() and report["lost"] == {}
     running.write_text("crashed")
     with harness.guarded(report, out):
@@ -351,8 +357,8 @@ def test_a_lost_gpu_ends_the_run_and_resuming_leaves_the_contender_out(tmp_path,
     everybody = [Broken("broken", raises(RuntimeError("misaligned address"))), Eager()]
     monkeypatch.setattr(contenders, "everybody", lambda *_: everybody)
     with monkeypatch.context() as patch:
-        release = [bench_head.release, lost]
-        patch.setattr(bench_head, "release", lambda: release.pop(0)())
+        release = [attempts.release, lost]
+        patch.setattr(attempts, "release", lambda: release.pop(0)())
         assert run(*common) == harness.GPU_LOST
     assert json.loads(out.read_text())["results"] == []
     everybody[0] = Broken("broken", lambda x, loss: loss(x))
@@ -462,4 +468,4 @@ def test_busy_programs_run_beside_the_block_and_end_with_it():
         beside = set(children.read_text().split()) - set(before)
         assert len(beside) == 2
     assert children.read_text().split() == before
-    assert harness.typical([3.0, 1.0, 2.0], torch.device("cpu"), busy=2) == 2.0
+    assert typical([3.0, 1.0, 2.0], torch.device("cpu"), busy=2) == 2.0

@@ -13,8 +13,8 @@ import bench_step
 import step_contenders
 import tables
 from bench_step import judge, parity
-from contenders import WrongResult
 from step_contenders import SHAPES, Case, Setup, attended, needed_flop
+from una_fast.bench.attempts import WrongResult
 from una_fast.counters import FlopCounter
 from una_fast.model.activations import BLOCK
 

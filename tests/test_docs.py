@@ -10,7 +10,6 @@ import re
 import shlex
 import subprocess
 import sys
-import textwrap
 from argparse import Namespace
 from dataclasses import fields
 from functools import cache
@@ -21,6 +20,7 @@ from typing import get_args
 import pytest
 import torch
 
+from pages import FENCED, blocks, python_of, run_page
 from una_fast import cli
 from una_fast.commands import COMMANDS, settings_from, settings_of
 from una_fast.rewards.settings import Kind, parse_rewards
@@ -91,17 +91,10 @@ def test_every_test_in_the_documents_exists():
 
 # ---- what the pages show -----------------------------------------------------------------------
 
-FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
 INDENTED = re.compile(r"^    +(\S.*)$", re.MULTILINE)
 SPAN = re.compile(r"`(una-fast [a-z][^`]*)`")
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
-
-
-def blocks(text: str, language: str) -> list[str]:
-    """Return the fenced blocks of a language, in order."""
-    found = [match for match in FENCED.finditer(text) if match[2] == language]
-    return [textwrap.dedent(match[3]) for match in found]
 
 
 def commands_in(text: str) -> list[list[str]]:
@@ -140,10 +133,10 @@ def parsed(words: list[str], tmp_path: Path) -> Namespace:
 def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     """In order, in one namespace."""
     monkeypatch.chdir(tmp_path)
+    if any("trl import" in block for block in python_of(page)):
+        pytest.importorskip("trl")
     torch.manual_seed(0)
-    names = {"__name__": page.stem}
-    for block in blocks(page.read_text(encoding="utf-8"), "python"):
-        exec(compile(block, str(page), "exec"), names)
+    run_page(page, tmp_path / "model")
 
 
 @each_page

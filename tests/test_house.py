@@ -5,12 +5,20 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import json
+import os
 import re
 import subprocess
 import sys
+import venv
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from una_fast.commands import COMMANDS
+from una_fast.extras import EXTRA_OF
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = sorted((ROOT / "una_fast").rglob("*.py"))
@@ -19,7 +27,7 @@ FILES = [*PACKAGE, *sorted((ROOT / "kernels").glob("*.py"))]
 # Who may import whom: a room imports from the lines below its own, and from itself where it is a
 # folder. Rooms of one line do not know each other.
 LAYERS = """
-feedback offsets counters distributed printable files lazy signals score_maps
+feedback offsets counters distributed printable files lazy signals score_maps extras
 checks logs settings_file
 attention losses kernels flags
 data head layout presets
@@ -29,7 +37,7 @@ config
 optim resolved report
 online capacity
 train
-guide
+guide bench
 demo integrations
 commands
 cli
@@ -190,32 +198,80 @@ def test_a_face_shows_what_it_names(name):
         _ = face.nothing
 
 
-def test_import_needs_torch_alone():
-    others = [
-        "transformers",
-        "triton",
-        "peft",
-        "datasets",
-        "safetensors",
-        "yaml",
-        "tqdm",
-        "tensorboard",
-        "matplotlib",
-        "trl",
-    ]
-    code = f"""
+# Blocks the modules of the extras in a new process, as if they had never been installed.
+WITHOUT_EXTRAS = """
 import sys
-sys.modules.update(dict.fromkeys({others!r}))  # importing any of them fails
+from una_fast.extras import EXTRA_OF
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {*EXTRA_OF, *sys.argv[1].split(",")}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+"""
+
+OP = """
 import torch, una_fast
 for name in una_fast.__all__:
     getattr(una_fast, name)
 hidden = torch.randn(4, 8, requires_grad=True)
 targets, cu_seqlens = torch.zeros(4, dtype=torch.int64), torch.tensor([0, 2, 4])
-out = una_fast.linear_una_loss(hidden, torch.randn(11, 8), targets, cu_seqlens,
+weight = torch.randn(11, 8)
+out = una_fast.linear_una_loss(hidden, weight, targets, cu_seqlens,
                                una_fast.Feedback.pairs([0], [1]), ref_logps=torch.zeros(2))
 out.loss.backward()
+logps = torch.log_softmax(hidden.detach() @ weight.T, dim=-1)[:, 0].view(2, 2).sum(1)
+assert torch.allclose(out.logps, logps.double(), atol=1e-5), (out.logps, logps)
+assert hidden.grad.abs().sum() > 0
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
+
+
+def test_import_needs_torch_alone():
+    words = [sys.executable, "-c", WITHOUT_EXTRAS + OP, "triton"]
+    subprocess.run(words, check=True, cwd="/")
+
+
+# The words of each command: what it does without the extra is to name the extra.
+BARE_COMMANDS = {
+    "init": ["--model", "x", "--data", "x.jsonl"],
+    "train": ["--model", "x", "--data", "x.jsonl", "--output_dir", "x"],
+    "precompute-ref": ["--model", "x", "--data", "x.jsonl", "--output_dir", "x"],
+    "plan": ["--model", "x"],
+    "report": ["x"],
+    "merge": ["x", "--output_dir", "y"],
+    "chat": ["x"],
+    "data": ["x.jsonl", "--model", "x"],
+    "check": ["--model", "x"],
+    "demo": [],
+}
+
+
+def test_every_command_names_the_extra_that_is_missing(tmp_path):
+    assert set(BARE_COMMANDS) == set(COMMANDS)
+    run = """
+import contextlib, io, json
+from una_fast.cli import main
+for name, words in json.loads(sys.argv[2]).items():
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        status = main([name, *words])
+    print(json.dumps([name, status, said.getvalue()]))
+"""
+    words = [sys.executable, "-c", WITHOUT_EXTRAS + run, "", json.dumps(BARE_COMMANDS)]
+    ran = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    seen = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith('["')]
+    assert [name for name, _, _ in seen] == list(BARE_COMMANDS)
+    for name, status, said in seen:
+        assert status == 1 and said.count("\n") == 1, (name, said)
+        assert re.search(r'needs \w+, which is not installed: pip install "una-fast', said), said
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_op_is_planned_without_the_extra():
+    run = "from una_fast.cli import main; sys.exit(main(['plan', '--op', '10', '64', '100']))"
+    subprocess.run([sys.executable, "-c", WITHOUT_EXTRAS + run, ""], check=True, cwd="/")
 
 
 def test_kernels_folder_does_not_shadow_hugging_face_kernels():
@@ -231,40 +287,107 @@ def test_kernels_folder_does_not_shadow_hugging_face_kernels():
     assert "precompute-ref" in run.stdout
 
 
-def test_wheel_holds_the_kernels(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "-q",
-        "-w",
-        tmp_path,
-        ROOT,
-    ]
-    run = subprocess.run(command, capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    options = ["--no-deps", "--no-build-isolation", "-q", "-w", folder]
+    run = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", *options, ROOT], capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
-    import zipfile
+    return next(folder.glob("*.whl"))
 
-    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+
+def test_wheel_holds_the_kernels(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
     assert "una_fast/kernels/__init__.py" in names and "una_fast/head/ops.py" in names
     assert "una_fast/report/templates/page.css" in names
     assert not any(name.startswith(("kernels/", "tests/", "bench/")) for name in names)
+
+
+def test_wheel_runs_the_op_where_nothing_but_torch_is_installed(wheel, tmp_path):
+    """A host has its own transformers, or none: the wheel asks for torch and triton alone."""
+    venv.create(tmp_path / "venv", with_pip=False)
+    (packages,) = tmp_path.glob("venv/lib/python*/site-packages")
+    zipfile.ZipFile(wheel).extractall(packages)
+    needed = ["torch", "torchgen", "functorch", *TORCH_NEEDS]
+    for name in needed:
+        spec = importlib.util.find_spec(name)
+        found = Path(spec.origin)
+        found = found.parent if spec.submodule_search_locations else found
+        (packages / found.name).symlink_to(found)
+    python = tmp_path / "venv" / "bin" / "python"
+    env = {"PATH": os.environ["PATH"], "PYTHONNOUSERSITE": "1", "OMP_NUM_THREADS": "1"}
+    code = f"{OP}\nassert una_fast.__file__.startswith({str(packages)!r}), una_fast.__file__"
+    run = subprocess.run([python, "-c", code], cwd="/", env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    for name in ("transformers", "numpy", "peft"):
+        found = subprocess.run([python, "-c", f"import {name}"], env=env, capture_output=True)
+        assert found.returncode != 0, f"{name} can be imported, and the test shows nothing"
+    (metadata,) = packages.glob("una_fast-*.dist-info/METADATA")
+    asked = re.findall(r"(?m)^Requires-Dist: ([\w-]+)(?!.*extra ==)", metadata.read_text())
+    assert sorted(asked) == ["torch", "triton"]
+
+
+# What torch itself imports, by the names of the modules.
+TORCH_NEEDS = ("typing_extensions", "sympy", "mpmath", "networkx", "jinja2", "fsspec", "filelock")
+
+
+def setup_arguments() -> dict[str, Any]:
+    """Return the requirements that setup.py gives: of the core, and of each extra."""
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    found: dict[str, Any] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.keyword) and node.arg == "install_requires":
+            found["core"] = ast.literal_eval(node.value)
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "EXTRAS":
+            found |= ast.literal_eval(node.value)
+    return found
+
+
+def names_of(requirements: list[str]) -> set[str]:
+    return {re.match(r"[\w-]+", requirement)[0].lower() for requirement in requirements}
+
+
+def installed_extras() -> set[str]:
+    """Return the extras that README, CONTRIBUTING and the scripts install."""
+    files = ["README.md", "CONTRIBUTING.md", "docs/index.md", "tests/versions.sh"]
+    texts = [(ROOT / name).read_text(encoding="utf-8") for name in files]
+    found = re.findall(r'-e "\.\[([\w,]+)\]"', "\n".join(texts))
+    return set(",".join(found).split(","))
 
 
 def test_constraints_pin_what_setup_asks_for():
     """Every direct dependency is pinned, so that an unpinned torch never pulls in another build."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pinned = {line.split("==")[0].lower() for line in lines if "==" in line}
-    tree = ast.parse((ROOT / "setup.py").read_text())
-    wanted = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.keyword) and node.arg == "install_requires":
-            wanted = {ast.literal_eval(e) for e in node.value.elts}
-    names = {re.match(r"[\w-]+", requirement)[0].lower() for requirement in wanted}
-    assert names and names <= pinned, names - pinned
+    asked = setup_arguments()
+    extras = installed_extras()
+    assert {"train", "test", "docs", "trl", "optim", "liger", "gguf", "bench"} <= extras
+    for name in ("core", *sorted(extras)):
+        names = names_of(asked[name])
+        assert names and names <= pinned, (name, names - pinned)
+
+
+def test_the_extra_of_a_missing_module_installs_it():
+    """Messages name an extra by the module: setup.py must agree."""
+    packages = {"yaml": "pyyaml", "liger_kernel": "liger-kernel"}
+    asked = setup_arguments()
+    for extra in set(EXTRA_OF.values()):
+        assert extra in asked
+    brought_along = {"accelerate", "huggingface_hub", "tokenizers"}
+    for module in set(EXTRA_OF) - brought_along:
+        assert packages.get(module, module) in names_of(asked[EXTRA_OF[module]]), module
+    modules = {packages.get(module, module) for module in EXTRA_OF}
+    assert names_of(asked["train"]) <= modules
+
+
+def test_the_core_imports_nothing_of_the_extras_at_its_head():
+    """The op, the feedback and the loss: no import statement of theirs names another package."""
+    core = ["head", "losses", "feedback", "offsets", "lazy", "logs", "printable", "extras"]
+    for path in FILES:
+        if room_of(path) in core:
+            assert not {name.split(".")[0] for name in imports(path)} & set(EXTRA_OF), path
 
 
 def test_readme_tables_are_those_of_the_stored_results():

@@ -92,6 +92,65 @@ def test_smollm2(tmp_path):
     assert_same(path, example_of(path, prompt, answers, tmp_path))
 
 
+def chat_pairs(count: int) -> list[dict[str, list[dict[str, str]]]]:
+    """Return pairs of chat answers about functions of the standard library."""
+    names = ["os.path.join", "re.sub", "json.dumps", "shutil.copy", "math.gcd", "heapq.merge"]
+    rows = []
+    for i in range(count):
+        question = f"What does the Python function {names[i % len(names)]} do?"
+        turns = {"prompt": [{"role": "user", "content": question}]}
+        answers = {"chosen": ANSWERS[i % 2], "rejected": ANSWERS[2]}
+        for column, answer in answers.items():
+            turns[column] = [{"role": "assistant", "content": answer}]
+        rows.append(turns)
+    return rows
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
+def test_trl_on_smollm2(lora, tmp_path):
+    """TRL's DPOTrainer and ours: losses and gradient norms, unclipped steps of SGD in float32."""
+    trl, peft = pytest.importorskip("trl"), pytest.importorskip("peft")
+    datasets = pytest.importorskip("datasets")
+    from una_fast.integrations.trl import UNADPOTrainer, una_calls
+
+    path = smollm2()
+    logged = []
+    for kind in (trl.DPOTrainer, UNADPOTrainer):
+        options = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=8)
+        model = load_causal_lm(path, dtype=torch.float32)
+        torch.manual_seed(0)
+        before = una_calls()["packed"]
+        trainer = kind(
+            model=model,
+            ref_model=None if lora else load_causal_lm(path, dtype=torch.float32),
+            peft_config=options if lora else None,
+            args=trl.DPOConfig(
+                output_dir=str(tmp_path),
+                per_device_train_batch_size=2,
+                max_steps=3,
+                logging_steps=1,
+                optim="sgd",
+                learning_rate=0.3 if lora else 1e-3,
+                lr_scheduler_type="constant",
+                max_grad_norm=1e9,
+                bf16=False,
+                use_cpu=True,
+                gradient_checkpointing=False,
+                report_to=[],
+                save_strategy="no",
+            ),
+            train_dataset=datasets.Dataset.from_list(chat_pairs(6)),
+            processing_class=load_tokenizer(path),
+        )
+        trainer.train()
+        logged.append([line for line in trainer.state.log_history if "loss" in line])
+    assert una_calls()["packed"] - before == 6  # policy and reference of three steps
+    for theirs, ours in zip(*logged, strict=True):
+        for name in ("loss", "grad_norm", "entropy", "logps/chosen"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5 if name == "loss" else 1e-4)
+    assert logged[1][-1]["loss"] != logged[1][0]["loss"]
+
+
 def test_gemma_beyond_its_window(tmp_path):
     path = gemma()
     prompt = "A path names a file, and a directory holds paths. " * 70

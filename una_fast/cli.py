@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields
 
 from una_fast.commands import COMMANDS, settings_of
+from una_fast.extras import missing_extra
 from una_fast.flags import (
     Parser,
     UsageError,
@@ -117,6 +118,9 @@ def _for_users(error: Exception) -> str | None:
     ranks = sys.modules.get("una_fast.distributed")
     if ranks is not None and ranks.is_loss_of_a_rank(error):
         return f"another rank of the run is gone, and its own message says why ({told(error)})"
+    needed = missing_extra(error)
+    if needed is not None:
+        return needed
     ours = type(error).__module__.split(".")[0] == "una_fast"  # raised on purpose
     return told(error) if ours or isinstance(error, (ValueError, OSError)) else None
 

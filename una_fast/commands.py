@@ -186,6 +186,14 @@ def _check(parsed: Namespace) -> None:
         print(*map(told, model_lines(settings)), sep="\n")
 
 
+def _bench(parsed: Namespace) -> None:
+    settings = settings_from(parsed)
+
+    from una_fast.bench.run import run_bench
+
+    print(json.dumps(run_bench(settings)))
+
+
 def _demo(parsed: Namespace) -> None:
     settings = settings_from(parsed)
 
@@ -242,6 +250,12 @@ COMMANDS = {
         "una_fast.guide.settings",
         "CheckConfig",
         _check,
+    ),
+    "bench": Command(
+        "Measure the fused head on this machine, beside eager PyTorch and other kernels.",
+        "una_fast.bench.settings",
+        "BenchConfig",
+        _bench,
     ),
     "demo": Command(
         "Align a chat model, and show its answers before and after.",

@@ -223,7 +223,10 @@ class Feedback:
                 f"a feedback dict must have the columns {NAMES}, not {tuple(columns)}; "
                 "make one with Feedback.to_dict()"
             )
-        units = torch.as_tensor(columns["kind"]).numel()
+        try:
+            units = torch.as_tensor(columns["kind"]).numel()
+        except (TypeError, ValueError, RuntimeError):
+            units = 0  # the column itself says what is wrong
         table = {name: _column(name, columns[name], units) for name in NAMES}
         for name in ("kind", "first", "second"):
             table[name] = _whole(name, table[name])

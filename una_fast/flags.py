@@ -25,7 +25,6 @@ from typing import Any, Literal, get_args, get_origin
 
 from una_fast.checks import described, field_types, mismatch
 from una_fast.printable import printable, shown
-from una_fast.settings_file import parse_value, read_settings
 
 CONFIG = "YAML file with any of the settings below; may be given several times."
 
@@ -180,6 +179,8 @@ def suggestion(name: str, names: Iterable[str]) -> str:
 
 
 def _from_file(path: str, hints: dict[str, Any]) -> dict[str, Any]:
+    from una_fast.settings_file import read_settings  # needs the extra `train`
+
     settings = read_settings(path)
     for name, value in settings.items():
         if name not in hints:
@@ -198,6 +199,8 @@ def _from_text(name: str, text: str, hint: Any) -> Any:
     problem = None
     value: Any = text
     if text.strip() and hint not in (str, str | None):
+        from una_fast.settings_file import parse_value  # needs the extra `train`
+
         try:
             value = parse_value(text)
         except ValueError as error:

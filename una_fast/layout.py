@@ -1,13 +1,13 @@
 """From labels to the rows of the head: shift, padding, unscored tokens, shared prompts.
 
-    labels[b, t] = -100      the token is not scored: prompts, padding, turns of the user
+    labels[b, t] = -100      an unscored token: prompts, padding, turns of the user
     labels[b, t] = token     the state at position t - 1 predicts the token (the shift by one)
 
-    padded   the batch [B, T] as it is given
-    packed   one row [1, T']: a prompt once, then its responses, prompt after prompt; what follows
-             the last scored token of a response, and all padding, is left out
+    padded   the batch [B, T] as given
+    packed   a single row [1, T']: prompt after prompt, each followed by its responses; padding, and
+             tokens after the last scored token of a response, are left out
 
-Labels are read on the CPU: reading them on a GPU waits for the GPU once per call.
+Labels are read on the CPU: reading labels on a GPU waits for the GPU once per call.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ class Layout:
     """N scored tokens of S responses in a batch of B rows and T positions.
 
     shape: (B, T)
-    rows: [N] int64, flat position of the state that predicts a scored token: in B * T, or in the
-        packed row
+    rows: [N] int64, flat position of the state before a scored token: in B * T, or in the packed
+        row
     targets: [N] int64, the scored tokens
     cu_seqlens: [S + 1] int64 on the CPU; response s has rows cu_seqlens[s]:cu_seqlens[s + 1]
-    responses: (S,) the batch row of every response; a batch row without scored tokens has none
-    places: [N] int64, flat positions in [B, T - 1], where a per-token result belongs
-    segments: token ranges of the packed row; None in the padded layout
-    tokens: [T'] int64, flat positions in B * T of the tokens of the packed row; None if padded
-    positions: [T'] int64, positions of the tokens within their sequences; None if padded
-    moved: packed from rows padded on the left, whose tokens stood at later positions
+    responses: (S,) the batch row of every response; batch rows without scored tokens are left out
+    places: [N] int64, flat positions of per-token results in [B, T - 1]
+    segments: token ranges of the packed row; None: padded
+    tokens: [T'] int64, flat positions in B * T of the tokens of the packed row; None: padded
+    positions: [T'] int64, positions of the tokens within a prompt and response; None: padded
+    moved: packed from rows padded on the left, with tokens at later positions
     """
 
     shape: tuple[int, int]
@@ -58,16 +58,16 @@ class Layout:
         attention_mask: Tensor | None = None,
         input_ids: Tensor | None = None,
     ) -> Layout:
-        """Return the layout of a batch: packed if input_ids are given and the batch allows it.
+        """Return the layout of a batch: packed if input_ids are given and the batch can be packed.
 
-        labels: [B, T] integers, -100 for tokens that are not scored
+        labels: [B, T] integers, -100 for unscored tokens
         attention_mask: [B, T], 0 for padding; None: no padding
         input_ids: [B, T]; rows with equal prompts share the prompt. None: padded
 
-        A batch cannot be packed where a row has padding between its tokens, or begins with a scored
-        token; without any scored token there is nothing to pack. Such a batch stays padded.
+        A batch stays padded if a row has padding between tokens, or begins with a scored token, and
+        without any scored token.
 
-        ValueError for shapes that differ, and for a scored token that is padding.
+        ValueError for shapes that differ, and for scored padding.
         """
         _check_shapes(labels, attention_mask, input_ids)
         labels = labels.detach().cpu().long()
@@ -144,7 +144,7 @@ def _check_shapes(labels: Tensor, *others: Tensor | None) -> None:
 
 
 def _spans(labels: Tensor, real: Tensor) -> list[_Span] | None:
-    """Return the span of every row with scored tokens; None where a batch cannot be packed.
+    """Return the span of every row with scored tokens; None for a batch that cannot be packed.
 
     labels: [B, T]
     real: [B, T] bool, False for padding
@@ -191,42 +191,68 @@ def _padded(labels: Tensor) -> Layout:
 
 
 def _packed(labels: Tensor, input_ids: Tensor, spans: Sequence[_Span]) -> Layout:
-    """Return one row of all spans; those with equal prompts, wherever they stand, share one."""
+    """Return one row of all spans; spans with equal prompts share the prompt, from any place."""
     batch, width = labels.shape
+    row = _PackedRow(batch, width)
+    for members in _by_prompt(input_ids, spans).values():
+        row.add(members)
     places, counts, responses = _scored_places(labels)
+    return Layout(
+        shape=(batch, width),
+        rows=row.new_place[:, :-1].flatten()[places],
+        targets=labels[:, 1:].flatten()[places],
+        cu_seqlens=_bounds(counts),
+        responses=responses,
+        places=places,
+        segments=tuple(row.segments),
+        tokens=torch.cat(row.tokens),
+        positions=torch.cat(row.positions),
+        moved=any(span.start for span in spans),
+    )
+
+
+def _by_prompt(input_ids: Tensor, spans: Sequence[_Span]) -> dict[tuple[int, ...], list[_Span]]:
+    """Return prompt -> spans with the prompt, in order of the first."""
     groups: dict[tuple[int, ...], list[_Span]] = {}
     for span in spans:
-        prompt = tuple(input_ids[span.row, span.start : span.first].tolist())
-        groups.setdefault(prompt, []).append(span)
-    tokens, positions, segments = [], [], []
-    at = torch.full((batch, width), -1)  # position in the batch -> position in the packed row
-    end = 0
-    for prompt, members in groups.items():
-        size = len(prompt)
+        prompt = input_ids[span.row, span.start : span.first]
+        groups.setdefault(tuple(prompt.tolist()), []).append(span)
+    return groups
+
+
+class _PackedRow:
+    """A packed row under construction.
+
+    new_place: [B, T] position in the packed row of every token of the batch; -1 for others
+    """
+
+    def __init__(self, batch: int, width: int) -> None:
+        self.width = width
+        self.end = 0
+        self.tokens: list[Tensor] = []
+        self.positions: list[Tensor] = []
+        self.segments: list[Segment] = []
+        self.new_place = torch.full((batch, width), -1)
+
+    def add(self, members: Sequence[_Span]) -> None:
+        """Add a prompt, and the responses of all spans with the prompt."""
         head = members[0]
-        prompt_range = (end, end + size)
-        tokens.append(head.row * width + torch.arange(head.start, head.first))
-        positions.append(torch.arange(size))
-        end += size
-        ranges = []
+        prompt_size = head.first - head.start
+        prompt = self._take(head.row, head.start, head.first, position=0)
+        responses = []
         for span in members:
-            length = span.stop - span.first
-            tokens.append(span.row * width + torch.arange(span.first, span.stop))
-            positions.append(torch.arange(size, size + length))
-            at[span.row, span.first - 1] = prompt_range[1] - 1
-            at[span.row, span.first : span.stop] = torch.arange(end, end + length)
-            ranges.append((end, end + length))
-            end += length
-        segments.append(Segment(prompt_range, tuple(ranges)))
-    return Layout(
-        (batch, width),
-        at[:, :-1].flatten()[places],
-        labels[:, 1:].flatten()[places],
-        _bounds(counts),
-        responses,
-        places,
-        tuple(segments),
-        torch.cat(tokens),
-        torch.cat(positions),
-        any(span.start for span in spans),
-    )
+            response = self._take(span.row, span.first, span.stop, position=prompt_size)
+            self.new_place[span.row, span.first : span.stop] = torch.arange(*response)
+            # The last token of the prompt predicts the first token of every response.
+            self.new_place[span.row, span.first - 1] = prompt[1] - 1
+            responses.append(response)
+        self.segments.append(Segment(prompt, tuple(responses)))
+
+    def _take(self, row: int, start: int, stop: int, position: int) -> tuple[int, int]:
+        """Append tokens [start, stop) of a batch row; return their range in the packed row."""
+        size = stop - start
+        first = row * self.width + start
+        self.tokens.append(torch.arange(first, first + size))
+        self.positions.append(torch.arange(position, position + size))
+        begin, self.end = self.end, self.end + size
+        return begin, self.end

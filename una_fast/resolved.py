@@ -21,15 +21,15 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from una_fast.attention.probe import packing_refusal
-from una_fast.config import Precision, RunConfig
+from una_fast.config import RunConfig
 from una_fast.data.examples import Example
-from una_fast.head.engines import choose_engine
+from una_fast.head.engines import choose_engine, compute_dtype
 from una_fast.head.plan import workspace_bytes
 from una_fast.model.directory import reading
 from una_fast.model.head_probe import outside_text
@@ -211,22 +211,6 @@ def _keeps_float32(model: PreTrainedModel) -> bool:
 
 
 # ---- decisions ---------------------------------------------------------------------------------
-
-
-class HasPrecision(Protocol):
-    """Settings with a precision."""
-
-    precision: Precision
-
-
-def compute_dtype(config: HasPrecision, device: str) -> torch.dtype:
-    """Return the dtype of the products: bf16 if asked for, or by default on a GPU.
-
-    config: settings of a run or of a chat
-    device: "cpu" or "cuda"
-    """
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and device == "cuda")
-    return torch.bfloat16 if bf16 else torch.float32
 
 
 def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:

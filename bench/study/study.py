@@ -44,6 +44,7 @@ import report
 import stats
 import task
 from methods import Size, Spec
+from una_fast.bench import machine
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -315,8 +316,8 @@ def environment() -> dict[str, Any]:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "command": shlex.join(["python", "bench/study/study.py", *sys.argv[1:]]),
-        **harness.commit_of("una_fast", "kernels", "bench/study"),
-        "date": harness.utc_time(),
+        **machine.commit_of(harness.ROOT, ("una_fast", "kernels", "bench/study")),
+        "date": machine.utc_time(),
     }
 
 

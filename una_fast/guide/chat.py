@@ -24,11 +24,11 @@ from una_fast.data.settings import RecordOptions
 from una_fast.distributed import start_world
 from una_fast.guide.run_of import base_of, model_of
 from una_fast.guide.settings import ChatConfig
+from una_fast.head.engines import compute_dtype
 from una_fast.model.loading import load_causal_lm, load_tokenizer
 from una_fast.model.positions import positions_of
 from una_fast.online.sampling import drawn_at, stop_ids
 from una_fast.printable import printable_lines, told
-from una_fast.resolved import compute_dtype
 from una_fast.signals import Stopped, requests
 
 SIDES = ("before", "after")

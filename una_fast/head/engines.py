@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from typing import Protocol
 
 import torch
 
@@ -62,3 +63,19 @@ def _no_triton(device: torch.device) -> str | None:
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     return None
+
+
+class HasPrecision(Protocol):
+    """Settings with a precision."""
+
+    precision: str
+
+
+def compute_dtype(config: HasPrecision, device: str) -> torch.dtype:
+    """Return the dtype of the products: bf16 if asked for, or by default on a GPU.
+
+    config: settings of a run or of a chat
+    device: "cpu" or "cuda"
+    """
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and device == "cuda")
+    return torch.bfloat16 if bf16 else torch.float32

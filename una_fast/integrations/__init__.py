@@ -1,4 +1,4 @@
-"""Adapters of the fused head to other trainers: no loss, no kernel, no algebra of its own.
+"""Adapters of the fused head to other trainers: no loss, no kernel, no algebra.
 
-A module per host; each imports its host, and nothing here is imported before it is asked for.
+A module per host. Importing a module imports the host; importing the package imports no host.
 """

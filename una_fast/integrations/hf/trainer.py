@@ -18,7 +18,8 @@ from transformers import Trainer, TrainingArguments
 from una_fast.distributed import World
 from una_fast.feedback import Feedback
 from una_fast.integrations.hf.collator import FeedbackCollator
-from una_fast.integrations.hf.patch import UnaModelOutput, Uncast, patch_model
+from una_fast.integrations.hf.patch import patch_model
+from una_fast.integrations.hf.scored import UnaModelOutput, Uncast
 from una_fast.layout import IGNORED
 from una_fast.losses import Objective
 from una_fast.model.dropout import remove_dropout

@@ -12,13 +12,9 @@ from transformers import PreTrainedModel
 from trl.trainer import utils as trl_utils
 
 from una_fast.integrations.calls import fall_back
-from una_fast.integrations.hf.patch import (
-    Patch,
-    layout_of,
-    make_patch,
-    run_scorer,
-    token_results,
-)
+from una_fast.integrations.hf.form import Patch, make_patch
+from una_fast.integrations.hf.requests import token_results
+from una_fast.integrations.hf.scored import layout_of, run_scorer
 from una_fast.integrations.versions import check_version
 from una_fast.layout import Layout
 from una_fast.model.head_probe import plain_head

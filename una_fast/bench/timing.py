@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import random
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
-import harness
+from una_fast.bench import attempts
 
 LONGEST_RUN = 60.0  # seconds, of one timed run on a GPU
 CEILING = {"cuda": 8192, "cpu": 1024}  # rows and columns of the square product
@@ -21,6 +22,10 @@ class Job(NamedTuple):
 
     prepare: Callable[[], tuple]
     run: Callable[..., Any]
+
+
+def keep_quiet(words: str) -> None:
+    """Stay silent: for callers without a progress bar."""
 
 
 def seconds_of(job: Job, device: torch.device) -> float:
@@ -43,13 +48,15 @@ def alternate(
     runs: int,
     budget: float,
     device: torch.device,
-    clean: Callable[[], None] = harness.release,
+    clean: Callable[[], None] = attempts.release,
+    tell: Callable[[str], None] = keep_quiet,
 ) -> tuple[dict[Any, list[float]], dict[Any, str]]:
     """Run all jobs in rounds of random order, so that no job always follows the same job.
 
     runs: number of rounds
-    budget: seconds after which no further round starts; three rounds are made in any case
+    budget: seconds of all rounds; three rounds are made in any case
     clean: called after a failure
+    tell: told the name of every finished job
 
     Returns (seconds of every run by job, reason by job that failed). A failed job is left out of
     the rounds that follow.
@@ -65,15 +72,34 @@ def alternate(
         for name in order:
             run = functools.partial(seconds_of, jobs[name], device)
             limit = LONGEST_RUN if device.type == "cuda" else None  # a CPU is shared
-            value, reason = harness.attempt(str(name), run, clean, limit)
+            value, reason = attempts.attempt(str(name), run, clean, limit)
             if reason == "out of memory":
                 # Once more: the cache, full of the other jobs' blocks, has been given back.
-                value, reason = harness.attempt(str(name), run, clean, limit)
+                value, reason = attempts.attempt(str(name), run, clean, limit)
+            tell(str(name))
             if reason:
                 failed[name] = reason
             else:
                 times[name].append(value)
     return times, failed
+
+
+def typical(values: list[float], device: torch.device, busy: int = 0) -> float:
+    """Return the median of `values`; on a CPU, shared with more work, the minimum.
+
+    values: seconds
+    device: of the runs
+    busy: programs beside the runs on purpose; a busy machine belongs to the result
+    """
+    return min(values) if device.type == "cpu" and not busy else statistics.median(values)
+
+
+def spread_of(values: list[float], middle: float) -> dict[str, Any]:
+    """Return the quartiles of `values`, and the distance of the outer two relative to `middle`."""
+    quartiles = values * 3
+    if len(values) > 1:
+        quartiles = statistics.quantiles(values, n=4, method="inclusive")
+    return {"quartiles": quartiles, "spread": (quartiles[2] - quartiles[0]) / middle}
 
 
 def ceiling_job(device: torch.device, dtype: torch.dtype) -> Job:
@@ -97,7 +123,7 @@ def ceilings(device: torch.device) -> dict[str, float]:
     if failed:
         return failed
     warm = {name: values[2:] for name, values in times.items()}  # the first two warm up
-    best = {name: harness.typical(values, device) for name, values in warm.items()}
+    best = {name: typical(values, device) for name, values in warm.items()}
     n = CEILING[device.type]
     return {
         "gemm_size": n,

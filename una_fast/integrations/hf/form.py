@@ -1,0 +1,119 @@
+"""How a causal language model is scored: its head, whether batches are packed, and by which engine.
+
+Found on small copies of the model, so that weights may be anywhere: sharded, or on the meta device.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from una_fast.attention.probe import packing_refusal
+from una_fast.logs import say_once
+from una_fast.model.head_probe import NoSmallCopy, probe_head, probe_reduced
+from una_fast.model.positions import has_learned_positions, positions_of
+
+logger = logging.getLogger(__name__)
+
+PACK = ("auto", True, False)
+
+
+@dataclass(frozen=True)
+class Patch:
+    """How a patched model is scored; an attribute of the model, `_una`.
+
+    softcap, logit_scale: of the head, see linear_una_loss
+    packs: batches are packed where they can be
+    moves: rows padded on the left may begin at position 0: positions are rotary, and only
+        differences of positions count
+    workspace_mb, engine: of the fused head
+    """
+
+    softcap: float | None
+    logit_scale: float
+    packs: bool
+    moves: bool
+    workspace_mb: float | None
+    engine: str
+
+    def head_options(self, temperature: float) -> dict[str, Any]:
+        """Return the keyword arguments of the functions of head.ops."""
+        return {
+            "softcap": self.softcap,
+            "logit_scale": self.logit_scale,
+            "temperature": temperature,
+            "workspace_mb": self.workspace_mb,
+            "engine": self.engine,
+        }
+
+
+def inner_model(model: nn.Module) -> PreTrainedModel:
+    """Return the causal language model inside a PeftModel, or the model itself.
+
+    ValueError for other wrappers, and for a model that is no causal language model.
+    """
+    # Without an import of peft, which need not be installed.
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    name = type(base).__name__
+    if isinstance(base, nn.DataParallel):
+        raise ValueError("nn.DataParallel splits lists and labels; use DistributedDataParallel")
+    if not isinstance(base, PreTrainedModel):
+        raise ValueError(
+            f"{name} is no model of transformers; patch the model before DDP, FSDP, DeepSpeed or "
+            "torch.compile wrap it"
+        )
+    if base.config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder-decoder model; only causal models can be scored")
+    return base
+
+
+def make_patch(
+    causal_lm: PreTrainedModel, pack: str | bool, workspace_mb: float | None, engine: str
+) -> Patch:
+    """Return how a model is scored: the constants of its head, and whether it can be packed.
+
+    causal_lm: not wrapped yet
+    pack, workspace_mb, engine: as of patch_model
+
+    ValueError as of patch_model.
+    """
+    if pack not in PACK:
+        raise ValueError(f'pack={pack!r} is not one of "auto", True and False')
+    if any(isinstance(parameter, DTensor) for parameter in causal_lm.parameters()):
+        raise ValueError(
+            f"{type(causal_lm).__name__} is sharded already; patch it before fully_shard"
+        )
+    head = head_form(causal_lm)
+    packs = pack is not False
+    refusal = packing_refusal(causal_lm) if packs else None
+    if refusal is not None:
+        if pack is True:
+            raise ValueError(f"pack=True, but {refusal}")
+        say_once(logging.INFO, f"batches stay padded: {refusal}", logger)
+        packs = False
+    return Patch(*head, packs, _has_rotary_positions(causal_lm), workspace_mb, engine)
+
+
+def _has_rotary_positions(causal_lm: PreTrainedModel) -> bool:
+    positions = positions_of(causal_lm)
+    return positions is None or not has_learned_positions(causal_lm, positions)
+
+
+def head_form(causal_lm: PreTrainedModel) -> tuple[float | None, float]:
+    """Return (softcap, logit_scale) of a model whose weights may be anywhere.
+
+    ValueError by the class where neither a small copy of the model nor the model itself shows them.
+    """
+    try:
+        spec = probe_reduced(causal_lm)
+    except NoSmallCopy:
+        missing = (p.is_meta or p.numel() == 0 for p in causal_lm.parameters())
+        if any(missing):
+            raise
+        spec = probe_head(causal_lm)
+    return spec.softcap, spec.logit_scale

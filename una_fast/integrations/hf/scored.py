@@ -1,0 +1,236 @@
+"""The forward of a patched model: labels -> layout -> hidden states -> rows -> head.ops.
+
+Everything runs within the forward wrapped by DDP, FSDP and ZeRO, and the head within the call of
+the head module: weights are gathered for both, and gradients reduced after both.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from una_fast.attention.packed import packed_attention
+from una_fast.feedback import Feedback
+from una_fast.integrations.calls import count_call
+from una_fast.integrations.hf.form import Patch
+from una_fast.integrations.hf.requests import Loss, Request, Responses, Tokens
+from una_fast.integrations.hf.router import router_loss
+from una_fast.layout import Layout
+from una_fast.logs import say_once
+from una_fast.losses import Objective
+from una_fast.model.head_forward import backbone_output, score_rows
+from una_fast.model.head_probe import plain_head
+
+logger = logging.getLogger(__name__)
+
+FORMS = ("responses", "tokens")
+# Arguments of a model's forward for its logits, or for its own loss.
+_OF_LOGITS = ("logits_to_keep", "num_logits_to_keep", "num_items_in_batch")
+
+
+@dataclass
+class UnaModelOutput(ModelOutput):
+    """The output of a patched model's call with `una` or `feedback`; unasked members are None.
+
+    loss: [] float64
+    logps: [B] float64 sums over the scored tokens, or [B, T - 1] per token, 0 where none is scored
+    ref_logps: [B] float64
+    rewards: [B] float64, beta * (logps - ref_logps) without any offset
+    unit_losses: [U] float64, unweighted
+    entropy: [B, T - 1], with gradient, as the next three by name in `stats`
+    log_sum_sq_probs: [B, T - 1]
+    mean_logits: [B, T - 1]
+    is_top1: [B, T - 1] bool
+    aux_loss: [] load balancing of a mixture of experts, if the model's config or the call asks for
+        router logits; not part of `loss`
+
+    Of a call with `feedback` the loss alone carries a gradient.
+    """
+
+    loss: Tensor | None = None
+    logps: Tensor | None = None
+    ref_logps: Tensor | None = None
+    rewards: Tensor | None = None
+    unit_losses: Tensor | None = None
+    entropy: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    mean_logits: Tensor | None = None
+    is_top1: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+
+class Uncast:
+    """A tensor that wrappers do not see, so that mixed precision leaves its dtype alone."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def scored_forward(
+    causal_lm: PreTrainedModel,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    *,
+    labels: Tensor | None = None,
+    una: str | None = None,
+    feedback: Feedback | dict[str, Tensor] | None = None,
+    ref_logps: Tensor | Sequence[float] | Uncast | None = None,
+    objective: Objective | None = None,
+    num_units: int | Tensor | None = None,
+    temperature: float = 1.0,
+    stats: Sequence[str] = (),
+    layout: Layout | None = None,
+    **inputs: Any,
+) -> UnaModelOutput:
+    """Run a patched model's forward up to log-probs, or up to the loss.
+
+    causal_lm: the model, with the attribute `_una`
+    input_ids, attention_mask: [B, T]
+    labels: [B, T] integers, -100 outside the responses
+    una: "responses" or "tokens"; not beside feedback
+    feedback: units over the B batch rows
+    ref_logps: [B] sums under the reference, float32 or wider
+    objective: forms of the losses; None: Objective()
+    num_units: denominator of the loss; None: the units of this call
+    temperature: divisor of the logits
+    stats: names of row statistics, for una="tokens"
+    layout: of the labels, if the caller made it before (else labels are read from their device)
+    inputs: further arguments of the backbone
+    """
+    patch: Patch = causal_lm._una
+    _check_request(una, feedback, ref_logps, stats)
+    inputs = {name: value for name, value in inputs.items() if value is not None}
+    for name in _OF_LOGITS:
+        inputs.pop(name, None)
+    inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
+    if layout is None:
+        layout = layout_of(causal_lm, inputs, labels, patch)
+    plain_head(causal_lm)  # an adapter may have come after the patch
+    options = patch.head_options(temperature)
+    if feedback is not None:
+        request = Loss(Feedback.of(feedback), _reference(ref_logps), objective, num_units)
+    elif una == "responses":
+        request = Responses()
+    else:
+        request = Tokens(tuple(stats))
+    result, aux_loss = run_scorer(causal_lm, layout, inputs, request, options)
+    return UnaModelOutput(**result, aux_loss=aux_loss)
+
+
+def _check_request(una: Any, feedback: Any, ref_logps: Any, stats: Sequence[str]) -> None:
+    if feedback is None and una not in FORMS:
+        raise ValueError(f"una={una!r} is not one of {FORMS}")
+    if feedback is not None and una is not None:
+        raise ValueError(f"una={una!r} beside feedback: the loss has out.logps; leave una out")
+    if feedback is not None and ref_logps is None:
+        raise ValueError(
+            'feedback needs ref_logps=: reference(**batch, una="responses").logps, under '
+            "torch.no_grad(), of a frozen copy, or of this model within model.disable_adapter()"
+        )
+    if stats and una != "tokens":
+        raise ValueError('stats are per token: ask for them with una="tokens"')
+
+
+def _reference(ref_logps: Tensor | Sequence[float] | Uncast) -> Tensor:
+    """Return [B] float64 log-probs; ValueError for half precision, which loses whole nats."""
+    if isinstance(ref_logps, Uncast):
+        ref_logps = ref_logps.tensor
+    ref_logps = torch.as_tensor(
+        ref_logps, dtype=None if torch.is_tensor(ref_logps) else torch.double
+    )
+    if ref_logps.dtype in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"ref_logps are {ref_logps.dtype}, which rounds sums by whole nats; FSDP's mixed "
+            "precision casts inputs: give ref_logps as a list, or set cast_forward_inputs=False"
+        )
+    return ref_logps.double()
+
+
+def layout_of(
+    causal_lm: PreTrainedModel, inputs: dict[str, Any], labels: Tensor | None, patch: Patch
+) -> Layout:
+    """Return the layout of a call.
+
+    causal_lm: the model
+    inputs: of the backbone
+    labels: [B, T]
+    patch: says what the model can do
+    """
+    if labels is None:
+        raise ValueError("una= and feedback= need labels=, -100 outside the responses")
+    mask = inputs.get("attention_mask")
+    if patch.packs and _can_pack(causal_lm, inputs):
+        layout = Layout.from_labels(labels, mask, inputs["input_ids"])
+        if patch.moves or not layout.moved:
+            return layout
+    return Layout.from_labels(labels, mask)
+
+
+def _can_pack(causal_lm: PreTrainedModel, inputs: dict[str, Any]) -> bool:
+    """Return whether a call has nothing that a packed row would lose.
+
+    Positions, images and embeddings of the caller's own stand beside the tokens of a padded batch.
+    """
+    beside = set(inputs) - {"input_ids", "attention_mask"}
+    if any(torch.is_tensor(inputs[name]) for name in beside) or "past_key_values" in beside:
+        return False
+    if inputs.get("input_ids") is None:
+        return False
+    if causal_lm.training and _attention_dropout(causal_lm):
+        say_once(logging.WARNING, "batches stay padded: the model has attention dropout", logger)
+        return False
+    return True
+
+
+def _attention_dropout(causal_lm: PreTrainedModel) -> float:
+    config = causal_lm.config.get_text_config()
+    names = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+    return max(getattr(config, name, None) or 0.0 for name in names)
+
+
+def run_scorer(
+    causal_lm: PreTrainedModel,
+    layout: Layout,
+    inputs: dict[str, Any],
+    request: Request,
+    options: dict[str, Any],
+) -> tuple[Any, Tensor | None]:
+    """Return a request's result over the rows of a layout, and the loss of the routers, if any.
+
+    causal_lm: the model whose forward is running
+    layout: of the labels
+    inputs: of the backbone, padded
+    request: called with (layout, hidden [N, D], weight, bias, options)
+    options: of head.ops
+    """
+    device = causal_lm.get_input_embeddings().weight.device
+    if inputs.get("input_ids") is not None:
+        device = inputs["input_ids"].device
+    layout = layout.to(device)
+    if layout.segments is None:
+        count_call("padded")
+        output = backbone_output(causal_lm, **inputs)
+    else:
+        count_call("packed")
+        inputs = _packed_inputs(layout, inputs)
+        with packed_attention(causal_lm):
+            output = backbone_output(causal_lm, **inputs, una_segments=layout.segments)
+
+    def scorer(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+        return request(layout.to(hidden.device), hidden, weight, bias, options)
+
+    result = score_rows(causal_lm, output[0], layout.rows, scorer)
+    return result, router_loss(causal_lm, output, inputs)
+
+
+def _packed_inputs(layout: Layout, inputs: dict[str, Any]) -> dict[str, Any]:
+    tokens = inputs["input_ids"].flatten()[layout.tokens]
+    moved = {"input_ids": tokens[None], "position_ids": layout.positions[None]}
+    return {**inputs, **moved, "attention_mask": None}
