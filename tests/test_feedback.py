@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import copy
+import pickle
 
 import pytest
 import torch
 
 from una_fast import Feedback
-from una_fast.feedback import BINARY, PAIR, SCORE
+from una_fast.feedback import BINARY, NAMES, PAIR, SCORE
 
 NAN, INF = float("nan"), float("inf")
 EVERY_KIND = Feedback.merge(
@@ -22,7 +23,7 @@ EVERY_KIND = Feedback.merge(
 
 def table(feedback: Feedback) -> list[tuple]:
     """Return the units as rows."""
-    columns = [getattr(feedback, field.name).tolist() for field in fields(feedback)]
+    columns = [getattr(feedback, name).tolist() for name in NAMES]
     return list(zip(*columns, strict=True))
 
 
@@ -184,7 +185,7 @@ REFUSED = {
 
 def test_a_dict_holds_the_table_in_memory_of_its_own():
     columns = EVERY_KIND.to_dict()
-    assert list(columns) == [field.name for field in fields(Feedback)]
+    assert list(columns) == list(NAMES)
     assert all(type(x) is torch.Tensor and x.device.type == "cpu" for x in columns.values())
     assert Feedback.from_dict(columns) == EVERY_KIND
     columns["weight"].zero_()
@@ -193,13 +194,30 @@ def test_a_dict_holds_the_table_in_memory_of_its_own():
 
 @pytest.mark.parametrize("feedback", [EVERY_KIND, Feedback.merge([])], ids=["units", "none"])
 def test_a_dict_that_was_cast_is_as_good(feedback):
-    """Trainers cast what they find floating: these numbers are exact in bfloat16, too."""
-    for dtype in (torch.float32, torch.bfloat16):
-        cast = {name: x.to(dtype) for name, x in feedback.to_dict().items()}
-        assert Feedback.from_dict(cast) == feedback
+    """Trainers cast what they find floating."""
+    cast = {name: x.to(torch.float32) for name, x in feedback.to_dict().items()}
+    assert Feedback.from_dict(cast) == feedback
     narrow = {k: x if x.is_floating_point() else x.int() for k, x in feedback.to_dict().items()}
     lists = {k: x.tolist() for k, x in narrow.items()}
     assert Feedback.from_dict(narrow) == Feedback.from_dict(lists) == feedback
+
+
+def test_mixed_precision_neither_rounds_a_table_nor_a_dict():
+    """FSDP casts the tensors of dataclasses and of dicts on their way into a forward."""
+    from torch.distributed.utils import _cast_forward_inputs
+
+    table = Feedback.scores([0], [0.9])
+    _, cast = _cast_forward_inputs(torch.bfloat16, feedback=table, columns=table.to_dict())
+    assert cast["feedback"] is table
+    with pytest.raises(ValueError, match=r"is torch.bfloat16: mixed precision has rounded it"):
+        Feedback.of(cast["columns"])
+
+
+def test_tables_are_constant_and_copied_as_such():
+    with pytest.raises(AttributeError, match="constant"):
+        EVERY_KIND.value = torch.zeros(5)
+    for again in (copy.deepcopy(EVERY_KIND), pickle.loads(pickle.dumps(EVERY_KIND))):
+        assert again == EVERY_KIND and again is not EVERY_KIND
 
 
 def test_a_table_is_taken_as_it_is_and_a_dict_as_a_table():
@@ -240,8 +258,6 @@ def test_accelerate_moves_and_joins_a_dict():
     later = {"feedback": EVERY_KIND.shift(5).to_dict()}
     joined = operations.concatenate([batch, later])["feedback"]
     assert Feedback.of(joined) == Feedback.merge([EVERY_KIND, EVERY_KIND.shift(5)])
-    narrow = operations.convert_to_fp32({k: x.half() for k, x in EVERY_KIND.to_dict().items()})
-    assert Feedback.of(narrow) == EVERY_KIND
 
 
 def test_lightning_applies_functions_to_a_dict():

@@ -244,6 +244,7 @@ BARE_COMMANDS = {
     "data": ["x.jsonl", "--model", "x"],
     "check": ["--model", "x"],
     "demo": [],
+    "bench": ["--model", "x"],
 }
 
 
