@@ -37,7 +37,7 @@ EXTRAS = {
     "gguf": ["gguf>=0.17"],
     "liger": ["liger-kernel>=0.8.5"],
     "optim": ["torchao>=0.16"],  # the first whose 8-bit DTensors know torch 2.11
-    "trl": ["trl>=1.16"],
+    "trl": ["trl>=1.15"],
     "logging": ["wandb", "trackio"],
 }
 

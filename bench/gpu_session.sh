@@ -8,7 +8,7 @@
 #   2  the peers at every shape, then accuracy
 #   3  tests of whole steps; training steps of Llama-3-8B against TRL: equal, ragged, shared prompts
 #   4  forward variants, row kernels, slices; time and memory up to N = 131072; short responses
-#   5  the steps of Qwen3-8B (equal), Qwen3-1.7B and gemma-3-1b
+#   5  the steps of Qwen3-8B (equal), Qwen3-1.7B and gemma-3-1b; TRL's trainer with our head
 #   6  the longest gemma-3-1b sequences of una_fast at 79 GiB
 #   7  gemma-3-1b trained in full at 256k tokens, and at 79 GiB; TRL's longest sequences
 #   8  Llama-3-8B with LoRA at 128k and 256k tokens    9  at 384k with 16 layers
@@ -184,7 +184,9 @@ case $part in
   fresh step_others
   bench step step_others 400 --suite equal,shared16,shared64,ragged --models gemma3-1b,qwen3-1.7b \
     --deadline 90
-  bench step step_others 110 --suite equal --models qwen3-8b --deadline 90
+  bench step step_others 80 --suite equal --models qwen3-8b --deadline 90
+  limited 50 embed "$PYTHON" "$scripts/bench_embed.py" --device "$device" \
+    --cases tiny-long,tiny-short --out "$out/embed_gpu.json"
   last=step_others
   ;;
 6) # lengths from the one TRL published: its doubles are the bars

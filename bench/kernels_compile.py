@@ -48,7 +48,17 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from una_fast.kernels import adamw, gather, gemm, logp_partials, one_read, rowgrad, scale, una_loss
+from una_fast.kernels import (
+    adamw,
+    gather,
+    gemm,
+    logp_partials,
+    one_read,
+    row_stats,
+    rowgrad,
+    scale,
+    una_loss,
+)
 
 RESULTS = Path(__file__).parent / "results"
 CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
@@ -62,6 +72,7 @@ DTYPES = ("fp32", "bf16", "fp16")
 FLAGS = [(), ("bias",), ("softcap",), ("bias", "softcap")]
 SPECIALISED = re.compile(
     r"(row_logps \| fp32|(row_grad|one_read) \| fp32->bf16) \| (bf16 bias softcap|-)$"
+    r"|(row_sums \| fp32|entropy_grad \| fp32->bf16) \| -$"
     r"|gather.* \| -$"
     r"|(linear_logps|mm) \| (bf16|fp32) \| (-|tma|bias softcap|\w+ x \w+ \+=)$"
     r"|merge"
@@ -73,6 +84,8 @@ SUBSET = re.compile(
     r"row_grad \| fp32->bf16 \| fp16 bias softcap \|"
     r"|one_read \| fp32->bf16 \| (one|small) "
     r"|row_logps \| fp32 \| softcap "
+    r"|row_sums \| fp32 \| fp32 bias softcap \|"
+    r"|entropy_grad \| fp32->bf16 \| softcap \|"
     r"|gather_backward \| bf16 \| unaligned "
     r"|linear_logps \| fp16 \| bias \| (sm_80|gfx)"
     r"|linear_logps \| bf16 \| tma \| sm_90"
@@ -238,6 +251,76 @@ def row_variant(
         aligned,
         options,
         overwrites=grad,
+        block=block["BLOCK"],
+    )
+
+
+def stats_variants() -> list[Variant]:
+    """Return row_sums with all sums, or one, and entropy_grad, by dtypes, bias and softcap."""
+    sums = {"MOMENT": "moment", "SQUARES": "squares", "PLAIN": "plain", "PLACE": "place"}
+    found = []
+    softcaps = (False, True)
+    for bias, softcap in itertools.product((None, "fp32"), softcaps):
+        found.append(row_sums_variant(bias, softcap, sums))
+    for bias, softcap in itertools.product((None, *DTYPES), softcaps):
+        found += [entropy_grad_variant(du, bias, softcap) for du in ("fp32", "bf16")]
+    found += [row_sums_variant(None, False, {flag: name}) for flag, name in sums.items()]
+    return found
+
+
+def row_sums_variant(bias: str | None, softcap: bool, sums: dict[str, str]) -> Variant:
+    """Return a launch of row_sums_kernel on float32 logits.
+
+    bias: "fp32", or None
+    softcap: whether there is one
+    sums: flag -> name of the wanted sums
+    """
+    types = {"u_ptr": "*fp32", "targets_ptr": "*i64"}
+    types |= dict.fromkeys(("top_ptr", "total_ptr", "target_logit_ptr"), "*fp32")
+    for name in sums.values():
+        types[f"{name}_ptr"] = "*i64" if name == "place" else "*fp32"
+    if bias:
+        types["bias_ptr"] = f"*{bias}"
+    aligned = (*pointers(types), "u_stride")
+    types |= dict.fromkeys(("u_stride", "start", "width"), "i32")
+    types |= dict.fromkeys(("inner", "outer"), "fp32")
+    block, options = split(row_stats.LAUNCH)
+    flags = {"HAS_BIAS": bool(bias), "HAS_SOFTCAP": softcap}
+    flags |= {name.upper(): name in sums.values() for name in row_stats.SUMS}
+    usual = (row_stats.LAUNCH["BLOCK"], row_stats.LAUNCH["num_warps"])
+    words = _words(bias, softcap, usual, row_stats.LAUNCH)
+    if len(sums) == 1:
+        words = f"{next(iter(sums.values()))} alone"
+    return Variant(
+        f"row_sums | fp32 | {words}",
+        row_stats.row_sums_kernel,
+        types,
+        {**flags, **block},
+        aligned,
+        options,
+        block=block["BLOCK"],
+    )
+
+
+def entropy_grad_variant(du: str, bias: str | None, softcap: bool) -> Variant:
+    """Return a launch of entropy_grad_kernel on float32 logits; parameters as of `row_variant`."""
+    types = {"u_ptr": "*fp32", "du_ptr": f"*{du}", "targets_ptr": "*i64"}
+    types |= {f"{name}_ptr": "*fp32" for name in ("coef", "upstream", "entropy", "lse", "tail")}
+    if bias:
+        types["bias_ptr"] = f"*{bias}"
+    aligned = (*pointers(types), "u_stride", "du_stride")
+    types |= dict.fromkeys(("u_stride", "du_stride", "start", "width"), "i32")
+    types |= dict.fromkeys(("inner", "outer"), "fp32")
+    block, options = split(row_stats.LAUNCH)
+    usual = (row_stats.LAUNCH["BLOCK"], row_stats.LAUNCH["num_warps"])
+    return Variant(
+        f"entropy_grad | fp32->{du} | {_words(bias, softcap, usual, row_stats.LAUNCH)}",
+        row_stats.entropy_grad_kernel,
+        types,
+        {"HAS_BIAS": bool(bias), "HAS_SOFTCAP": softcap, **block},
+        aligned,
+        options,
+        overwrites=True,
         block=block["BLOCK"],
     )
 
@@ -461,7 +544,13 @@ def specialised(base: Variant, arch: str) -> list[Variant]:
 
 def variants() -> dict[str, tuple[Variant, str]]:
     """Return every row of the table: name -> (variant, target)."""
-    shared = [*row_variants(), *gather_variants(), *scale_variants(), *adamw_variants()]
+    shared = [
+        *row_variants(),
+        *stats_variants(),
+        *gather_variants(),
+        *scale_variants(),
+        *adamw_variants(),
+    ]
     found = {}
     for arch in TARGETS:
         for base in [*shared, *linear_variants(arch), *gemm_variants(), *loss_variants()]:

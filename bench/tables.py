@@ -23,7 +23,7 @@ from typing import Any
 import plots
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/recipes/README.md")
+PAGES = ("README.md", "docs/recipes/README.md", "docs/embed/README.md")
 GPU_SUITES = ("peers", "bars", "memory", "layouts", "slices")  # of the same work the first is shown
 CPU_SUITES = {  # suite -> words behind the shape
     "cpu": "",
@@ -495,6 +495,38 @@ def recipes_table(report: dict[str, Any]) -> str:
     return f"On {where['threads']} CPU threads (torch {where['torch']}):\n\n{table}"
 
 
+def embed_table(report: dict[str, Any], name: str) -> str:
+    """Return whole steps of TRL's trainer with its head and with ours.
+
+    report: of bench_embed.py
+    name: of its file
+    """
+    where = report["environment"]
+    cells = ("model: prompt + response", "", "seconds (spread)", "× time", "MiB", "× memory")
+    lines = [line_of(cells), "|---" * len(cells) + "|"]
+    for case in dict.fromkeys(row["case"] for row in report["results"]):
+        rows = [row for row in report["results"] if row["case"] == case]
+        (ours,) = [row for row in rows if row["contender"] == "una_fast"]
+        for k, row in enumerate(rows):
+            kind = "LoRA" if row["lora"] else "full"
+            size = f"{row['model']}, {kind}: {row['prompt']} + {row['response']}"
+            label = row["contender"] if row is not ours else "**una_fast**"
+            seconds = f"{row['seconds']:.3g} ({row['spread']:.0%})"
+            times = f"{row['seconds'] / ours['seconds']:.2f}"
+            memory = f"{row['peak_bytes'] / 2**20:.0f}"
+            memories = f"{row['peak_bytes'] / ours['peak_bytes']:.2f}"
+            lines.append(line_of((size if k == 0 else "", label, seconds, times, memory, memories)))
+    table = "\n".join(lines)
+    return (
+        "Whole optimizer steps of TRL's `DPOTrainer` on one pair, with all of its metrics; the "
+        "minimum of alternating steps, the same losses, and what a step allocates "
+        f"({where['threads']} CPU thread, torch {where['torch']}, TRL {where['trl']}; `{name}`, "
+        f"made by `{where['command']}`). *trl responses* is TRL told to score response positions "
+        "alone, as it does on a GPU; on a CPU it scores every position. × time and × memory are "
+        f"multiples of una_fast's.\n\n{table}"
+    )
+
+
 def install_note(report: dict[str, Any]) -> str:
     """Return what the first command installs. report: of install.py"""
     where = report["environment"]
@@ -594,6 +626,9 @@ def tables(root: Path) -> dict[str, Callable[[], str]]:
     recipes = root / "bench/results/recipes.json"
     if recipes.exists():
         found["recipes"] = lambda: recipes_table(read(recipes))
+    embed = "bench/results/embed.json"
+    if (root / embed).exists():
+        found["embed"] = lambda: embed_table(read(root / embed), embed)
     demo = "bench/results/demo.json"
     if (root / demo).exists():
         picture = "![before and after](bench/results/demo.png)"

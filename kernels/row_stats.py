@@ -23,9 +23,10 @@ Sums run per lane, as in rowgrad.py: a larger logit moves the top of its lane, a
 b = exp(-|z - top|) <= 1 either what is summed or what is added shrinks by b. moment follows a move
 of the top by d: b (moment - d total).
 
-A lane keeps up to six numbers instead of two, so that programs have half the logits per thread of
-rowgrad.py: one 16-byte load. Logits are float32, as the engine makes them. The gradient lies over
-the logits under the same rules.
+A lane keeps up to six numbers instead of two: some 80 registers a thread with everything wanted, 50
+with one sum, so two to five programs on a multiprocessor. Half the logits per thread would leave
+room for more programs, but spill on sm_100. Logits are float32, as the engine makes them. The
+gradient lies over the logits under the rules of rowgrad.py.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from una_fast.kernels import rowgrad
-from una_fast.kernels.rowgrad import FUSED, affine, load_logits, logit_at
+from una_fast.kernels.rowgrad import affine, load_logits, logit_at
 
-LAUNCH = {"BLOCK": 1024, "num_warps": 8, **FUSED}
+LAUNCH = rowgrad.LAUNCH
 
 SUMS = ("moment", "squares", "plain", "place")  # that are optional
 
@@ -256,13 +257,14 @@ def row_sums(
     u: [C, T] raw logits, float32, last stride 1; kept. Rows on 16-byte boundaries for full speed
     targets: [C] indices into the whole vocabulary; a target outside the tile gives z = 0
     wanted: names of SUMS
-    bias: [T] any float dtype, or None
+    bias: [T] float32, or None: a narrower one takes registers for its cast, and spills
     softcap: cap of the logits; None: no cap
     logit_scale: factor of the raw logits
     temperature: divisor of the logits
     start: vocabulary index of the first column
     """
     _check(u, targets, bias)
+    assert bias is None or bias.dtype == torch.float32, bias.dtype
     rows, width = u.shape
     found = {}
     for name in ("top", "total", "target_logit", *SUMS):
@@ -323,7 +325,8 @@ def entropy_grad(
     entropy: [C] float32, of the whole rows
     tail: [C] float32, what rounding took from lse
     out: [C, T] for du, last stride 1: rowgrad.overlay(u, dtype), or elsewhere
-    bias, softcap, logit_scale, temperature, start: as in row_sums
+    bias: [T] any float dtype, or None
+    softcap, logit_scale, temperature, start: as in row_sums
     """
     _check(u, targets, bias)
     rows, width = u.shape
@@ -351,7 +354,7 @@ def entropy_grad(
             outer,
             HAS_BIAS=bias is not None,
             HAS_SOFTCAP=softcap is not None,
-            **rowgrad.LAUNCH,
+            **LAUNCH,
         )
 
 

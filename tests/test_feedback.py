@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import copy
+import pickle
 
 import pytest
 import torch
 
 from una_fast import Feedback
-from una_fast.feedback import BINARY, PAIR, SCORE
+from una_fast.feedback import BINARY, NAMES, PAIR, SCORE
 
 NAN, INF = float("nan"), float("inf")
+EVERY_KIND = Feedback.merge(
+    [
+        Feedback.pairs([0, 2], [1, 3], margin=[0.5, 0.0], target=[1.0, 0.25]),
+        Feedback.binary([1, 4], [True, False], weight=2.0, offset=-0.5),
+        Feedback.scores([3], [0.125], offset=1.5),
+    ]
+)
 
 
 def table(feedback: Feedback) -> list[tuple]:
     """Return the units as rows."""
-    columns = [getattr(feedback, field.name).tolist() for field in fields(feedback)]
+    columns = [getattr(feedback, name).tolist() for name in NAMES]
     return list(zip(*columns, strict=True))
 
 
@@ -170,6 +178,124 @@ REFUSED = {
     "label missing": (lambda: Feedback.binary([0], None), r"label"),
     "score missing": (lambda: Feedback.scores([0], None), r"score"),
 }
+
+
+# --- parts of a batch -----------------------------------------------------------------------------
+
+
+def test_a_dict_holds_the_table_in_memory_of_its_own():
+    columns = EVERY_KIND.to_dict()
+    assert list(columns) == list(NAMES)
+    assert all(type(x) is torch.Tensor and x.device.type == "cpu" for x in columns.values())
+    assert Feedback.from_dict(columns) == EVERY_KIND
+    columns["weight"].zero_()
+    assert EVERY_KIND.weight.tolist() == [1, 1, 2, 2, 1]
+
+
+@pytest.mark.parametrize("feedback", [EVERY_KIND, Feedback.merge([])], ids=["units", "none"])
+def test_a_dict_that_was_cast_is_as_good(feedback):
+    """Trainers cast what they find floating."""
+    cast = {name: x.to(torch.float32) for name, x in feedback.to_dict().items()}
+    assert Feedback.from_dict(cast) == feedback
+    narrow = {k: x if x.is_floating_point() else x.int() for k, x in feedback.to_dict().items()}
+    lists = {k: x.tolist() for k, x in narrow.items()}
+    assert Feedback.from_dict(narrow) == Feedback.from_dict(lists) == feedback
+
+
+def test_mixed_precision_neither_rounds_a_table_nor_a_dict():
+    """FSDP casts the tensors of dataclasses and of dicts on their way into a forward."""
+    from torch.distributed.utils import _cast_forward_inputs
+
+    table = Feedback.scores([0], [0.9])
+    _, cast = _cast_forward_inputs(torch.bfloat16, feedback=table, columns=table.to_dict())
+    assert cast["feedback"] is table
+    with pytest.raises(ValueError, match=r"is torch.bfloat16: mixed precision has rounded it"):
+        Feedback.of(cast["columns"])
+
+
+def test_tables_are_constant_and_copied_as_such():
+    with pytest.raises(AttributeError, match="constant"):
+        EVERY_KIND.value = torch.zeros(5)
+    for again in (copy.deepcopy(EVERY_KIND), pickle.loads(pickle.dumps(EVERY_KIND))):
+        assert again == EVERY_KIND and again is not EVERY_KIND
+
+
+def test_a_table_is_taken_as_it_is_and_a_dict_as_a_table():
+    assert Feedback.of(EVERY_KIND) is EVERY_KIND
+    assert Feedback.of(EVERY_KIND.to_dict()) == EVERY_KIND
+    with pytest.raises(ValueError, match=r"feedback must be a Feedback.*not NoneType"):
+        Feedback.of(None)
+
+
+def test_tables_are_equal_by_their_units():
+    """The == that a dataclass would get asks a tensor of several truths for one."""
+    again = Feedback.of(EVERY_KIND.to_dict())
+    assert again == EVERY_KIND and hash(again) == hash(EVERY_KIND)
+    assert len({again, EVERY_KIND, Feedback.merge([])}) == 2
+    assert EVERY_KIND.shift(1) != EVERY_KIND and Feedback.merge([]) != EVERY_KIND
+    assert EVERY_KIND != "a table" and Feedback.pairs([0], [1]) != Feedback.pairs([1], [0])
+    assert Feedback.scores([0], [0.0]) == Feedback.scores([0], [-0.0])
+    assert hash(Feedback.scores([0], [0.0])) == hash(Feedback.scores([0], [-0.0]))
+
+
+def test_default_collate_takes_a_dict():
+    """A batch of one from a loader; tables of several batches are merged, not stacked."""
+    from torch.utils.data import DataLoader, default_collate
+
+    batch = {"input_ids": torch.zeros(5, 3), "feedback": EVERY_KIND.to_dict()}
+    (loaded,) = DataLoader([batch], batch_size=None)
+    assert Feedback.of(loaded["feedback"]) == EVERY_KIND
+    stacked = default_collate([batch, batch])["feedback"]
+    with pytest.raises(ValueError, match=r"kind has shape \(2, 5\)"):
+        Feedback.of(stacked)
+
+
+def test_accelerate_moves_and_joins_a_dict():
+    operations = pytest.importorskip("accelerate.utils.operations")
+    batch = {"feedback": EVERY_KIND.to_dict()}
+    moved = operations.send_to_device(batch, torch.device("cpu"))
+    assert Feedback.of(moved["feedback"]) == EVERY_KIND
+    later = {"feedback": EVERY_KIND.shift(5).to_dict()}
+    joined = operations.concatenate([batch, later])["feedback"]
+    assert Feedback.of(joined) == Feedback.merge([EVERY_KIND, EVERY_KIND.shift(5)])
+
+
+def test_lightning_applies_functions_to_a_dict():
+    apply = pytest.importorskip("lightning_utilities.core.apply_func").apply_to_collection
+    batch = {"feedback": EVERY_KIND.to_dict()}
+    moved = apply(batch, torch.Tensor, lambda x: x.to("cpu", torch.float32))
+    assert Feedback.of(moved["feedback"]) == EVERY_KIND
+
+
+WRONG_COLUMNS = {
+    "a missing column": (("offset", None), r"must have the columns .*'offset'.* not .*to_dict"),
+    "an unknown column": (("rank", [0.0] * 5), r"must have the columns"),
+    "short": (("weight", [1.0] * 4), r"weight has shape \(4,\)"),
+    "text": (("value", "high"), r"value must be numbers"),
+    "kind as text": (("kind", "pair"), r"kind must be numbers"),
+    "NaN": (("margin", [NAN, 0, 0, 0, 0]), r"margin\[0\] is nan"),
+    "kind": (("kind", [0, 0, 1, 1, 3]), r"unit 4 of a feedback dict has kind=3"),
+    "fractional kind": (("kind", [0, 0.5, 1, 1, 2]), r"kind\[1\] is 0\.5; it must be an integer"),
+    "negative index": (("first", [0, 2, 1, -4, 3]), r"unit 3 .* first=-4"),
+    "pair without a second": (("second", [1, -1, -1, -1, -1]), r"unit 1 .* second=-1"),
+    "pair with itself": (("second", [0, 3, -1, -1, -1]), r"unit 0 .* second=0"),
+    "label with a second": (("second", [1, 3, 2, -1, -1]), r"unit 2 .* second=2"),
+    "graded label": (("value", [1, 1, 0.5, 0, 0.1]), r"unit 2 .* value=0\.5"),
+    "target over one": (("value", [1, 1.5, 1, 0, 0.1]), r"value\[1\] is 1\.5; it must lie in"),
+    "margin of a score": (("margin", [0, 0, 0, 0, 1.0]), r"unit 4 .* margin=1\.0"),
+    "negative weight": (("weight", [1, 1, 1, -1, 1]), r"unit 3 .* weight=-1\.0"),
+    "offset of a pair": (("offset", [1.0, 0, 0, 0, 0]), r"unit 0 .* offset=1\.0"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_COLUMNS)
+def test_a_dict_with_units_that_nobody_builds_is_refused(case):
+    (name, values), message = WRONG_COLUMNS[case]
+    columns = EVERY_KIND.to_dict() | {name: values}
+    if values is None:
+        del columns[name]
+    with pytest.raises(ValueError, match=message):
+        Feedback.from_dict(columns)
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from embedded import eager_logps, make_batch
 from head_calls import (
     CALLS,
     GPU_DIM,
@@ -554,3 +555,36 @@ def test_memory_of_a_prompt_that_four_responses_share():
         copy // MIB,
     )
     assert peaks[1] - peaks[0] <= 10 * copy
+
+
+# ---- models of other trainers ----
+
+
+def test_a_patched_model_gives_the_numbers_of_its_logits():
+    """Packed by the attention kernel of the device, in bf16: no further from float32 than eager."""
+    from una_fast.integrations.hf import patch_model
+
+    config = LlamaConfig(
+        vocab_size=4001,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    torch.manual_seed(0)
+    exact = LlamaForCausalLM(config).to(DEVICE)
+    rounded = LlamaForCausalLM(config).to(DEVICE, torch.bfloat16)
+    rounded.load_state_dict(exact.state_dict())
+    exact.load_state_dict(rounded.state_dict())
+    batch = {name: tensor.to(DEVICE) for name, tensor in make_batch().items()}
+    truth, eager_bf16 = eager_logps(exact, batch), eager_logps(rounded, batch)
+    patch_model(rounded, pack=True)
+    found = rounded(**batch, una="tokens", stats=("entropy", "is_top1"))
+    assert (found.logps - truth).norm() <= 1.5 * (eager_bf16 - truth).norm()
+    feedback = Feedback.merge([Feedback.pairs([0], [1]), Feedback.scores([2, 3], [0.9, 0.1])])
+    reference = (truth.double().sum(1) - 1).detach()
+    loss = rounded(**batch, feedback=feedback, ref_logps=reference).loss
+    (loss + found.entropy.sum() + found.logps.sum()).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in rounded.parameters())
+    assert loss.is_cuda and loss.dtype == torch.float64

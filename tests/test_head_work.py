@@ -20,7 +20,7 @@ from una_fast import (
     token_logps,
 )
 from una_fast.counters import FlopCounter, LiveBytes
-from una_fast.head import eager
+from una_fast.head import eager, plan
 
 VOCAB = 101
 TRAINED, FROZEN = ("hidden", "weight"), ("hidden",)
@@ -176,6 +176,26 @@ def test_logits_that_fit_the_workspace_are_kept_for_any_upstream(share, passes, 
     """No pass is spent on them again; rows that do not fit cost one more."""
     trained = (TRAINED, FROZEN, ("weight",), ())
     assert tuple(later_passes(train, share, op) for train in trained) == passes
+
+
+@pytest.mark.parametrize(
+    ("rows", "workspace_mb", "cuts", "kept"),
+    [
+        (4096, 2048, [4096], (0, 4096)),
+        (5000, 2048, [904, 4096], (904, 5000)),
+        (65536, 2048, [4096] * 16, (61440, 65536)),
+        # More products, but fewer trips to the weight and its gradient.
+        (8192, 512, [8192], None),
+    ],
+)
+def test_the_last_chunk_is_as_large_as_the_workspace(rows, workspace_mb, cuts, kept):
+    """Chunks of equal size would keep fewer rows, and cost as many trips to the weight."""
+    size = plan.head_size(128256, 4096, "cuda", 2)
+    made = plan.kept_plan(size, rows, workspace_mb << 20, 4096)
+    assert [stop - start for start, stop in made.cuts] == cuts and made.kept == kept
+    assert (made.tile.vocab == 128256) == (kept is not None)
+    assert made.backward_cuts[0] == made.cuts[-1]
+    assert sorted(made.backward_cuts) == list(made.cuts)
 
 
 def test_statistics_cost_no_pass():

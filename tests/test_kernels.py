@@ -13,11 +13,12 @@ from torch.testing import assert_close
 
 from una_fast import losses
 from una_fast.feedback import Feedback
+from una_fast.head.row_stats import RowSums
 from una_fast.head.torch_engine import LogitTransform
 from una_fast.losses import Objective
 
 pytest.importorskip("triton")
-from una_fast.kernels import gather, gemm, logp_partials, one_read, rowgrad, una_loss
+from una_fast.kernels import gather, gemm, logp_partials, one_read, row_stats, rowgrad, una_loss
 
 import interpreter
 
@@ -226,6 +227,133 @@ def test_row_kernels_on_logits_of_minus_infinity():
     check(actual, du.nan_to_num(), 1e-6)
     rowgrad.row_grad(u, targets, coef, stats[0], out=u, bias=bias)
     check(u, du.nan_to_num(), 1e-6)
+
+
+# ---- statistics ----
+
+
+def stats_truth(u, transform, bias):
+    """Return ([C] entropy, log sum of squares, sum, place, gradient of the entropy), float64."""
+    raw = u.double().cpu().requires_grad_()
+    z = transform(raw if bias is None else raw + bias.double().cpu())
+    logps = torch.log_softmax(z, 1)
+    entropy = -(logps.exp() * logps.clamp_min(-1e30)).sum(1)
+    (slope,) = torch.autograd.grad(entropy.sum(), raw)
+    squares = torch.logsumexp(2 * logps, 1)
+    return [x.detach() for x in (entropy, squares, z.sum(1), z.argmax(1), slope)]
+
+
+def sums_of(u, targets, wanted=row_stats.SUMS, **options) -> RowSums:
+    return RowSums(**row_stats.row_sums(u, targets, wanted, **options))
+
+
+@in_both_arithmetics
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("grad", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (2, BLOCK), (4, BLOCK + 1)])
+def test_statistics_and_the_gradient_of_the_entropy(rows, width, grad, transform, softcap_error):
+    with_bias = (rows + width) % 2 == 1
+    start = 0 if with_bias else 11
+    buffer, u, targets, coef = row_case(rows, width, torch.float32, start)
+    bias = torch.randn(width, generator=generator(1)).to(DEVICE) if with_bias else None
+    options = {"bias": bias, "start": start, **vars(transform)}
+    lse, target_logit, of_logp = truth(u, targets, transform, bias, start, coef)
+    entropy, squares, plain, place, of_entropy = stats_truth(u, transform, bias)
+    exact = 2e-6 if transform.softcap is None else 2 * softcap_error
+    kept = buffer.clone()
+
+    sums = sums_of(u, targets, **options)
+    assert torch.equal(buffer.nan_to_num(), kept.nan_to_num()), "row_sums keeps the logits"
+    found = sums.finished(targets, width)
+    check(found["lse"], lse, exact)
+    check(found["target_logit"], target_logit, exact)
+    check(found["entropy"], entropy, exact)
+    check(found["log_sum_sq_probs"], squares, exact)
+    check(found["mean_logits"], plain / width, exact)
+    assert torch.equal(sums.place.cpu(), place + start)
+    assert torch.equal(found["is_top1"].cpu(), place + start == targets.cpu())
+
+    upstream = torch.randn(rows, generator=generator(2)).to(DEVICE)
+    term = {"upstream": upstream, "entropy": found["entropy"], "tail": found["tail"]}
+    du = of_logp + upstream.double().cpu().unsqueeze(1) * of_entropy
+    over = rowgrad.overlay(u, grad)
+    row_stats.entropy_grad(u, targets, coef, found["lse"], out=over, **term, **options)
+    check(over, du, 4 * exact)
+    assert buffer[:, width:].isnan().all(), "the guard columns are as they were"
+    beside = torch.empty(rows, width, dtype=grad, device=DEVICE)
+    row_stats.entropy_grad(
+        kept[:, :width], targets, coef, found["lse"], out=beside, **term, **options
+    )
+    assert torch.equal(beside, over), "the same blocks: the same bits"
+
+
+@pytest.mark.parametrize("name", row_stats.SUMS)
+def test_a_sum_that_is_asked_for_alone_is_the_same(name):
+    _, u, targets, _ = row_case(3, BLOCK + 7, torch.float32, 0)
+    everything, alone = sums_of(u, targets), sums_of(u, targets, (name,))
+    for given in ("top", "total", "target_logit", name):
+        assert torch.equal(getattr(everything, given), getattr(alone, given))
+    assert [x for x in row_stats.SUMS if getattr(alone, x) is not None] == [name]
+
+
+def test_sums_of_slices_add_up():
+    """Slices of falling, rising and equal tops, and one that is masked altogether."""
+    width = 900
+    _, u, targets, _ = row_case(6, width, torch.float32, 0)
+    u[2, 10] = u[2, 700] = 60.0
+    bias = torch.zeros(width, device=DEVICE)
+    bias[300:600] = float("-inf")
+    targets = torch.tensor([5, 700, 10, 2, 899, -100], device=DEVICE)
+    whole = sums_of(u, targets, bias=bias).finished(targets, width)
+    joined = None
+    for start in range(0, width, 300):
+        part = slice(start, start + 300)
+        sums = sums_of(u[:, part], targets, bias=bias[part], start=start)
+        joined = sums if joined is None else joined.joined(sums)
+    found = joined.finished(targets, width)
+    assert found["is_top1"][2] and torch.equal(found["is_top1"], whole["is_top1"])
+    for name in ("lse", "target_logit", "entropy", "log_sum_sq_probs"):
+        check(found[name], whole[name].double().cpu(), 2e-6)
+    assert (found["mean_logits"] == -torch.inf).all()
+    entropy = stats_truth(u, LogitTransform(), bias)[0]
+    check(found["entropy"], entropy, 2e-6)
+    term = {"upstream": torch.ones(6, device=DEVICE), "entropy": found["entropy"]}
+    row_stats.entropy_grad(
+        u,
+        targets,
+        torch.zeros(6, device=DEVICE),
+        found["lse"],
+        tail=found["tail"],
+        out=u,
+        bias=bias,
+        **term,
+    )
+    assert u.isfinite().all() and (u[:, 300:600] == 0).all()
+
+
+@in_both_arithmetics
+def test_the_entropy_of_peaked_rows_is_no_worse_than_in_float32_torch():
+    """What rounding took from a logsumexp of 50 is more than the log-prob of the largest entry."""
+    rows, width = 12, 300
+    u = torch.randn(rows, width, generator=generator(3)).to(DEVICE)
+    u[:, 7] = 50 + torch.arange(rows, device=DEVICE) / 7
+    u[:, 9] = u[:, 7] - torch.linspace(0.5, 20, rows, device=DEVICE)
+    targets = torch.full((rows,), -100, device=DEVICE)
+    zeros, ones = torch.zeros(rows, device=DEVICE), torch.ones(rows, device=DEVICE)
+    entropy, *_, slope = stats_truth(u, LogitTransform(), None)
+    leaf = u.clone().requires_grad_()
+    logps = torch.log_softmax(leaf, 1)
+    eager = -(logps.exp() * logps).sum(1)
+    (eager_slope,) = torch.autograd.grad(eager.sum(), leaf)
+    found = sums_of(u, targets, ("moment",)).finished(targets, width)
+    du = torch.empty_like(u)
+    term = {"upstream": ones, "entropy": found["entropy"], "tail": found["tail"]}
+    row_stats.entropy_grad(u, targets, zeros, found["lse"], out=du, **term)
+    pairs = [(found["entropy"], eager.detach(), entropy), (du, eager_slope, slope)]
+    for ours, theirs, exact in pairs:
+        error, eager_error = [(x.double().cpu() - exact).abs().max() for x in (ours, theirs)]
+        # An exponential of a GPU errs by 2^-22.
+        assert error <= eager_error + 3e-7
 
 
 # ---- one read ----
@@ -570,6 +698,8 @@ def test_no_rows_launch_nothing(monkeypatch):
     """A launch of no programs is an error on a GPU; the interpreter takes it."""
     for module, name in (
         (rowgrad, "rows_kernel"),
+        (row_stats, "row_sums_kernel"),
+        (row_stats, "entropy_grad_kernel"),
         (gather, "gather_kernel"),
         (gather, "gather_backward_kernel"),
         (logp_partials, "partials_kernel"),
@@ -586,7 +716,10 @@ def test_no_rows_launch_nothing(monkeypatch):
     scores = one_read.one_read(logits, targets, out=logits.float())
     both = gather.gather_logps(logits, targets)
     linear = logp_partials.linear_logps(logits, weight, targets)
-    for x in (*stats, *scores, *both, *linear):
+    sums = row_stats.row_sums(logits.float(), targets, ("moment",))
+    term = dict.fromkeys(("upstream", "entropy", "tail"), none)
+    row_stats.entropy_grad(logits.float(), targets, none, none, out=logits.float(), **term)
+    for x in (*stats, *scores, *both, *linear, *sums.values()):
         assert x.shape == (0,) and x.dtype == torch.float32
     for out in (None, logits):
         grad = gather.gather_logps_backward(logits, targets, none, none, out=out)
@@ -594,12 +727,12 @@ def test_no_rows_launch_nothing(monkeypatch):
     assert gemm.mm(logits, logits.T[:, :0], torch.zeros(0, 0, device=DEVICE)).shape == (0, 0)
 
 
-def far_apart(stride: int) -> torch.Tensor:
-    """Return [3, 192] float16, the last row some 2^31 elements behind the first.
+def far_apart(stride: int, dtype: type = np.float16) -> torch.Tensor:
+    """Return [3, 192] of a dtype, the last row some 2^31 elements behind the first.
 
     Memory between the rows is never touched, so a CPU does not spend it.
     """
-    storage = torch.from_numpy(np.empty(2 * stride + 192, dtype=np.float16)).to(DEVICE)
+    storage = torch.from_numpy(np.empty(2 * stride + 192, dtype=dtype)).to(DEVICE)
     return storage.as_strided((3, 192), (stride, 1))
 
 
@@ -630,6 +763,21 @@ def test_offsets_beyond_32_bits():
     check(apart, du, 1e-5)
     u.copy_(kept)
     check(gather.gather_logps_backward(u, targets, sums, coef, out=u), du, 1e-3)
+
+
+def test_offsets_of_statistics_beyond_32_bits():
+    width = 70
+    u = far_apart(FAR, np.float32)[:, :width]
+    u.copy_(peaked(3, width))
+    targets = torch.tensor([3, 4, 69], device=DEVICE)
+    zeros, ones = torch.zeros(3, device=DEVICE), torch.ones(3, device=DEVICE)
+    entropy, squares, _, _, slope = stats_truth(u, LogitTransform(), None)
+    found = sums_of(u, targets).finished(targets, width)
+    check(found["entropy"], entropy, 1e-5)
+    check(found["log_sum_sq_probs"], squares, 1e-5)
+    term = {"upstream": ones, "entropy": found["entropy"], "tail": found["tail"]}
+    row_stats.entropy_grad(u, targets, zeros, found["lse"], out=u, **term)
+    check(u, slope, 1e-5)
 
 
 @pytest.mark.parametrize("stride", [FAR, FAR + 1], ids=["descriptors", "pointers"])

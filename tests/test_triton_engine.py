@@ -13,6 +13,7 @@ from itertools import product
 
 import pytest
 import torch
+from torch import Tensor
 
 from head_calls import CALLS, GPU_DIM, GPU_SIZE, check_capture, check_repeats, check_under
 from helpers import (
@@ -39,17 +40,21 @@ from una_fast import (
     Objective,
     gather_logps,
     linear_una_loss,
+    sequence_logps,
     token_logps,
 )
-from una_fast.head import constants, eager, ops, passes, plan, segment_loss, torch_engine
+from una_fast.head import constants, eager, ops, passes, segment_loss, torch_engine
 from una_fast.head.engines import choose_engine
 from una_fast.head.plan import Tile, head_size, make_plan
+from una_fast.head.row_stats import STATS
 from una_fast.head.triton_engine import TritonEngine, TritonSegmentLoss
 from una_fast.losses import PAIR_FORMS
 
 CUDA = torch.cuda.is_available()
 pytestmark = [
     pytest.mark.filterwarnings("ignore:divide by zero encountered in log"),
+    # in the branch that tl.where does not take
+    pytest.mark.filterwarnings("ignore:invalid value encountered in multiply"),
     pytest.mark.skipif(CUDA, reason="tests/test_gpu.py runs the engine itself"),
 ]
 
@@ -205,24 +210,92 @@ def test_rows_are_padded_and_gradients_lie_over_the_logits():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1000, 5, 0.8])
-def test_token_logps(rows, dtype, monkeypatch):
+@pytest.mark.parametrize("stats", [(), STATS], ids=["plain", "stats"])
+def test_token_logps(rows, dtype, stats):
+    """All logits kept, some kept, and slices of the vocabulary."""
     p = problem(2, lengths=[17], dim=24, vocab=101, dtype=dtype, peak=10.0)
-    monkeypatch.setitem(
-        plan.DEFAULT_WORKSPACE_MB, "cpu", budget_mb(rows, 101, 24, dtype, gathered=False)
-    )
+    workspace_mb = budget_mb(rows, 101, 24, dtype, gathered=False)
     p.targets[3] = -100
     leaves = [x.clone().requires_grad_() for x in (p.hidden, p.weight, p.bias)]
     exact = [x.double().detach().requires_grad_() for x in leaves]
-    upstream = torch.randn(17, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    out = token_logps(leaves[0], leaves[1], p.targets, leaves[2], softcap=30.0)
-    out.backward(upstream.float())
-    expected = eager.token_logps(exact[0], exact[1], p.targets, exact[2], softcap=30.0)
-    expected.backward(upstream)
+    g = torch.Generator().manual_seed(0)
+    upstream = torch.randn(17, generator=g, dtype=torch.float64)
+    of_entropy = torch.randn(17, generator=g, dtype=torch.float64)
+    options = {"softcap": 30.0, "workspace_mb": workspace_mb, "stats": stats}
+    found = token_logps(leaves[0], leaves[1], p.targets, leaves[2], **options)
+    out, statistics = found if stats else (found, {})
+    given = (exact[0], exact[1], p.targets, exact[2])
+    expected = eager.token_logps(*given, softcap=30.0)
+    true = eager.token_stats(*given, softcap=30.0) if stats else {}
+    ours, truth_ = (out * upstream.float()).sum(), (expected * upstream).sum()
+    if stats:
+        ours = ours + (statistics["entropy"] * of_entropy.float()).sum()
+        truth_ = truth_ + (true["entropy"] * of_entropy).sum()
+        assert torch.equal(statistics["is_top1"], true["is_top1"])
+    ours.backward()
+    truth_.backward()
     tolerance = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}[dtype]
-    for a, b in zip(
-        [out, *(x.grad for x in leaves)], [expected, *(x.grad for x in exact)], strict=True
-    ):
-        torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
+    pairs = [(out, expected), *((x.grad, y.grad) for x, y in zip(leaves, exact, strict=True))]
+    pairs += [(statistics[name], true[name]) for name in stats if name != "is_top1"]
+    for a, b in pairs:
+        torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("stats", [(), ("entropy",)], ids=["plain", "entropy"])
+@pytest.mark.parametrize("rows", [1000, 9])
+def test_kept_logits_change_no_bit_and_save_a_product(rows, stats, monkeypatch):
+    """All 17 rows are kept, or 9 of them."""
+    p = problem(2, lengths=[17], dim=24, vocab=101, dtype=torch.bfloat16, peak=10.0)
+    workspace_mb = budget_mb(rows, 101, 24, torch.bfloat16, gathered=False)
+
+    def grads() -> tuple[int, list[Tensor]]:
+        leaves = [x.clone().requires_grad_() for x in (p.hidden, p.weight)]
+        found = token_logps(*leaves, p.targets, workspace_mb=workspace_mb, stats=stats)
+        out = found[0] + found[1]["entropy"] if stats else found
+        before = Interpreted.products
+        found = torch.autograd.grad(out.square().sum(), leaves)
+        return Interpreted.products - before, list(found)
+
+    products, kept = grads()
+    monkeypatch.setattr(passes.Head, "keep_buffer", lambda head: not head.drop_buffer())
+    again, recomputed = grads()
+    assert again == products + 1
+    assert all(torch.equal(a, b) for a, b in zip(kept, recomputed, strict=True))
+
+
+@pytest.mark.parametrize("rows", [1000, 9, 0.8])
+def test_sequence_logps_in_one_launch_of_sums(rows):
+    p = problem(2, lengths=[9, 8], dim=24, vocab=101, dtype=torch.float32, peak=10.0)
+    leaves = [x.clone().requires_grad_() for x in (p.hidden, p.weight)]
+    exact = [x.double().detach().requires_grad_() for x in leaves]
+    workspace_mb = budget_mb(rows, 101, 24, gathered=False)
+    sums = sequence_logps(*leaves, p.targets, p.cu_seqlens, workspace_mb=workspace_mb)
+    tokens = eager.token_logps(*exact, p.targets)
+    expected = torch.stack([part.sum() for part in tokens.split([9, 8])])
+    upstream = torch.tensor([1.0, -2.5], dtype=torch.float64)
+    found = torch.autograd.grad(sums, leaves, upstream)
+    true = torch.autograd.grad(expected, exact, upstream)
+    for a, b in zip((sums, *found), (expected, *true), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("way", CALL_NAMES)
+def test_ignored_rows_of_the_loss(way):
+    call = CALLS[way]
+    p = problem(
+        1,
+        lengths=call.lengths,
+        dim=call.dim,
+        vocab=101,
+        feedback=call.feedback,
+        dtype=torch.float32,
+    )
+    p.targets[::3] = -100
+    arguments = {"ref_hidden": p.ref_hidden, "ref_weight": p.ref_weight, "softcap": 30.0}
+    budget = budget_mb(call.rows, 101, call.dim)
+    out = evaluate(linear_una_loss, p, workspace_mb=budget, **arguments)
+    assert_close(out, truth(p, **arguments), 2e-5)
+    assert (out["grad hidden"][::3] == 0).all()
 
 
 @pytest.mark.parametrize("layout", ["matrix", "shifted", "transposed"])

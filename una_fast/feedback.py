@@ -9,7 +9,6 @@ for a GPU.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -17,6 +16,9 @@ from torch import Tensor
 
 PAIR, BINARY, SCORE = 0, 1, 2
 KIND_NAMES = ("pair", "binary", "score")
+NAMES = ("kind", "first", "second", "value", "margin", "weight", "offset")
+
+_HALF = (torch.float16, torch.bfloat16)
 
 Numbers = Sequence[float] | Tensor | float | None
 
@@ -61,13 +63,12 @@ def _indices(name: str, values: Sequence[int] | Tensor) -> Tensor:
     return column.to(torch.int64, copy=True)
 
 
-@dataclass(frozen=True, eq=False)
 class Feedback:
     """A table of U feedback units over the responses of a call.
 
-    Build a table with `pairs`, `binary`, `scores` and `merge`. Two tables are equal if their units
-    are, in order. In batches that a trainer moves, casts or joins, carry the `to_dict` of a table:
-    wherever feedback is taken, such a dict is as good. All columns are CPU tensors:
+    Build a table with `pairs`, `binary`, `scores` and `merge`. Tables are constant, and equal if
+    their units are, in order. In batches that a trainer joins or pins, carry the `to_dict` of a
+    table: wherever feedback is taken, such a dict is as good. All columns are CPU tensors:
 
     kind: [U] int64, PAIR, BINARY or SCORE
     first: [U] int64, the chosen or the only response
@@ -78,6 +79,10 @@ class Feedback:
     offset: [U] float64, 0 for pairs
     """
 
+    # No dataclass: FSDP's mixed precision would cast its tensors on the way into a forward, and
+    # Lightning refuses frozen ones in a batch.
+    __slots__ = NAMES
+
     kind: Tensor
     first: Tensor
     second: Tensor
@@ -85,6 +90,25 @@ class Feedback:
     margin: Tensor
     weight: Tensor
     offset: Tensor
+
+    def __init__(self, **columns: Tensor) -> None:
+        """Hold columns by name; the static methods check what they hold."""
+        for name in NAMES:
+            object.__setattr__(self, name, columns.pop(name))
+        assert not columns, f"no columns of a table: {tuple(columns)}"
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Refuse: batches share tables."""
+        raise AttributeError(f"a Feedback table is constant; make another one to change {name}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return how a copy, also in another process, is made."""
+        return Feedback.from_dict, (self.to_dict(),)
+
+    def __repr__(self) -> str:
+        """Return the columns as text."""
+        columns = ", ".join(f"{name}={getattr(self, name).tolist()}" for name in NAMES)
+        return f"Feedback({columns})"
 
     @staticmethod
     def pairs(
@@ -216,14 +240,25 @@ class Feedback:
 
         columns: name -> [U] numbers, on any device and in any dtype that holds them
 
-        ValueError for missing or unknown names, unequal lengths, and values that no unit has.
+        ValueError for missing or unknown names, unequal lengths, values that no unit has, and
+        columns of half precision: mixed precision has rounded them.
         """
         if set(columns) != set(NAMES):
             raise ValueError(
                 f"a feedback dict must have the columns {NAMES}, not {tuple(columns)}; "
                 "make one with Feedback.to_dict()"
             )
-        units = torch.as_tensor(columns["kind"]).numel()
+        for name, column in columns.items():
+            if getattr(column, "dtype", None) in _HALF and column.numel():
+                raise ValueError(
+                    f"the column {name} of a feedback dict is {column.dtype}: mixed precision has "
+                    "rounded it on its way; give the Feedback itself, or set "
+                    "cast_forward_inputs=False"
+                )
+        try:
+            units = torch.as_tensor(columns["kind"]).numel()
+        except (TypeError, ValueError, RuntimeError):
+            units = 0  # the column itself says what is wrong
         table = {name: _column(name, columns[name], units) for name in NAMES}
         for name in ("kind", "first", "second"):
             table[name] = _whole(name, table[name])
@@ -258,11 +293,12 @@ class Feedback:
 
     def shift(self, by: int) -> Feedback:
         """Return the units with every response index moved up by `by`: records join in a batch."""
-        return replace(
-            self,
-            first=self.first + by,
-            second=torch.where(self.second < 0, self.second, self.second + by),
-        )
+        second = torch.where(self.second < 0, self.second, self.second + by)
+        return self.replaced(first=self.first + by, second=second)
+
+    def replaced(self, **columns: Tensor) -> Feedback:
+        """Return the units with other columns, by name."""
+        return Feedback(**{name: columns.get(name, getattr(self, name)) for name in NAMES})
 
     def check(self, num_responses: int) -> None:
         """Raise ValueError if a unit names a response beyond the responses of the call."""
@@ -275,9 +311,6 @@ class Feedback:
                 f"unit {unit} ({kind}) names response {int(column[unit])}, but the call has "
                 f"{num_responses} responses (cu_seqlens has one more entry than responses)"
             )
-
-
-NAMES = tuple(field.name for field in fields(Feedback))
 
 
 def _whole(name: str, column: Tensor) -> Tensor:

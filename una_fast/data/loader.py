@@ -22,13 +22,13 @@ import itertools
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from una_fast.data.batch import footprint, layout_tokens
 from una_fast.data.examples import Example, Prompt
-from una_fast.feedback import Feedback
+from una_fast.feedback import NAMES
 from una_fast.logs import say_once
 
 logger = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ class Loader:
                 digest.update(repr((example.text, columns, example.weight)).encode())
             ids = [example.prompt_ids, *example.responses]
             digest.update(repr([len(array) for array in ids]).encode())
-            units = [getattr(example.feedback, f.name).numpy() for f in fields(Feedback)]
+            units = [getattr(example.feedback, name).numpy() for name in NAMES]
             for array in (*ids, *units, *example.scored):
                 digest.update(array.tobytes())
         return digest.hexdigest()[:16]

@@ -395,7 +395,7 @@ def _cached_reference(
             raise ValueError(
                 f"give ref_logps or ref_hidden, not both: {name} is not read beside ref_logps"
             )
-    ref_logps = as_tensor("ref_logps", ref_logps, device)
+    ref_logps = as_tensor("ref_logps", ref_logps, device, torch.float64)
     if ref_logps.shape != (responses,):
         raise ValueError(
             f"ref_logps is {tuple(ref_logps.shape)}; expected [{responses}], one sum per response"

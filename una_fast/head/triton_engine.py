@@ -162,8 +162,10 @@ class TritonEngine(TorchEngine):
 
     def row_sums(self, u: Tensor, targets: Tensor, vocab: Vocab, stats: Sequence[str]) -> RowSums:
         """Return the sums that statistics need, of a tile over a vocabulary range, in one read."""
-        wanted = needed_sums(stats)
-        return RowSums(**row_stats.row_sums(u, targets, wanted, **self._options(vocab)))
+        options = self._options(vocab)
+        if options["bias"] is not None:
+            options["bias"] = options["bias"].float()
+        return RowSums(**row_stats.row_sums(u, targets, needed_sums(stats), **options))
 
     def one_read_(
         self, u: Tensor, targets: Tensor, out: Tensor | None = None

@@ -155,7 +155,7 @@ class Anchors:
                 offsets.append(example.feedback.offset)
         batch = replace(
             batch,
-            feedback=replace(batch.feedback, offset=torch.cat(offsets)),
+            feedback=batch.feedback.replaced(offset=torch.cat(offsets)),
             ref_logps=torch.from_numpy(ref_logps).to(self.world.device, non_blocking=True),
         )
         return batch, sampled

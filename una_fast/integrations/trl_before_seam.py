@@ -1,0 +1,471 @@
+"""TRL 1.9 to 1.14: TRL's own losses and metrics, on log-probs made without logits.
+
+TRL 1.15 has one function for every log-prob, and `una_fast.integrations.trl` replaces the function.
+Older `_compute_loss` methods call `model(...)`, slice `outputs.logits`, and ask the slice for five
+numbers per token: log-prob of the target, entropy, mean logit, most likely token, and under WPO the
+sum of squared probabilities. TRL's method runs unchanged; three of its inputs are replaced:
+
+    model(...)         a hook adds labels and `una="tokens"` to the call; the head of
+                       `una_fast.integrations.hf` answers with one number per scored token
+    outputs.logits     a `Logits`: holds these numbers and answers from them
+    selective_log_softmax, entropy_from_logits, selective_log_softmax_and_entropy
+                       read a `Logits` too
+
+No formula of TRL is repeated here. Log-probs are computed inside the forward of the wrapped model,
+where DDP and FSDP see them. Never stored: [B, T, V].
+
+Vision-language models, prompt tuning and heads refused by the probe run on TRL's logits. The log
+gives the reason once, and `una_calls()` counts the calls.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+from trl import DPOTrainer, KTOTrainer
+from trl.trainer import utils as trl_utils
+
+from una_fast.feedback import Feedback
+from una_fast.integrations.calls import fall_back, una_calls
+from una_fast.integrations.hf import patch_model
+from una_fast.integrations.trl.points import check_objective
+from una_fast.integrations.versions import check_version
+from una_fast.losses import Objective, una_loss
+
+__all__ = ["UNADPOTrainer", "UNAKTOTrainer", "una_calls"]
+TESTED = ("trl", "1.9", "1.14", "1.9.0, 1.12.0 and 1.14.2")
+
+METRICS = ("entropy", "mean_logits", "is_top1")  # TRL logs them for the policy at every step
+READERS = ("selective_log_softmax", "entropy_from_logits", "selective_log_softmax_and_entropy")
+# What TRL's methods ask of a model beside log-probs, by the member of its output.
+_OF_TOKENS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+
+
+class Logits:
+    """Stands for logits [..., V] without having them, and answers TRL's questions.
+
+    log_probs: [...] float32, log-probs of the targets; carry the gradient
+    targets: [...] int64, -100 where no token is scored
+    stats: {name: [...]}, the statistics of METRICS, and "log_sum_sq_probs" under WPO
+
+    Logits are defined up to a constant per row. `torch.logsumexp` answers for normalised logits:
+    0, and log sum p^2 for doubled logits.
+    """
+
+    def __init__(self, log_probs: Tensor, targets: Tensor, stats: dict[str, Tensor]) -> None:
+        self.log_probs = log_probs
+        self.targets = targets
+        self.stats = stats
+        self.doubled = False
+
+    def _each(self, take: Callable[[Tensor], Tensor]) -> Logits:
+        """Return a part of the rows: `take` applied to every tensor."""
+        stats = {name: take(values) for name, values in self.stats.items()}
+        return Logits(take(self.log_probs), take(self.targets), stats)
+
+    def __getitem__(self, key: Any) -> Logits:
+        # The numbers are those of positions 0 .. T - 2, so `[..., :-1, :]` has nothing to drop.
+        if isinstance(key, tuple) and key[-2:] == (slice(None, -1), slice(None)):
+            return self
+        if not isinstance(key, Tensor):
+            _refuse(f"[{key}]")
+        return self._each(lambda values: values[key])
+
+    def detach(self) -> Logits:
+        return self._each(Tensor.detach)
+
+    def chunk(self, chunks: int, dim: int = 0) -> tuple[Logits, ...]:
+        parts = torch.arange(self.size(0), device=self.device).chunk(chunks)
+        return tuple(self.index_select(dim, part) for part in parts)
+
+    def index_select(self, dim: int, index: Tensor) -> Logits:
+        return self._each(lambda values: values.index_select(dim, index))
+
+    def size(self, dim: int) -> int:
+        return self.log_probs.size(dim)
+
+    def mean(self, dim: int) -> Tensor:
+        return self.stats["mean_logits"]
+
+    def argmax(self, dim: int) -> Tensor:
+        """Return the target where the target is the most likely token, and -1 elsewhere."""
+        return torch.where(self.stats["is_top1"].bool(), self.targets, -1)
+
+    def __rmul__(self, factor: float) -> Logits:
+        if factor != 2.0:
+            _refuse(f"{factor} *")
+        twice = self._each(lambda values: values)
+        twice.doubled = True
+        return twice
+
+    @property
+    def device(self) -> torch.device:
+        return self.log_probs.device
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        _refuse(f".{name}")
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Tensor:
+        """Answer the functions of torch called by TRL's losses on logits."""
+        logits = args[0]
+        if func is F.cross_entropy:
+            return -logits.log_probs.mean()
+        if func is torch.logsumexp:
+            doubled = logits.stats.get("log_sum_sq_probs")
+            return doubled if logits.doubled else torch.zeros_like(logits.log_probs)
+        _refuse(getattr(func, "__name__", repr(func)))
+
+
+def _refuse(what: str) -> NoReturn:
+    raise NotImplementedError(
+        f"this TRL asks the logits for `{what}`, which una_fast does not compute; "
+        f"it was tested with TRL {TESTED[-1]}. Use TRL's own trainer (axolotl: una_head: false)"
+    )
+
+
+@dataclass
+class ScoredOutput(ModelOutput):
+    """The output of a scored call; its fields pass through DDP, FSDP and accelerate.
+
+    log_probs: [B, T - 1] float32
+    targets: [B, T - 1] int64
+    entropy, mean_logits, is_top1, log_sum_sq_probs: [B, T - 1], or None if not asked for
+    aux_loss: [] load balancing of a mixture of experts, or None without router logits
+    """
+
+    log_probs: Tensor | None = None
+    targets: Tensor | None = None
+    entropy: Tensor | None = None
+    mean_logits: Tensor | None = None
+    is_top1: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+    @property
+    def logits(self) -> Logits:
+        stats = {name: self[name] for name in _OF_TOKENS if name in self}
+        return Logits(self.log_probs, self.targets, stats)
+
+
+class Scoring:
+    """Scores the calls of a model on given input ids.
+
+    asked: [(input_ids [B, T], labels [B, T])], of the batch and, for KTO, of mismatched pairs
+    stats: names of the policy's statistics
+    seen: log-probs [B, T - 1] of the calls on the first of `asked`: policy, then reference
+    aux_loss: [] of the policy's call, for a mixture of experts
+    """
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Tensor, Tensor]] = []
+        self.stats: tuple[str, ...] = ()
+        self.seen: list[Tensor] = []
+        self.aux_loss: Tensor | None = None
+
+    @contextmanager
+    def of(self, batch: dict[str, Any], stats: tuple[str, ...]) -> Iterator[None]:
+        """Score calls on the ids of a batch of TRL's collators, and no other calls.
+
+        batch: of TRL's collator
+        stats: names of the policy's statistics
+        """
+        kinds = [kind for kind in ("", "KL_") if f"{kind}input_ids" in batch]
+        self.asked = [_ids_and_labels(batch, kind) for kind in kinds]
+        self.stats = stats
+        self.seen, self.aux_loss = [], None
+        try:
+            yield
+        finally:
+            self.asked = []
+
+    def watch(self, model: nn.Module) -> None:
+        """Hook a patched model: calls on `asked` give log-probs, other calls are left alone."""
+
+        def ask(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+            input_ids = args[0] if args else kwargs.get("input_ids")
+            number = self._number(input_ids)
+            if number is None:
+                return None
+            _, labels = self.asked[number]
+            # TRL asks the policy first, and wants statistics of that call alone.
+            is_policy = number == 0 and not self.seen
+            kwargs = kwargs | {"input_ids": input_ids, "una": "tokens"}
+            kwargs["labels"] = labels.to(input_ids.device)
+            kwargs["stats"] = self.stats if is_policy else ()
+            return (), kwargs
+
+        def answer(module: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> Any:
+            if kwargs.get("una") != "tokens" or not self.asked:
+                return out
+            if self._number(kwargs["input_ids"]) == 0:
+                if not self.seen:
+                    self.aux_loss = out.aux_loss
+                self.seen.append(out.logps)
+            log_probs = out.logps.clone()  # TRL writes zeros into it
+            stats = {name: out[name] for name in kwargs["stats"]}
+            targets = kwargs["labels"][:, 1:]
+            return ScoredOutput(log_probs, targets, **stats, aux_loss=out.aux_loss)
+
+        model.register_forward_pre_hook(ask, with_kwargs=True)
+        model.register_forward_hook(answer, with_kwargs=True)
+
+    def _number(self, input_ids: Tensor | None) -> int | None:
+        """Return the place in `asked` of the ids of a call; None for a call not to score."""
+        numbered = [(number, ids) for number, (ids, _) in enumerate(self.asked)]
+        for number, ids in numbered:
+            if input_ids is ids:
+                return number
+        if input_ids is None:
+            return None
+        for number, ids in numbered:
+            # A wrapper may have copied the ids.
+            if torch.equal(ids, input_ids.to(ids.device)):
+                return number
+        return None
+
+
+def _ids_and_labels(batch: dict[str, Any], kind: str) -> tuple[Tensor, Tensor]:
+    """Return [B, T] ids and labels of TRL's batch, labels -100 outside the completions.
+
+    kind: "" for the batch, "KL_" for KTO's mismatched pairs
+    """
+    ids = batch[f"{kind}input_ids"]
+    mask = batch[f"{kind}completion_mask"] != 0
+    return ids, ids.masked_fill(~mask, -100)
+
+
+def _read(name: str, theirs: Callable) -> Callable:
+    """Return TRL's function of logits, made to read a `Logits` too."""
+
+    def read(logits: Tensor | Logits, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(logits, Logits):
+            return theirs(logits, *args, **kwargs)
+        if name == "selective_log_softmax":
+            return logits.log_probs
+        entropy = logits.stats["entropy"].detach()
+        if name == "entropy_from_logits":
+            return entropy
+        return logits.log_probs, entropy
+
+    return read
+
+
+def check_no_seam() -> None:
+    """Raise RuntimeError for TRL 1.15 and newer: its losses do not read logits."""
+    if hasattr(trl_utils, "add_fused_lm_head"):
+        raise RuntimeError(
+            "this TRL has add_fused_lm_head: use the trainers of una_fast.integrations.trl, which "
+            "serve trl >= 1.15; those of trl_before_seam serve TRL 1.9 to 1.14"
+        )
+
+
+@contextmanager
+def _reading(trainer: object) -> Iterator[None]:
+    """Let the READERS of TRL's module read a `Logits` too."""
+    theirs = [cls for cls in type(trainer).__mro__ if cls.__module__.startswith("trl.trainer.")]
+    module = sys.modules[theirs[0].__module__]
+    before = {name: vars(module)[name] for name in READERS if name in vars(module)}
+    for name, function in before.items():
+        setattr(module, name, _read(name, function))
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(module, name, function)
+
+
+class UnaLogProbs:
+    """Stands before a DPO or KTO trainer of TRL 1.9 to 1.14: its log-probs come from una_fast.
+
+    una_pack, una_workspace_mb: as of patch_model
+    objective: losses in place of args.loss_type, on DPO's pairs or KTO's labels; None: TRL's own
+
+    ValueError for `use_liger_kernel=True`, a second head, and for an objective beside settings of
+    TRL's losses.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        una_pack: str | bool = "auto",
+        una_workspace_mb: float | None = None,
+        objective: Objective | None = None,
+        **kwargs: Any,
+    ) -> None:
+        check_no_seam()
+        check_version(*TESTED)
+        self.una_options = {"pack": una_pack, "workspace_mb": una_workspace_mb}
+        self.objective = objective
+        self.una_refusal: str | None = None
+        self._una_scoring: Scoring | None = None
+        self._una_reference: nn.Module | None = None
+        super().__init__(*args, **kwargs)
+
+    @property
+    def ref_model(self) -> nn.Module | None:
+        """Return the reference, as TRL set it."""
+        return self._una_reference
+
+    @ref_model.setter
+    def ref_model(self, reference: nn.Module | None) -> None:
+        # TRL sets the reference when the policy has its adapters, and before policy or reference
+        # are wrapped: the one moment at which both can be patched. Later settings are wrapped ones.
+        self._una_reference = reference
+        if self._una_scoring is None:
+            self._una_scoring = Scoring()
+            self._una_check()
+            self.una_refusal = self._una_patch(reference)
+            if self.una_refusal and self.objective is not None:
+                raise ValueError(f"objective needs una_fast's log-probs, but {self.una_refusal}")
+
+    def _una_check(self) -> None:
+        """Raise ValueError for arguments of TRL at odds with our head or objective."""
+        if self.args.use_liger_kernel:
+            raise ValueError(
+                "use_liger_kernel=True replaces the head that una_fast replaces; set "
+                "use_liger_kernel=False (axolotl: dpo_use_liger_kernel: false)"
+            )
+        if self.objective is not None:
+            self._una_check_objective()
+
+    def _una_patch(self, reference: nn.Module | None) -> str | None:
+        """Patch and watch both models; return why not, or None."""
+        if getattr(self, "_is_vlm", False):
+            return "the model reads images"
+        adapters = getattr(self.model, "peft_config", None) or {}
+        if any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters.values()):
+            return "prompt learning puts virtual tokens before the prompt"
+        models = [self.model] if reference is None else [self.model, reference]
+        try:
+            for model in models:
+                patch_model(model, **self.una_options)
+        except ValueError as refusal:
+            return str(refusal)
+        for model in models:
+            self._una_scoring.watch(model)
+        return None
+
+    @contextmanager
+    def _una_scored(self, inputs: dict[str, Any], stats: tuple[str, ...]) -> Iterator[None]:
+        """Take the log-probs of a batch from una_fast, or count a batch of TRL's logits.
+
+        inputs: batch of TRL's collator
+        stats: names of the policy's statistics
+        """
+        if self.una_refusal:
+            fall_back("TRL's head", self.una_refusal)
+            yield
+            return
+        with _reading(self), self._una_scoring.of(inputs, stats):
+            yield
+        if not self._una_scoring.seen:
+            fall_back("TRL's head", "the model was called on other ids than those of the batch")
+
+    def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+        """Compute TRL's reference log-probs."""
+        with self._una_scored(inputs, ()):
+            return super().compute_ref_log_probs(model, inputs)
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        weighted = getattr(self, "use_weighting", False)
+        stats = (*METRICS, "log_sum_sq_probs") if weighted else METRICS
+        with self._una_scored(inputs, stats):
+            result = super()._compute_loss(model, inputs, return_outputs)
+        if self.objective is None:
+            return result
+        loss = self._una_loss(inputs)
+        return (loss, result[1]) if return_outputs else loss
+
+    def _una_loss(self, inputs: dict[str, Any]) -> Tensor:
+        """Return the loss of `objective` on the log-probs read by TRL's method just before.
+
+        inputs: batch of TRL's collator
+        """
+        scored = self._una_scoring
+        policy, *reference = (values.double().sum(1) for values in scored.seen)
+        ref_logps = reference[0] if reference else self._una_precomputed(inputs)
+        scored_tokens = inputs["completion_mask"][:, 1:] != 0
+        out = una_loss(
+            policy,
+            ref_logps,
+            self._una_feedback(inputs),
+            objective=self.objective,
+            lengths=scored_tokens.sum(1).clamp(min=1),
+        )
+        if scored.aux_loss is None:
+            return out.loss
+        return out.loss + self.router_aux_loss_coef * scored.aux_loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Any, Any]:
+        """Return the loss of an evaluation batch, without logits.
+
+        model, inputs, prediction_loss_only, ignore_keys: as of transformers' Trainer
+        """
+        if not (prediction_loss_only or self.una_refusal):
+            raise ValueError(
+                "compute_metrics needs logits, which are never computed; leave compute_metrics "
+                "out, or use TRL's own trainer (axolotl: una_head: false)"
+            )
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+
+class PairLogProbs(UnaLogProbs):
+    """Reads DPO's batches: the chosen half, then the rejected half."""
+
+    def _una_check_objective(self) -> None:
+        check_objective(self.objective, self.args)
+
+    def _una_precomputed(self, inputs: dict[str, Any]) -> Tensor:
+        return torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+
+    def _una_feedback(self, inputs: dict[str, Any]) -> Feedback:
+        pairs = len(inputs["input_ids"]) // 2
+        return Feedback.pairs(range(pairs), range(pairs, 2 * pairs))
+
+
+class LabelLogProbs(UnaLogProbs):
+    """Reads KTO's batches: a completion and its label."""
+
+    def _una_check_objective(self) -> None:
+        if self.args.beta != self.objective.beta:
+            raise ValueError(
+                f"beta={self.args.beta} of the KTOConfig and beta={self.objective.beta} of the "
+                "objective differ; give both the same"
+            )
+        if self.args.loss_type != "kto":
+            raise ValueError("loss_type belongs to TRL's losses, which objective= replaces")
+
+    def _una_precomputed(self, inputs: dict[str, Any]) -> Tensor:
+        return inputs["ref_logps"]
+
+    def _una_feedback(self, inputs: dict[str, Any]) -> Feedback:
+        good = torch.as_tensor(inputs["label"]).bool()
+        weight = torch.where(good.cpu(), self.desirable_weight, self.undesirable_weight)
+        return Feedback.binary(range(len(good)), good, weight=weight)
+
+
+class UNADPOTrainer(PairLogProbs, DPOTrainer):
+    """TRL's DPOTrainer without logits, for TRL 1.9 to 1.14."""
+
+
+class UNAKTOTrainer(LabelLogProbs, KTOTrainer):
+    """TRL's KTOTrainer without logits, for TRL 1.9 to 1.14."""
