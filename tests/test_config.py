@@ -129,6 +129,7 @@ def test_the_trajectory_names_settings():
         eval_fraction eval_every save_every save_async save_dtype max_skipped_steps
         keep_checkpoints resume log_every loggers
         progress write_report max_kl on_max_kl saved_completions off_policy_ok
+        generation_server
     """
     assert names - set(TRAJECTORY) - set(ONLINE_TRAJECTORY) - RECORD_FIELDS == set(free.split())
 

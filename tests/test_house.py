@@ -33,6 +33,7 @@ attention losses kernels flags
 data head layout presets
 model
 rewards
+generation_server
 config
 optim resolved report
 online capacity

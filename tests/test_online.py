@@ -429,7 +429,7 @@ def test_a_failed_step_leaves_no_trace_in_the_state(model, prompts, tmp_path, mo
     next(steps)
     before = json.dumps(trainer.online.state_dict())
 
-    def fail(*_):
+    def fail(*_, **__):
         raise RewardError("late")
 
     monkeypatch.setattr(trainer.online.anchors, "anchor", fail)

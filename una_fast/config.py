@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from una_fast.checks import check_at_least
 from una_fast.data.settings import RecordOptions
 from una_fast.files import write_text
+from una_fast.generation_server import ServerOptions
 from una_fast.model.settings import LoraOptions, MemoryOptions
 from una_fast.printable import printable, shown, was_redacted, without_secrets
 from una_fast.rewards.scale import RewardScale
@@ -43,7 +44,7 @@ Device = Literal["auto", "cpu", "cuda"]
 
 Mode = Literal["offline", "online", "mixed"]
 
-Generation = Literal["padded", "continuous", "vllm"]
+Generation = Literal["padded", "continuous", "vllm", "vllm_server"]
 
 Anchor = Literal["ref", "rollout"]
 
@@ -87,6 +88,7 @@ ONLINE_TRAJECTORY = (
     "stop_strings",
     "generation",
     "generation_batch_size",
+    "rollout_lag",
     "missing_eos_penalty",
     "reward_map",
     "reward_range",
@@ -306,7 +308,11 @@ class OnlineOptions:
     stop_strings: list[str] = field(default_factory=list)
     """Texts that end a response, besides the end-of-sequence and end-of-turn tokens."""
     generation: Generation = "padded"
-    """Sampler: padded | continuous (transformers' batching) | vllm (install it; one process)."""
+    """padded | continuous (transformers' batching) | vllm (in one process) | vllm_server."""
+    generation_server: ServerOptions | None = None
+    """Server of generation: vllm_server, as {url: http://host:8000, ...}; null: none."""
+    rollout_lag: int = 0
+    """0 | 1: steps that samples may lag behind the policy; 1: sampled while the run trains."""
     generation_batch_size: int | None = None
     """Sequences sampled at a time on one rank; null: all of a step."""
     missing_eos_penalty: float = 0.0
@@ -326,7 +332,7 @@ class OnlineOptions:
     on_max_kl: OnMaxKl = "stop"
     """A step above max_kl: stop (the run ends there, and is saved) | warn."""
     off_policy_ok: bool = False
-    """Allow reward_mse with top_p below 1 or length_normalize, off the policy gradient."""
+    """Allow reward_mse with top_p < 1, length_normalize or rollout_lag, off the policy gradient."""
     saved_completions: int = 8
     """Prompts per step with responses, rewards and log-probs in completions.jsonl."""
 
@@ -344,6 +350,7 @@ class OnlineOptions:
         check_at_least(1, self, ["samples_per_prompt", "max_new_tokens", "inner_epochs"])
         check_at_least(1, self, ["generation_batch_size", "reference_refresh"], or_null=True)
         self._check_generation()
+        self._check_server()
         self._check_sampling()
         self._check_rewards()
         self._check_kl()
@@ -365,10 +372,10 @@ class OnlineOptions:
                 f"generation_batch_size={size} must hold the samples_per_prompt="
                 f"{self.samples_per_prompt} of a prompt, which are sampled together"
             )
-        if size is not None and self.generation == "vllm":
+        if size is not None and self.generation in ("vllm", "vllm_server"):
             raise ValueError(
-                "generation_batch_size is not read with generation=vllm, which batches by itself; "
-                "remove it"
+                f"generation_batch_size is not read with generation={self.generation}, which "
+                "batches by itself; remove it"
             )
         if self.top_p < 1 and self.generation != "padded":
             raise ValueError(
@@ -379,6 +386,32 @@ class OnlineOptions:
             raise ValueError(
                 "generation=continuous knows no stop_strings; set generation: padded, "
                 "or remove them"
+            )
+
+    def _check_server(self) -> None:
+        is_served = self.generation == "vllm_server"
+        if is_served and self.generation_server is None:
+            raise ValueError(
+                "generation=vllm_server needs the address of the server; set "
+                "--generation_server.url http://host:8000"
+            )
+        if not is_served and self.generation_server is not None:
+            raise ValueError(
+                "generation_server is read with generation=vllm_server alone; set generation: "
+                "vllm_server, or remove generation_server"
+            )
+        if self.rollout_lag not in (0, 1):
+            raise ValueError(f"rollout_lag={self.rollout_lag} must be 0 or 1")
+        if self.rollout_lag and not is_served:
+            raise ValueError(
+                "rollout_lag=1 samples while the weights change, and "
+                f"generation={self.generation} samples with these very weights; set generation: "
+                "vllm_server, or rollout_lag: 0"
+            )
+        if self.rollout_lag and self.inner_epochs > 1:
+            raise ValueError(
+                f"rollout_lag=1 with inner_epochs={self.inner_epochs} would train on samples that "
+                "are more than one step old; set inner_epochs: 1, or rollout_lag: 0"
             )
 
     def _check_sampling(self) -> None:
@@ -497,6 +530,8 @@ class RunConfig(
         self.eval_data = _as_list(self.eval_data)
         if isinstance(self.lora, dict):
             self.lora = LoraOptions(**self.lora)
+        if isinstance(self.generation_server, dict):
+            self.generation_server = ServerOptions(**self.generation_server)
         self.adam_betas = tuple(self.adam_betas)
 
     def _check_sources(self) -> None:
@@ -547,7 +582,8 @@ class RunConfig(
                     )
         if self.mode == "offline" or self.score != "reward_mse" or self.off_policy_ok:
             return
-        for name, on_policy in (("top_p", 1.0), ("length_normalize", False)):
+        on_policy_settings = (("top_p", 1.0), ("length_normalize", False), ("rollout_lag", 0))
+        for name, on_policy in on_policy_settings:
             if getattr(self, name) != on_policy:
                 raise ValueError(
                     f"{name}={getattr(self, name)}: the samples or log-probs are then not those "

@@ -28,6 +28,7 @@ from una_fast.model.scoring import Scoring
 from una_fast.offsets import EmaOffset, group_offset
 from una_fast.online.metrics import RolloutMeter
 from una_fast.online.rollouts import Sampled
+from una_fast.online.sampling import ServerError
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,16 @@ class _Anchored:
     anchors: [K] float64 log-probs at which r is zero
     log_ratios: [K] float64, log pi - log pi_ref
     residuals: [K] float64
+    gap: sum over the responses of |log pi by the sampler - log pi by the policy|; 0 where the
+        policy does not score
+    tokens: of the responses
     """
 
     anchors: np.ndarray
     log_ratios: np.ndarray
     residuals: Tensor
+    gap: float
+    tokens: int
 
 
 class Anchors:
@@ -108,16 +114,26 @@ class Anchors:
         self.reference = reference
         self.scoring = scoring
         self.pad_id = pad_id
-        # In bf16 the log-probs of a sampler, step by step from a cache, are not those of the row.
-        self.scores_policy = config.anchor == "rollout" or compute == torch.bfloat16
+        server = config.generation_server
+        self.tolerance = None if server is None else server.tolerance
+        # In bf16 the log-probs of a sampler, step by step from a cache, are not those of the row. A
+        # server's are compared with the policy's.
+        exact = compute != torch.bfloat16 and server is None
+        self.scores_policy = config.anchor == "rollout" or not exact
         self.ema = EmaOffset()
 
     @torch.no_grad()
-    def anchor(self, step: Step, meter: RolloutMeter) -> tuple[AnchoredStep, StepMeans]:
+    def anchor(
+        self, step: Step, meter: RolloutMeter, *, stale: bool = False
+    ) -> tuple[AnchoredStep, StepMeans]:
         """Return the step with ready batches, and the means over its samples.
 
         step: micro-batches of sampled examples and, in a mixed run, of records
         meter: counts the KL
+        stale: the policy has taken a step since the samples were drawn: log pi of the policy that
+            drew them is the sampler's, and cannot be computed again
+
+        ServerError for fresh samples of a server with log-probs other than the policy's.
         """
         batches = []
         sampled: list[_Anchored] = []
@@ -128,17 +144,17 @@ class Anchors:
                 device=self.world.device,
                 pad_id=self.pad_id,
             )
-            batch, anchored = self._anchor_batch(batch, examples)
+            batch, anchored = self._anchor_batch(batch, examples, stale)
             batches.append(batch)
             sampled += anchored
         ready = AnchoredStep(step.epoch, step.micro_batches, step.num_units, batches)
         return ready, self._step_means(sampled, meter)
 
     def _anchor_batch(
-        self, batch: Batch, examples: Sequence[Example]
+        self, batch: Batch, examples: Sequence[Example], stale: bool
     ) -> tuple[Batch, list[_Anchored]]:
         """Return the batch with reference log-probs and offsets, and the sampled examples."""
-        scores = self._score_batch(batch)
+        scores = self._score_batch(batch, stale)
         ref_logps = scores.reference.copy()
         sampled = []
         offsets = [torch.zeros(0, dtype=torch.float64)]
@@ -160,11 +176,11 @@ class Anchors:
         )
         return batch, sampled
 
-    def _score_batch(self, batch: Batch) -> _Scores:
-        """Compute the log-probs of a batch, on all ranks together."""
+    def _score_batch(self, batch: Batch, stale: bool) -> _Scores:
+        """Compute the log-probs of a batch, on all ranks together; see `anchor`."""
         reference = self.reference.logps(batch).cpu().numpy()
         policy = None
-        if self.scores_policy:
+        if self.scores_policy and not stale:
             policy = self.scoring.logps(self.policy, batch).cpu().numpy()
         return _Scores(reference, policy)
 
@@ -180,6 +196,8 @@ class Anchors:
             anchors=anchors,
             log_ratios=logps - ref_logps,
             residuals=self.config.beta * torch.from_numpy(delta) - example.feedback.value,
+            gap=float(np.abs(logps - example.logps).sum()),
+            tokens=sum(len(ids) for ids in example.responses),
         )
 
     def _offset(self, residuals: Tensor) -> Tensor:
@@ -192,7 +210,7 @@ class Anchors:
 
     def _step_means(self, sampled: Iterable[_Anchored], meter: RolloutMeter) -> StepMeans:
         """Return the means over the samples of all ranks, and count the KL."""
-        sums = torch.zeros(4, dtype=torch.float64)
+        sums = torch.zeros(6, dtype=torch.float64)
         for anchored in sampled:
             log_ratios = anchored.log_ratios
             own = [
@@ -200,8 +218,24 @@ class Anchors:
                 log_ratios.sum(),
                 anchored.residuals.sum(),
                 float(len(log_ratios) == 1),
+                anchored.gap,
+                anchored.tokens,
             ]
             sums += torch.tensor(own, dtype=torch.float64)
-        samples, kl, residual, alone = self.world.sum(sums).tolist()
+        samples, kl, residual, alone, gap, tokens = self.world.sum(sums).tolist()
+        self._check_gap(gap / tokens)
         meter.add_kl(kl, samples, alone)
         return StepMeans(kl=kl / samples, residual=residual / samples)
+
+    def _check_gap(self, gap: float) -> None:
+        """Refuse samples of a server whose log-probs are not the policy's, on all ranks.
+
+        gap: mean over all tokens of |log pi by the server - log pi by the policy|, from below
+        """
+        if self.tolerance is None or gap <= self.tolerance:
+            return
+        raise ServerError(
+            f"the log-probs of the server's samples differ from the policy's by {gap:.3g} nats per "
+            f"token, above generation_server.tolerance={self.tolerance:g}; start the server with "
+            "--logprobs-mode processed_logprobs, and with the run's model. The step is refused"
+        )

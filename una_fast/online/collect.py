@@ -3,7 +3,7 @@
     prompts -> sampled ids -> texts -> rewards -> Rollout
 
 Every rank samples and rewards responses for a share of the prompts; then all ranks hold all
-rollouts.
+rollouts. With `rollout_lag` the samples of the next step are drawn while the run trains: a flight.
 """
 
 from __future__ import annotations
@@ -12,16 +12,24 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from una_fast.data.examples import Prompt
 from una_fast.distributed import World
+from una_fast.online.ahead import Ahead, Drawn, stored
 from una_fast.online.metrics import RolloutMeter
 from una_fast.online.rollouts import Rollout
-from una_fast.online.sampling import Completion, Sampler, completion_text, whole_text
-from una_fast.rewards.settings import RewardError, RewardsDown
+from una_fast.online.sampling import (
+    Completion,
+    Sampler,
+    ServerError,
+    completion_text,
+    whole_text,
+)
+from una_fast.rewards.settings import RewardError
 from una_fast.rewards.total import Rewards
 
 
@@ -30,14 +38,56 @@ class _Share:
     """The rollouts of a rank, sent to all ranks.
 
     failures: reason -> samples without a reward
-    error: the failure of a reward, which ends the run; the rollouts are empty then
-    is_down: the failure is a server that is down
+    error: of a reward, or of the server that samples; ends the run, and the rollouts are empty
     """
 
     rollouts: list[Rollout]
     failures: Counter[str]
-    error: str | None
-    is_down: bool = False
+    error: RewardError | ServerError | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """The prompts of a step, and the part of a rank.
+
+    prompts: of the global batch, equal on all ranks
+    mine: of this rank
+    asked: `mine`, filled up: all ranks sample together, and a rank with a prompt less draws for the
+        first prompt again
+    stream: seed of the samples of this rank
+    """
+
+    prompts: Sequence[Prompt]
+    mine: list[Prompt]
+    asked: list[np.ndarray]
+    stream: int
+
+
+@dataclass(frozen=True)
+class Flight:
+    """The samples of a step that a server draws while the run trains.
+
+    number: of the rollout
+    version: of the policy that draws the samples
+    """
+
+    number: int
+    version: int
+    part: Part
+    ahead: Ahead
+
+
+@dataclass(frozen=True)
+class Landed:
+    """The samples of a step on this rank, before rewards.
+
+    drawn: completions of every prompt that was asked, or the failure of the server
+    version: of the policy that drew the samples
+    """
+
+    part: Part
+    drawn: Drawn | ServerError
+    version: int
 
 
 class RolloutCollector:
@@ -84,34 +134,118 @@ class RolloutCollector:
         samples: per prompt; None: the setting of the run
 
         Failures count the samples without a reward by reason. RewardError on all ranks where a
-        reward of any rank failed for good.
+        reward of any rank failed for good; ServerError likewise.
         """
-        rank, size = self.world.rank, self.world.size
-        mine = list(prompts[rank::size])
-        # All ranks sample together: a rank with a prompt less draws for the first prompt again.
-        missing = math.ceil(len(prompts) / size) - len(mine)
-        asked = mine + [prompts[0]] * missing
-        stream = int(np.random.SeedSequence([*seed, rank]).generate_state(1)[0])
+        landed = self.draw(prompts, meter, seed=seed, version=version, samples=samples)
+        return self.reward(landed, meter, version=version)
+
+    def draw(
+        self,
+        prompts: Sequence[Prompt],
+        meter: RolloutMeter,
+        *,
+        seed: Sequence[int],
+        version: int,
+        samples: int | None = None,
+    ) -> Landed:
+        """Return samples of the policy as it is; parameters as in `collect`."""
+        part = self.part(prompts, seed)
         self.tell("generate")
         with meter.timed("time/generate"):
-            drawn = self.sampler.sample(
-                [prompt.prompt_ids for prompt in asked],
-                seed=stream,
-                samples=samples,
-                version=version,
-            )
+            try:
+                drawn = self.sampler.sample(
+                    part.asked, seed=part.stream, samples=samples, version=version
+                )
+            except ServerError as error:
+                drawn = error
+        return Landed(part, drawn, version)
+
+    def take_off(
+        self, number: int, prompts: Sequence[Prompt], meter: RolloutMeter, seed: int, version: int
+    ) -> Flight:
+        """Have a server draw the samples of a step from now on; all ranks together.
+
+        number: of the rollout
+        prompts: of the global batch
+        meter: counts the seconds in which the server gets the weights
+        seed: of the run
+        version: optimizer steps that the policy has taken
+        """
+        part = self.part(prompts, [seed, number])
+        with meter.timed("time/generate"):
+            ahead = self.sampler.sample_ahead(part.asked, seed=part.stream, version=version)
+        return Flight(number, version, part, ahead)
+
+    def land(self, flight: Flight, meter: RolloutMeter) -> Landed:
+        """Wait for the samples of a flight; meter: counts the seconds of the wait."""
+        self.tell("generate")
+        with meter.timed("time/generate"):
+            try:
+                drawn = flight.ahead.wait()
+            except ServerError as error:
+                drawn = error
+        return Landed(flight.part, drawn, flight.version)
+
+    def stored(self, flight: Flight) -> dict[str, Any] | None:
+        """Return a flight for a checkpoint, as JSON values equal on all ranks, when it has landed.
+
+        None where the server failed: the samples are drawn again then, by the policy of the moment.
+        """
+        plain = self.world.gather(flight.ahead.plain())
+        if any(share is None for share in plain):
+            return None
+        return {"number": flight.number, "version": flight.version, "drawn": plain}
+
+    def resumed(self, state: dict[str, Any], prompts: Sequence[Prompt], seed: int) -> Flight:
+        """Return a flight out of a checkpoint.
+
+        state: of `stored`
+        prompts: of the global batch
+        seed: of the run
+        """
+        number, version = state["number"], state["version"]
+        ahead = stored(state["drawn"][self.world.rank], version)
+        return Flight(number, version, self.part(prompts, [seed, number]), ahead)
+
+    def part(self, prompts: Sequence[Prompt], seed: Sequence[int]) -> Part:
+        """Return the part of this rank; parameters as in `collect`."""
+        rank, size = self.world.rank, self.world.size
+        mine = list(prompts[rank::size])
+        missing = math.ceil(len(prompts) / size) - len(mine)
+        asked = [prompt.prompt_ids for prompt in mine + [prompts[0]] * missing]
+        stream = int(np.random.SeedSequence([*seed, rank]).generate_state(1)[0])
+        return Part(prompts, mine, asked, stream)
+
+    def reward(
+        self, landed: Landed, meter: RolloutMeter, *, version: int
+    ) -> tuple[list[Rollout], Counter[str]]:
+        """Return the rollouts of samples, as `collect` does.
+
+        landed: the samples of this rank
+        meter: counts the samples and the seconds
+        version: of the policy that is trained on the samples
+        """
+        part = landed.part
         self.tell("reward")
         with meter.timed("time/reward"):  # includes the wait for the slowest rank
-            shares = self.world.gather(self._reward(mine, drawn[: len(mine)], stream))
+            shares = self.world.gather(self._share(landed))
         self.tell("")
 
         for share in shares:
-            if share.error:
-                raise (RewardsDown if share.is_down else RewardError)(share.error)
+            if share.error is not None:
+                raise share.error
         failures = sum((share.failures for share in shares), Counter())
-        rollouts = [shares[i % size].rollouts[i // size] for i in range(len(prompts))]
-        meter.add_rollouts(rollouts)
+        size = self.world.size
+        rollouts = [shares[i % size].rollouts[i // size] for i in range(len(part.prompts))]
+        meter.add_rollouts(rollouts, version)
         return rollouts, failures
+
+    def _share(self, landed: Landed) -> _Share:
+        """Return the rollouts of this rank, or the failure that all ranks must hear of."""
+        if isinstance(landed.drawn, ServerError):
+            return _Share([], Counter(), landed.drawn)
+        mine = landed.part.mine
+        return self._reward(mine, landed.drawn[: len(mine)], landed.part.stream)
 
     def _reward(self, prompts: list[Prompt], drawn: list[list[Completion]], seed: int) -> _Share:
         """Return the rollouts of this rank; a single call rewards all samples.
@@ -138,7 +272,7 @@ class RolloutCollector:
                 seed=seed,
             )
         except RewardError as error:  # the other ranks wait, and must hear of the failure
-            return _Share([], Counter(), str(error), isinstance(error, RewardsDown))
+            return _Share([], Counter(), error)
 
         rollouts = []
         start = 0
@@ -153,7 +287,7 @@ class RolloutCollector:
             )
             rollouts.append(rollout)
             start += len(completions)
-        return _Share(rollouts, rewarded.failures, None)
+        return _Share(rollouts, rewarded.failures)
 
     def _text(self, prompt: Prompt, completion: Completion) -> str:
         return completion_text(self.tokenizer, prompt.prompt_ids, completion, self.sampler.sampling)
@@ -162,5 +296,8 @@ class RolloutCollector:
         return whole_text(self.tokenizer, prompt.prompt_ids, completion, self.sampler.sampling)
 
     def close(self) -> None:
-        """Close the connections of the rewards."""
+        """Close the connections of the rewards, and of a server that samples."""
         self.rewards.close()
+        close = getattr(self.sampler, "close", None)
+        if close is not None:
+            close()

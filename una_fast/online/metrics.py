@@ -25,8 +25,11 @@ class RolloutMeter:
     def __init__(self) -> None:
         self.sums: Counter[str] = Counter()
 
-    def add_rollouts(self, rollouts: Sequence[Rollout]) -> None:
-        """Count samples, lengths and rewards."""
+    def add_rollouts(self, rollouts: Sequence[Rollout], version: int = 0) -> None:
+        """Count samples, lengths, rewards and ages.
+
+        version: of the policy that is trained on the rollouts, in optimizer steps
+        """
         for rollout in rollouts:
             rewards = rollout.known_rewards()
             completions = rollout.completions
@@ -38,6 +41,7 @@ class RolloutMeter:
                     "reward_squares": sum(reward**2 for reward in rewards),
                     "tokens": sum(len(completion.ids) for completion in completions),
                     "finished": sum(completion.finished for completion in completions),
+                    "age": sum(version - completion.version for completion in completions),
                 }
             )
             for name, values in rollout.rewards_by_name.items():
@@ -87,6 +91,7 @@ class RolloutMeter:
             "completions/alone": sums["lone"],
             "completions/mean_length": sums["tokens"] / sums["samples"],
             "completions/clipped_ratio": 1 - sums["finished"] / sums["samples"],
+            "completions/staleness": sums["age"] / sums["samples"],
         }
         for key, count in list(sums.items()):
             if key.startswith("parts/") and count:

@@ -18,7 +18,7 @@ from una_fast.rewards.outcome import plain_json
 class Sampled(Example):
     """A record of K responses drawn by the policy; unit k is the score of response k.
 
-    logps: [K] float64 log-probs of the responses, by the sampler
+    logps: [K] float64 log-probs of the responses, by the sampler and its weights
     """
 
     logps: np.ndarray

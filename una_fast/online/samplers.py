@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from transformers import PreTrainedTokenizerBase
 
 from una_fast.config import RunConfig
@@ -11,6 +13,8 @@ from una_fast.model.policy import Policy
 from una_fast.model.scoring import Scoring
 from una_fast.online.generate import ContinuousSampler, TransformersSampler
 from una_fast.online.sampling import Sampler, Sampling, stop_ids
+
+HANDED_OVER = "handed_over"  # directory of weights for a server, in output_dir
 
 
 def make_sampler(
@@ -38,10 +42,24 @@ def make_sampler(
         stop_ids=stop_ids(tokenizer, policy.causal_lm),
         stop_strings=tuple(config.stop_strings),
     )
+    if config.generation == "vllm_server":
+        from una_fast.online.server_sampler import ServerSampler
+
+        options = config.generation_server
+        directory = Path(options.weights_dir or Path(config.output_dir) / HANDED_OVER)
+        return ServerSampler(
+            policy,
+            tokenizer,
+            sampling,
+            options=options,
+            scoring=scoring,
+            world=world,
+            directory=directory.absolute(),
+        )
     if config.generation != "padded" and world.sharded:
         raise ValueError(
             f"generation={config.generation} runs in one process, and this run has {world.size}; "
-            "set generation: padded"
+            "set generation: padded, or vllm_server"
         )
     if config.generation == "vllm":
         from una_fast.online.vllm_sampler import VllmSampler

@@ -20,6 +20,10 @@ class SamplerError(RuntimeError):
     """The sampler failed; the run cannot go on."""
 
 
+class ServerError(SamplerError):
+    """The server that samples failed, or serves other weights: known to all ranks."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """Settings of the samples.

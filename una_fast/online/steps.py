@@ -19,9 +19,10 @@ from una_fast.data.examples import Prompt
 from una_fast.data.loader import Loader
 from una_fast.logs import say_once
 from una_fast.online.anchors import AnchoredStep, Anchors
-from una_fast.online.collect import RolloutCollector
+from una_fast.online.collect import Flight, Landed, RolloutCollector
 from una_fast.online.metrics import RolloutMeter
 from una_fast.online.rollouts import Rollout
+from una_fast.online.sampling import ServerError
 from una_fast.rewards.scale import RewardScale
 from una_fast.rewards.settings import RewardError, RewardsDown
 
@@ -89,7 +90,8 @@ class Online:
         self.scale = RewardScale(config.reward_map, config.reward_range)
         self.ceiling = KlCeiling(config, is_main=self.is_main)
         self.meter = RolloutMeter()
-        self._before: dict[str, Any] = {}  # state before the newest samples
+        self._flight: Flight | None = None  # samples of the next step, with rollout_lag
+        self._before = self._state()  # before the newest samples
         self._completions: list[dict[str, Any]] = []
 
     @property
@@ -110,7 +112,9 @@ class Online:
         """Yield steps first, ..., stop - 1; a run over the ceiling of the KL yields fewer.
 
         A step is sampled from the policy of the moment the step is asked for, and yielded
-        inner_epochs times, with the same batches.
+        inner_epochs times, with the same batches. With rollout_lag the server then draws the next
+        step's samples from the same policy, while the caller trains; no samples are drawn for
+        step `stop`.
 
         first: a multiple of inner_epochs
         """
@@ -118,11 +122,12 @@ class Online:
         assert first % inner == 0, "a run resumes between rollouts"
         for number in range(first, stop):
             if number % inner == 0:
-                self._before = self.state_dict()
+                self._before = self._state()
+                is_last = number + inner >= stop
                 try:
-                    step = self._roll_out(number // inner, version=number)
+                    step = self._roll_out(number // inner, version=number, is_last=is_last)
                 except BaseException:  # a checkpoint may follow, of the steps before
-                    self.load_state_dict(self._before)
+                    self._go_back(self._before)
                     raise
                 if self.stopped:
                     return  # the completions of this step stay, for take_completions
@@ -132,19 +137,40 @@ class Online:
         """Return the state for a checkpoint, as JSON values; all but times is equal on all ranks.
 
         The state of a stopped run is from before the samples that stopped the run: a run that
-        goes on draws them again.
+        goes on draws them again. Samples that a server draws are waited for, and are a part of the
+        state; all ranks must call.
         """
-        sums = self.meter.state_dict()
+        state = self._state()
         if self.stopped:
-            return self._before | {"sums": sums}
-        return {
-            "scale": self.scale.state_dict(),
-            "ema": self.anchors.ema.state_dict(),
-            "sums": sums,
-        }
+            state = self._before | {"sums": state["sums"]}
+        flight = state.pop("flight")
+        if flight is not None:
+            state["flight"] = self.collector.stored(flight)
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from the state of a checkpoint."""
+        flight = None
+        if state.get("flight") is not None:
+            number = state["flight"]["number"]
+            prompts = self.prompts.records(number)
+            flight = self.collector.resumed(state["flight"], prompts, self.config.seed)
+        self._go_back({**state, "flight": flight})
+
+    def _state(self) -> dict[str, Any]:
+        """Return the state of this moment, with the flight as it is."""
+        return {
+            "scale": self.scale.state_dict(),
+            "ema": self.anchors.ema.state_dict(),
+            "sums": self.meter.state_dict(),
+            "flight": self._flight,
+        }
+
+    def _go_back(self, state: dict[str, Any]) -> None:
+        """Take a state of `_state`; samples that are drawn for a later step are given up."""
+        if self._flight is not None and self._flight is not state["flight"]:
+            self._flight.ahead.stop.set()
+        self._flight = state["flight"]
         self.scale.load_state_dict(state["scale"])
         self.anchors.ema.load_state_dict(state["ema"])
         self.meter.load_state_dict(state["sums"])
@@ -159,8 +185,12 @@ class Online:
         self._completions = []
         return lines
 
-    def evaluate(self, prompts: Sequence[Prompt]) -> dict[str, float]:
-        """Return metrics of one sample per prompt, drawn with the same random stream every time."""
+    def evaluate(self, prompts: Sequence[Prompt], version: int) -> dict[str, float]:
+        """Return metrics of one sample per prompt, drawn with the same random stream every time.
+
+        prompts: of the evaluation set
+        version: optimizer steps that the policy has taken
+        """
         meter = RolloutMeter()
         missing: Counter[str] = Counter()
         size = self.config.online_batch_size() * self.config.samples_per_prompt
@@ -170,9 +200,11 @@ class Online:
                     prompts[start : start + size],
                     meter,
                     seed=[self.config.seed, EVALUATION, start],
+                    version=version,
                     samples=1,
                 )
-            except RewardsDown as error:  # an evaluation is not worth the steps that were taken
+            except (RewardsDown, ServerError) as error:
+                # An evaluation is not worth the steps that were taken.
                 if self.is_main:
                     logger.warning("the evaluation is left out: %s", error)
                 return {}
@@ -186,23 +218,31 @@ class Online:
         return meter.take()
 
     def close(self) -> None:
-        """Close the connections of the rewards."""
+        """Close the connections of the rewards, and of a server that samples."""
         self.collector.close()
 
-    def _roll_out(self, number: int, version: int) -> AnchoredStep:
-        """Sample, score and anchor the step of rollout `number`."""
-        rollouts, failures = self.collector.collect(
-            self.prompts.records(number),
-            self.meter,
-            seed=[self.config.seed, number],
-            version=version,
-        )
+    def _roll_out(self, number: int, version: int, *, is_last: bool) -> AnchoredStep:
+        """Sample, score and anchor the step of rollout `number`.
+
+        number: of the rollout
+        version: optimizer steps that the policy has taken
+        is_last: no rollout follows
+        """
+        landed = self._land(number, version)
+        if self.config.rollout_lag and not is_last:
+            prompts = self.prompts.records(number + 1)
+            self._flight = self.collector.take_off(
+                number + 1, prompts, self.meter, self.config.seed, version
+            )
+        rollouts, failures = self.collector.reward(landed, self.meter, version=version)
         self._check_rewards(rollouts, failures)
         rollouts = self._with_scores(rollouts)
         examples = [rollout.example(rollout.scores) for rollout in rollouts if rollout.kept()]
         if self.records is not None:
             examples += self.records.records(number)
-        step, means = self.anchors.anchor(self.prompts.split(examples, 0.0), self.meter)
+        stale = landed.version != version
+        split = self.prompts.split(examples, 0.0)
+        step, means = self.anchors.anchor(split, self.meter, stale=stale)
         if self.config.offset == "ema":
             self.anchors.ema.update(means.residual)
 
@@ -211,6 +251,19 @@ class Online:
             self._completions += rollout.lines()
         self.ceiling.check(means.kl, version)
         return step
+
+    def _land(self, number: int, version: int) -> Landed:
+        """Return the samples of a rollout: of its flight, or of the policy as it is."""
+        flight, self._flight = self._flight, None
+        if flight is not None:
+            assert flight.number == number, "a flight of another rollout"
+            return self.collector.land(flight, self.meter)
+        return self.collector.draw(
+            self.prompts.records(number),
+            self.meter,
+            seed=[self.config.seed, number],
+            version=version,
+        )
 
     def _check_rewards(self, rollouts: Sequence[Rollout], failures: Counter[str]) -> None:
         """Raise RewardError if no sample has a reward; warn once of steps that teach little."""

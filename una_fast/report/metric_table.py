@@ -39,6 +39,7 @@ METRICS = {
     "completions/alone": "Samples without another rewarded sample of the same prompt.",
     "completions/mean_length": "Mean length of a sample, in tokens.",
     "completions/clipped_ratio": "Share of samples that were cut at max_new_tokens.",
+    "completions/staleness": "Mean age of the samples when they are trained on, in steps.",
     "grad_norm": "Norm of the gradient before clipping.",
     "learning_rate": "Learning rate of the step.",
     "skipped_steps": "Steps so far whose gradient was not finite, and that changed no weight.",

@@ -22,7 +22,7 @@ from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 from una_fast.rewards.outcome import basic_secret
 
-LARGEST_REPLY = 8 * 2**20  # bytes of a body, decompressed
+LARGEST_REPLY = 8 * 2**20  # bytes of a body, decompressed, where the caller sets no other bound
 
 UNCHANGED = "!$%&'()*+,/:;=?@[]~"  # characters of a path or a query beside letters and digits
 
@@ -50,10 +50,16 @@ class Reply(NamedTuple):
 
 
 class Client:
-    """POST requests to one URL; threads may share a client."""
+    """Requests to a URL, or to paths below the URL; threads may share a client."""
 
     def __init__(
-        self, url: str, headers: dict[str, str], *, timeout: float, connections: int
+        self,
+        url: str,
+        headers: dict[str, str],
+        *,
+        timeout: float,
+        connections: int,
+        largest: int = LARGEST_REPLY,
     ) -> None:
         """Prepare requests; ValueError for an unusable proxy or unreadable certificates.
 
@@ -61,7 +67,9 @@ class Client:
         headers: of every request
         timeout: seconds for a whole request
         connections: kept open between requests
+        largest: bytes of a reply, decompressed
         """
+        self.largest = largest
         self.core = _http_library()
         self.timeout = timeout
         self.clock = threading.local()
@@ -90,14 +98,24 @@ class Client:
 
     def post(self, body: bytes) -> Reply:
         """Return the reply to a body; NoReplyError if none came in time, or none that is usable."""
+        return self.send("POST", body=body)
+
+    def send(self, method: str, path: str = "", body: bytes | None = None) -> Reply:
+        """Return the reply to a request; NoReplyError as `post`.
+
+        method: GET or POST
+        path: below the URL, such as /v1/models; "": the URL itself
+        body: of the request
+        """
         self.clock.end = time.monotonic() + self.timeout
         headers = list(self.headers.items())
+        url = self._below(path) if path else self.url
         try:
-            with self.pool.stream("POST", self.url, headers=headers, content=body) as response:
+            with self.pool.stream(method, url, headers=headers, content=body) as response:
                 found = {}
                 for name, value in response.headers:
                     found[name.decode("latin-1").lower()] = value.decode("latin-1")
-                return Reply(response.status, found, _read(response, found))
+                return Reply(response.status, found, _read(response, found, self.largest))
         except self.core.TimeoutException:
             raise NoReplyError("timeout", f"after {self.timeout:g} s", passes=True) from None
         except (
@@ -108,6 +126,12 @@ class Client:
         ) as error:
             detail = f"{type(error).__name__}: {error}"
             raise NoReplyError("no connection", detail, passes=True) from None
+
+    def _below(self, path: str) -> Any:
+        """Return the URL of a path below the client's URL."""
+        url = self.url
+        target = url.target.rstrip(b"/") + path.encode("ascii")
+        return self.core.URL(scheme=url.scheme, host=url.host, port=url.port, target=target)
 
     def close(self) -> None:
         """Close the connections."""
@@ -191,8 +215,8 @@ def _certificates() -> ssl.SSLContext:
         ) from None
 
 
-def _read(response: Any, headers: dict[str, str]) -> bytes:
-    """Return the body of a response, decompressed."""
+def _read(response: Any, headers: dict[str, str], largest: int) -> bytes:
+    """Return the body of a response, decompressed; at most `largest` bytes."""
     encoding = headers.get("content-encoding", "").strip().lower()
     packed = zlib.decompressobj(47) if encoding in ("gzip", "x-gzip", "deflate") else None
     if packed is None and encoding not in ("", "identity"):
@@ -203,12 +227,12 @@ def _read(response: Any, headers: dict[str, str]) -> bytes:
         received += len(part)
         if packed is not None:
             try:
-                part = packed.decompress(part, LARGEST_REPLY + 1 - size)
+                part = packed.decompress(part, largest + 1 - size)
             except zlib.error as error:
                 raise NoReplyError("wrong JSON", f"a damaged {encoding} reply: {error}") from None
         size += len(part)
-        if max(received, size) > LARGEST_REPLY:
-            raise NoReplyError("reply too large", f"more than {LARGEST_REPLY} bytes")
+        if max(received, size) > largest:
+            raise NoReplyError("reply too large", f"more than {largest} bytes")
         parts.append(part)
     return b"".join(parts)
 

@@ -59,7 +59,7 @@ SCORE = re.compile(r"(?:score\s*:)?\s*(\d{1,3}(?:\.\d+)?)\s*(?:/\s*100)?", re.AS
 REFUSALS = ("unsupported", "not support", "unknown", "unrecognized", "not permitted", "invalid")
 
 
-def _parallel(
+def parallel(
     function: Callable[[Any, threading.Event], Any], items: Sequence[Any], threads: int
 ) -> list[Any]:
     """Return function(item, stop) for every item, in order, with `threads` calls at a time.
@@ -146,7 +146,7 @@ class HttpReward(Reward):
 
         Raises RewardError for a server's refusal of every request, RewardsDown for its silence.
         """
-        answers = _parallel(self._post, payloads, self.spec.concurrency)
+        answers = parallel(self._post, payloads, self.spec.concurrency)
         if payloads and all(map(_is_down, answers)):
             return self._wait_for_server(payloads, answers[0])
         return answers
@@ -162,10 +162,10 @@ class HttpReward(Reward):
         while (left := end - time.monotonic()) > 0:
             time.sleep(min(wait, left))
             wait = min(2 * wait, MAX_WAIT)
-            probe = _parallel(lambda payload, stop: self._ask(payload)[0], payloads[:1], 1)
+            probe = parallel(lambda payload, stop: self._ask(payload)[0], payloads[:1], 1)
             if _is_down(probe[0]):
                 continue
-            answers = _parallel(self._post, payloads, self.spec.concurrency)
+            answers = parallel(self._post, payloads, self.spec.concurrency)
             if not all(map(_is_down, answers)):
                 return answers
         raise RewardsDown(

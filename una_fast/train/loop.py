@@ -28,7 +28,7 @@ from una_fast.losses import UnaOutput, una_loss
 from una_fast.model.loading import load_tokenizer
 from una_fast.model.reference import CachedReference
 from una_fast.online.anchors import AnchoredStep
-from una_fast.online.sampling import SamplerError
+from una_fast.online.sampling import SamplerError, ServerError
 from una_fast.optim import gradient_norm
 from una_fast.printable import told
 from una_fast.report.page import write_own_report
@@ -289,8 +289,8 @@ class Trainer:
             with at_once:
                 return next(steps, None)
         except (RewardError, SamplerError, Stopped) as error:
-            # Of these only the failure of a reward is known to all ranks.
-            is_of_all = not self.world.sharded or isinstance(error, RewardError)
+            # Of these only the failure of a reward or of a server is known to all ranks.
+            is_of_all = not self.world.sharded or isinstance(error, (RewardError, ServerError))
             if not is_of_all or not self._may_save(number):
                 raise
             torch.set_rng_state(random)
@@ -464,7 +464,7 @@ class Trainer:
             metrics = self.meter.take(self.world)
             self.meter = training_meter
         if self.eval_prompts:
-            metrics |= self.online.evaluate(self.eval_prompts)
+            metrics |= self.online.evaluate(self.eval_prompts, number)
         metrics = {f"eval_{name}": value for name, value in metrics.items()}
         self.reporter.step(number, metrics)
         self.clock.go_on()
