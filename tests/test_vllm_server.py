@@ -183,6 +183,40 @@ def test_a_server_that_says_it_loaded_the_weights_is_not_believed(server, tmp_pa
     assert flat(sampler.sample(PROMPTS[:1], seed=0, version=1)), "and is handed the weights again"
 
 
+def test_an_answer_of_another_model_is_refused(server, tmp_path):
+    sampler = make_sampler(server, tmp_path)
+    server.after = lambda path, answer: (
+        {**answer, "model": "another"} if path[-3:] == "ons" else answer
+    )
+    with pytest.raises(ServerError, match="the-model was asked, and 'another' answered"):
+        sampler.sample(PROMPTS[:1], seed=0)
+
+
+def test_weights_wait_for_the_samples_that_are_being_drawn(server, tmp_path):
+    """Or the rest of the samples would be of the new weights."""
+    sampler = make_sampler(server, tmp_path)
+    sampler.hand_over(0, PROMPTS[0])
+    release, held = threading.Event(), threading.Event()
+
+    def hold(path, payload, number):
+        if path == "/v1/completions":
+            held.set()
+            assert release.wait(30)
+
+    server.before = hold
+    ahead = sampler.sample_ahead(PROMPTS, seed=0, version=0)
+    assert held.wait(30)
+    move(sampler.policy)
+    later = threading.Thread(target=sampler.hand_over, args=(1, PROMPTS[0]))
+    later.start()
+    later.join(0.3)
+    assert len(server.asked("/collective_rpc")) == 1, "the new weights are not loaded yet"
+    release.set()
+    later.join(30)
+    assert len(server.asked("/collective_rpc")) == 2
+    assert {completion.version for completion in flat(ahead.wait())} == {0}
+
+
 def test_a_server_that_was_started_anew_is_noticed(server, tmp_path):
     for lora, match in ((None, "of the weights default"), (LoraOptions(r=2), "does not exist")):
         sampler = make_sampler(server, tmp_path / str(lora is None), lora=lora)
@@ -455,6 +489,24 @@ def test_a_server_that_dies_costs_no_step(model, prompts, server, tmp_path, lag)
     assert sorted({line["step"] for line in lines}) == [1, 2, 3, 4, 5]
     ages = {line["step"] - line["policy_version"] for line in lines}
     assert ages == ({1} if not lag else {1, 2})
+
+
+def test_the_failure_of_a_server_saves_the_steps_of_all_ranks(
+    model, prompts, server, tmp_path, monkeypatch
+):
+    """All ranks hear of it, as of a reward that fails, and can save together."""
+    trainer = open_trainer(served(model, prompts, tmp_path / "run", server))
+    trainer.world = World(0, 2, torch.device("cpu"))
+    saved = []
+    monkeypatch.setattr(trainer, "_save_once", saved.append)
+
+    def fails():
+        raise ServerError("gone")
+        yield
+
+    with pytest.raises(ServerError, match="gone. The 2 steps before are saved"):
+        trainer.next_step(fails(), 2)
+    assert saved == [2]
 
 
 def test_two_ranks_share_a_server(model, prompts, server, tmp_path):

@@ -44,6 +44,7 @@ class StandInServer:
         self.ignores_weights = False
         self.raw_logprobs = False
         self.eos: list[int] = []
+        self.closing = False
         self.lock = threading.Lock()
         self.requests: list[tuple[str, Any]] = []
         self.start()
@@ -109,6 +110,8 @@ class StandInServer:
         if path not in kinds:
             return 404, {"detail": "Not Found"}
         with self.lock:
+            if self.closing:
+                return 503, FAILED
             status, answer = kinds[path](payload)
         return status, self.after(path, answer) if status == 200 else answer
 
@@ -201,6 +204,8 @@ class StandInServer:
         return self
 
     def __exit__(self, *error: object) -> None:
+        with self.lock:  # no thread computes when the process ends
+            self.closing = True
         self.server.shutdown()
         self.server.server_close()
 
