@@ -53,16 +53,13 @@ def hidden_states(causal_lm: PreTrainedModel, **inputs: Any) -> Tensor:
     return backbone_output(causal_lm, **inputs)[0]
 
 
-def score_rows(causal_lm: PreTrainedModel, hidden: Tensor, rows: Tensor, scorer: Scorer) -> Any:
-    """Return the scorer's result on some rows of hidden states.
+def select_rows(hidden: Tensor, rows: Tensor) -> Tensor:
+    """Return [N, D], some rows of hidden states, in memory of their own.
 
-    causal_lm: the model whose forward is running
     hidden: [B, T, D]
     rows: [N] int64 indices into the flattened [B * T] positions
-    scorer: see Scorer
     """
-    chosen = hidden.flatten(0, 1).index_select(0, rows)
-    return call_head(causal_lm.get_output_embeddings(), chosen, scorer)
+    return hidden.flatten(0, 1).index_select(0, rows)
 
 
 @_outside_compile
@@ -129,7 +126,8 @@ def install_scorer(causal_lm: PreTrainedModel) -> None:
     ) -> Any:
         if scorer is None:
             return self._una_model_forward(*args, **kwargs)
-        return score_rows(self, hidden_states(self, **kwargs), rows, scorer)
+        chosen = select_rows(hidden_states(self, **kwargs), rows)
+        return call_head(self.get_output_embeddings(), chosen, scorer)
 
     causal_lm._una_model_forward = causal_lm.forward
     # A bound method, not a closure: a deep copy (the frozen reference) must run its own weights.

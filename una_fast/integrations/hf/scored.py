@@ -25,7 +25,7 @@ from una_fast.integrations.hf.router import router_loss
 from una_fast.layout import Layout
 from una_fast.logs import say_once
 from una_fast.losses import Objective
-from una_fast.model.head_forward import backbone_output, score_rows
+from una_fast.model.head_forward import backbone_output, call_head, select_rows
 from una_fast.model.head_probe import plain_head
 
 logger = logging.getLogger(__name__)
@@ -226,8 +226,10 @@ def run_scorer(
     def scorer(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
         return request(layout.to(hidden.device), hidden, weight, bias, options)
 
-    result = score_rows(causal_lm, output[0], layout.rows, scorer)
-    return result, router_loss(causal_lm, output, inputs)
+    aux_loss = router_loss(causal_lm, output, inputs)
+    chosen = select_rows(output[0], layout.rows)
+    del output  # the states of the prompts are not needed by the head
+    return call_head(causal_lm.get_output_embeddings(), chosen, scorer), aux_loss
 
 
 def _packed_inputs(layout: Layout, inputs: dict[str, Any]) -> dict[str, Any]:
