@@ -9,7 +9,8 @@ cases.json maps names to cases, in order:
 
 die_at: the process dies in this step, before the update. fixed: samples depend on the prompts
 alone, and are the same on any number of ranks. A run writes output_dir/seen.pt: the full gradient
-of every trained parameter before every optimizer step, and the dtypes of the trained weights.
+of every trained parameter before every optimizer step, the dtypes of the trained weights, and the
+number of models whose ranks read their own rows.
 """
 
 from __future__ import annotations
@@ -73,16 +74,22 @@ def run_case(
 ) -> dict[str, Any]:
     """Train, dying in step number `die_at` of this process, before the update; return the record.
 
-    {"gradients": [{name: gradient} per step], "dtypes": dtypes of the trained weights}
+    {"gradients": [{name: gradient} per step], "dtypes": dtypes of the trained weights,
+    "in_shards": models that were read in shards}
     """
     make_sampler = build_module.make_sampler
     make_optimizer = build_module.make_optimizer
     take_step = Trainer.take_step
-    seen: dict[str, Any] = {"gradients": [], "dtypes": set()}
+    read_shards = build_module.read_shards
+    seen: dict[str, Any] = {"gradients": [], "dtypes": set(), "in_shards": 0}
     inside = False  # saving and loading the state of an optimizer steps without gradients
 
     def fixed_sampler(*given: Any) -> FixedSampler:
         return FixedSampler(make_sampler(*given).sampling)
+
+    def counted(*given: Any) -> None:
+        seen["in_shards"] += 1
+        read_shards(*given)
 
     def watched(policy: Policy, config: RunConfig) -> torch.optim.Optimizer:
         optimizer = make_optimizer(policy, config)
@@ -113,6 +120,7 @@ def run_case(
     with (
         mock.patch.object(build_module, "make_sampler", sampler),
         mock.patch.object(build_module, "make_optimizer", watched),
+        mock.patch.object(build_module, "read_shards", counted),
         mock.patch.object(Trainer, "take_step", step),
         mock.patch.object(torch, "compile", compiled),
     ):

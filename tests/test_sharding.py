@@ -281,6 +281,13 @@ def test_every_gradient_is_that_of_one_process(two_ranks, one_process, name):
     assert seen["dtypes"] == ["torch.float32"]
 
 
+def test_every_rank_read_its_own_rows(two_ranks, cases):
+    """Of the policy, and of the frozen reference where there is one."""
+    for name, settings in cases.items():
+        seen = torch.load(two_ranks[name] / "seen.pt", weights_only=True)
+        assert seen["in_shards"] == (1 if "lora" in settings else 2), name
+
+
 @pytest.mark.parametrize("name", SAME)
 def test_every_metric_is_that_of_one_process(two_ranks, one_process, name):
     sharded, alone = read_metrics(two_ranks[name]), read_metrics(one_process(name)[0])
