@@ -22,11 +22,14 @@ from families import FAMILIES, REFUSED, build
 from una_fast.counters import LiveBytes
 from una_fast.distributed import World, local_rows, shard
 from una_fast.logs import say_once
-from una_fast.model import sharded_loading
+from una_fast.model import sharded_export, sharded_loading
 from una_fast.model.activations import decoder_layers, find_mlps
+from una_fast.model.directory import INDEX, WEIGHTS
 from una_fast.model.policy import Policy, load_policy
 from una_fast.model.settings import LoraOptions
+from una_fast.model.sharded_export import gather_part, remove_other_weights
 from una_fast.model.sharded_loading import read_shards
+from una_fast.train import saver
 
 LORA = LoraOptions(r=4, alpha=8)
 CPU = torch.device("cpu")
@@ -349,6 +352,82 @@ def test_no_rank_holds_the_whole_model(large, lora, monkeypatch):
     with resident_peak() as resident:
         load_policy(large, **options)
     assert resident[0] > 1.5 * bound, "a whole model is seen"
+
+
+def test_no_rank_gathers_the_whole_model(large, monkeypatch):
+    """To save: the weights in the files of a rank, and a weight on the way, gathered and padded."""
+    monkeypatch.setattr(sharded_export, "FILE_BYTES", 4 * 2**20)
+    with one_of(4) as world:
+        policy = load_shards(world, large, dtype=torch.float32)
+        with HeldBytes() as held:
+            part = gather_part(policy, world)
+        weights = list(map(bytes_of, policy.causal_lm.parameters()))
+        own = sum(map(bytes_of, part.tensors.values()))
+        assert part.nbytes == sum(weights)
+        assert 0.15 < own / part.nbytes < 0.35, "files go round"
+        assert held.live() >= own, "every weight is counted"
+        assert held.peak() <= own + 3 * max(weights)
+        assert held.peak() < 0.55 * part.nbytes
+        assert set(part.files) == set(load_file(large / "model.safetensors"))
+        assert {part.files[name] for name in part.tensors} == part.own
+        assert not part.own & part.others
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *REFUSED])
+def test_saved_names_are_those_of_one_process(saved, family, monkeypatch):
+    """Tied weights once, buffers too; a model with converted weights is left to the main rank."""
+    monkeypatch.setattr(sharded_export, "FILE_BYTES", 1000)
+    try:
+        policy = load_policy(saved(family), dtype=torch.float32, in_shards=True)
+    except ValueError:
+        pytest.skip("cannot be scored")
+    stored = load_file(saved(family) / "model.safetensors")
+    with one_of(3) as world:
+        place(policy, world, torch.float32)
+        part = gather_part(policy, world)
+        assert (part is None) == (family in CONVERTED)
+        if part is not None:
+            assert set(part.files) == set(stored)
+            for name, tensor in part.tensors.items():
+                assert tensor.shape == stored[name].shape, name
+
+
+def test_a_rank_that_cannot_write_stops_all():
+    """The words of another rank, as of a disk; an error of this rank as it is."""
+
+    class Second(OneOfMany):
+        def gather(self, value):
+            return [value, "no space"]
+
+    world, seen = Second(0, 2, CPU), []
+
+    def refused(error: Exception) -> Exception:
+        seen.append(str(error))
+        return error
+
+    with pytest.raises(OSError, match="no space"):
+        saver._write_part(lambda: None, world, refused)
+
+    def diverged() -> None:
+        raise ValueError("not finite")
+
+    with pytest.raises(ValueError, match="not finite"):
+        saver._write_part(diverged, OneOfMany(0, 1, CPU), refused)
+    assert seen == ["no space", "not finite"]
+
+
+def test_files_of_an_earlier_model_do_not_stay(tmp_path):
+    """transformers reads a single file, if there is one, and not the index beside it."""
+    names = [WEIGHTS, INDEX, "model-00001-of-00002.safetensors", "adapter_model.safetensors"]
+    for name in names:
+        (tmp_path / name).write_text("")
+    remove_other_weights(tmp_path, {"adapter_model.safetensors"})
+    assert {path.name for path in tmp_path.iterdir()} == set(names)
+    remove_other_weights(tmp_path, {INDEX, "model-00001-of-00002.safetensors"})
+    assert {path.name for path in tmp_path.iterdir()} == set(names) - {WEIGHTS}
+    (tmp_path / WEIGHTS).write_text("")
+    remove_other_weights(tmp_path, {WEIGHTS})
+    assert {path.name for path in tmp_path.iterdir()} == {WEIGHTS, "adapter_model.safetensors"}
 
 
 def load_shards_warm(path, options) -> None:
