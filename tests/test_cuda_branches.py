@@ -215,7 +215,7 @@ def test_adamw_on_the_host_waits_for_each_slice_alone(dtype, recorded, monkeypat
 # ---- steps of a run ----
 
 NORM = "distributed.py:local_scalar"  # the norm of the gradient: whether to step at all
-MASK = "head_probe.py:hidden_states"  # transformers looks for padding, once a forward
+MASK = "head_forward.py:backbone_output"  # transformers looks for padding, once a forward
 SLICE = "optim.py:_step_over_bus"  # a slice of the gradient that arrives on the host
 CHECKPOINTS = {"gradient_checkpointing": True, "mlp_tile": 16}
 RUNS = {

@@ -252,7 +252,6 @@ BARE_COMMANDS = {
     "check": ["--model", "x"],
     "bench": ["--hidden", "64", "--vocab", "500", "--tokens", "64"],
     "demo": [],
-    "bench": ["--model", "x"],
 }
 
 

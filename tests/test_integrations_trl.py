@@ -290,14 +290,48 @@ def test_calls_that_are_not_served_run_their_head_and_are_counted(caplog):
 
 
 def test_a_model_that_cannot_be_scored_keeps_their_head():
+    """Every call of it is counted."""
     peft = pytest.importorskip("peft")
     options = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"])
     model = peft.get_peft_model(build("LlamaConfig"), options).get_base_model()
-    before = una_calls()["fell_back"]
     add_una_head(model)
-    assert una_calls()["fell_back"] == before + 1 and not hasattr(model, "_una_trl")
+    before = una_calls()["fell_back"]
+    for _ in range(2):
+        assert model(**make_batch(), fused_lm_head=True).log_probs.any()
+    assert una_calls()["fell_back"] == before + 2
     with pytest.raises(ValueError, match="adapted head"):
         add_una_head(model, pack=True)
+
+
+def test_a_second_trainer_replaces_the_head_of_the_first():
+    model = build("LlamaConfig")
+    batch = make_batch()
+    logits = model(input_ids=batch["input_ids"]).logits
+    add_una_head(model, temperature=0.5)
+    add_una_head(model, temperature=2.0, outputs=("log_probs", "entropy"))
+    assert torch.equal(model(input_ids=batch["input_ids"]).logits, logits)
+    out = model(**batch, fused_lm_head=True)
+    truth = eager_logps(model, batch, temperature=2.0)
+    assert torch.allclose(out.log_probs, truth, atol=1e-5) and out.entropy is not None
+    shifted = torch.nn.functional.pad(batch.pop("labels")[:, 1:], (0, 1), value=-100)
+    theirs = model(**batch, shift_labels=shifted, fused_lm_head=True).log_probs[:, :-1]
+    assert torch.allclose(theirs, truth, atol=1e-5)
+
+
+def test_a_deep_copy_runs_its_own_weights():
+    model = build("LlamaConfig")
+    add_una_head(model)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    fresh = build("LlamaConfig")
+    fresh.load_state_dict(other.state_dict())
+    batch = make_batch()
+    ids = {"input_ids": batch["input_ids"]}
+    assert torch.equal(other(**ids).logits, fresh(**ids).logits)
+    found = other(**batch, fused_lm_head=True).log_probs
+    assert torch.allclose(found, eager_logps(fresh, batch), atol=1e-5)
 
 
 def test_their_function_is_back_after_a_trainer_is_built(directory, tmp_path):

@@ -12,6 +12,7 @@ from torch import Tensor
 import una_fast
 from una_fast import Feedback, Objective, linear_una_loss, presets, una_loss
 from una_fast.head import eager
+from una_fast.presets import qrpo_constant
 
 BETA = 0.3
 
@@ -142,3 +143,10 @@ def test_beta_is_checked_by_every_preset(name):
     assert preset(0.25).beta == 0.25
     with pytest.raises(ValueError, match="beta=0 must be positive"):
         preset(0)
+
+
+def test_the_constant_of_quantiles_has_both_limits():
+    """Between 1 for small beta and 1/2 for large, without a step where the formula changes."""
+    assert qrpo_constant(1e17) == 0.5 and qrpo_constant(1e-4) == pytest.approx(1, abs=1e-3)
+    below, above = qrpo_constant(9999.0), qrpo_constant(10001.0)
+    assert 0 < below - above < 1e-8

@@ -358,16 +358,18 @@ def test_cached_log_probs_are_looked_for_in_offline_runs_alone(tmp_path):
 # Setting or constant -> the files that may ask for it.
 OWNERS = {
     r"(?:config|settings|self)\.reference (?:==|!=)": {"resolved.py", "config.py"},
-    r"(?:config|settings|self)\.precision\b": {"resolved.py", "config.py"},
+    # compute_dtype decides, for runs and for una-fast bench.
+    r"(?:config|settings|self)\.precision\b": {"resolved.py", "config.py", "head/engines.py"},
     # optim.py names it in a message; fit.py proposes to switch it off.
     r"\.master_weights\b": {"resolved.py", "config.py", "optim.py", "capacity/fit.py"},
     r"\bDEFAULT_WORKSPACE_MB\b": {"head/plan.py"},
-    # una-fast check has no run.
+    # una-fast check has no run, and a host's trainer none of ours.
     r"\bpacking_refusal\(": {
         "resolved.py",
         "attention/probe.py",
         "attention/packed.py",
         "guide/check.py",
+        "integrations/hf/form.py",
     },
     r"\bhas_cached_logps\(": {"resolved.py", "model/reference.py"},
     r"_keep_in_fp32": {"resolved.py"},

@@ -24,6 +24,7 @@ SOURCE = os.environ.get("TRL_SOURCE")
 DPO, KTO = "tests/test_dpo_trainer.py", "tests/test_kto_trainer.py"
 WITHOUT_IMAGES = "not Vision and not vlm"
 LEAST_DPO_CASES = 60  # of those in which our op must be called
+LEAST_PASSED = {DPO: 80, KTO: 50}
 
 pytestmark = [
     pytest.mark.skipif(SOURCE is None, reason="TRL_SOURCE names no checkout of huggingface/trl"),
@@ -84,6 +85,6 @@ def test_their_tests_have_one_outcome_with_both_trainers(offline, file):
     assert not differing
     reached = sum(count > 0 for count in calls.values())
     print(file, dict(Counter(ours.values())), f"our op in {reached} of {len(calls)} cases")
-    assert Counter(ours.values())["PASSED"] > 40
+    assert Counter(ours.values())["PASSED"] >= LEAST_PASSED[file]
     if file == DPO:
         assert reached >= LEAST_DPO_CASES

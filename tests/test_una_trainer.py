@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
 
+from families import FAMILIES, SMALL, build
 from tiny import make_records, save_llama
 from una_fast import Objective, una_loss
 from una_fast.data.settings import RecordOptions
@@ -52,7 +53,8 @@ def arguments(out: Path, **changes) -> TrainingArguments:
 def make_trainer(directory, tokenizer, out, records=None, model=None, **changes) -> UNATrainer:
     model = load(directory) if model is None else model
     given = {name: changes.pop(name) for name in list(changes) if name in OF_TRAINER}
-    given.setdefault("ref_model", load(directory))
+    if "ref_model" not in given:
+        given["ref_model"] = load(directory)
     return UNATrainer(
         model,
         arguments(out, **changes),
@@ -62,7 +64,16 @@ def make_trainer(directory, tokenizer, out, records=None, model=None, **changes)
     )
 
 
-OF_TRAINER = ("ref_model", "eval_dataset", "callbacks", "objective", "data_collator")
+OF_TRAINER = (
+    "ref_model",
+    "eval_dataset",
+    "callbacks",
+    "objective",
+    "data_collator",
+    "compute_metrics",
+    "compute_loss_func",
+)
+MIXTRAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 
 def losses(trainer: UNATrainer) -> list[float]:
@@ -235,6 +246,62 @@ def test_objectives_reach_the_loss(directory, tokenizer, tmp_path):
     assert losses(other) == pytest.approx([4.0], rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"compute_metrics": print}, "compute_metrics is not served"),
+        ({"compute_loss_func": print}, "compute_loss_func is not served"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is not served"),
+        (
+            {
+                "use_liger_kernel": True,
+                "liger_kernel_config": {"fused_linear_cross_entropy": True},
+            },
+            "fused_linear_cross_entropy=True replaces the forward",
+        ),
+    ],
+)
+def test_what_would_not_be_read_is_refused(directory, tokenizer, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(directory, tokenizer, tmp_path, **changes)
+
+
+def test_models_that_cannot_be_trained_are_refused(directory, tokenizer, tmp_path):
+    model = load(directory)
+    with pytest.raises(ValueError, match="ref_model is the model itself"):
+        make_trainer(directory, tokenizer, tmp_path, model=model, ref_model=model)
+    with pytest.raises(ValueError, match="give model=, a loaded model"):
+        UNATrainer(None, arguments(tmp_path), processing_class=tokenizer)
+    without = FeedbackCollator(tokenizer)
+
+    def collate(rows: list) -> dict:
+        batch = without(rows)
+        del batch["feedback"]
+        return batch
+
+    trainer = make_trainer(directory, tokenizer, tmp_path, data_collator=collate)
+    with pytest.raises(ValueError, match="a batch has no feedback"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("family", ["MixtralConfig", "JetMoeConfig"])
+def test_the_loss_of_routers_has_the_coefficient_of_its_family(tokenizer, tmp_path, family):
+    """JetMoe's config has another name for it."""
+    fields = FAMILIES["JetMoeConfig"] if "Jet" in family else SMALL | MIXTRAL
+    name = "aux_loss_coef" if "Jet" in family else "router_aux_loss_coef"
+    fields = fields | {"output_router_logits": True, "vocab_size": len(tokenizer)}
+    records = make_records("pairs", 2)
+    seen = []
+    for coefficient in (0.0, 5.0):
+        model = build(family, fields | {name: coefficient})
+        trainer = make_trainer(
+            None, tokenizer, tmp_path, records, model, ref_model=copy.deepcopy(model), max_steps=1
+        )
+        trainer.train()
+        seen.append(losses(trainer)[0])
+    assert seen[1] - seen[0] > 1.0
+
+
 class Stream(IterableDataset):
     def __init__(self, records: list) -> None:
         self.records = records
@@ -250,5 +317,8 @@ def test_streams_are_not_cut_by_rows(directory, tokenizer, tmp_path, monkeypatch
     from accelerate import Accelerator
 
     monkeypatch.setattr(Accelerator, "num_processes", 2)
-    with pytest.raises(ValueError, match='"dispatch_batches": False'):
-        make_trainer(directory, tokenizer, tmp_path, records)
+    joined = {"accelerator_config": {"dispatch_batches": True}}
+    listed = make_records("pairs", 8)
+    for given, changes in ((records, {}), (listed, joined), (listed, {"eval_dataset": records})):
+        with pytest.raises(ValueError, match='"dispatch_batches": False'):
+            make_trainer(directory, tokenizer, tmp_path, given, **changes)

@@ -81,8 +81,6 @@ class Feedback:
 
     # No dataclass: FSDP's mixed precision would cast its tensors on the way into a forward, and
     # Lightning refuses frozen ones in a batch.
-    __slots__ = NAMES
-
     kind: Tensor
     first: Tensor
     second: Tensor
@@ -94,7 +92,7 @@ class Feedback:
     def __init__(self, **columns: Tensor) -> None:
         """Hold columns by name; the static methods check what they hold."""
         for name in NAMES:
-            object.__setattr__(self, name, columns.pop(name))
+            self.__dict__[name] = columns.pop(name)
         assert not columns, f"no columns of a table: {tuple(columns)}"
 
     def __setattr__(self, name: str, value: object) -> None:

@@ -75,6 +75,9 @@ def qrpo_constant(beta: float) -> float:
     """
     if not 0 < beta < math.inf:
         raise ValueError(f"beta={beta} must be positive and finite")
+    if beta > 1e4:
+        # The cumulants of a uniform number: what follows is smaller by beta^2.
+        return 0.5 + 1 / (24 * beta)
     # exp(1 / beta) overflows at beta = 0.0014: it is taken out of the logarithm.
     return 1 + beta * math.log(-beta * math.expm1(-1 / beta))
 

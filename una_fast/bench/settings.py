@@ -35,7 +35,7 @@ class BenchConfig:
     device: Device = "auto"
     """Device to measure on."""
     contenders: list[str] | None = None
-    """Of una_fast, eager, trl, liger, cce; null: all."""
+    """A list of una_fast, eager, trl, liger, cce, such as '["una_fast", "trl"]'; null: all."""
     quick: bool = False
     """Fewer tokens and rounds, and no search for the longest row on a GPU: about a minute."""
     seconds: float = 60.0
@@ -52,6 +52,8 @@ class BenchConfig:
         check_choices(self)
         check_at_least(2, self, ["tokens", "vocab"], or_null=True)
         check_at_least(1, self, ["hidden"], or_null=True)
+        if self.tokens is not None and self.tokens % 2:
+            raise ValueError(f"tokens={self.tokens} must be even: a call has two equal responses")
         if self.model is not None and (self.hidden or self.vocab):
             raise ValueError("the model gives hidden and vocab; leave them out, or leave model out")
         if self.model is not None and not self.model.strip():

@@ -9,7 +9,7 @@ were read within them alone. Needs transformers, and neither peft nor datasets.
 
 from __future__ import annotations
 
-import functools
+import inspect
 import types
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +22,8 @@ from una_fast.head.ops import _outside_compile
 
 Scorer = Callable[[Tensor, Tensor, Tensor | None], Any]
 """(hidden rows [N, D], head weight [V, D], head bias [V] or None) -> result of the forward."""
+
+Forward = Callable[..., Any]
 
 # Attributes by which wrappers (FSDP1, activation checkpointing) keep the module inside.
 _INSIDE = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -53,16 +55,13 @@ def hidden_states(causal_lm: PreTrainedModel, **inputs: Any) -> Tensor:
     return backbone_output(causal_lm, **inputs)[0]
 
 
-def score_rows(causal_lm: PreTrainedModel, hidden: Tensor, rows: Tensor, scorer: Scorer) -> Any:
-    """Return the scorer's result on some rows of hidden states.
+def select_rows(hidden: Tensor, rows: Tensor) -> Tensor:
+    """Return [N, D], some rows of hidden states, in memory of their own.
 
-    causal_lm: the model whose forward is running
     hidden: [B, T, D]
     rows: [N] int64 indices into the flattened [B * T] positions
-    scorer: see Scorer
     """
-    chosen = hidden.flatten(0, 1).index_select(0, rows)
-    return call_head(causal_lm.get_output_embeddings(), chosen, scorer)
+    return hidden.flatten(0, 1).index_select(0, rows)
 
 
 @_outside_compile
@@ -109,6 +108,21 @@ def _whole(tensor: Tensor | None) -> Tensor | None:
     return tensor.full_tensor(grad_placements=[Partial()] * tensor.device_mesh.ndim)
 
 
+def with_signature_of(model: nn.Module) -> Callable[[Forward], Forward]:
+    """Give a new forward the signature of a model's own: transformers and peft read signatures.
+
+    The own forward is no `__wrapped__`: accelerate takes wrapped forwards off, ours among them.
+    """
+    own = type(model).forward
+
+    def take(forward: Forward) -> Forward:
+        forward.__signature__ = inspect.signature(own)
+        forward.__name__, forward.__doc__ = own.__name__, own.__doc__
+        return forward
+
+    return take
+
+
 def install_scorer(causal_lm: PreTrainedModel) -> None:
     """Let a model's forward end in a scorer: `causal_lm(input_ids=..., scorer=fn, rows=rows)`.
 
@@ -119,7 +133,7 @@ def install_scorer(causal_lm: PreTrainedModel) -> None:
     if hasattr(causal_lm, "_una_model_forward"):
         return
 
-    @functools.wraps(type(causal_lm).forward)  # transformers reads the signature
+    @with_signature_of(causal_lm)
     def forward(
         self: PreTrainedModel,
         *args: Any,
@@ -129,7 +143,8 @@ def install_scorer(causal_lm: PreTrainedModel) -> None:
     ) -> Any:
         if scorer is None:
             return self._una_model_forward(*args, **kwargs)
-        return score_rows(self, hidden_states(self, **kwargs), rows, scorer)
+        chosen = select_rows(hidden_states(self, **kwargs), rows)
+        return call_head(self.get_output_embeddings(), chosen, scorer)
 
     causal_lm._una_model_forward = causal_lm.forward
     # A bound method, not a closure: a deep copy (the frozen reference) must run its own weights.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import types
 from typing import Any
 
@@ -12,6 +11,9 @@ from transformers import PreTrainedModel
 from una_fast.integrations.hf.form import inner_model, make_patch
 from una_fast.integrations.hf.scored import scored_forward
 from una_fast.integrations.versions import check_version
+from una_fast.model.head_forward import with_signature_of
+
+_OURS = "_una_forward"  # attribute of the forward of patch_model
 
 
 def patch_model(
@@ -41,33 +43,45 @@ def patch_model(
     """
     check_version("transformers", "5.6", "5.24", "5.6.2, 5.16.1, 5.23.0 and 5.24.0")
     causal_lm = inner_model(model)
-    options = make_patch(causal_lm, pack, workspace_mb, engine)
-    if "_una" in causal_lm.__dict__:
-        causal_lm._una = options
+    causal_lm._una = make_patch(causal_lm, pack, workspace_mb, engine)
+    if _is_ours(causal_lm.forward):
         return model
-    causal_lm._una = options
     causal_lm._una_own_forward = causal_lm.forward
     causal_lm._una_instance_forward = causal_lm.__dict__.get("forward")
 
-    @functools.wraps(type(causal_lm).forward)  # transformers reads the signature
+    @with_signature_of(causal_lm)
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("una") is None and kwargs.get("feedback") is None:
             return self._una_own_forward(*args, **kwargs)
         return scored_forward(self, *args, **kwargs)
 
+    setattr(forward, _OURS, True)
     # A bound method, not a closure over the model: a deep copy must run its own weights.
     causal_lm.forward = types.MethodType(forward, causal_lm)
     return model
 
 
 def unpatch_model(model: nn.Module) -> nn.Module:
-    """Give a patched model its own forward back; return the model."""
+    """Give a patched model its own forward back; return the model.
+
+    ValueError where another forward stands over ours: it would lose what it calls.
+    """
     causal_lm = inner_model(model)
     if "_una" not in causal_lm.__dict__:
         return model
+    if not _is_ours(causal_lm.forward):
+        raise ValueError(
+            f"the forward of {type(causal_lm).__name__} was replaced after patch_model; undo the "
+            "later change first"
+        )
     own = causal_lm._una_instance_forward
     for name in ("forward", "_una", "_una_own_forward", "_una_instance_forward"):
         delattr(causal_lm, name)
     if own is not None:
         causal_lm.forward = own
     return model
+
+
+def _is_ours(forward: Any) -> bool:
+    """Return whether a forward is that of patch_model: loading and unwrapping may lose it."""
+    return hasattr(getattr(forward, "__func__", forward), _OURS)

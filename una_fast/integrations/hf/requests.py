@@ -70,8 +70,10 @@ class Loss:
         # A response that was cut to nothing has a log-ratio of 0, and no row: the one pass does
         # not take it, and the loss of the sums does.
         logps = Responses()(layout, hidden, weight, bias, options)["logps"]
-        lengths = layout.lengths().clamp(min=1)
-        ref_logps = self.ref_logps.to(logps.device)
+        lengths = layout.lengths()
+        empty = (lengths == 0).to(logps.device)
+        ref_logps = self.ref_logps.to(logps.device).masked_fill(empty, 0.0)
+        lengths = lengths.clamp(min=1)
         out = una_loss(logps, ref_logps, self.feedback, lengths=lengths, **common)
         return out._asdict()
 

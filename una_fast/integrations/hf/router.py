@@ -9,6 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+# Fields of configs; JetMoe has the second.
+_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
+
 
 def wants_router_loss(causal_lm: PreTrainedModel, inputs: dict[str, Any]) -> bool:
     """Return whether a call, or the config, asks for the logits of the routers."""
@@ -43,3 +46,10 @@ def router_loss(causal_lm: PreTrainedModel, output: Any, inputs: dict[str, Any])
     experts = getattr(causal_lm, "num_experts", None) or config.num_experts
     chosen = getattr(causal_lm, "num_experts_per_tok", None) or config.num_experts_per_tok
     return function(logits, experts, chosen, inputs.get("attention_mask"))
+
+
+def router_coefficient(causal_lm: PreTrainedModel) -> float | None:
+    """Return the factor of the load-balancing loss in the model's own loss; None without any."""
+    config = causal_lm.config.get_text_config()
+    found = (getattr(config, name, None) for name in _COEFFICIENTS)
+    return next((value for value in found if value is not None), None)

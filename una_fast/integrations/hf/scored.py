@@ -18,6 +18,8 @@ from transformers.utils import ModelOutput
 
 from una_fast.attention.packed import packed_attention
 from una_fast.feedback import Feedback
+from una_fast.head.ops import _outside_compile
+from una_fast.head.row_stats import check_stats
 from una_fast.integrations.calls import count_call
 from una_fast.integrations.hf.form import Patch
 from una_fast.integrations.hf.requests import Loss, Request, Responses, Tokens
@@ -25,12 +27,14 @@ from una_fast.integrations.hf.router import router_loss
 from una_fast.layout import Layout
 from una_fast.logs import say_once
 from una_fast.losses import Objective
-from una_fast.model.head_forward import backbone_output, score_rows
+from una_fast.model.head_forward import backbone_output, call_head, select_rows
 from una_fast.model.head_probe import plain_head
 
 logger = logging.getLogger(__name__)
 
 FORMS = ("responses", "tokens")
+# Arguments of a backbone that a packed row has, too.
+_PACKABLE = {"input_ids", "attention_mask", "output_router_logits", "return_dict", "use_cache"}
 # Arguments of a model's forward for its logits, or for its own loss.
 _OF_LOGITS = ("logits_to_keep", "num_logits_to_keep", "num_items_in_batch")
 
@@ -105,13 +109,17 @@ def scored_forward(
     inputs: further arguments of the backbone
     """
     patch: Patch = causal_lm._una
-    _check_request(una, feedback, ref_logps, stats)
+    of_loss = {"ref_logps": ref_logps, "objective": objective, "num_units": num_units}
+    _check_request(una, feedback, of_loss, stats)
     inputs = {name: value for name, value in inputs.items() if value is not None}
+    _check_outputs(inputs)
     for name in _OF_LOGITS:
         inputs.pop(name, None)
     inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
     if layout is None:
         layout = layout_of(causal_lm, inputs, labels, patch)
+    else:
+        _check_layout(causal_lm, layout, inputs, labels, patch)
     plain_head(causal_lm)  # an adapter may have come after the patch
     options = patch.head_options(temperature)
     if feedback is not None:
@@ -124,18 +132,65 @@ def scored_forward(
     return UnaModelOutput(**result, aux_loss=aux_loss)
 
 
-def _check_request(una: Any, feedback: Any, ref_logps: Any, stats: Sequence[str]) -> None:
+def _check_request(una: Any, feedback: Any, of_loss: dict[str, Any], stats: Sequence[str]) -> None:
+    """Raise ValueError for a request that means nothing.
+
+    una, feedback, stats: of the call
+    of_loss: arguments for the loss alone
+    """
     if feedback is None and una not in FORMS:
         raise ValueError(f"una={una!r} is not one of {FORMS}")
     if feedback is not None and una is not None:
         raise ValueError(f"una={una!r} beside feedback: the loss has out.logps; leave una out")
-    if feedback is not None and ref_logps is None:
+    if feedback is not None and of_loss["ref_logps"] is None:
         raise ValueError(
             'feedback needs ref_logps=: reference(**batch, una="responses").logps, under '
             "torch.no_grad(), of a frozen copy, or of this model within model.disable_adapter()"
         )
+    unused = [name for name, value in of_loss.items() if value is not None]
+    if feedback is None and unused:
+        raise ValueError(f"{unused[0]} is of the loss: give feedback= too, or leave it out")
     if stats and una != "tokens":
         raise ValueError('stats are per token: ask for them with una="tokens"')
+    check_stats(stats)
+
+
+def _check_outputs(inputs: dict[str, Any]) -> None:
+    """Raise ValueError for outputs that a scored call does not have."""
+    wrong = [name for name in ("output_hidden_states", "output_attentions") if inputs.get(name)]
+    if inputs.get("return_dict") is False:
+        wrong.append("return_dict=False")
+    if wrong:
+        raise ValueError(f"{wrong[0]} is not served beside una= and feedback=: leave it out")
+
+
+def _check_layout(
+    causal_lm: PreTrainedModel,
+    layout: Layout,
+    inputs: dict[str, Any],
+    labels: Tensor | None,
+    patch: Patch,
+) -> None:
+    """Raise ValueError for a layout that is not of this call, or that the model cannot have.
+
+    causal_lm: the model
+    layout: of the caller
+    inputs: of the backbone
+    labels: of the call; not beside a layout
+    patch: says what the model can do
+    """
+    if labels is not None:
+        raise ValueError("give labels= or layout=, not both: a layout has the targets")
+    ids = inputs["input_ids"]
+    if ids is None or tuple(ids.shape) != layout.shape:
+        shape = None if ids is None else tuple(ids.shape)
+        raise ValueError(f"the layout is of a batch {layout.shape}, and input_ids are {shape}")
+    packs = patch.packs and _can_pack(causal_lm, inputs) and (patch.moves or not layout.moved)
+    if layout.segments is not None and not packs:
+        raise ValueError(
+            "the layout is packed, and this call cannot be: the model, its dropout or other "
+            "inputs forbid it; make the layout without input_ids"
+        )
 
 
 def _reference(ref_logps: Tensor | Sequence[float] | Uncast) -> Tensor:
@@ -153,6 +208,7 @@ def _reference(ref_logps: Tensor | Sequence[float] | Uncast) -> Tensor:
     return ref_logps.double()
 
 
+@_outside_compile
 def layout_of(
     causal_lm: PreTrainedModel, inputs: dict[str, Any], labels: Tensor | None, patch: Patch
 ) -> Layout:
@@ -176,12 +232,9 @@ def layout_of(
 def _can_pack(causal_lm: PreTrainedModel, inputs: dict[str, Any]) -> bool:
     """Return whether a call has nothing that a packed row would lose.
 
-    Positions, images and embeddings of the caller's own stand beside the tokens of a padded batch.
+    Positions, images, embeddings and adapters per row stand beside the rows of a padded batch.
     """
-    beside = set(inputs) - {"input_ids", "attention_mask"}
-    if any(torch.is_tensor(inputs[name]) for name in beside) or "past_key_values" in beside:
-        return False
-    if inputs.get("input_ids") is None:
+    if set(inputs) - _PACKABLE or inputs.get("input_ids") is None:
         return False
     if causal_lm.training and _attention_dropout(causal_lm):
         say_once(logging.WARNING, "batches stay padded: the model has attention dropout", logger)
@@ -226,8 +279,10 @@ def run_scorer(
     def scorer(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
         return request(layout.to(hidden.device), hidden, weight, bias, options)
 
-    result = score_rows(causal_lm, output[0], layout.rows, scorer)
-    return result, router_loss(causal_lm, output, inputs)
+    aux_loss = router_loss(causal_lm, output, inputs)
+    chosen = select_rows(output[0], layout.rows)
+    del output  # the states of the prompts are not needed by the head
+    return call_head(causal_lm.get_output_embeddings(), chosen, scorer), aux_loss
 
 
 def _packed_inputs(layout: Layout, inputs: dict[str, Any]) -> dict[str, Any]:

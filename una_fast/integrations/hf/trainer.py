@@ -18,7 +18,9 @@ from transformers import Trainer, TrainingArguments
 from una_fast.distributed import World
 from una_fast.feedback import Feedback
 from una_fast.integrations.hf.collator import FeedbackCollator
+from una_fast.integrations.hf.form import inner_model
 from una_fast.integrations.hf.patch import patch_model
+from una_fast.integrations.hf.router import router_coefficient
 from una_fast.integrations.hf.scored import UnaModelOutput, Uncast
 from una_fast.layout import IGNORED
 from una_fast.losses import Objective
@@ -70,6 +72,12 @@ class UNATrainer(Trainer):
         ValueError for what cannot be trained truly, by the argument.
         """
         self.objective = objective or Objective()
+        if not isinstance(model, nn.Module):
+            raise ValueError("give model=, a loaded model: model_init is not served")
+        if ref_model is model:
+            raise ValueError("ref_model is the model itself, which is trained: give a copy of it")
+        args = args or TrainingArguments()
+        _refuse_unread(args, kwargs)
         if data_collator is None:
             if processing_class is None:
                 raise ValueError("give processing_class= (a tokenizer), or a data_collator=")
@@ -82,12 +90,17 @@ class UNATrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
-        self._refuse_split_batches()
+        self._refuse_joined_batches()
         # Which of the two says that a loss is divided already depends on the release.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self.can_return_loss = True
         self.ref_model = None
         if ref_model is not None:
+            if self.is_deepspeed_enabled:
+                raise ValueError(
+                    "a ref_model is not sharded by DeepSpeed here: give ref_logps in every "
+                    "record, or train an adapter"
+                )
             patched = patch_model(ref_model, pack=pack, workspace_mb=workspace_mb)
             frozen = patched.eval().requires_grad_(False)
             self.ref_model = self.accelerator.prepare_model(frozen, evaluation_mode=True)
@@ -98,15 +111,27 @@ class UNATrainer(Trainer):
     def _new_meter(self) -> Meter:
         return Meter(self.objective, self.accelerator.device)
 
-    def _refuse_split_batches(self) -> None:
-        """Refuse a loader that joins the batches of all ranks and cuts them by rows."""
-        streams = isinstance(self.train_dataset, IterableDataset)
-        ranks = self.accelerator.num_processes
-        if streams and ranks > 1 and self.args.accelerator_config.dispatch_batches is not False:
+    def _refuse_joined_batches(self) -> None:
+        """Refuse loaders that join the batches of all ranks, and cut the whole by rows."""
+        if self.accelerator.num_processes == 1:
+            return
+        dispatch = self.args.accelerator_config.dispatch_batches
+        evaluated = (
+            self.eval_dataset if isinstance(self.eval_dataset, dict) else {0: self.eval_dataset}
+        )
+        datasets = [self.train_dataset, *evaluated.values()]
+        streams = any(isinstance(dataset, IterableDataset) for dataset in datasets)
+        if dispatch or (streams and dispatch is None):
             raise ValueError(
-                "batches of an IterableDataset are cut by rows between the ranks, and feedback is "
+                "batches of a stream are joined and cut by rows between the ranks, and feedback is "
                 'not; set accelerator_config={"dispatch_batches": False}'
             )
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Move a batch to the device; DeepSpeed would cast the reference's sums, too."""
+        kept = {name: inputs[name] for name in _OF_LOSS if inputs.get(name) is not None}
+        others = {name: value for name, value in inputs.items() if name not in _OF_LOSS}
+        return {**super()._prepare_inputs(others), **kept}
 
     # Columns of records are read by the collator.
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
@@ -121,7 +146,7 @@ class UNATrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """Return the units of all batches of a step, on all ranks; at least 1."""
-        units = sum(Feedback.of(batch["feedback"]).num_units for batch in batch_samples)
+        units = sum(_feedback_of(batch).num_units for batch in batch_samples)
         total = self.world.sum(torch.tensor(units, dtype=torch.int64, device=device))
         return total.clamp(min=1)
 
@@ -152,7 +177,7 @@ class UNATrainer(Trainer):
         num_items_in_batch: units of the step; None: those of the batch
         """
         tokens = {name: value for name, value in inputs.items() if name not in _OF_LOSS}
-        feedback = Feedback.of(inputs["feedback"])
+        feedback = _feedback_of(inputs)
         ref_logps = inputs.get("ref_logps")
         if ref_logps is None:
             ref_logps = self.reference_logps(model, tokens)
@@ -173,8 +198,15 @@ class UNATrainer(Trainer):
         return (loss, out) if return_outputs else loss
 
     def _router_loss(self, out: UnaModelOutput) -> Tensor:
-        config = self.accelerator.unwrap_model(self.model).config.get_text_config()
-        return getattr(config, "router_aux_loss_coef", 0.0) * out.aux_loss
+        """Return the load-balancing loss times its coefficient."""
+        model = inner_model(self.accelerator.unwrap_model(self.model))
+        coefficient = router_coefficient(model)
+        if coefficient is None:
+            raise ValueError(
+                f"the config of {type(model).__name__} has no coefficient of the load-balancing "
+                "loss; set router_aux_loss_coef in it, or output_router_logits=False"
+            )
+        return coefficient * out.aux_loss
 
     def _share(self, feedback: Feedback, num_items: Tensor | int | None) -> Tensor | float:
         """Return the share of a batch in its step, by units."""
@@ -221,10 +253,17 @@ class UNATrainer(Trainer):
         return loss.detach().float(), None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the Trainer's loop, and add the metrics over all units."""
+        """Run the Trainer's loop, and add the metrics over all units.
+
+        On several ranks accelerate repeats records to fill the last batches: the loss is the
+        Trainer's, which leaves repeated rows out, and the other metrics count them.
+        """
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        for name, value in self._meters[False].take(self.world).items():
+        found = self._meters[False].take(self.world)
+        if self.world.size > 1:
+            found.pop("loss", None)
+        for name, value in found.items():
             output.metrics[f"{prefix}_{name}"] = value
         return output
 
@@ -234,6 +273,42 @@ class UNATrainer(Trainer):
             found = self._meters[True].take(self.world)
             logs = {**logs, **{name: value for name, value in found.items() if name != "loss"}}
         super().log(logs, *args, **kwargs)
+
+
+def _feedback_of(batch: dict[str, Any]) -> Feedback:
+    """Return the feedback of a batch; ValueError without any."""
+    if batch.get("feedback") is None:
+        raise ValueError(
+            "a batch has no feedback: a data_collator returns input_ids, attention_mask, labels "
+            "and feedback, as FeedbackCollator does"
+        )
+    return Feedback.of(batch["feedback"])
+
+
+def _refuse_unread(args: TrainingArguments, kwargs: dict[str, Any]) -> None:
+    """Raise ValueError for arguments of the Trainer that this trainer would not read.
+
+    args: of the Trainer; liger's layers stay, without its cross-entropy in place of our forward
+    kwargs: further arguments of the Trainer
+    """
+    for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{name} is not served: there are no logits, and the loss is UNA's")
+    if args.label_smoothing_factor:
+        raise ValueError("label_smoothing_factor is not served: give pairs a target below 1")
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process would split batches by rows: start with torchrun, "
+            "or show one GPU (CUDA_VISIBLE_DEVICES)"
+        )
+    if args.use_liger_kernel:
+        liger = args.liger_kernel_config or {}
+        if liger.get("fused_linear_cross_entropy"):
+            raise ValueError(
+                "liger_kernel_config fused_linear_cross_entropy=True replaces the forward that "
+                "gives log-probs; leave it out"
+            )
+        args.liger_kernel_config = {**liger, "fused_linear_cross_entropy": False}
 
 
 @dataclass(frozen=True)

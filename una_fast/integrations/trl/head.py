@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import types
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,9 +14,11 @@ from trl.trainer import utils as trl_utils
 from una_fast.integrations.calls import fall_back
 from una_fast.integrations.hf.form import Patch, make_patch
 from una_fast.integrations.hf.requests import token_results
+from una_fast.integrations.hf.router import router_coefficient
 from una_fast.integrations.hf.scored import layout_of, run_scorer
 from una_fast.integrations.versions import check_version
 from una_fast.layout import Layout
+from una_fast.model.head_forward import with_signature_of
 from una_fast.model.head_probe import plain_head
 
 SEAM = "add_fused_lm_head"
@@ -26,6 +28,7 @@ if not hasattr(trl_utils, SEAM):
         "1.9 to 1.14 there is una_fast.integrations.trl_before_seam"
     )
 _TRL_HEAD = trl_utils.add_fused_lm_head
+_OURS = "_una_trl_head"  # attribute of the forward of add_una_head
 
 
 def add_una_head(
@@ -52,22 +55,16 @@ def add_una_head(
     workspace_mb: MiB of the fused head, see linear_una_loss
     """
     check_version("trl", "1.15", "1.16", "1.15.0 and 1.16.0")
+    settings = _settings(model, temperature, cast_lm_head_to_fp32, outputs, pack, workspace_mb)
+    if not hasattr(model.forward, _OURS):
+        model._una_own_forward_trl = model.forward
+    # TRL's forward, for calls that the fused head does not serve, over the model's own again.
+    model.forward = model._una_own_forward_trl
     _TRL_HEAD(model, temperature, cast_lm_head_to_fp32, outputs)
-    try:
-        model._una_trl = _Settings(
-            make_patch(model, pack, workspace_mb, "auto"),
-            temperature,
-            cast_lm_head_to_fp32,
-            tuple(name for name in outputs if name != "log_probs"),
-        )
-    except ValueError as refusal:
-        if pack is True:
-            raise
-        fall_back("TRL's head", str(refusal))
-        return
     model._una_trl_forward = model.forward
+    model._una_trl = settings
 
-    @functools.wraps(type(model).forward)  # `generate` reads the signature
+    @with_signature_of(model)
     def forward(
         self: PreTrainedModel,
         *args: Any,
@@ -75,35 +72,72 @@ def add_una_head(
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        reason = _why_not(self, args, labels, kwargs) if fused_lm_head else ""
-        if reason is None:
+        if fused_lm_head and _is_served(self, args, labels, kwargs):
             return _fused_output(self, labels, kwargs)
-        if fused_lm_head:
-            fall_back("TRL's head", reason)
-            kwargs["fused_lm_head"] = True
         if labels is not None:
             kwargs["labels"] = labels
-        return self._una_trl_forward(*args, **kwargs)
+        if fused_lm_head:
+            return self._una_trl_forward(*args, fused_lm_head=True, **kwargs)
+        # TRL's forward would call the model that it was made for: in a deep copy, the original.
+        return self._una_own_forward_trl(*args, **kwargs)
 
+    setattr(forward, _OURS, True)
     model.forward = types.MethodType(forward, model)
 
 
-class _Settings:
-    """What a trainer asked of the head of its model."""
+def _settings(
+    model: PreTrainedModel,
+    temperature: float,
+    cast_to_float32: bool,
+    outputs: tuple[str, ...],
+    pack: str | bool,
+    workspace_mb: float | None,
+) -> _Settings:
+    """Return what a trainer asks of a model's head; arguments as of add_una_head."""
+    stats = tuple(name for name in outputs if name != "log_probs")
+    try:
+        patch, refusal = make_patch(model, pack, workspace_mb, "auto"), None
+    except ValueError as error:
+        if pack is True:
+            raise
+        patch, refusal = None, str(error)
+    return _Settings(patch, refusal, temperature, cast_to_float32, stats)
 
-    def __init__(
-        self, patch: Patch, temperature: float, cast_to_float32: bool, stats: tuple[str, ...]
-    ) -> None:
-        self.patch = patch
-        self.temperature = temperature
-        self.cast_to_float32 = cast_to_float32
-        self.stats = stats
+
+@dataclass(frozen=True)
+class _Settings:
+    """Requests of a trainer to the head of its model.
+
+    patch: how the model is scored; None where it is refused
+    refusal: the reason
+    temperature: divisor of the logits
+    cast_to_float32: logits from float32 operands
+    stats: names of row statistics
+    """
+
+    patch: Patch | None
+    refusal: str | None
+    temperature: float
+    cast_to_float32: bool
+    stats: tuple[str, ...]
+
+
+def _is_served(
+    model: PreTrainedModel, args: tuple, labels: Tensor | None, kwargs: dict[str, Any]
+) -> bool:
+    """Return whether the fused head serves a call; a call left to TRL's head is counted."""
+    reason = _why_not(model, args, labels, kwargs)
+    if reason is not None:
+        fall_back("TRL's head", reason)
+    return reason is None
 
 
 def _why_not(
     model: PreTrainedModel, args: tuple, labels: Tensor | None, kwargs: dict[str, Any]
 ) -> str | None:
     """Return the reason why a call cannot be served; None if it can."""
+    if model._una_trl.refusal is not None:
+        return model._una_trl.refusal
     if args:
         return "it has positional arguments"
     if labels is None or kwargs.get("shift_labels") is not None:
@@ -136,7 +170,7 @@ def _fused_output(model: PreTrainedModel, labels: Tensor, kwargs: dict[str, Any]
     total = mask.sum().clamp(min=1) if items is None else items
     loss = -log_probs.sum() / total
     if aux_loss is not None:
-        loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss
+        loss = loss + (router_coefficient(model) or 0.0) * aux_loss
     return trl_utils.FusedCausalLMOutput(
         loss=loss, log_probs=log_probs, label_mask=mask, aux_loss=aux_loss, **found
     )

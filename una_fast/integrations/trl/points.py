@@ -38,6 +38,7 @@ def check_objective(objective: Objective, args: Any) -> None:
     replaced = {
         "loss_type": args.loss_type in ("sigmoid", ["sigmoid"]),
         "f_divergence_type": args.f_divergence_type == "reverse_kl",
+        "loss_weights": args.loss_weights is None,
         "ld_alpha": args.ld_alpha is None,
         "use_weighting": not args.use_weighting,
         "label_smoothing": not args.label_smoothing,
