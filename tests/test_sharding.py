@@ -245,7 +245,8 @@ def two_ranks(cases, root):
     for name in RESUMED:
         if name in cases:
             add(f"{name} again", cases[name], DIE_AT)
-    add("files", cases["adam"], DIE_AT, file_bytes=20_000)
+    in_background = {"save_async": True}
+    add("files", cases["adam"] | in_background, DIE_AT, file_bytes=20_000)
     settings = cases["adam"] | {"output_dir": str(root / "two" / "cli"), "max_steps": 2}
     RunConfig(**settings).save(root / "cli.yaml")
     todo["cli"] = {"argv": ["train", "--config", str(root / "cli.yaml")]}
