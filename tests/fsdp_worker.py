@@ -4,12 +4,14 @@
 
 cases.json maps names to cases, in order:
 
-    {"config": settings, "die_at": 4, "fixed": true}    a run; die_at and fixed may be left out
+    {"config": settings, "die_at": 4, "fixed": true}    a run; all but config may be left out
     {"argv": ["train", ...]}                            the command line; must come last
 
 die_at: the process dies in this step, before the update. fixed: samples depend on the prompts
-alone, and are the same on any number of ranks. A run writes output_dir/seen.pt: the full gradient
-of every trained parameter before every optimizer step, and the dtypes of the trained weights.
+alone, and are the same on any number of ranks. file_bytes: size of a weight file.
+
+A run writes output_dir/seen.pt: the full gradient of every trained parameter before every optimizer
+step, the dtypes of the trained weights, and the number of models whose ranks read their own rows.
 """
 
 from __future__ import annotations
@@ -27,11 +29,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import una_fast.model.activations as memory_module
+import una_fast.model.sharded_export as export_module
 import una_fast.train.build as build_module
 from una_fast import cli
 from una_fast.config import RunConfig
 from una_fast.distributed import start_world, stop_world
 from una_fast.model.policy import Policy
+from una_fast.model.sharded_export import FILE_BYTES
 from una_fast.online.sampling import Completion, Sampling
 from una_fast.train.loop import Trainer, train
 
@@ -69,20 +73,29 @@ class FixedSampler:
 
 
 def run_case(
-    settings: dict[str, Any], die_at: int | None = None, fixed: bool = False
+    settings: dict[str, Any],
+    die_at: int | None = None,
+    fixed: bool = False,
+    file_bytes: int = FILE_BYTES,
 ) -> dict[str, Any]:
     """Train, dying in step number `die_at` of this process, before the update; return the record.
 
-    {"gradients": [{name: gradient} per step], "dtypes": dtypes of the trained weights}
+    {"gradients": [{name: gradient} per step], "dtypes": dtypes of the trained weights,
+    "in_shards": models that were read in shards}
     """
     make_sampler = build_module.make_sampler
     make_optimizer = build_module.make_optimizer
     take_step = Trainer.take_step
-    seen: dict[str, Any] = {"gradients": [], "dtypes": set()}
+    read_shards = build_module.read_shards
+    seen: dict[str, Any] = {"gradients": [], "dtypes": set(), "in_shards": 0}
     inside = False  # saving and loading the state of an optimizer steps without gradients
 
     def fixed_sampler(*given: Any) -> FixedSampler:
         return FixedSampler(make_sampler(*given).sampling)
+
+    def counted(*given: Any) -> None:
+        seen["in_shards"] += 1
+        read_shards(*given)
 
     def watched(policy: Policy, config: RunConfig) -> torch.optim.Optimizer:
         optimizer = make_optimizer(policy, config)
@@ -113,6 +126,8 @@ def run_case(
     with (
         mock.patch.object(build_module, "make_sampler", sampler),
         mock.patch.object(build_module, "make_optimizer", watched),
+        mock.patch.object(build_module, "read_shards", counted),
+        mock.patch.object(export_module, "FILE_BYTES", file_bytes),
         mock.patch.object(Trainer, "take_step", step),
         mock.patch.object(torch, "compile", compiled),
     ):
@@ -133,10 +148,11 @@ def main() -> None:
         if "argv" in case:
             assert cli.main(case["argv"]) == 0
             return  # the command line has left the world
-        seen = run_case(case["config"], case.get("die_at"), case.get("fixed", False))
+        settings = case.pop("config")
+        seen = run_case(settings, **case)
         if world.is_main:
             seen["dtypes"] = sorted(seen["dtypes"])
-            torch.save(seen, Path(case["config"]["output_dir"]) / "seen.pt")
+            torch.save(seen, Path(settings["output_dir"]) / "seen.pt")
         world.barrier()
     stop_world()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fsdp_worker import run_case
@@ -20,7 +21,7 @@ from una_fast.config import RunConfig
 from una_fast.data.examples import Example
 from una_fast.data.loader import Loader, hold_out, mixture_order, num_steps
 from una_fast.feedback import Feedback
-from una_fast.train.checkpoint import complete_checkpoints
+from una_fast.train.checkpoint import complete_checkpoints, read_manifest
 
 # ---- records of a step ----
 
@@ -233,17 +234,19 @@ def two_ranks(cases, root):
     """Output directories of all cases, run by two ranks of one torchrun; and the output of both."""
     todo = {}
 
-    def add(name: str, settings: dict, die_at: int | None = None) -> None:
+    def add(name: str, settings: dict, die_at: int | None = None, **more: int) -> None:
         settings = settings | {"output_dir": str(root / "two" / name)}
-        todo[name] = {"config": settings, "die_at": die_at}
+        todo[name] = {"config": settings, "die_at": die_at, **more}
         if die_at:
-            todo[f"{name}, resumed"] = {"config": settings | {"resume": True}}
+            todo[f"{name}, resumed"] = {"config": settings | {"resume": True}, **more}
 
     for name, settings in cases.items():
         add(name, settings)
     for name in RESUMED:
         if name in cases:
             add(f"{name} again", cases[name], DIE_AT)
+    in_background = {"save_async": True}
+    add("files", cases["adam"] | in_background, DIE_AT, file_bytes=20_000)
     settings = cases["adam"] | {"output_dir": str(root / "two" / "cli"), "max_steps": 2}
     RunConfig(**settings).save(root / "cli.yaml")
     todo["cli"] = {"argv": ["train", "--config", str(root / "cli.yaml")]}
@@ -279,6 +282,13 @@ def test_every_gradient_is_that_of_one_process(two_ranks, one_process, name):
     ):
         assert worst_error(ours, theirs) <= 1e-5, f"step {step}"
     assert seen["dtypes"] == ["torch.float32"]
+
+
+def test_every_rank_read_its_own_rows(two_ranks, cases):
+    """Of the policy, and of the frozen reference where there is one."""
+    for name, settings in cases.items():
+        seen = torch.load(two_ranks[name] / "seen.pt", weights_only=True)
+        assert seen["in_shards"] == (1 if "lora" in settings else 2), name
 
 
 @pytest.mark.parametrize("name", SAME)
@@ -350,6 +360,33 @@ def test_one_process_resumes_what_two_ranks_began(two_ranks, cases, tmp_path, na
     for mine, whole in zip(ours[2:], theirs[2:], strict=True):
         assert mine == pytest.approx(whole, rel=1e-3, abs=1e-4)
     assert worst_error(saved_weights(run), saved_weights(two_ranks[name])) <= 1e-3
+
+
+def test_ranks_save_files_of_their_own(two_ranks):
+    """The weights of a single file, tied ones once; and a run resumes from several files."""
+    whole, several = two_ranks["adam"], two_ranks["files"]
+    files = {path.name for path in several.glob("*.safetensors")}
+    assert "model-00001-of-00005.safetensors" in files
+    assert len(files) == 5
+    assert len(set((several / "checkpoint-3").glob("*.safetensors"))) == 5
+    weights = {}
+    for name in files:
+        weights |= load_file(several / name)
+    expected = saved_weights(whole)
+    assert weights.keys() == expected.keys()
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, expected[name]) and tensor.dtype == expected[name].dtype, name
+    assert read_metrics(several) == read_metrics(whole)
+    ours, theirs = map(AutoModelForCausalLM.from_pretrained, (several, whole))
+    left, right = ours.state_dict(), theirs.state_dict()
+    assert all(torch.equal(left[name], right[name]) for name in left | right)
+    settings = {"config.json", "generation_config.json"}
+    assert all((several / name).read_text() == (whole / name).read_text() for name in settings)
+    others = {path.name for path in whole.iterdir()} - {"model.safetensors"}
+    index = {"model.safetensors.index.json"}
+    assert {path.name for path in several.iterdir()} == others | files | index
+    assert [path.name for path in complete_checkpoints(several)] == ["checkpoint-3"]
+    assert read_manifest(several / "checkpoint-3").verify(several / "checkpoint-3") is None
 
 
 @pytest.mark.parametrize("name", ["adam bf16", "bf16 master", "bf16 lora"])

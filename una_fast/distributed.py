@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 # A rank may hash or write hundreds of gigabytes, or ask a judge, while the others wait for it. A
 # rank that has died is noticed by its launcher.
@@ -139,7 +140,8 @@ def shard(
 ) -> None:
     """Shard every layer and then the rest (embedding, final norm, head) with FSDP2, in place.
 
-    causal_lm: the whole model; moved to the device layer by layer
+    causal_lm: the whole model, moved to the device layer by layer; or a model on the meta device,
+        for `allocate_shards`
     layers: the repeated blocks of causal_lm; parameters are gathered a layer at a time
     world: the ranks to shard over
     compute_dtype: of gathered weights and activations; gradients are reduced in float32
@@ -153,6 +155,49 @@ def shard(
         module.set_gradient_divide_factor(1.0)
         # gloo cannot fold the factor into the reduction
         module.set_force_sum_reduction_for_comms(True)
+
+
+def allocate_shards(causal_lm: nn.Module, device: torch.device) -> dict[str, DTensor]:
+    """Give memory to the shards of parameters on the meta device.
+
+    causal_lm: the sharded model; parameters with memory stay
+    device: of the shards
+
+    Returns name -> parameter with new memory, not filled; tied parameters have several names.
+    """
+    made: dict[DTensor, nn.Parameter] = {}
+    named: dict[str, DTensor] = {}
+    for name, parameter in causal_lm.named_parameters(remove_duplicate=False):
+        if parameter.device.type != "meta":
+            continue
+        if parameter not in made:
+            made[parameter] = _with_memory(parameter, device)
+        named[name] = made[parameter]
+    # FSDP2 takes note of new parameters in this call.
+    causal_lm.load_state_dict(named, strict=False, assign=True)
+    return named
+
+
+@torch.no_grad()
+def _with_memory(parameter: DTensor, device: torch.device) -> nn.Parameter:
+    """Return a sharded parameter of the same form, with memory of its own."""
+    whole = DTensor.from_local(
+        torch.empty_like(parameter.to_local(), device=device),
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+    return nn.Parameter(whole, requires_grad=parameter.requires_grad)
+
+
+def local_rows(tensor: DTensor) -> tuple[Tensor, int]:
+    """Return this rank's rows of a sharded tensor, and the index of the first row."""
+    _, offsets = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    return tensor.to_local().detach(), offsets[0]
 
 
 def reshard(*models: nn.Module) -> None:

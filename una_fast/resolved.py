@@ -356,6 +356,7 @@ def load_trained(
         trust_remote_code=config.trust_remote_code,
         attn_implementation=config.attn_implementation,
         packed=run.packed,
+        in_shards=run.ranks > 1,
     )
     policy.stored = StoredDtypes.of(config.model, config.save_dtype)
     if not policy.is_adapter:
@@ -390,6 +391,7 @@ def load_frozen(config: RunConfig, run: ResolvedRun) -> Policy:
         trust_remote_code=config.trust_remote_code,
         attn_implementation=config.attn_implementation,
         packed=run.packed,
+        in_shards=run.ranks > 1,
     )
     policy.model.requires_grad_(False).eval()
     if run.imitates_autocast:

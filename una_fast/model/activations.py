@@ -13,6 +13,7 @@ Legend: T tokens of a row, D hidden size.
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 import weakref
@@ -351,10 +352,41 @@ def find_mlps(model: PreTrainedModel) -> list[nn.Module]:
     """
     inside = text_modules(model)
     mlps = []
+    tried: dict[str, bool] = {}  # of weights without numbers: a form is tried once
     for layer in decoder_layers(model):
-        if layer in inside:
-            mlps += [child for child in layer.children() if _is_mlp(child, model)]
+        for child in layer.children() if layer in inside else ():
+            form = _form_on_meta(child)
+            if form is None:
+                found = _is_mlp(child, model)
+            elif form in tried:
+                found = tried[form]
+            else:
+                found = tried[form] = _is_mlp(_with_numbers(child), model)
+            mlps += [child] if found else []
     return mlps
+
+
+def _form_on_meta(module: nn.Module) -> str | None:
+    """Return classes and shapes of a module on the meta device; None for a module with numbers."""
+    parameters = list(module.parameters())
+    if all(parameter.device.type != "meta" for parameter in parameters):
+        return None
+    return f"{module} {[(p.shape, p.dtype) for p in parameters]}"
+
+
+@torch.no_grad()
+def _with_numbers(module: nn.Module) -> nn.Module:
+    """Return a copy of a module on the host; weights on the meta device become random numbers."""
+    copied = copy.deepcopy(module)
+    generator = torch.Generator().manual_seed(0)
+    for part in copied.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is None or parameter.device.type != "meta":
+                continue
+            numbers = torch.empty_like(parameter, device="cpu")
+            numbers.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
+            part._parameters[name] = nn.Parameter(numbers, parameter.requires_grad)
+    return copied
 
 
 def _is_mlp(module: nn.Module, model: PreTrainedModel) -> bool:

@@ -20,7 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from una_fast.data.encode import text_after_answer
@@ -68,7 +68,7 @@ def save_pretrained(
     ValueError, by the name, for a weight that is not finite: nothing is written.
     """
     state_dict = dict(policy.model.state_dict() if state_dict is None else state_dict)
-    _refuse_diverged(state_dict)
+    refuse_diverged(state_dict)
     stored = policy.stored if final else None
     directory = Path(directory)
     if isinstance(policy.model, PeftModel):
@@ -90,11 +90,12 @@ def save_merged(
     ValueError, by the name, for a weight that is not finite, and for adapters other than LoRA.
     """
     state_dict = whole_weights(policy)
-    _refuse_diverged(state_dict)
+    refuse_diverged(state_dict)
     _save_whole(policy, Path(directory), tokenizer, state_dict, policy.stored)
 
 
-def _refuse_diverged(state_dict: dict[str, Tensor]) -> None:
+def refuse_diverged(state_dict: dict[str, Tensor]) -> None:
+    """Raise ValueError, by the name, for a weight with NaN or infinity."""
     for name, tensor in state_dict.items():
         if not is_finite(tensor):
             raise ValueError(
@@ -124,15 +125,35 @@ def _save_whole(
     """Write whole weights, the config, the settings of generation and the tokenizer."""
     if stored is not None:
         state_dict = stored.base.cast_all(state_dict)
-    causal_lm = policy.causal_lm
-    # Settings that transformers warns of when it reads them are refused when it writes them, at
-    # the end of a run.
+    dtype = usual_dtype(state_dict)
+    model = without_settings(policy.causal_lm)
+    model.save_pretrained(directory, state_dict=dict(state_dict))  # transformers empties the dict
+    save_settings(policy, directory, tokenizer, dtype)
+
+
+def without_settings(causal_lm: PreTrainedModel) -> Any:
+    """Return a view of a model without settings of generation, to be saved.
+
+    Settings that transformers warns of when it reads them are refused when it writes them, at the
+    end of a run.
+    """
     model = _view(causal_lm)
     model.generation_config = GenerationConfig()
-    dtype = _usual_dtype(state_dict)
-    model.save_pretrained(directory, state_dict=dict(state_dict))  # transformers empties the dict
+    return model
+
+
+def save_settings(
+    policy: Policy, directory: Path, tokenizer: PreTrainedTokenizerBase, dtype: str
+) -> None:
+    """Write the settings of generation and the tokenizer, and the dtype into a written config.
+
+    policy: the model
+    directory: has config.json
+    tokenizer: tokenizer of the model
+    dtype: as a config names it
+    """
     _edit(directory / "config.json", dtype=dtype)
-    settings = _generation_settings(causal_lm.generation_config, tokenizer)
+    settings = _generation_settings(policy.causal_lm.generation_config, tokenizer)
     (directory / _GENERATION).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     save_tokenizer(tokenizer, directory)
 
@@ -147,7 +168,7 @@ def _view(model: nn.Module) -> Any:
     return view
 
 
-def _usual_dtype(state_dict: dict[str, Tensor]) -> str:
+def usual_dtype(state_dict: dict[str, Tensor]) -> str:
     """Return the dtype of most numbers, as a config names it."""
     sizes: dict[str, int] = {}
     for tensor in state_dict.values():

@@ -364,9 +364,31 @@ def load_causal_lm(
         "trust_remote_code": trust_remote_code,
         "attn_implementation": attn_implementation,
     }
+    model = load_base(base, adapter, dtype, options)
+    if adapter is not None:
+        model = load_adapter(model, adapter)
+    refuse_non_finite(model.named_parameters(), printable(path))
+    remove_dropout(model)
+    return model
+
+
+def load_base(
+    base: str,
+    adapter: str | None,
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    **placing: Any,
+) -> PreTrainedModel:
+    """Load the model under an adapter, or alone, and check its files.
+
+    base, adapter: as `model_and_adapter` returns them; the adapter is checked, and not loaded
+    dtype: dtype of the weights
+    options: trust_remote_code and attn_implementation
+    placing: further keywords of transformers, such as device_map
+    """
     _check_files(base, adapter, options)
     name, where = pretrained(base)
-    kind = _class_for(load_config(base, trust_remote_code=trust_remote_code))
+    kind = _class_for(load_config(base, trust_remote_code=options["trust_remote_code"]))
     converting = _converting() if is_gguf(base) else nullcontext()
     with reading(base, "model"), converting:
         model, found = kind.from_pretrained(
@@ -379,16 +401,13 @@ def load_causal_lm(
             **options,
             **where,
             **_of_gguf(base),
+            **placing,
         )
     quantized = getattr(model.config, "quantization_config", None) is not None
     _check_found(base, found, quantized=quantized)
     _drop_spent_quantization(model)
     if is_gguf(base):
         model.name_or_path = base
-    if adapter is not None:
-        model = _load_adapter(model, adapter)
-    refuse_non_finite(model.named_parameters(), printable(path))
-    remove_dropout(model)
     return model
 
 
@@ -569,7 +588,7 @@ def _try_patterns(path: str, config: PeftConfig, model: PreTrainedModel) -> None
         )
 
 
-def _load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
+def load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
     """Add a trainable PEFT adapter; ValueError for missing weights, which peft only warns of."""
     with warnings.catch_warnings(), reading(path, "adapter"):
         warnings.filterwarnings("error", message=".*missing adapter keys")

@@ -10,6 +10,7 @@ forward, where FSDP has the weight of the head gathered.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import types
 from collections.abc import Iterator
@@ -25,19 +26,31 @@ from transformers import PreTrainedModel
 
 from una_fast.attention.packed import packed_attention
 from una_fast.data.batch import Batch
+from una_fast.logs import say_once
 from una_fast.model.activations import switch_on
 from una_fast.model.directory import reading
 from una_fast.model.head_forward import Scorer, install_scorer
 from una_fast.model.head_probe import (
     HeadSpec,
+    NoSmallCopy,
     freeze_outside_text,
     probe_head,
+    probe_reduced,
 )
 from una_fast.model.loading import load_causal_lm
 from una_fast.model.lora import add_lora, cast_outside_autocast
 from una_fast.model.places import split_revision
 from una_fast.model.settings import KEEP_ALL, LoraOptions, MemoryOptions
+from una_fast.model.sharded_loading import (
+    NotInShards,
+    Unread,
+    check_unread,
+    load_unread,
+    stand_ins,
+)
 from una_fast.model.stored import StoredDtypes
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -54,6 +67,8 @@ class Policy:
     """Whether batches are packed rows with a shared prompt."""
     stored: StoredDtypes | None = None
     """Dtypes that the final weights are saved in; None: as they are."""
+    unread: Unread | None = None
+    """Weights to be read when the model is sharded; None: none."""
 
     @property
     def is_adapter(self) -> bool:
@@ -114,6 +129,7 @@ def load_policy(
     packed: bool = False,
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
+    in_shards: bool = False,
 ) -> Policy:
     """Load a model for training: dropout removed, head probed, scoring installed.
 
@@ -125,27 +141,52 @@ def load_policy(
     packed: batches are packed rows, as a probe allowed (attention/probe.py)
     trust_remote_code: run model code that comes with the weights
     attn_implementation: attention of unpacked batches; default: the model's
+    in_shards: leave the weights in the files, for `read_shards` (see `Policy.unread`); a model
+        without rows in the files is loaded whole, and a line says so
 
     The model is in train mode, which activation checkpointing needs. ValueError for a model that
     cannot be trained truly.
     """
-    model = load_causal_lm(
-        path,
-        dtype=dtype,
-        base=base,
-        trust_remote_code=trust_remote_code,
-        attn_implementation=attn_implementation,
-    )
-    if lora is not None:
-        if isinstance(model, PeftModel):
-            raise ValueError(
-                f"{path} is an adapter already, and is trained on as it is; leave the lora "
-                "options out"
-            )
-        model = add_lora(model, lora, revision=split_revision(str(path))[1])
+    options = {
+        "dtype": dtype,
+        "base": base,
+        "trust_remote_code": trust_remote_code,
+        "attn_implementation": attn_implementation,
+    }
+    if in_shards:
+        random = torch.get_rng_state()
+        try:
+            model, unread = load_unread(path, **options)
+            with stand_ins(model):
+                model = _with_lora(path, model, lora)
+            check_unread(model, unread.sources)
+            head = probe_reduced(_inside(model))
+            policy = make_policy(model, head, memory, packed=packed)
+            policy.unread = unread
+            return policy
+        except (NotInShards, NoSmallCopy) as reason:
+            torch.set_rng_state(random)
+            message = f"{path}: every rank loads the whole model before it is sharded: {reason}"
+            say_once(logging.INFO, message, logger)
+    model = _with_lora(path, load_causal_lm(path, **options), lora)
     with reading(str(path), "model"):
         head = probe_head(_inside(model))
     return make_policy(model, head, memory, packed=packed)
+
+
+def _with_lora(
+    path: str | os.PathLike[str],
+    model: PreTrainedModel | PeftModel,
+    lora: LoraOptions | None,
+) -> PreTrainedModel | PeftModel:
+    """Return a model with new adapters, if any are asked for."""
+    if lora is None:
+        return model
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            f"{path} is an adapter already, and is trained on as it is; leave the lora options out"
+        )
+    return add_lora(model, lora, revision=split_revision(str(path))[1])
 
 
 def make_policy(

@@ -7,6 +7,7 @@ objective, so the identity of the reference is saved with every checkpoint and c
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -14,11 +15,13 @@ from itertools import chain
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from una_fast.data.batch import Batch
 from una_fast.data.examples import Example
-from una_fast.distributed import reshard
+from una_fast.distributed import local_rows, reshard
 from una_fast.model.policy import Policy
 from una_fast.model.quantized import plain_parts
 from una_fast.model.scoring import Scoring
@@ -116,18 +119,61 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Return a hash of names, shapes and all values: of every row, the sum of its bits.
 
     The sums are of whole numbers (modulo 2^64), the same in any order. Changes in a row that cancel
-    each other are told apart by a sample of the values alone.
+    each other are told apart by a sample of the values alone. Sharded tensors have the hash of
+    whole tensors; all ranks must call then.
     """
     digest = hashlib.sha256()
     for name, tensor in tensors:
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        for part in plain_parts(tensor.detach()):
-            bits = _bits(part)
-            digest.update(bits.sum(dim=1, dtype=torch.int64).cpu().numpy().tobytes())
-            flat = bits.reshape(-1)
-            sample = flat[:: max(flat.numel() // 64, 1)].cpu()
-            digest.update(sample.numpy().tobytes())
+        if isinstance(tensor, DTensor):
+            digests = [_sharded_digest(tensor.detach())]
+        else:
+            digests = map(_digest, plain_parts(tensor.detach()))
+        for sums, sample in digests:
+            digest.update(sums.cpu().numpy().tobytes())
+            digest.update(sample.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _digest(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sums of a plain tensor's rows, and the sample of its values."""
+    bits = _bits(tensor)
+    flat = bits.reshape(-1)
+    return bits.sum(dim=1, dtype=torch.int64), flat[:: _stride(flat.numel())]
+
+
+def _sharded_digest(tensor: DTensor) -> tuple[Tensor, Tensor]:
+    """Return sums and sample of a sharded tensor, from the rows of every rank."""
+    if tensor.dim() < 2:  # a single row, in pieces
+        return _digest(tensor.full_tensor())
+    local, first = local_rows(tensor)
+    bits = _bits(local)
+    mine = bits.sum(dim=1, dtype=torch.int64).view(len(local), math.prod(tensor.shape[1:-1]))
+    whole = (tensor.shape[0], mine.shape[1])
+    sums = DTensor.from_local(
+        mine,
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=torch.Size(whole),
+        stride=(whole[1], 1),
+    ).full_tensor()
+    # Every rank fills in a part of the sample.
+    flat = bits.reshape(-1)
+    in_row = math.prod(whole[1:]) * bits.shape[1]  # numbers of bits in a row of the tensor
+    stride = _stride(whole[0] * in_row)
+    lowest = torch.iinfo(bits.dtype).min
+    sample = flat.new_full((-(-whole[0] * in_row // stride),), lowest)
+    start = -(-first * in_row // stride)
+    own = flat[start * stride - first * in_row :: stride]
+    sample[start : start + len(own)] = own
+    dist.all_reduce(sample, dist.ReduceOp.MAX)
+    return sums.reshape(-1), sample
+
+
+def _stride(numbers: int) -> int:
+    """Return the distance of the values in a sample of about 64."""
+    return max(numbers // 64, 1)
 
 
 def _bits(tensor: Tensor) -> Tensor:

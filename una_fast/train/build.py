@@ -33,6 +33,7 @@ from una_fast.model.reference import (
     Reference,
 )
 from una_fast.model.scoring import Scoring
+from una_fast.model.sharded_loading import read_shards
 from una_fast.online.anchors import Anchors
 from una_fast.online.collect import RolloutCollector
 from una_fast.online.samplers import make_sampler
@@ -264,6 +265,8 @@ def _load_models(
     policy = load_trained(config, run, checkpoint)
     check_data(records, prompts, policy, tokenizer, config.max_new_tokens)
     scoring = scoring_of(config, run)
+    if world.sharded:  # a whole model is moved to the device when all models are there
+        place(policy, world, run)
     reference: Reference
     if run.reference == "cached":
         reference = CachedReference(records)
@@ -275,19 +278,31 @@ def _load_models(
     elif run.reference == "adapter":
         reference = AdapterReference(policy, scoring)
     else:
-        reference = FrozenReference(load_frozen(config, run), scoring)
-    # References take their fingerprints from whole weights: shard afterwards.
-    _place(policy, world, run)
-    if isinstance(reference, FrozenReference):
-        _place(reference.policy, world, run)
+        frozen = load_frozen(config, run)
+        if world.sharded:
+            place(frozen, world, run)
+        reference = FrozenReference(frozen, scoring)
+    if not world.sharded:
+        place(policy, world, run)
+        if isinstance(reference, FrozenReference):
+            place(reference.policy, world, run)
     return _Models(policy, reference, scoring)
 
 
-def _place(policy: Policy, world: World, run: ResolvedRun) -> None:
-    if world.sharded:  # moves the model to the device, layer by layer
-        shard(policy.causal_lm, decoder_layers(policy.causal_lm), world, run.compute)
-    else:
+def place(policy: Policy, world: World, run: ResolvedRun) -> None:
+    """Move a policy to the device; of several ranks, each takes its shards, from the files.
+
+    policy: as loaded for a run; changed in place
+    world: the ranks; all of them must call
+    run: decisions of the run
+    """
+    if not world.sharded:
         policy.model.to(world.device)
+        return
+    shard(policy.causal_lm, decoder_layers(policy.causal_lm), world, run.compute)
+    if policy.unread is not None:
+        read_shards(policy.causal_lm, policy.unread, world)
+        policy.unread = None
 
 
 # --- steps ---------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from una_fast.distributed import World
 from una_fast.files import ASIDE, sync_directory
 from una_fast.model.export import save_pretrained
 from una_fast.model.policy import Policy
+from una_fast.model.sharded_export import Part, gather_part, remove_other_weights, save_part
 from una_fast.train.checkpoint import complete_checkpoints, read_manifest, remove, set_aside
 from una_fast.train.manifest import MARKER, DamagedError, Manifest, files_below, hash_files
 from una_fast.train.room import SaveError, is_of_disk, not_written, refuse_full_disk
@@ -116,23 +117,29 @@ class Saver:
         directory = self.output_dir / f"checkpoint-{state['step']}"
         if self.world.on_main(lambda: self._is_there(directory)):
             return
-        weights = _weights(policy, self.world)
+        part = gather_part(policy, self.world) if self.world.sharded else None
+        weights = _weights(policy, self.world) if part is None else part.tensors
         shard = take_shard(training_tensors(policy, optimizer, self.world, reference), self.world)
         text = json.dumps({**state, "optimizer": training_numbers(policy, optimizer)}, indent=1)
         # The file grows while a checkpoint is written in the background.
         metrics = state["lines"]["metrics.jsonl"]
         aside = directory.with_name(directory.name + ASIDE)
-        needed = sum(tensor.nbytes for tensor in _distinct(weights)) + _SLACK
+        needed = _SLACK + _bytes(weights, part)
         needed += shard.nbytes * self.world.size + _tokenizer_bytes(tokenizer) + metrics
         self.world.on_main(lambda: self._open(aside, needed))
 
         def write_model(directory: Path, whole: dict[str, Tensor]) -> None:
-            save_pretrained(policy, directory, tokenizer, whole)
+            if part is not None:
+                save_part(policy, directory, tokenizer, part, self.world)
+            elif self.world.is_main:
+                save_pretrained(policy, directory, tokenizer, whole)
+            if not self.world.is_main:
+                return
             (directory / "state.json").write_text(text, encoding="utf-8")
             _copy_start(self.output_dir / "metrics.jsonl", directory, metrics)
 
         def write(job: _Job) -> dict[str, Any]:
-            return self._write(job, shard, weights, write_model)
+            return self._write(job, shard, weights, part, write_model)
 
         job = _Job(aside, state["step"], state["run"], needed)
         if self.in_background:
@@ -149,6 +156,7 @@ class Saver:
         job: _Job,
         shard: Shard,
         weights: dict[str, Tensor],
+        part: Part | None,
         write_model: Callable[[Path, dict[str, Tensor]], None],
     ) -> dict[str, Any]:
         """Write the files of this rank; return their manifest entries.
@@ -156,7 +164,8 @@ class Saver:
         job: the checkpoint
         shard: of this rank, live tensors
         weights: of the whole model, live or gathered; the main rank writes them
-        write_model: writes them, and the files of JSON, into a directory
+        part: weights in the files of this rank, where every rank writes some
+        write_model: writes them, and the files of JSON on the main rank, into a directory
         """
         if job.thread is not None:
             shard = shard.copied(self._buffers)
@@ -172,12 +181,9 @@ class Saver:
         # The disk writes one part while the other is hashed.
         with ThreadPoolExecutor(1) as pool:
             state_files = pool.submit(write_state)
-            files = {}
-            if self.world.is_main:
-                write_model(job.directory, weights)
-                names = files_below(job.directory)
-                others = [name for name in names if not name.startswith(TRAINING)]
-                files = hash_files(job.directory, others, flush=True)
+            write_model(job.directory, weights)
+            names = _written(job.directory, part, self.world)
+            files = hash_files(job.directory, names, flush=True)
             return files | state_files.result()
 
     def hold(self) -> None:
@@ -306,33 +312,73 @@ def save_final(
 
     SaveError if the files cannot be written.
     """
-    weights = _weights(policy, world)
+    part = gather_part(policy, world) if world.sharded else None
+    weights = _weights(policy, world) if part is None else part.tensors
     aside = output_dir / f"model{ASIDE}"
-    needed = sum(tensor.nbytes for tensor in _distinct(weights)) + _SLACK
+    needed = _SLACK + _bytes(weights, part)
 
-    def write() -> None:
+    def refused(error: Exception) -> Exception:
+        """Remove all that was written, and return the error to raise."""
+        shutil.rmtree(aside, ignore_errors=True)
+        return not_written("the model", error, output_dir, needed) if is_of_disk(error) else error
+
+    def prepare() -> None:
         shutil.rmtree(aside, ignore_errors=True)
         refuse_full_disk("the model", output_dir, needed)
         try:
             aside.mkdir()
-            save_pretrained(policy, aside, tokenizer, weights, final=True)
-            for name, text in texts.items():
-                (aside / name).write_text(text, encoding="utf-8")
-            names = files_below(aside)
-            files = hash_files(aside, names, flush=True)
-            (output_dir / MARKER).unlink(missing_ok=True)
-            for name in names:
-                (output_dir / name).parent.mkdir(exist_ok=True)  # of further chat templates
-                (aside / name).replace(output_dir / name)
-            replace(manifest, files=files).write(output_dir)
-            shutil.rmtree(aside)
-        except Exception as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            if not is_of_disk(error):
-                raise
-            raise not_written("the model", error, output_dir, needed) from error
+        except OSError as error:
+            raise refused(error) from error
 
+    def publish() -> None:
+        for name, text in texts.items():
+            (aside / name).write_text(text, encoding="utf-8")
+        names = files_below(aside)
+        files = hash_files(aside, names, flush=True)
+        (output_dir / MARKER).unlink(missing_ok=True)
+        for name in names:
+            (output_dir / name).parent.mkdir(exist_ok=True)  # of further chat templates
+            (aside / name).replace(output_dir / name)
+        remove_other_weights(output_dir, set(names))
+        replace(manifest, files=files).write(output_dir)
+        shutil.rmtree(aside)
+
+    def write() -> None:
+        try:
+            if part is None:
+                save_pretrained(policy, aside, tokenizer, weights, final=True)
+            publish()
+        except Exception as error:
+            reason = refused(error)
+            if reason is error:
+                raise
+            raise reason from error
+
+    world.on_main(prepare)
+    if part is not None:
+        _write_part(
+            lambda: save_part(policy, aside, tokenizer, part, world, final=True), world, refused
+        )
     world.on_main(write)
+
+
+def _write_part(
+    write: Callable[[], None], world: World, refused: Callable[[Exception], Exception]
+) -> None:
+    """Write the files of this rank; an error of any rank is raised on every rank.
+
+    write: writes them
+    world: the ranks; all of them must call
+    refused: error -> error to raise; removes what was written
+    """
+    own = None
+    try:
+        write()
+    except Exception as error:
+        own = error
+    errors = [text for text in world.gather(_cause(own)) if text]
+    if errors:
+        raise refused(own or OSError(errors[0])) from own
 
 
 # ---- weights ----
@@ -363,7 +409,28 @@ def _whole_state_dict(policy: Policy) -> dict[str, Tensor]:
     return state_dict
 
 
+def _bytes(weights: dict[str, Tensor], part: Part | None) -> int:
+    """Return the bytes of the weights of all ranks, as far as this rank knows them."""
+    if part is not None:
+        return part.nbytes
+    return sum(tensor.nbytes for tensor in _distinct(weights))
+
+
 # ---- files ----
+
+
+def _written(directory: Path, part: Part | None, world: World) -> list[str]:
+    """Return the files of a checkpoint that this rank has written, but for the training state."""
+    if not world.is_main:
+        return [] if part is None else sorted(part.own)
+    others = set() if part is None else part.others
+    found = []
+    for name in files_below(directory):
+        # safetensors writes a hidden file, which then takes its name: another rank may be at it.
+        of_others = name in others or name.startswith((".", TRAINING))
+        if not of_others:
+            found.append(name)
+    return found
 
 
 def flush_names(directory: Path) -> None:
