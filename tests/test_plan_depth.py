@@ -166,6 +166,17 @@ def test_layers_that_differ_are_all_traced_and_the_plan_says_so(models, monkeypa
     assert planner.step(MIXED).note is None
 
 
+def test_a_switch_of_the_optimizer_needs_no_trace(models, monkeypatch):
+    planner = tracer(Case("llama", BF16, device="cuda"), models["llama"])
+    made = []
+    traced = StepTracer._trace
+    monkeypatch.setattr(StepTracer, "_trace", lambda *a, **k: made.append(0) or traced(*a, **k))
+    before = planner.step(PAIR)
+    after = planner.step(PAIR, offload_optimizer=True)
+    assert len(made) == 1 and after.host > before.host and after.peak < before.peak
+    assert planner.step(MIXED).peak > before.peak and len(made) == 2
+
+
 # --- steps without a model ---
 
 
