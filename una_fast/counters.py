@@ -85,6 +85,11 @@ class FlopCounter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
+        self.count(func, args)
+        return func(*args, **(kwargs or {}))
+
+    def count(self, func: Any, args: tuple) -> None:
+        """Count a call of an operator."""
         name = func.overloadpacket.__name__
         if name in _UNCOUNTED:
             self.uncounted = True
@@ -94,7 +99,6 @@ class FlopCounter(TorchDispatchMode):
             first = _PRODUCTS[name]
             a, b = args[first], args[first + 1]
             self.flop += 2 * a.numel() * b.shape[-1]
-        return func(*args, **(kwargs or {}))
 
     def passes(self, rows: int, dim: int, vocab: int) -> float:
         """Return the count in GEMM passes over the head, 2 N D V flop for each pass."""
@@ -106,22 +110,25 @@ class LiveBytes(TorchDispatchMode):
 
     sizes: bytes of storage k, in order of birth
     categories: memory category of storage k
-    marks: moments noted by `mark`, as numbers of events; an event is a birth or a death
+    events: births and deaths in order: k + 1 for the birth of storage k, -(k + 1) for the death
 
     Storages that existed before (inputs) do not count; temporaries inside an operator are not seen.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, products: FlopCounter | None = None) -> None:
+        """Count storages, and the products of a counter, too: one mode is faster than two."""
         super().__init__()
+        self.products = products
         self.sizes: list[int] = []
         self.categories: list[str] = []
-        self.marks: list[int] = []
-        self._events: list[int] = []  # k + 1 for the birth of storage k, -(k + 1) for the death
+        self.events: list[int] = []
         self._alive: dict[int, int] = {}  # storage address -> k
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
+        if self.products is not None:
+            self.products.count(func, args)
         out = func(*args, **(kwargs or {}))
         if _allocates(func):
             for x in out if isinstance(out, tuple | list) else (out,):
@@ -137,12 +144,12 @@ class LiveBytes(TorchDispatchMode):
         self.sizes.append(storage.nbytes())
         self.categories.append(_category[-1])
         self._alive[address] = serial
-        self._events.append(serial + 1)
+        self.events.append(serial + 1)
         weakref.finalize(storage, self._died, address, serial).atexit = False
 
     def _died(self, address: int, serial: int) -> None:
         del self._alive[address]
-        self._events.append(-(serial + 1))
+        self.events.append(-(serial + 1))
 
     def _serials(self, tensors: Iterable[Tensor]) -> set[int]:
         found = {self._alive.get(x.untyped_storage()._cdata, -1) for x in tensors}
@@ -153,10 +160,6 @@ class LiveBytes(TorchDispatchMode):
         for serial in self._serials(tensors):
             self.categories[serial] = name
 
-    def mark(self) -> None:
-        """Note the present moment in `marks`, as a bound for `peak_by_category`."""
-        self.marks.append(len(self._events))
-
     def peak(self, excluding: Iterable[Tensor] = ()) -> int:
         """Return the largest number of bytes alive at once.
 
@@ -164,31 +167,25 @@ class LiveBytes(TorchDispatchMode):
         """
         return self._peak(self._serials(excluding))[0]
 
-    def peak_by_category(
-        self, without: Iterable[str] = (), start: int = 0, stop: int | None = None
-    ) -> Counter[str]:
-        """Return {category: bytes} at the moment of the peak.
-
-        without: categories that do not count
-        start, stop: events to look at, from `marks`; default: all
-        """
+    def peak_by_category(self, without: Iterable[str] = ()) -> Counter[str]:
+        """Return {category: bytes} at the moment of the peak; some categories may be left out."""
         left_out = set(without)
         skip = {serial for serial, name in enumerate(self.categories) if name in left_out}
-        _, moment = self._peak(skip, start, stop)
+        _, moment = self._peak(skip)
         held: Counter[str] = Counter()
-        for event in self._events[:moment]:
+        for event in self.events[:moment]:
             serial = abs(event) - 1
             if serial not in skip:
                 held[self.categories[serial]] += self._change(event)
         return +held
 
-    def _peak(self, skip: set[int], start: int = 0, stop: int | None = None) -> tuple[int, int]:
-        """Return (bytes, number of events before) of the peak between two events."""
-        live, peak, moment = 0, 0, start
-        for number, event in enumerate(self._events[:stop], start=1):
+    def _peak(self, skip: set[int]) -> tuple[int, int]:
+        """Return (bytes, number of events before) of the peak."""
+        live, peak, moment = 0, 0, 0
+        for number, event in enumerate(self.events, start=1):
             if abs(event) - 1 not in skip:
                 live += self._change(event)
-            if live > peak and number >= start:
+            if live > peak:
                 peak, moment = live, number
         return peak, moment
 

@@ -167,10 +167,7 @@ def _verdict(
         return Planned(batch_in_words(padded), round(rough), room, {}), None
     batch = largest_batch(examples, config, packed=tracer.run.packed)
     accumulate = accumulates(config, facts.ranks, batch)
-    # The estimate is seconds faster for a model of many layers.
-    step = tracer.estimate(batch, accumulate=accumulate)
-    if step.peak > 0.95 * room:
-        step = tracer.step(batch, accumulate=accumulate)
+    step = tracer.step(batch, accumulate=accumulate)
     parts = {name: size for name, size in step.categories.items() if size}
     planned = Planned(batch_in_words(batch), step.peak, room, parts)
     if step.peak <= room:
@@ -238,7 +235,7 @@ def savings(
     tracer: StepTracer, batch: Sequence[Example], *, accumulate: bool = False
 ) -> list[tuple[dict[str, Any], int]]:
     """Estimate (switch, bytes less at the peak) for every switch; largest saving first."""
-    before = tracer.estimate(batch, accumulate=accumulate)
+    before = tracer.step(batch, accumulate=accumulate)
     tried = switches(tracer.config, tracer.run, before.tokens)
     return _savings(tracer, batch, tried, before.peak, accumulate=accumulate)
 
@@ -254,7 +251,7 @@ def _savings(
     found = []
     for switch in tried:
         try:
-            after = tracer.estimate(batch, accumulate=accumulate, **switch)
+            after = tracer.step(batch, accumulate=accumulate, **switch)
         except ValueError:
             continue  # the model or another setting excludes the switch
         found.append((switch, peak - after.peak))
@@ -275,7 +272,7 @@ def cheapest_way(
     LoRA, another training, is not chosen. Returns (fields of the run to change, step with the
     changes).
     """
-    before = tracer.estimate(batch, accumulate=accumulate)
+    before = tracer.step(batch, accumulate=accumulate)
     known = switches(tracer.config, tracer.run, before.tokens)
     tried = [switch for switch in known if "lora" not in switch]
     found = _savings(tracer, batch, tried, before.peak, accumulate=accumulate)
@@ -288,7 +285,7 @@ def cheapest_way(
         if smallest <= room:
             break
         try:
-            peak = tracer.estimate(batch, accumulate=accumulate, **chosen, **switch).peak
+            peak = tracer.step(batch, accumulate=accumulate, **chosen, **switch).peak
         except ValueError:
             continue  # the switch excludes a chosen switch
         if peak < smallest:
@@ -310,7 +307,7 @@ def longest_row(tracer: StepTracer, row: Row, room: int, *, accumulate: bool = F
 
     def point(factor: float) -> tuple[float, int]:
         example = row.scaled(factor).example()
-        return factor, tracer.estimate([example], accumulate=accumulate).peak
+        return factor, tracer.step([example], accumulate=accumulate).peak
 
     fits = point(1 / row.tokens)
     if fits[1] > room:

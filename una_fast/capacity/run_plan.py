@@ -56,6 +56,8 @@ class RunPlan:
         lines = [_line("model", self.model)]
         lines += [_line(name, decision) for name, decision in self.decisions]
         lines += [_line("batch", self.batch), *self._parts(), self._peak()]
+        if self.step.note is not None:
+            lines.append(_line("traced", self.step.note))
         if self.step.host:
             lines.append(_line("host", f"{bytes_in_words(self.step.host):>12}"))
         if not math.isnan(self.step.flop):

@@ -5,9 +5,10 @@ is built from a config alone, and the model's own forward, checkpointing, tiles 
 about the life of every tensor. LiveBytes counts the tensors. So no formula per architecture can go
 stale.
 
-Stand-ins (stand_ins.py) replace the pieces with code per device, or with a look at numbers: the
-fused head (block plan and allocations as always), the attention kernel of a GPU, and the optimizer
-(sizes of the state).
+Few layers are traced where they tell about all (depth.py, timeline.py): the plan is the same to
+the byte. Stand-ins (stand_ins.py) replace the pieces with code per device, or with a look at
+numbers: the fused head (block plan and allocations as always), the attention kernel of a GPU, and
+the optimizer (sizes of the state).
 
     peak = weights + optimizer state + max over the phases of a step of the bytes held by a phase
     phases: reference, forward, first layers, middle layers and last layers of backward, optimizer
@@ -17,9 +18,12 @@ fused head (block plan and allocations as always), the attention kernel of a GPU
 from __future__ import annotations
 
 import copy
+import gc
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -29,7 +33,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 
+from una_fast.capacity.depth import depth_of, repeated, text_layers
 from una_fast.capacity.stand_ins import PlannedHead, planned_attention
+from una_fast.capacity.timeline import Cuts, Timeline, deepened, find_copies, trace_of
 from una_fast.config import RunConfig
 from una_fast.counters import FlopCounter, LiveBytes, memory_category
 from una_fast.data.batch import Batch, collate, layout_tokens
@@ -43,6 +49,7 @@ from una_fast.model.lora import add_lora
 from una_fast.model.policy import Policy, make_policy
 from una_fast.model.reference import without_cached_logps
 from una_fast.model.scoring import match_autocast
+from una_fast.model.settings import LoraOptions
 from una_fast.optim import state_bytes, step_bytes
 from una_fast.resolved import Facts, ResolvedRun, outline_of, resolve
 
@@ -112,6 +119,10 @@ class StepMemory:
     tokens: int
     """Tokens in the batch."""
     packed: bool
+    traced: int
+    """Layers that were traced."""
+    note: str | None = None
+    """Why all layers were traced, where few tell about all in most models."""
 
     @property
     def categories(self) -> Categories:
@@ -138,7 +149,12 @@ class StepTracer:
         self.run = resolve(config, facts)
         path, self.adapter = model_and_adapter(config.model)
         self.model_config = load_config(path, trust_remote_code=config.trust_remote_code)
-        self.parameters = sum(p.numel() for p in outline_of(config).parameters())
+        whole = outline_of(config)
+        self.parameters = sum(p.numel() for p in whole.parameters())
+        self.depth = depth_of(self._adapted(whole))
+        self._batch: list[Example] = []  # of the traces
+        self._traces: dict[tuple[Any, ...], _Traced | None] = {}
+        self._shallow_ones: dict[int, bool] = {}  # layers -> begins as the model does
 
     def rough_bytes(self, examples: Sequence[Example]) -> float:
         """Return surely enough bytes for a batch of a usual model, without tracing.
@@ -154,83 +170,114 @@ class StepTracer:
         activations = 4 * tokens * config.num_hidden_layers * width
         return 24 * self.parameters + activations + self.run.workspace
 
-    def estimate(
-        self, examples: Sequence[Example], *, accumulate: bool = False, **switches: Any
-    ) -> StepMemory:
-        """Plan as `step` does, from two shallower models with layers of the same kinds; faster.
-
-        Every moment is continued in a straight line over the number of layers.
-        """
-        total = self.model_config.get_text_config().num_hidden_layers
-        period = _period(self.model_config)
-        few = min(4 * period, total)  # fewer layers are all beginning and end
-        more = min(6 * period, total)
-        if more >= total:
-            return self.step(examples, accumulate=accumulate, **switches)
-        shallow = self.step(examples, accumulate=accumulate, layers=few, **switches)
-        deeper = self.step(examples, accumulate=accumulate, layers=more, **switches)
-
-        def extend(x: float, y: float) -> float:
-            return y + (y - x) / (more - few) * (total - more)
-
-        moments = {}
-        for phase, held in deeper.moments.items():
-            if phase == MIDDLE:  # the peak is at one of the ends
-                continue
-            before = shallow.moments[phase]
-            moments[phase] = {
-                category: max(round(extend(before[category], size)), 0)
-                for category, size in held.items()
-            }
-        host = round(extend(shallow.host, deeper.host))
-        flop = extend(shallow.flop, deeper.flop)
-        return StepMemory(moments, host, flop, shallow.tokens, shallow.packed)
-
     def step(
         self,
         examples: Sequence[Example],
         *,
         accumulate: bool = False,
-        layers: int | None = None,
+        whole: bool = False,
         **switches: Any,
     ) -> StepMemory:
         """Plan the step of a batch.
 
         examples: records of the batch
         accumulate: the batch follows another batch of the step, and all gradients exist
-        layers: plan a shallower model of the same kind; default: all layers
+        whole: trace all layers, where few would tell about all
         switches: fields of the run to plan with instead
         """
         config = replace(self.config, **switches) if switches else self.config
         run = resolve(config, self.facts)
+        note = None
+        if not whole:
+            for layers in self.depth.tries:
+                if not self._is_shallow(layers):
+                    note = f"all layers: a model of {layers} layers is no part of this one"
+                    break
+                found = self._planned(config, run, examples, layers, accumulate=accumulate)
+                if found is not None:
+                    return found
+                note = f"all layers: the memory of a layer differs in a model of {layers} layers"
+        found = self._planned(config, run, examples, self.depth.total, accumulate=accumulate)
+        return replace(found, note=note)
+
+    def _planned(
+        self,
+        config: RunConfig,
+        run: ResolvedRun,
+        examples: Sequence[Example],
+        layers: int,
+        *,
+        accumulate: bool,
+    ) -> StepMemory | None:
+        """Plan the step of the whole model from a trace of some layers.
+
+        config: settings of the step
+        run: decisions of the step
+        examples: records of the batch
+        layers: layers to trace
+        accumulate: all gradients exist
+
+        Returns None where the traced layers do not tell about the others.
+        """
+        if list(map(id, self._batch)) != list(map(id, examples)):
+            self._batch = list(examples)
+            self._traces.clear()
+        key = (layers, accumulate, _traced_settings(config))
+        if key not in self._traces:
+            self._traces[key] = self._trace(config, run, examples, layers, accumulate=accumulate)
+        traced = self._traces[key]
+        if traced is None:
+            return None
+        timeline = traced.timeline
+        moments = self._moments(config, run, traced, accumulate=accumulate)
+        not_host = set(timeline.names) - {"host"}
+        offloaded = sum(timeline.peak(not_host, 0, len(timeline.changes)).values())
+        host = offloaded + state_bytes(traced.trained(), config)[1]
+        return StepMemory(moments, host, traced.flop, traced.tokens, run.packed, layers)
+
+    def _trace(
+        self,
+        config: RunConfig,
+        run: ResolvedRun,
+        examples: Sequence[Example],
+        layers: int,
+        *,
+        accumulate: bool,
+    ) -> _Traced | None:
+        """Trace a step of a model of some layers; see _planned."""
         # Cached log-probs have no part in the memory, and rollouts have none beside records.
         batch = collate(without_cached_logps(examples), packed=run.packed)
         unpadded = batch.attention_mask is None or bool(batch.attention_mask.all())
         head = PlannedHead(config, run.workspace, run.device, batch)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         policy, reference = self._models(config, run, mode, layers)
-        passes = 1 + accumulate
+        trained = policy.trainable_parameters()
+        products = FlopCounter(strict=False)
         with mode, planned_attention(run.device, unpadded) as kernel:
             fake_batch = _fake_batch(batch, mode)
             if reference is not None and run.imitates_autocast:
                 match_autocast(reference)
-            with FlopCounter(strict=False) as products, LiveBytes() as live:
-                for _ in range(passes):
-                    live.marks.clear()
-                    _run(policy, reference, fake_batch, head, run, live)
-            trained = policy.trainable_parameters()
+            if accumulate:  # born before storages are counted
+                for p in trained:
+                    p.grad = torch.empty_like(p)
+            with _no_collection(), LiveBytes(products) as live:
+                cuts = Cuts(live, lambda: products.flop + head.flop + kernel.flop)
+                _run(policy, reference, fake_batch, head, run, cuts)
             live.assign("gradients", [p.grad for p in trained if p.grad is not None])
-            moments = self._moments(config, run, policy, reference, live)
-            not_host = set(live.categories) - {"host"}
-            offloaded = live.peak_by_category(without=not_host).total()
-            host = offloaded + state_bytes(trained, config)[1]
-        flop = math.nan
-        if run.packed and not products.uncounted:
-            flop = (products.flop + head.flop + kernel.flop) / passes
-        return StepMemory(moments, host, flop, batch.num_tokens, run.packed)
+        trace = trace_of(live, cuts.pieces)
+        timeline: Timeline = trace
+        source = list(range(layers))
+        if layers < self.depth.total:
+            copies = find_copies(trace, self.depth.period, self.depth.total)
+            if copies is None:
+                return None
+            timeline, source = deepened(trace, copies), copies.source
+        counted = run.packed and not products.uncounted
+        flop = timeline.flop if counted else math.nan
+        return _Traced(policy, reference, source, timeline, flop, batch.num_tokens)
 
     def _models(
-        self, config: RunConfig, run: ResolvedRun, mode: FakeTensorMode, layers: int | None
+        self, config: RunConfig, run: ResolvedRun, mode: FakeTensorMode, layers: int
     ) -> tuple[Policy, Policy | None]:
         """Build the policy, and a frozen copy if the run has one; no numbers."""
         policy = self._policy(config, run, mode, layers, trained=True)
@@ -243,13 +290,11 @@ class StepTracer:
         config: RunConfig,
         run: ResolvedRun,
         mode: FakeTensorMode,
-        layers: int | None,
+        layers: int,
         *,
         trained: bool,
     ) -> Policy:
-        model_config = self.model_config
-        if layers is not None:
-            model_config = _shallow(model_config, layers)
+        model_config = self._config_of(layers)
         dtype = run.weights if trained else run.compute
         with torch.device("meta"):
             model: Any = outline(
@@ -274,6 +319,33 @@ class StepTracer:
             model.requires_grad_(False).eval()
         return policy
 
+    def _config_of(self, layers: int) -> PreTrainedConfig:
+        if layers == self.depth.total:
+            return self.model_config
+        return _shallow(self.model_config, layers)
+
+    def _is_shallow(self, layers: int) -> bool:
+        """Return whether the model of fewer layers has the first layers of the whole model."""
+        if layers not in self._shallow_ones:
+            self._shallow_ones[layers] = False
+            with suppress(Exception):  # a config may have fields that go with the number of layers
+                model = outline(
+                    self._config_of(layers),
+                    dtype=torch.float32,
+                    attn_implementation=self.config.attn_implementation,
+                    trust_remote_code=self.config.trust_remote_code,
+                )
+                self._shallow_ones[layers] = self.depth.begins_as(self._adapted(model))
+        return self._shallow_ones[layers]
+
+    def _adapted(self, model: Any) -> Any:
+        """Return an outline as it is, or with adapters that may be in some layers alone."""
+        lora = self.config.lora
+        if self.adapter is None and (lora is None or _is_everywhere(lora)):
+            return model
+        with torch.device("meta"):
+            return self._with_adapter(model, self.config).get_base_model()
+
     def _with_adapter(self, model: Any, config: RunConfig) -> Any:
         if config.lora is not None:
             return add_lora(model, config.lora)
@@ -288,40 +360,44 @@ class StepTracer:
         self,
         config: RunConfig,
         run: ResolvedRun,
-        policy: Policy,
-        reference: Policy | None,
-        live: LiveBytes,
+        traced: _Traced,
+        *,
+        accumulate: bool,
     ) -> dict[str, Categories]:
-        """Return the bytes by category at the peak of every phase, on a rank."""
-        trained = policy.trainable_parameters()
-        always = self._resident(config, run, policy, reference)
+        """Return the bytes by category at the peak of every phase, on a rank.
+
+        config: settings of the step
+        run: decisions of the step
+        traced: the traced step
+        accumulate: all gradients existed before
+        """
+        trained = traced.trained()
+        always = self._resident(config, run, traced)
         gradients = self._loaded_bytes(run, trained) // run.ranks
         left_out = ("host", "gradients") if run.ranks > 1 else ("host",)
         moments = {}
-        for phase, (first, last) in self._phases(live.marks).items():
+        for phase, (first, last) in self._phases(traced.timeline).items():
             held = dict(always)
-            for category, size in live.peak_by_category(left_out, first, last).items():
+            for category, size in traced.timeline.peak(left_out, first, last).items():
                 held[_CATEGORY_OF.get(category, category)] += size
             if run.ranks > 1:
                 held["gradients"] = gradients
+            elif accumulate:
+                held["gradients"] += _bytes(trained)
             moments[phase] = held
         stepping = always["optimizer"] + step_bytes(trained, config, run.device)
         moments["optimizer"] = always | {"gradients": gradients, "optimizer": stepping}
         return moments
 
-    def _resident(
-        self, config: RunConfig, run: ResolvedRun, policy: Policy, reference: Policy | None
-    ) -> Categories:
+    def _resident(self, config: RunConfig, run: ResolvedRun, traced: _Traced) -> Categories:
         """Return the bytes by category held through all phases, on a rank."""
         held = dict.fromkeys(CATEGORIES, 0)
-        weights = self._loaded_bytes(run, policy.model.parameters())
-        buffers = _bytes(policy.model.buffers())
-        held["weights"] = (weights + buffers) // run.ranks
-        held["optimizer"] = state_bytes(policy.trainable_parameters(), config)[0] // run.ranks
-        if reference is not None:
-            held["reference"] = _bytes(reference.model.parameters()) // run.ranks
+        weights = self._loaded_bytes(run, traced.parameters()) + traced.buffer_bytes()
+        held["weights"] = weights // run.ranks
+        held["optimizer"] = state_bytes(traced.trained(), config)[0] // run.ranks
+        held["reference"] = traced.reference_bytes() // run.ranks
         if run.ranks > 1:
-            held["gathered"] = _gathered(policy, reference, run.compute)
+            held["gathered"] = _gathered(traced.policy, traced.reference, run.compute)
         return held
 
     def _loaded_bytes(self, run: ResolvedRun, parameters: Iterable[Tensor]) -> int:
@@ -336,24 +412,80 @@ class StepTracer:
             total += p.numel() * (run.trained.itemsize if gathered else p.itemsize)
         return total
 
-    def _phases(self, marks: Sequence[int]) -> dict[str, tuple[int, int]]:
+    def _phases(self, timeline: Timeline) -> dict[str, tuple[int, int]]:
         """Return the first and the last event of every phase.
 
         From layer to layer of backward kept activations fall and gradients grow, both in straight
         lines: in models with more layers, too, the peak is in the first or the last layers.
         """
-        start, referred, forward, *layers, end = marks
+        bounds = {}
+        for phase in ("reference", "forward", "backward"):
+            pieces = timeline.of_phase(phase)
+            bounds[phase] = (pieces[0].start, pieces[-1].stop)
+        start, end = bounds.pop("backward")
+        layers = [piece.stop for piece in timeline.of_phase("backward")[:-1]]
         period = _period(self.model_config)
         early, late = end, end
         if len(layers) > 2 * period:
             early, late = layers[period], layers[-period]
-        return {
-            "reference": (start, referred),
-            "forward": (referred, forward),
-            "first layers": (forward, early),
+        return bounds | {
+            "first layers": (start, early),
             MIDDLE: (early, late),
             "last layers": (late, end),
         }
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """A traced step, with the events and the tensors of all layers."""
+
+    policy: Policy
+    reference: Policy | None
+    source: list[int]
+    """Traced layer of each layer."""
+    timeline: Timeline
+    flop: float
+    tokens: int
+
+    def parameters(self) -> list[Tensor]:
+        """Return the policy's parameters."""
+        return self._tensors(self.policy, nn.Module.parameters)
+
+    def trained(self) -> list[Tensor]:
+        """Return the policy's trained parameters."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def buffer_bytes(self) -> int:
+        """Return the bytes of the policy's buffers."""
+        return _bytes(self._tensors(self.policy, nn.Module.buffers))
+
+    def reference_bytes(self) -> int:
+        """Return the bytes of the frozen copy's parameters."""
+        if self.reference is None:
+            return 0
+        return _bytes(self._tensors(self.reference, nn.Module.parameters))
+
+    def _tensors(
+        self, policy: Policy, tensors_of: Callable[[nn.Module], Iterable[Tensor]]
+    ) -> list[Tensor]:
+        layers = text_layers(policy.causal_lm)
+        return repeated(policy.model, layers, self.source, tensors_of)
+
+
+def _traced_settings(config: RunConfig) -> str:
+    """Return the settings that a trace depends on: all but the optimizer's."""
+    given = {field.name: getattr(config, field.name) for field in fields(config)}
+    for name in ("optimizer", "offload_optimizer"):
+        del given[name]
+    return repr(given)
+
+
+def _is_everywhere(lora: LoraOptions) -> bool:
+    """Return whether adapters are surely in all layers alike, or in none."""
+    targets = lora.target_modules
+    if isinstance(targets, str):
+        return targets == "all-linear"
+    return not any(re.search(r"\d", target) for target in targets)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -417,37 +549,86 @@ def _run(
     batch: Batch,
     head: PlannedHead,
     run: ResolvedRun,
-    live: LiveBytes,
+    cuts: Cuts,
 ) -> None:
-    """Run forward and backward of a batch, as the trainer does, with marks between the phases."""
+    """Run forward and backward of a batch, as the trainer does, cut into pieces."""
     casts = {"dtype": run.autocast, "enabled": run.autocast is not None}
-    live.mark()
+    cuts.begin("reference")
     if run.reference != "cached":
-        with memory_category("reference"), torch.no_grad(), torch.autocast("cpu", **casts):
-            if reference is not None:
-                reference.score(batch, head.logps)
-            else:
-                with policy.reference_mode():
-                    policy.score(batch, head.logps)
-    live.mark()
-    hooks = [
-        layer.register_forward_hook(lambda _, __, out: _when_backward_reaches(out, live.mark))
-        for layer in decoder_layers(policy.causal_lm)
-    ]
-    with memory_category("forward"), torch.autocast("cpu", **casts):
+        referring = policy if reference is None else reference
+        without = policy.reference_mode() if reference is None else nullcontext()
+        with (
+            memory_category("reference"),
+            torch.no_grad(),
+            torch.autocast("cpu", **casts),
+            without,
+            _cut_between_layers(referring, cuts),
+        ):
+            referring.score(batch, head.logps)
+    cuts.cut(None)
+    cuts.begin("forward")
+    with (
+        memory_category("forward"),
+        torch.autocast("cpu", **casts),
+        _cut_between_layers(policy, cuts),
+    ):
         loss = policy.score(batch, head.loss)
-    for hook in hooks:  # a layer that checkpointing runs again leaves no second mark
-        hook.remove()
-    live.mark()
+    cuts.cut(None)
+    cuts.begin("backward")
     with memory_category("backward"):
         loss.backward()
-    live.mark()
+    cuts.cut(0)
 
 
-def _when_backward_reaches(out: Tensor | tuple[Tensor, ...], do: Callable[[], None]) -> None:
-    first = out if isinstance(out, Tensor) else out[0]
-    if first.requires_grad:
-        first.register_hook(lambda grad: do())
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep Python's collector of cycles away: storages die by reference counts, at fixed events."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+@contextmanager
+def _cut_between_layers(policy: Policy, cuts: Cuts) -> Iterator[None]:
+    """Cut a policy's forward in the block between the layers, and the backward to follow, too.
+
+    A layer that checkpointing runs again, after the block, makes no cut.
+    """
+    layers = text_layers(policy.causal_lm)
+    hooks = []
+    for number, layer in enumerate(layers):
+        last = number + 1 == len(layers)
+        if number:  # when a layer begins, the state before the last layer is gone
+            hooks.append(layer.register_forward_pre_hook(_cut_before(cuts, number)))
+        hooks.append(layer.register_forward_hook(_cut_after(cuts, number, last=last)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _cut_before(cuts: Cuts, number: int) -> Callable[..., None]:
+    """Return a hook to call when a layer begins."""
+    return lambda module, given: cuts.cut(number - 1)
+
+
+def _cut_after(cuts: Cuts, number: int, *, last: bool) -> Callable[..., None]:
+    """Return a hook to call when a layer ends."""
+
+    def hook(module: nn.Module, given: Any, out: Tensor | tuple[Tensor, ...]) -> None:
+        if last:
+            cuts.cut(number)
+        first = out if isinstance(out, Tensor) else out[0]
+        if first.requires_grad:
+            above = None if last else number + 1
+            first.register_hook(lambda grad: cuts.cut(above))
+
+    return hook
 
 
 def _gathered(policy: Policy, reference: Policy | None, compute: torch.dtype) -> int:

@@ -258,7 +258,7 @@ def _fit(
         tracer = StepTracer(_planned(settings, proposal), facts)
         batch = largest_batch(examples, tracer.config, packed=tracer.run.packed)
         accumulate = accumulates(tracer.config, 1, batch)
-        peak = tracer.estimate(batch, accumulate=accumulate).peak
+        peak = tracer.step(batch, accumulate=accumulate).peak
         if peak <= room or size == 1:
             break
         size = max(size // 2, 1)
