@@ -248,9 +248,11 @@ def test_accelerate_takes_its_own_wrapper_off_and_leaves_ours():
     model = patch_model(llama())
     batch = make_batch()
     truth = model(**batch, una="responses").logps
+    accelerate.state.AcceleratorState._reset_state(True)
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     prepared = accelerator.prepare_model(model)
     plain_again = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    accelerate.state.AcceleratorState._reset_state(True)  # the precision is of the process
     assert torch.equal(plain_again(**batch, una="responses").logps, truth)
 
 
