@@ -28,16 +28,15 @@ A target of -100 means everywhere: the row has no target; log-prob and statistic
 
 from __future__ import annotations
 
-import functools
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from una_fast.feedback import Feedback
+from una_fast.head.compiling import outside_compile
 from una_fast.head.engines import choose_engine
 from una_fast.head.passes import Head, LaterPass, OnePass
 from una_fast.head.row_stats import EntropyTerm, check_stats
@@ -45,32 +44,10 @@ from una_fast.head.segment_loss import Lengths
 from una_fast.head.torch_engine import IGNORE, LogitTransform, accumulator_dtype
 from una_fast.losses import Objective, UnaOutput, as_tensor, check_units, denominator
 
-Result = TypeVar("Result")
-
-
-def _outside_compile(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Let a compiled model call a function as it is: a loop over chunks is no graph.
-
-    The same as torch.compiler.disable, without importing the compiler (seconds) for callers that do
-    not compile.
-    """
-    disabled: list[Callable[..., Result]] = []
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Result:
-        if "torch._dynamo" not in sys.modules:
-            return function(*args, **kwargs)
-        if not disabled:
-            disabled.append(torch.compiler.disable(function))
-        return disabled[0](*args, **kwargs)
-
-    return call
-
-
 # --- public functions -----------------------------------------------------------------------------
 
 
-@_outside_compile
+@outside_compile
 def linear_una_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -178,7 +155,7 @@ def linear_una_loss(
     return UnaOutput(*_LinearUna.apply(*leaves, job))
 
 
-@_outside_compile
+@outside_compile
 def sequence_logps(
     hidden: Tensor,
     weight: Tensor,
@@ -215,7 +192,7 @@ def sequence_logps(
     return _later_pass(leaves, head, hidden, targets, lengths=lengths)[0]
 
 
-@_outside_compile
+@outside_compile
 def token_logps(
     hidden: Tensor,
     weight: Tensor,
@@ -262,7 +239,7 @@ def token_logps(
     return (logps, dict(zip(stats, values, strict=True))) if stats else logps
 
 
-@_outside_compile
+@outside_compile
 def gather_logps(
     logits: Tensor,
     targets: Tensor | Sequence[int],

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
 
-from una_fast.head.ops import _outside_compile
+from una_fast.head.compiling import outside_compile
 
 Scorer = Callable[[Tensor, Tensor, Tensor | None], Any]
 """(hidden rows [N, D], head weight [V, D], head bias [V] or None) -> result of the forward."""
@@ -64,7 +64,7 @@ def select_rows(hidden: Tensor, rows: Tensor) -> Tensor:
     return hidden.flatten(0, 1).index_select(0, rows)
 
 
-@_outside_compile
+@outside_compile
 def call_head(head: nn.Module, hidden: Tensor, scorer: Scorer) -> Any:
     """Call a head module with a scorer in place of its forward; its hooks run as ever.
 

@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedTokenizerBase
 
 from una_fast.data.batch import collate
@@ -32,6 +31,7 @@ from una_fast.head.ops import token_logps
 from una_fast.model.export import save_pretrained
 from una_fast.model.policy import Policy
 from una_fast.model.scoring import Scoring
+from una_fast.model.whole_weights import whole_weights
 from una_fast.online.ahead import Ahead, Drawn
 from una_fast.online.sampling import Completion, Sampling, ServerError
 from una_fast.online.served import AnswerReader, Weights, probe_request, sampling_request
@@ -157,7 +157,7 @@ class ServerSampler:
             return
         self.weights = None
         self.world.barrier()  # the other ranks have their samples too
-        tensors = _weights(self.policy, self.world)
+        tensors = whole_weights(self.policy, self.world)
         probe = self._probe(prompt)
         logps = self._logps(probe)
         error = None
@@ -269,23 +269,3 @@ class ServerSampler:
                 f"generation_server.tolerance={self.options.tolerance:g}: it serves other weights, "
                 "or another model"
             )
-
-
-def _weights(policy: Policy, world: World) -> dict[str, Tensor]:
-    """Return the weights to hand over, of an adapter its own; gathered on the main rank."""
-    if not world.sharded:
-        state_dict = policy.model.state_dict()
-        if not policy.is_adapter:
-            return state_dict
-        trained = {name for name, p in policy.model.named_parameters() if p.requires_grad}
-        return {name: tensor for name, tensor in state_dict.items() if name in trained}
-    options = StateDictOptions(
-        full_state_dict=True, cpu_offload=True, ignore_frozen_params=policy.is_adapter
-    )
-    state_dict = get_model_state_dict(policy.model, options=options)
-    # Tied weights are gathered singly; as a single tensor they are written once.
-    first_name: dict[int, str] = {}
-    for name, parameter in policy.model.named_parameters(remove_duplicate=False):
-        if name in state_dict:
-            state_dict[name] = state_dict[first_name.setdefault(id(parameter), name)]
-    return state_dict

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
@@ -25,6 +24,7 @@ from una_fast.files import ASIDE, sync_directory
 from una_fast.model.export import save_pretrained
 from una_fast.model.policy import Policy
 from una_fast.model.sharded_export import Part, gather_part, remove_other_weights, save_part
+from una_fast.model.whole_weights import whole_weights
 from una_fast.train.checkpoint import complete_checkpoints, read_manifest, remove, set_aside
 from una_fast.train.manifest import MARKER, DamagedError, Manifest, files_below, hash_files
 from una_fast.train.room import SaveError, is_of_disk, not_written, refuse_full_disk
@@ -118,7 +118,7 @@ class Saver:
         if self.world.on_main(lambda: self._is_there(directory)):
             return
         part = gather_part(policy, self.world) if self.world.sharded else None
-        weights = _weights(policy, self.world) if part is None else part.tensors
+        weights = whole_weights(policy, self.world) if part is None else part.tensors
         shard = take_shard(training_tensors(policy, optimizer, self.world, reference), self.world)
         text = json.dumps({**state, "optimizer": training_numbers(policy, optimizer)}, indent=1)
         # The file grows while a checkpoint is written in the background.
@@ -313,7 +313,7 @@ def save_final(
     SaveError if the files cannot be written.
     """
     part = gather_part(policy, world) if world.sharded else None
-    weights = _weights(policy, world) if part is None else part.tensors
+    weights = whole_weights(policy, world) if part is None else part.tensors
     aside = output_dir / f"model{ASIDE}"
     needed = _SLACK + _bytes(weights, part)
 
@@ -382,31 +382,6 @@ def _write_part(
 
 
 # ---- weights ----
-
-
-def _weights(policy: Policy, world: World) -> dict[str, Tensor]:
-    """Return the weights to save, live or gathered on the main rank: of an adapter, its own."""
-    if world.sharded:
-        return _whole_state_dict(policy)
-    state_dict = policy.model.state_dict()
-    if not policy.is_adapter:
-        return state_dict
-    trained = {name for name, p in policy.model.named_parameters() if p.requires_grad}
-    return {name: tensor for name, tensor in state_dict.items() if name in trained}
-
-
-def _whole_state_dict(policy: Policy) -> dict[str, Tensor]:
-    """Gather the weights of a sharded policy on the host of the main rank."""
-    options = StateDictOptions(
-        full_state_dict=True, cpu_offload=True, ignore_frozen_params=policy.is_adapter
-    )
-    state_dict = get_model_state_dict(policy.model, options=options)
-    # Tied weights are gathered one by one; as one tensor they are written once.
-    first_name: dict[int, str] = {}
-    for name, parameter in policy.model.named_parameters(remove_duplicate=False):
-        if name in state_dict:
-            state_dict[name] = state_dict[first_name.setdefault(id(parameter), name)]
-    return state_dict
 
 
 def _bytes(weights: dict[str, Tensor], part: Part | None) -> int:

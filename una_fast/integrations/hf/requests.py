@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -14,26 +14,25 @@ from una_fast.layout import Layout
 from una_fast.losses import Objective, una_loss
 
 
-class Request(Protocol):
-    """Results by name, from rows of hidden states."""
+class HeadRows(NamedTuple):
+    """The operands of the head in a call.
 
-    def __call__(
-        self,
-        layout: Layout,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        options: dict[str, Any],
-    ) -> dict[str, Tensor]:
-        """Return results by name.
+    layout: of the labels, on the device of the head
+    hidden: [N, D]
+    weight: [V, D]
+    bias: [V], or None
+    options: of head.ops: constants of the head, temperature, workspace, engine
+    """
 
-        layout: of the labels, on the device of the head
-        hidden: [N, D]
-        weight: [V, D]
-        bias: [V], or None
-        options: of head.ops: constants of the head, temperature, workspace, engine
-        """
-        ...
+    layout: Layout
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    options: dict[str, Any]
+
+
+Request = Callable[[HeadRows], dict[str, Tensor]]
+"""From the operands of the head to results by name."""
 
 
 @dataclass(frozen=True)
@@ -45,31 +44,25 @@ class Loss:
     objective: Objective | None
     num_units: int | Tensor | None
 
-    def __call__(
-        self,
-        layout: Layout,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        options: dict[str, Any],
-    ) -> dict[str, Tensor]:
+    def __call__(self, rows: HeadRows) -> dict[str, Tensor]:
         common = {"objective": self.objective, "num_units": self.num_units}
+        layout = rows.layout
         if len(layout.responses) == layout.shape[0]:
             out = ops.linear_una_loss(
-                hidden,
-                weight,
+                rows.hidden,
+                rows.weight,
                 layout.targets,
                 layout.cu_seqlens,
                 self.feedback,
                 ref_logps=self.ref_logps,
-                bias=bias,
+                bias=rows.bias,
                 **common,
-                **options,
+                **rows.options,
             )
             return out._asdict()
         # A response that was cut to nothing has a log-ratio of 0, and no row: the one pass does
         # not take it, and the loss of the sums does.
-        logps = Responses()(layout, hidden, weight, bias, options)["logps"]
+        logps = Responses()(rows)["logps"]
         lengths = layout.lengths()
         empty = (lengths == 0).to(logps.device)
         ref_logps = self.ref_logps.to(logps.device).masked_fill(empty, 0.0)
@@ -82,17 +75,11 @@ class Loss:
 class Responses:
     """Sums over the scored tokens of every batch row."""
 
-    def __call__(
-        self,
-        layout: Layout,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        options: dict[str, Any],
-    ) -> dict[str, Tensor]:
-        sums = ops.sequence_logps(
-            hidden, weight, layout.targets, layout.cu_seqlens, bias=bias, **options
-        )
+    def __call__(self, rows: HeadRows) -> dict[str, Tensor]:
+        layout = rows.layout
+        bounds = (layout.targets, layout.cu_seqlens)
+        operands = (rows.hidden, rows.weight)
+        sums = ops.sequence_logps(*operands, *bounds, bias=rows.bias, **rows.options)
         return {"logps": layout.spread(sums)}
 
 
@@ -102,37 +89,9 @@ class Tokens:
 
     stats: tuple[str, ...]
 
-    def __call__(
-        self,
-        layout: Layout,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        options: dict[str, Any],
-    ) -> dict[str, Tensor]:
-        found = token_results(layout, hidden, weight, bias, self.stats, options)
-        return {name: layout.scatter(values) for name, values in found.items()}
-
-
-def token_results(
-    layout: Layout,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stats: Sequence[str],
-    options: dict[str, Any],
-) -> dict[str, Tensor]:
-    """Return "logps" and the statistics of the scored tokens, name -> [N].
-
-    layout: of the labels
-    hidden: [N, D]
-    weight: [V, D]
-    bias: [V], or None
-    stats: names of row statistics
-    options: of head.ops
-    """
-    found = ops.token_logps(hidden, weight, layout.targets, bias, stats=tuple(stats), **options)
-    if not stats:
-        return {"logps": found}
-    logps, beside = found
-    return {"logps": logps, **beside}
+    def __call__(self, rows: HeadRows) -> dict[str, Tensor]:
+        operands = (rows.hidden, rows.weight, rows.layout.targets, rows.bias)
+        found = ops.token_logps(*operands, stats=self.stats, **rows.options)
+        logps, beside = found if self.stats else (found, {})
+        results = {"logps": logps, **beside}
+        return {name: rows.layout.scatter(values) for name, values in results.items()}

@@ -18,11 +18,11 @@ from transformers.utils import ModelOutput
 
 from una_fast.attention.packed import packed_attention
 from una_fast.feedback import Feedback
-from una_fast.head.ops import _outside_compile
+from una_fast.head.compiling import outside_compile
 from una_fast.head.row_stats import check_stats
 from una_fast.integrations.calls import count_call
 from una_fast.integrations.hf.form import Patch
-from una_fast.integrations.hf.requests import Loss, Request, Responses, Tokens
+from una_fast.integrations.hf.requests import HeadRows, Loss, Request, Responses, Tokens
 from una_fast.integrations.hf.router import router_loss
 from una_fast.layout import Layout
 from una_fast.logs import say_once
@@ -208,7 +208,7 @@ def _reference(ref_logps: Tensor | Sequence[float] | Uncast) -> Tensor:
     return ref_logps.double()
 
 
-@_outside_compile
+@outside_compile
 def layout_of(
     causal_lm: PreTrainedModel, inputs: dict[str, Any], labels: Tensor | None, patch: Patch
 ) -> Layout:
@@ -260,7 +260,7 @@ def run_scorer(
     causal_lm: the model whose forward is running
     layout: of the labels
     inputs: of the backbone, padded
-    request: called with (layout, hidden [N, D], weight, bias, options)
+    request: from the operands of the head to results
     options: of head.ops
     """
     device = causal_lm.get_input_embeddings().weight.device
@@ -277,7 +277,7 @@ def run_scorer(
             output = backbone_output(causal_lm, **inputs, una_segments=layout.segments)
 
     def scorer(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
-        return request(layout.to(hidden.device), hidden, weight, bias, options)
+        return request(HeadRows(layout.to(hidden.device), hidden, weight, bias, options))
 
     aux_loss = router_loss(causal_lm, output, inputs)
     chosen = select_rows(output[0], layout.rows)

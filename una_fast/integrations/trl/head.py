@@ -13,11 +13,10 @@ from trl.trainer import utils as trl_utils
 
 from una_fast.integrations.calls import fall_back
 from una_fast.integrations.hf.form import Patch, make_patch
-from una_fast.integrations.hf.requests import token_results
+from una_fast.integrations.hf.requests import HeadRows, Tokens
 from una_fast.integrations.hf.router import router_coefficient
 from una_fast.integrations.hf.scored import layout_of, run_scorer
 from una_fast.integrations.versions import check_version
-from una_fast.layout import Layout
 from una_fast.model.head_forward import with_signature_of
 from una_fast.model.head_probe import plain_head
 
@@ -176,26 +175,17 @@ def _fused_output(model: PreTrainedModel, labels: Tensor, kwargs: dict[str, Any]
     )
 
 
+@dataclass(frozen=True)
 class _TokenFields:
     """Per-token members of TRL's output, [B, T - 1]."""
 
-    def __init__(self, stats: tuple[str, ...], cast_to_float32: bool) -> None:
-        self.stats = stats
-        self.cast_to_float32 = cast_to_float32
+    stats: tuple[str, ...]
+    cast_to_float32: bool
 
-    def __call__(
-        self,
-        layout: Layout,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        options: dict[str, Any],
-    ) -> dict[str, Tensor]:
-        if self.cast_to_float32:
-            # Operands of 16 bits are exact in float32, and are accumulated there: no copy of the
-            # weight is needed. Autocast would round a float32 weight.
-            hidden = hidden.to(weight.dtype)
-        enabled = torch.is_autocast_enabled(hidden.device.type) and not self.cast_to_float32
-        with torch.autocast(hidden.device.type, enabled=enabled):
-            found = token_results(layout, hidden, weight, bias, self.stats, options)
-        return {name: layout.scatter(values) for name, values in found.items()}
+    def __call__(self, rows: HeadRows) -> dict[str, Tensor]:
+        if not self.cast_to_float32:
+            return Tokens(self.stats)(rows)
+        # Operands of 16 bits are exact in float32, and are accumulated there: no copy of the
+        # weight is needed. Autocast would round a float32 weight.
+        with torch.autocast(rows.hidden.device.type, enabled=False):
+            return Tokens(self.stats)(rows._replace(hidden=rows.hidden.to(rows.weight.dtype)))
