@@ -20,6 +20,7 @@ from una_fast.data.loader import num_steps
 from una_fast.data.settings import RecordOptions
 from una_fast.losses import Objective
 from una_fast.model.settings import LoraOptions, MemoryOptions
+from una_fast.parallel import ParallelOptions
 
 PACKAGE = Path(una_fast.__file__).parent
 NEEDED = {"model": "some/model", "data": ["x.jsonl"], "output_dir": "out"}
@@ -103,7 +104,7 @@ def test_every_field_is_in_one_group_of_the_help():
     assert planned == [f.name for f in fields(RunPlanConfig)]
 
 
-@pytest.mark.parametrize("kind", [*setting_groups(RunPlanConfig), LoraOptions])
+@pytest.mark.parametrize("kind", [*setting_groups(RunPlanConfig), LoraOptions, ParallelOptions])
 def test_every_field_has_one_line_of_documentation(kind):
     (tree,) = ast.parse(inspect.getsource(kind)).body
     documented = {}
@@ -129,7 +130,7 @@ def test_the_trajectory_names_settings():
         eval_fraction eval_every save_every save_async save_dtype max_skipped_steps
         keep_checkpoints resume log_every loggers
         progress write_report max_kl on_max_kl saved_completions off_policy_ok
-        generation_server
+        generation_server parallel
     """
     assert names - set(TRAJECTORY) - set(ONLINE_TRAJECTORY) - RECORD_FIELDS == set(free.split())
 

@@ -27,8 +27,10 @@ FILES = [*PACKAGE, *sorted((ROOT / "kernels").glob("*.py"))]
 # Who may import whom: a room imports from the lines below its own, and from itself where it is a
 # folder. Rooms of one line do not know each other.
 LAYERS = """
-feedback offsets counters distributed printable files lazy signals score_maps extras
+feedback offsets counters printable files lazy signals score_maps extras
 checks logs settings_file
+parallel
+distributed
 attention losses kernels flags
 data head layout presets
 model

@@ -19,6 +19,7 @@ from una_fast.data.settings import RecordOptions
 from una_fast.files import write_text
 from una_fast.generation_server import ServerOptions
 from una_fast.model.settings import LoraOptions, MemoryOptions
+from una_fast.parallel import ParallelOptions
 from una_fast.printable import printable, shown, was_redacted, without_secrets
 from una_fast.rewards.scale import RewardScale
 from una_fast.rewards.settings import parse_rewards
@@ -257,6 +258,8 @@ class MemoryAndSpeed:
     """Engine of the fused head."""
     device: Device = "auto"
     """Device to train on."""
+    parallel: ParallelOptions | None = None
+    """How several ranks share the work, as {replicate: 2, context: 4}; null: all of them shard."""
 
     def memory_options(self, *, trained: bool = True) -> MemoryOptions:
         """Return the switches of a trained model, or of a model for scoring alone."""
@@ -532,6 +535,8 @@ class RunConfig(
             self.lora = LoraOptions(**self.lora)
         if isinstance(self.generation_server, dict):
             self.generation_server = ServerOptions(**self.generation_server)
+        if isinstance(self.parallel, dict):
+            self.parallel = ParallelOptions(**self.parallel)
         self.adam_betas = tuple(self.adam_betas)
 
     def _check_sources(self) -> None:

@@ -12,7 +12,7 @@ import datetime
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +22,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from una_fast.parallel import Mesh, ParallelOptions
 
 # A rank may hash or write hundreds of gigabytes, or ask a judge, while the others wait for it. A
 # rank that has died is noticed by its launcher.
@@ -36,12 +38,53 @@ _LOST = re.compile(
 
 
 @dataclass(frozen=True)
+class Group:
+    """This process among some of the ranks: those that split the tokens of a batch, or a head.
+
+    rank: place of this process in the group
+    size: ranks of the group
+    handle: of torch's collectives; None: this process is alone
+    """
+
+    rank: int = 0
+    size: int = 1
+    handle: dist.ProcessGroup | None = None
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the sum of a tensor over the group; overwrites the tensor."""
+        if self.size > 1:
+            dist.all_reduce(values, group=self.handle)
+        return values
+
+
+ALONE = Group()
+
+
+@dataclass(frozen=True)
 class World:
-    """This process among the ranks of the run."""
+    """This process among the ranks of the run.
+
+    rank, size: of all ranks
+    device: of this process
+    mesh: how the ranks share the work; None: all of them shard
+    context: the ranks that split the tokens of a batch with this one
+    """
 
     rank: int
     size: int
     device: torch.device
+    mesh: Mesh | None = None
+    context: Group = ALONE
+
+    @property
+    def data_rank(self) -> int:
+        """Return the number of this rank's context group: of the micro-batches that are its own."""
+        return self.rank // self.context.size
+
+    @property
+    def data_size(self) -> int:
+        """Return the number of context groups, each with micro-batches of its own."""
+        return self.size // self.context.size
 
     @property
     def is_main(self) -> bool:
@@ -57,6 +100,15 @@ class World:
             values = values.to(self.device)
             dist.all_reduce(values)
         return values
+
+    def sum_of_data(self, values: Tensor) -> Tensor:
+        """Return the sum of a tensor over the context groups; may overwrite the tensor.
+
+        values: the same on all ranks of a context group
+        """
+        if self.context.rank:
+            values = torch.zeros_like(values)
+        return self.sum(values)
 
     def gather(self, value: Any) -> list[Any]:
         """Return the values of all ranks, in order of ranks. value: any object that pickles."""
@@ -121,6 +173,25 @@ def start_world(device: str = "auto") -> World:
     rank = dist.get_rank() if size > 1 else 0
     place = torch.device(kind, index) if kind == "cuda" else torch.device(kind)
     return World(rank, size, place)
+
+
+def lay_out(world: World, options: ParallelOptions | None) -> World:
+    """Return the ranks with the mesh of a run; all ranks must call.
+
+    world: as started
+    options: settings of the run; None: all ranks shard
+
+    ValueError, with the arithmetic, where the settings do not go with the number of ranks.
+    """
+    mesh = (options or ParallelOptions()).mesh(world.size)
+    context = ALONE
+    if mesh.context > 1:
+        devices = init_device_mesh(
+            world.device.type, (mesh.data, mesh.context), mesh_dim_names=("data", "context")
+        )
+        handle = devices.get_group("context")
+        context = Group(world.rank % mesh.context, mesh.context, handle)
+    return replace(world, mesh=mesh, context=context)
 
 
 def is_loss_of_a_rank(error: Exception) -> bool:

@@ -222,7 +222,7 @@ class Anchors:
                 anchored.tokens,
             ]
             sums += torch.tensor(own, dtype=torch.float64)
-        samples, kl, residual, alone, gap, tokens = self.world.sum(sums).tolist()
+        samples, kl, residual, alone, gap, tokens = self.world.sum_of_data(sums).tolist()
         self._check_gap(gap / tokens)
         meter.add_kl(kl, samples, alone)
         return StepMeans(kl=kl / samples, residual=residual / samples)

@@ -339,8 +339,8 @@ def _make_loaders(config: RunConfig, world: World, data: RunData, *, packed: boo
             max_tokens_per_batch=config.max_tokens_per_batch,
             packed=packed,
             seed=config.seed,
-            rank=world.rank,
-            world_size=world.size,
+            rank=world.data_rank,
+            world_size=world.data_size,
         )
 
     prompts_per_step = config.online_batch_size()

@@ -22,7 +22,7 @@ from una_fast.config import RunConfig
 from una_fast.data.batch import Batch, collate
 from una_fast.data.loader import Step
 from una_fast.data.template_date import fix_template_date
-from una_fast.distributed import World, local_scalar, start_world
+from una_fast.distributed import World, lay_out, local_scalar, start_world
 from una_fast.files import write_json
 from una_fast.losses import UnaOutput, una_loss
 from una_fast.model.loading import load_tokenizer
@@ -78,7 +78,7 @@ def train(config: RunConfig) -> TrainResult:
     Stopped (a KeyboardInterrupt) is the end by a signal.
     """
     with requests.listening():
-        world = start_world(config.device)
+        world = lay_out(start_world(config.device), config.parallel)
         output_dir = Path(config.output_dir).absolute()  # a reward may change the directory
         try:
             with locked(output_dir) if world.is_main else contextlib.nullcontext():

@@ -149,7 +149,7 @@ class Meter:
 
         The first rank goes on with the pooled sums, the others from zero.
         """
-        pooled = world.sum(self.sums)
+        pooled = world.sum_of_data(self.sums)
         self.sums = pooled if world.is_main else torch.zeros_like(pooled)
         return pooled.tolist()
 
@@ -160,7 +160,7 @@ class Meter:
 
     def take(self, world: World) -> dict[str, float]:
         """Return the metrics over all ranks since the last call; no metric without its data."""
-        pooled = world.sum(self.sums).cpu()
+        pooled = world.sum_of_data(self.sums).cpu()
         named, _, gaps = pooled.split([len(NAMES), BINS, BINS])
         self.sums = torch.zeros_like(self.sums)
         sums = dict(zip(NAMES, named.tolist(), strict=True))

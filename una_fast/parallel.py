@@ -1,0 +1,95 @@
+"""How the ranks of a run share the work: settings, and the mesh that follows from them.
+
+    rank = (copy * shard + part) * context + place       copy < replicate, part < shard,
+                                                         place < context
+
+    context     neighbours, who split the tokens of every micro-batch among themselves
+    data        replicate x shard context groups, each with micro-batches of its own
+    shards      shard x context ranks, who hold one copy of the weights among themselves
+    replicate   copies of the weights, whose gradients are summed
+
+Importing the file needs no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from una_fast.checks import check_types
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Ranks by what they share: replicate x shard x context of them."""
+
+    replicate: int = 1
+    shard: int = 1
+    context: int = 1
+
+    @property
+    def ranks(self) -> int:
+        """Return the number of ranks."""
+        return self.replicate * self.shard * self.context
+
+    @property
+    def data(self) -> int:
+        """Return the number of ranks, or groups of ranks, with micro-batches of their own."""
+        return self.replicate * self.shard
+
+    @property
+    def shards(self) -> int:
+        """Return the number of ranks that hold one copy of the weights among themselves."""
+        return self.shard * self.context
+
+    def __str__(self) -> str:
+        sizes = {"replicate": self.replicate, "shard": self.shard, "context": self.context}
+        named = [f"{name} {size}" for name, size in sizes.items() if size > 1]
+        return " x ".join(named) or "1 rank"
+
+
+@dataclass(frozen=True)
+class ParallelOptions:
+    """How the ranks of torchrun share the work; their product is the number of ranks."""
+
+    shard: int | None = None
+    """Ranks or context groups with batches of their own, per copy; null: all that are left."""
+    replicate: int = 1
+    """Copies of the weights, each over its own ranks; gradients are summed once a step."""
+    context: int = 1
+    """Ranks that split the tokens of every batch among themselves, and the weights too."""
+    split_vocabulary: bool = False
+    """Every rank keeps its rows of the head and sees all tokens, instead of gathering the head."""
+    reduce: Literal["auto", "each", "last"] = "auto"
+    """Gradients cross ranks after each micro-batch or the last; auto: the last of an adapter."""
+    offload_parameters: bool = False
+    """Keep the shards of the weights, gradients and moments in host memory."""
+    prefetch: int = 0
+    """Layers gathered ahead of the one that is computed, beyond torch's own choice."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("shard", "replicate", "context"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ValueError(f"parallel.{name}={size} must be at least 1 rank")
+        if self.prefetch < 0:
+            raise ValueError(f"parallel.prefetch={self.prefetch} must not be negative")
+
+    def mesh(self, ranks: int) -> Mesh:
+        """Return the mesh of some ranks; ValueError, with the arithmetic, if there is none."""
+        others = self.replicate * self.context
+        product = f"replicate {self.replicate} x context {self.context}"
+        if self.shard is None:
+            if ranks % others:
+                raise ValueError(
+                    f"parallel: {product} = {others} does not divide the {ranks} ranks of the "
+                    "run; change parallel, or start another number of processes"
+                )
+            return Mesh(self.replicate, ranks // others, self.context)
+        if self.shard * others != ranks:
+            raise ValueError(
+                f"parallel: shard {self.shard} x {product} = {self.shard * others} ranks, and the "
+                f"run has {ranks}; change parallel, or start {self.shard * others} processes"
+            )
+        return Mesh(self.replicate, self.shard, self.context)
