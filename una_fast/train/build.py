@@ -39,6 +39,7 @@ from una_fast.online.collect import RolloutCollector
 from una_fast.online.samplers import make_sampler
 from una_fast.online.steps import Online
 from una_fast.optim import make_optimizer
+from una_fast.parallel import ParallelOptions
 from una_fast.resolved import (
     ResolvedRun,
     find_facts,
@@ -266,7 +267,7 @@ def _load_models(
     check_data(records, prompts, policy, tokenizer, config.max_new_tokens)
     scoring = scoring_of(config, run)
     if world.sharded:  # a whole model is moved to the device when all models are there
-        place(policy, world, run)
+        place(policy, world, run, config.parallel)
     reference: Reference
     if run.reference == "cached":
         reference = CachedReference(records)
@@ -280,7 +281,7 @@ def _load_models(
     else:
         frozen = load_frozen(config, run)
         if world.sharded:
-            place(frozen, world, run)
+            place(frozen, world, run, config.parallel)
         reference = FrozenReference(frozen, scoring)
     if not world.sharded:
         place(policy, world, run)
@@ -289,19 +290,23 @@ def _load_models(
     return _Models(policy, reference, scoring)
 
 
-def place(policy: Policy, world: World, run: ResolvedRun) -> None:
+def place(
+    policy: Policy, world: World, run: ResolvedRun, parallel: ParallelOptions | None = None
+) -> None:
     """Move a policy to the device; of several ranks, each takes its shards, from the files.
 
     policy: as loaded for a run; changed in place
     world: the ranks; all of them must call
     run: decisions of the run
+    parallel: settings of the run
     """
     if not world.sharded:
         policy.model.to(world.device)
         return
-    shard(policy.causal_lm, decoder_layers(policy.causal_lm), world, run.compute)
+    causal_lm = policy.causal_lm
+    shard(causal_lm, decoder_layers(causal_lm), world, run.compute, parallel)
     if policy.unread is not None:
-        read_shards(policy.causal_lm, policy.unread, world)
+        read_shards(causal_lm, policy.unread, world, parallel)
         policy.unread = None
 
 
