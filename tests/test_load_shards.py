@@ -291,7 +291,10 @@ class HeldBytes(LiveBytes):
 
 @contextmanager
 def resident_peak() -> Iterator[list[int]]:
-    """Sample the memory of this process that no file backs; yields [bytes above the start]."""
+    """Sample the memory of this process that no file backs; yields [bytes above the start].
+
+    A busy machine may give the sampling thread no turn: what is held at the end is always seen.
+    """
 
     def now() -> int:
         status = Path("/proc/self/status").read_text()
@@ -310,6 +313,7 @@ def resident_peak() -> Iterator[list[int]]:
     thread.start()
     try:
         yield peak
+        peak[0] = max(peak[0], now() - start)
     finally:
         done.set()
         thread.join()
@@ -350,8 +354,9 @@ def test_no_rank_holds_the_whole_model(large, lora, monkeypatch):
         assert resident[0] <= bound
         del policy
     with resident_peak() as resident:
-        load_policy(large, **options)
+        policy = load_policy(large, **options)
     assert resident[0] > 1.5 * bound, "a whole model is seen"
+    del policy
 
 
 def test_no_rank_gathers_the_whole_model(large, monkeypatch):
