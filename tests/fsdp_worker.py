@@ -5,6 +5,7 @@
 cases.json maps names to cases, in order:
 
     {"config": settings, "die_at": 4, "fixed": true}    a run; all but config may be left out
+    {"precompute": settings}                            reference log-probs of the records
     {"argv": ["train", ...]}                            the command line; must come last
 
 die_at: the process dies in this step, before the update. fixed: samples depend on the prompts
@@ -43,6 +44,7 @@ from una_fast.model.policy import Policy
 from una_fast.model.sharded_export import FILE_BYTES
 from una_fast.online.sampling import Completion, Sampling
 from una_fast.train.loop import Trainer, train
+from una_fast.train.precompute import precompute_reference
 
 memory_module.SMALL = 1  # the hidden states of tests are worth moving
 
@@ -167,6 +169,9 @@ def main() -> None:
     for name, case in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")).items():
         if world.is_main:
             print(f"--- {name}", flush=True)
+        if "precompute" in case:
+            precompute_reference(RunConfig(**case["precompute"]))
+            continue
         if "argv" in case:
             assert cli.main(case["argv"]) == 0
             return  # the command line has left the world
