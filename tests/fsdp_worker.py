@@ -5,19 +5,24 @@
 cases.json maps names to cases, in order:
 
     {"config": settings, "die_at": 4, "fixed": true}    a run; all but config may be left out
+    {"precompute": settings}                            reference log-probs of the records
     {"argv": ["train", ...]}                            the command line; must come last
 
 die_at: the process dies in this step, before the update. fixed: samples depend on the prompts
-alone, and are the same on any number of ranks. file_bytes: size of a weight file.
+alone, and are the same on any number of ranks. file_bytes: size of a weight file. begun: a
+checkpoint of another case, to go on from.
 
 A run writes output_dir/seen.pt: the full gradient of every trained parameter before every optimizer
-step, the dtypes of the trained weights, and the number of models whose ranks read their own rows.
+step, the dtypes of the trained weights, the number of models whose ranks read their own rows, and a
+hash of the trained weights that every rank holds at the end.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +30,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -33,11 +39,12 @@ import una_fast.model.sharded_export as export_module
 import una_fast.train.build as build_module
 from una_fast import cli
 from una_fast.config import RunConfig
-from una_fast.distributed import start_world, stop_world
+from una_fast.distributed import reshard, start_world, stop_world
 from una_fast.model.policy import Policy
 from una_fast.model.sharded_export import FILE_BYTES
 from una_fast.online.sampling import Completion, Sampling
 from una_fast.train.loop import Trainer, train
+from una_fast.train.precompute import precompute_reference
 
 memory_module.SMALL = 1  # the hidden states of tests are worth moving
 
@@ -81,13 +88,14 @@ def run_case(
     """Train, dying in step number `die_at` of this process, before the update; return the record.
 
     {"gradients": [{name: gradient} per step], "dtypes": dtypes of the trained weights,
-    "in_shards": models that were read in shards}
+    "in_shards": models that were read in shards, "held": [hash of the trained weights of a rank]}
     """
     make_sampler = build_module.make_sampler
     make_optimizer = build_module.make_optimizer
     take_step = Trainer.take_step
     read_shards = build_module.read_shards
     seen: dict[str, Any] = {"gradients": [], "dtypes": set(), "in_shards": 0}
+    trained_policy: list[Policy] = []
     inside = False  # saving and loading the state of an optimizer steps without gradients
 
     def fixed_sampler(*given: Any) -> FixedSampler:
@@ -99,6 +107,7 @@ def run_case(
 
     def watched(policy: Policy, config: RunConfig) -> torch.optim.Optimizer:
         optimizer = make_optimizer(policy, config)
+        trained_policy.append(policy)
 
         def before_step(*_: Any) -> None:
             if not inside:
@@ -135,7 +144,22 @@ def run_case(
             train(RunConfig(**settings))
         except Died:
             assert die_at is not None
+    seen["held"] = hashes_of_ranks(trained_policy[0])
     return seen
+
+
+def hashes_of_ranks(policy: Policy) -> list[str]:
+    """Return a hash of the trained weights that a rank holds, of every rank."""
+    reshard(policy.causal_lm)
+    digest = hashlib.sha256()
+    for parameter in policy.trainable_parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        digest.update(local.detach().float().numpy().tobytes())
+    if not dist.is_initialized():
+        return [digest.hexdigest()]
+    found = [""] * dist.get_world_size()
+    dist.all_gather_object(found, digest.hexdigest())
+    return found
 
 
 def main() -> None:
@@ -145,10 +169,17 @@ def main() -> None:
     for name, case in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")).items():
         if world.is_main:
             print(f"--- {name}", flush=True)
+        if "precompute" in case:
+            precompute_reference(RunConfig(**case["precompute"]))
+            continue
         if "argv" in case:
             assert cli.main(case["argv"]) == 0
             return  # the command line has left the world
         settings = case.pop("config")
+        begun = case.pop("begun", None)
+        if begun is not None and world.is_main:
+            shutil.copytree(begun, Path(settings["output_dir"], Path(begun).name))
+        world.barrier()
         seen = run_case(settings, **case)
         if world.is_main:
             seen["dtypes"] = sorted(seen["dtypes"])

@@ -472,7 +472,7 @@ def test_shards_of_several_ranks_fill_one(tmp_path):
     write_shard(tmp_path / "0", take_shard(values | {"rank-0.rng": torch.ones(3)}, ALONE))
     read = {"a": torch.zeros(5, 2), "step": torch.zeros(()), "rank-0.rng": torch.zeros(3)}
     with ShardReader([tmp_path / "0"]) as reader:
-        reader.fill(read, ALONE)
+        reader.fill(read)
         assert torch.equal(read["a"], values["a"]) and read["step"] == 7
         assert reader.has("rank-0.rng") and not reader.has("rank-1.rng")
         for name, tensor in (
@@ -481,7 +481,7 @@ def test_shards_of_several_ranks_fill_one(tmp_path):
             ("a", torch.zeros(10)),
         ):
             with naming(name=name), pytest.raises(ValueError, match=f"{name} was not saved"):
-                reader.fill({name: tensor}, ALONE)
+                reader.fill({name: tensor})
 
 
 def test_a_parameter_without_gradients_resumes(whole, tmp_path):

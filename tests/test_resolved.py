@@ -172,6 +172,8 @@ def test_lines_and_plain_values(decide):
         "rows       packed  [default: the packing probe passed]",
         "workspace  256 MiB  [default: on cpu]",
         "engine     torch  [given: engine=torch]",
+        "gradients  cross ranks after the last micro-batch of a step  "
+        "[default: an adapter is trained]",
     ]
     plain = run.plain()
     assert json.loads(json.dumps(plain)) == plain

@@ -168,12 +168,14 @@ DIE_AT = 5
 HAS_TORCHAO = importlib.util.find_spec("torchao") is not None
 LORA = {"lora": {"r": 4, "alpha": 8}}
 SWITCHES = {"mlp_tile": 7, "gradient_checkpointing": True, "offload_activations": True}
+PARALLEL = {"reduce": "last", "offload_parameters": True, "prefetch": 2}
 # one or two of the records; some are longer
 TOKENS = {"micro_batch_size": None, "max_tokens_per_batch": 60}
 
 # Cases with the gradients of one process: plain; a tied embedding, padded rows, recomputed layers;
-# tiled MLPs with gradients of weights, and of adapters alone; micro-batches counted in tokens.
-SAME = ("untied", "tied", "switches", "lora switches", "tokens")
+# tiled MLPs with gradients of weights, and of adapters alone; micro-batches counted in tokens;
+# gradients that cross ranks once a step, shards on the host, layers gathered ahead.
+SAME = ("untied", "tied", "switches", "lora switches", "tokens", "parallel")
 CLIPPED = ("adam", "adam lora offloaded")
 RESUMED = (*CLIPPED, "adam bf16", "adam 8 bits")
 TRAINED = {"tied": 20, "lora switches": 28}  # tensors with a gradient; 21 in other cases
@@ -204,6 +206,7 @@ def cases(llamas, root):
         "switches": untied | SGD | SWITCHES,
         "lora switches": untied | SGD | LORA | SWITCHES,
         "tokens": untied | SGD | TOKENS,
+        "parallel": untied | SGD | {"parallel": PARALLEL, "micro_batch_size": 1},
         "adam": tied | ADAM,
         "adam lora offloaded": untied | ADAM | LORA | {"offload_optimizer": True},
         "adam bf16": tied | ADAM | bf16,
@@ -264,7 +267,8 @@ def one_process(cases, root):
             threads = torch.get_num_threads()
             torch.set_num_threads(1)
             out = root / "one" / name
-            made[name] = out, run_case(cases[name] | {"output_dir": str(out)})
+            settings = cases[name] | {"output_dir": str(out), "parallel": None}
+            made[name] = out, run_case(settings)
             torch.set_num_threads(threads)
         return made[name]
 

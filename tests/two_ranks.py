@@ -17,21 +17,22 @@ WORKER = Path(__file__).with_name("fsdp_worker.py")
 TIMEOUT = 600  # seconds; a missing collective hangs for ever
 
 
-def run_two_ranks(cases: dict[str, dict[str, Any]], root: Path) -> str:
-    """Run cases of fsdp_worker.py under one torchrun; return the output of both ranks."""
+def run_two_ranks(cases: dict[str, dict[str, Any]], root: Path, ranks: int = 2) -> str:
+    """Run cases of fsdp_worker.py under one torchrun; return the output of all ranks."""
     (root / "cases.json").write_text(json.dumps(cases))
-    return torchrun(WORKER, root / "cases.json", root / "log")
+    return torchrun(WORKER, root / "cases.json", root / "log", ranks)
 
 
-def torchrun(worker: Path, argument: Path, log: Path) -> str:
-    """Run a worker on two ranks; return the output of both.
+def torchrun(worker: Path, argument: Path, log: Path, ranks: int = 2) -> str:
+    """Run a worker on some ranks; return the output of all.
 
     worker: Python file
     argument: of the worker
     log: file of the output
+    ranks: processes
     """
     launcher = Path(sys.executable).with_name("torchrun")
-    command = [launcher, "--standalone", "--nproc-per-node", "2", worker, argument]
+    command = [launcher, "--standalone", "--nproc-per-node", str(ranks), worker, argument]
     with log.open("w") as output:
         process = subprocess.Popen(
             list(map(str, command)),

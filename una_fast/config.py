@@ -647,6 +647,12 @@ class RunConfig(
                 "offload_optimizer=true keeps the state of adamw on the host, not that of "
                 f"{self.optimizer}; set optimizer=adamw"
             )
+        on_host = self.parallel is not None and self.parallel.offload_parameters
+        if self.offload_optimizer and on_host:
+            raise ValueError(
+                "parallel.offload_parameters keeps the optimizer's state on the host too; set "
+                "offload_optimizer=false"
+            )
 
     def online_batch_size(self) -> int:
         """Return the number of prompts to sample from in a step, over all ranks."""

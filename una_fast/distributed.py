@@ -4,6 +4,10 @@ A single contract makes a sharded run equal to a single process: gradients are *
 (FSDP2 would average), because the loss is divided by the number of units of the global batch
 already. The head stays in the root's group: gathered once per forward, kept until the gradient of
 the head is built in that same forward, and reduced once.
+
+parallel.py lays the ranks out. Every copy of the weights is sharded over its ranks (shard x
+context); gradients are summed within a copy (reduce-scatter), then over the copies (all-reduce, of
+the shards).
 """
 
 from __future__ import annotations
@@ -11,15 +15,21 @@ from __future__ import annotations
 import datetime
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -85,6 +95,21 @@ class World:
     def data_size(self) -> int:
         """Return the number of context groups, each with micro-batches of its own."""
         return self.size // self.context.size
+
+    @property
+    def shards(self) -> int:
+        """Return the number of ranks that hold one copy of the weights among themselves."""
+        return self.size if self.mesh is None else self.mesh.shards
+
+    @property
+    def shard_rank(self) -> int:
+        """Return the place of this rank among those of its copy of the weights."""
+        return self.rank % self.shards
+
+    @property
+    def has_first_copy(self) -> bool:
+        """Return whether this rank holds a shard of the first copy of the weights."""
+        return self.rank < self.shards
 
     @property
     def is_main(self) -> bool:
@@ -168,7 +193,8 @@ def start_world(device: str = "auto") -> World:
     if kind == "cuda":
         torch.cuda.set_device(index)
     if size > 1 and not dist.is_initialized():
-        backend = "nccl" if kind == "cuda" else "gloo"
+        # gloo sums what parallel.offload_parameters keeps on the host.
+        backend = "cuda:nccl,cpu:gloo" if kind == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=PATIENCE)
     rank = dist.get_rank() if size > 1 else 0
     place = torch.device(kind, index) if kind == "cuda" else torch.device(kind)
@@ -207,25 +233,74 @@ def stop_world() -> None:
 
 
 def shard(
-    causal_lm: nn.Module, layers: Iterable[nn.Module], world: World, compute_dtype: torch.dtype
+    causal_lm: nn.Module,
+    layers: Sequence[nn.Module],
+    world: World,
+    compute_dtype: torch.dtype | None,
+    options: ParallelOptions | None = None,
 ) -> None:
     """Shard every layer and then the rest (embedding, final norm, head) with FSDP2, in place.
 
     causal_lm: the whole model, moved to the device layer by layer; or a model on the meta device,
         for `allocate_shards`
-    layers: the repeated blocks of causal_lm; parameters are gathered a layer at a time
+    layers: the repeated blocks of causal_lm, in order; parameters are gathered a layer at a time
     world: the ranks to shard over
-    compute_dtype: of gathered weights and activations; gradients are reduced in float32
+    compute_dtype: of gathered weights and activations; None: as the weights are. Gradients are
+        reduced in float32
+    options: settings of the run; None: the defaults
     """
-    mesh = init_device_mesh(world.device.type, (world.size,))
+    options = options or ParallelOptions()
+    mesh = _weight_mesh(world)
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    offload = OffloadPolicy()
+    if options.offload_parameters:
+        offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
     wrapped = [*layers, causal_lm]
     for module in wrapped:
-        fully_shard(module, mesh=mesh, mp_policy=precision)
+        fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=offload)
     for module in wrapped:
         module.set_gradient_divide_factor(1.0)
         # gloo cannot fold the factor into the reduction
         module.set_force_sum_reduction_for_comms(True)
+    if options.prefetch:
+        _prefetch(layers, options.prefetch)
+
+
+def _weight_mesh(world: World) -> DeviceMesh:
+    """Return the ranks of one copy of the weights; of several copies, in rows: [copies, ranks]."""
+    copies = world.size // world.shards
+    if copies == 1:
+        return init_device_mesh(world.device.type, (world.size,))
+    names = ("replicate", "shard")
+    return init_device_mesh(world.device.type, (copies, world.shards), mesh_dim_names=names)
+
+
+def _prefetch(layers: Sequence[nn.Module], ahead: int) -> None:
+    """Gather some layers ahead: the next in forward, those before in backward."""
+    for number, layer in enumerate(layers):
+        layer.set_modules_to_forward_prefetch(layers[number + 1 : number + 1 + ahead])
+        before = layers[max(number - ahead, 0) : number]
+        layer.set_modules_to_backward_prefetch(before[::-1])
+
+
+def reduce_gradients(model: nn.Module, *, now: bool, is_last: bool) -> None:
+    """Say which sums over ranks the next backward pass makes; no module but FSDP2's is asked.
+
+    model: sharded or not
+    now: sum the gradients within a copy of the weights; or else they stay whole on every rank, and
+        a later pass sums them
+    is_last: the last pass of a step, which makes all sums; those over the copies are made there
+        alone
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(now or is_last)
+        model.set_requires_all_reduce(is_last)
+
+
+def home_of_shards(world: World, options: ParallelOptions | None) -> torch.device:
+    """Return the device that the shards of the weights stay on."""
+    on_host = options is not None and options.offload_parameters
+    return torch.device("cpu") if on_host else world.device
 
 
 def allocate_shards(causal_lm: nn.Module, device: torch.device) -> dict[str, DTensor]:

@@ -70,7 +70,8 @@ def make_optimizer(policy: Policy, config: RunConfig) -> Optimizer:
         return _adamw_8bit(groups, **options)
     if narrow or config.offload_optimizer:
         return AdamW(groups, **options, on_host=config.offload_optimizer)
-    fused = any(p.is_cuda for p in parameters) or None
+    # parallel.offload_parameters keeps the shards of a model on a GPU on the host.
+    fused = any(_local(p).is_cuda for p in parameters) or None
     return torch.optim.AdamW(groups, **options, fused=fused)
 
 

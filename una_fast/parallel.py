@@ -65,7 +65,7 @@ class ParallelOptions:
     offload_parameters: bool = False
     """Keep the shards of the weights, gradients and moments in host memory."""
     prefetch: int = 0
-    """Layers gathered ahead of the one that is computed, beyond torch's own choice."""
+    """Layers gathered ahead of the layer that is computed; 0: torch's own choice."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -77,7 +77,13 @@ class ParallelOptions:
             raise ValueError(f"parallel.prefetch={self.prefetch} must not be negative")
 
     def mesh(self, ranks: int) -> Mesh:
-        """Return the mesh of some ranks; ValueError, with the arithmetic, if there is none."""
+        """Return the mesh of some ranks.
+
+        ValueError, with the arithmetic, if there is none; by the name of a setting that a single
+        process would not read.
+        """
+        if ranks == 1:
+            self._refuse_unread()
         others = self.replicate * self.context
         product = f"replicate {self.replicate} x context {self.context}"
         if self.shard is None:
@@ -93,3 +99,12 @@ class ParallelOptions:
                 f"run has {ranks}; change parallel, or start {self.shard * others} processes"
             )
         return Mesh(self.replicate, self.shard, self.context)
+
+    def _refuse_unread(self) -> None:
+        for name in ("split_vocabulary", "reduce", "offload_parameters", "prefetch"):
+            value = getattr(self, name)
+            if value != getattr(ParallelOptions, name):
+                raise ValueError(
+                    f"parallel.{name}={value} is for several ranks, and this run is one process; "
+                    "start it with torchrun, or remove the setting"
+                )

@@ -10,6 +10,8 @@ Trainer, planner, precompute and bench read the decisions here, and derive no de
     autocast    dtype that operands are cast to, if trained weights are wider than `compute`
     reference   frozen (a copy of the model) | adapter (LoRA off) | cached (column ref_logps)
     packed      rows with a shared prompt, or padded batches
+    mesh        how the ranks share the work (parallel.py)
+    reduce      gradients cross ranks after each micro-batch of a step, or after the last
     workspace   bytes of the fused head
     engine      torch | triton
 """
@@ -21,7 +23,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -40,6 +42,7 @@ from una_fast.model.quantized import quantized_weight, refuse_quantized
 from una_fast.model.reference import has_cached_logps
 from una_fast.model.scoring import Scoring, match_autocast
 from una_fast.model.stored import StoredDtypes
+from una_fast.parallel import Mesh, ParallelOptions
 from una_fast.printable import printable
 
 logger = logging.getLogger(__name__)
@@ -77,6 +80,8 @@ class ResolvedRun:
 
     device: str
     ranks: int
+    mesh: Mesh
+    reduce: Literal["each", "last"]
     compute: torch.dtype
     weights: torch.dtype
     trained: torch.dtype
@@ -100,6 +105,8 @@ class ResolvedRun:
     def lines(self) -> list[str]:
         """Return the decisions as text, a decision per line, with the sources."""
         ranks = "1 rank" if self.ranks == 1 else f"{self.ranks} ranks"
+        if self.mesh.shard < self.ranks:
+            ranks += f": {self.mesh}"
         dtypes = f"products {_name(self.compute)}, weights {_name(self.weights)}"
         if self.quantize_base is not None:
             dtypes += f", of linear layers {self.quantize_base}"
@@ -113,6 +120,11 @@ class ResolvedRun:
             "workspace": f"{self.workspace / 2**20:g} MiB",
             "engine": self.engine,
         }
+        if self.ranks > 1:
+            times = (
+                "the last micro-batch of a step" if self.reduce == "last" else "each micro-batch"
+            )
+            shown["gradients"] = f"cross ranks after {times}"
         lines = [f"{name:10} {value}  [{self.sources[name]}]" for name, value in shown.items()]
         return [*lines, *self.notes]
 
@@ -237,11 +249,19 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
         )
     trained = torch.float32 if trains_adapter else weights
     wider = trained != compute or (facts.keeps_float32 and compute == torch.bfloat16)
+    parallel = config.parallel or ParallelOptions()
+    reduce = parallel.reduce
+    if reduce == "auto":
+        # Whole gradients of an adapter are small; of a model they would be 4 bytes per weight on
+        # every rank.
+        reduce = "last" if trains_adapter else "each"
     # FSDP2 casts the weights that it gathers by itself.
     autocast = compute if wider and facts.ranks == 1 else None
     run = ResolvedRun(
         device=facts.device,
         ranks=facts.ranks,
+        mesh=parallel.mesh(facts.ranks),
+        reduce=reduce,
         compute=compute,
         weights=weights,
         trained=trained,
@@ -300,7 +320,13 @@ def _sources(config: RunConfig, facts: Facts, run: ResolvedRun) -> dict[str, str
         "workspace": (["workspace_mb"], f"on {device}"),
         "engine": (["engine"], f"on {device}"),
     }
-    return {line: _source(config, *entry) for line, entry in settings_and_reasons.items()}
+    sources = {line: _source(config, *entry) for line, entry in settings_and_reasons.items()}
+    parallel = config.parallel or ParallelOptions()
+    sources["gradients"] = f"given: parallel.reduce={run.reduce}"
+    if parallel.reduce == "auto":
+        trained = "an adapter is" if run.reduce == "last" else "all weights are"
+        sources["gradients"] = f"default: {trained} trained"
+    return sources
 
 
 def _notes(facts: Facts) -> list[str]:
@@ -389,11 +415,12 @@ def load_trained(
     return policy
 
 
-def load_frozen(config: RunConfig, run: ResolvedRun) -> Policy:
+def load_frozen(config: RunConfig, run: ResolvedRun, *, in_shards: bool | None = None) -> Policy:
     """Load a frozen reference with the numerics of the untrained policy.
 
     config: settings of the run
     run: decisions of the run
+    in_shards: leave the weights in the files; None: where the run has several ranks
     """
     policy = load_policy(
         config.model,
@@ -402,7 +429,7 @@ def load_frozen(config: RunConfig, run: ResolvedRun) -> Policy:
         trust_remote_code=config.trust_remote_code,
         attn_implementation=config.attn_implementation,
         packed=run.packed,
-        in_shards=run.ranks > 1,
+        in_shards=run.ranks > 1 if in_shards is None else in_shards,
         quantize_base=run.quantize_base,
     )
     policy.model.requires_grad_(False).eval()

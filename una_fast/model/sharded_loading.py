@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, modeling_utils
 from transformers.core_model_loading import revert_weight_conversion
 
-from una_fast.distributed import World, allocate_shards, local_rows
+from una_fast.distributed import World, allocate_shards, home_of_shards, local_rows
 from una_fast.model.directory import (
     ModelError,
     StoredTensor,
@@ -47,6 +47,7 @@ from una_fast.model.loading import (
     model_and_adapter,
     refuse_non_finite,
 )
+from una_fast.parallel import ParallelOptions
 from una_fast.printable import printable
 
 ROWS_AT_ONCE = 2**26  # bytes read from a file at once
@@ -377,17 +378,23 @@ def stand_ins(model: nn.Module) -> Iterator[None]:
 # ---- numbers -----------------------------------------------------------------------------------
 
 
-def read_shards(causal_lm: PreTrainedModel, unread: Unread, world: World) -> None:
+def read_shards(
+    causal_lm: PreTrainedModel,
+    unread: Unread,
+    world: World,
+    parallel: ParallelOptions | None = None,
+) -> None:
     """Give every rank the rows of its shards, from the files.
 
     causal_lm: sharded on the meta device; adapters and buffers have their numbers
     unread: places of the weights
     world: the ranks; all of them must call
+    parallel: settings of the run
 
     ModelError on every rank, by the name of a weight with NaN or infinity, or by a file unreadable
     on one rank.
     """
-    parameters = allocate_shards(causal_lm, world.device)
+    parameters = allocate_shards(causal_lm, home_of_shards(world, parallel))
     fault = None
     try:
         with reading(unread.path, "model"):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PreTrainedTokenizerBase
@@ -39,6 +40,7 @@ from una_fast.online.collect import RolloutCollector
 from una_fast.online.samplers import make_sampler
 from una_fast.online.steps import Online
 from una_fast.optim import make_optimizer
+from una_fast.parallel import ParallelOptions
 from una_fast.resolved import (
     ResolvedRun,
     find_facts,
@@ -266,7 +268,7 @@ def _load_models(
     check_data(records, prompts, policy, tokenizer, config.max_new_tokens)
     scoring = scoring_of(config, run)
     if world.sharded:  # a whole model is moved to the device when all models are there
-        place(policy, world, run)
+        place(policy, world, run.compute, config.parallel)
     reference: Reference
     if run.reference == "cached":
         reference = CachedReference(records)
@@ -280,28 +282,35 @@ def _load_models(
     else:
         frozen = load_frozen(config, run)
         if world.sharded:
-            place(frozen, world, run)
+            place(frozen, world, run.compute, config.parallel)
         reference = FrozenReference(frozen, scoring)
     if not world.sharded:
-        place(policy, world, run)
+        place(policy, world, run.compute)
         if isinstance(reference, FrozenReference):
-            place(reference.policy, world, run)
+            place(reference.policy, world, run.compute)
     return _Models(policy, reference, scoring)
 
 
-def place(policy: Policy, world: World, run: ResolvedRun) -> None:
+def place(
+    policy: Policy,
+    world: World,
+    compute: torch.dtype | None,
+    parallel: ParallelOptions | None = None,
+) -> None:
     """Move a policy to the device; of several ranks, each takes its shards, from the files.
 
     policy: as loaded for a run; changed in place
     world: the ranks; all of them must call
-    run: decisions of the run
+    compute: dtype of gathered weights; None: as loaded
+    parallel: settings of the run
     """
     if not world.sharded:
         policy.model.to(world.device)
         return
-    shard(policy.causal_lm, decoder_layers(policy.causal_lm), world, run.compute)
+    causal_lm = policy.causal_lm
+    shard(causal_lm, decoder_layers(causal_lm), world, compute, parallel)
     if policy.unread is not None:
-        read_shards(policy.causal_lm, policy.unread, world)
+        read_shards(causal_lm, policy.unread, world, parallel)
         policy.unread = None
 
 

@@ -22,7 +22,13 @@ from una_fast.config import RunConfig
 from una_fast.data.batch import Batch, collate
 from una_fast.data.loader import Step
 from una_fast.data.template_date import fix_template_date
-from una_fast.distributed import World, lay_out, local_scalar, start_world
+from una_fast.distributed import (
+    World,
+    lay_out,
+    local_scalar,
+    reduce_gradients,
+    start_world,
+)
 from una_fast.files import write_json
 from una_fast.losses import UnaOutput, una_loss
 from una_fast.model.four_bits import count_weights
@@ -358,8 +364,11 @@ class Trainer:
         counted as skipped.
         """
         sums = self.meter.sums.clone()
-        for batch in self.ready_batches(step):
+        count = len(step.micro_batches)  # equal on all ranks
+        for number, batch in enumerate(self.ready_batches(step), start=1):
             out = self.score(batch, step.num_units)
+            at_each = self.resolved.reduce == "each"
+            reduce_gradients(self.policy.causal_lm, now=at_each, is_last=number == count)
             out.loss.backward()
         parameters = self.policy.trainable_parameters()
         norm = gradient_norm(parameters)

@@ -6,6 +6,9 @@ A rank writes the tensors that it alone holds:
     rank-R.<name>              a tensor of rank R alone: a random state, the codes of its moments
     any other plain tensor     equal on all ranks, and written by rank 0
 
+Of several copies of the weights (parallel.replicate) the first is written. Rank R of a copy holds,
+and draws, what rank R of the first does.
+
 Files hold tensors and JSON, and reading them runs no code; DCP's own metadata is a pickle, and its
 HuggingFaceStorageReader was tried: it reads no tensor without dimensions, such as the step of Adam.
 """
@@ -75,8 +78,8 @@ def host_copies(tensors: dict[str, Tensor], buffers: dict[str, Tensor]) -> dict[
 
 
 def own(name: str, world: World) -> str:
-    """Return the name of a tensor that a rank has for itself."""
-    return f"rank-{world.rank}.{name}"
+    """Return the name of a tensor that a rank has for itself, among the ranks of its copy."""
+    return f"rank-{world.shard_rank}.{name}"
 
 
 def take_shard(tensors: dict[str, Tensor], world: World) -> Shard:
@@ -86,6 +89,8 @@ def take_shard(tensors: dict[str, Tensor], world: World) -> Shard:
     """
     written: dict[str, Tensor] = {}
     offsets: dict[str, list[int]] = {}
+    if not world.has_first_copy:
+        return Shard(written, offsets)
     for name, tensor in tensors.items():
         place = Place.of(tensor)
         is_slice = isinstance(tensor, DTensor)
@@ -140,11 +145,10 @@ class ShardReader:
         return name in self._places
 
     @torch.no_grad()
-    def fill(self, tensors: dict[str, Tensor], world: World) -> None:
+    def fill(self, tensors: dict[str, Tensor]) -> None:
         """Read tensors into their own memory.
 
         tensors: name -> tensor to overwrite; sharded ones get their slice
-        world: the ranks of today
 
         ValueError for a tensor that was not saved, or in other sizes.
         """
@@ -152,24 +156,23 @@ class ShardReader:
             place = Place.of(tensor)
             if not _is_quantized(place.local):
                 self._fill_numbers(name, place)
-            elif not self._fill_codes(name, place, world):
+            elif not self._fill_codes(name, place):
                 # Other ranks had other blocks: their numbers are put together and quantized anew.
                 numbers = torch.zeros(place.local.shape)
                 self._fill_numbers(name, Place(numbers, place.offsets))
                 place.local.copy_(numbers.to(place.local.device))
 
-    def _fill_codes(self, name: str, place: Place, world: World) -> bool:
+    def _fill_codes(self, name: str, place: Place) -> bool:
         """Copy the 8-bit codes and scales of this very slice; return whether they were saved."""
-        saved = self._places.get(f"{own(name, world)}.{CODES}")
-        if saved is None:
-            return False
-        file, offsets = saved[0]
-        shape = file.get_slice(f"{own(name, world)}.{CODES}").get_shape()
-        if tuple(offsets) != place.offsets or tuple(shape) != tuple(place.local.shape):
-            return False
-        for part in PARTS:
-            getattr(place.local, part).copy_(file.get_tensor(f"{own(name, world)}.{part}"))
-        return True
+        for key in self._quantized.get(name, []):
+            ((file, offsets),) = self._places[key]
+            shape = file.get_slice(key).get_shape()
+            if tuple(offsets) == place.offsets and tuple(shape) == tuple(place.local.shape):
+                for part in PARTS:
+                    saved = file.get_tensor(f"{key.removesuffix(CODES)}{part}")
+                    getattr(place.local, part).copy_(saved)
+                return True
+        return False
 
     def _fill_numbers(self, name: str, place: Place) -> None:
         """Copy a slice from the slices of any ranks, plain or in 8 bits."""

@@ -48,10 +48,10 @@ def load_training_state(
                 optimizer.state.pop(_parameters(policy)[name])
             tensors = training_tensors(policy, optimizer, world, reference)
             random = {name: tensors.pop(name) for name in _random_states(world)}
-            reader.fill(tensors, world)
+            reader.fill(tensors)
             # A rank that the saved run did not have finds no random state, and keeps its own.
             found = {name: tensor for name, tensor in random.items() if reader.has(name)}
-            reader.fill(found, world)
+            reader.fill(found)
     except ValueError as error:
         raise ValueError(f"{checkpoint} does not go with this run: {error}") from None
     for group, rate in zip(optimizer.param_groups, numbers["rates"], strict=True):
