@@ -140,14 +140,14 @@ def test_numbers_live_as_long_as_a_product():
 # ---- a model ----
 
 
-def save_ragged(directory: Path, *, tied: bool = False) -> str:
+def save_ragged(directory: Path, *, tied: bool = False, layers: int = 2) -> str:
     """Save a Llama whose rows end in short blocks, and shard unevenly; and its tokenizer."""
     tokenizer = make_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=72,
         intermediate_size=101,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,
@@ -314,7 +314,7 @@ def cases(root, models):
     untied = {"model": models["untied"], **data} | SGD
     return {
         "long": untied | {"save_every": 6},
-        "switches": untied | SWITCHES | {"model": models["tied"], "packing": False, "max_steps": 4},
+        "switches": untied | SWITCHES | {"model": models["tied"], "packing": False, "max_steps": 3},
         "frozen": untied | FEW | {"reference": "frozen"},
         "embedding": untied | FEW | {"lora": ON_EMBEDDING},
         "bf16": untied | FEW | {"precision": "bf16"},
@@ -326,9 +326,6 @@ def two_ranks(cases, root):
     todo = {}
     for name, settings in cases.items():
         todo[name] = {"config": settings | {"output_dir": str(root / "two" / name)}}
-    again = cases["long"] | {"output_dir": str(root / "two" / "again")}
-    todo["again"] = {"config": again, "die_at": 8}
-    todo["again, resumed"] = {"config": again | {"resume": True}}
     run_two_ranks(todo, root)
     return {name: root / "two" / name for name in todo}
 
@@ -374,19 +371,13 @@ def test_gathered_codes_are_not_cast(two_ranks, one_process):
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=0.05)
 
 
-def test_a_resumed_run_is_the_same_run(two_ranks):
-    whole, again = two_ranks["long"], two_ranks["again"]
-    assert worst_error(saved_weights(again), saved_weights(whole)) == 0
-    assert read_metrics(again) == read_metrics(whole)
-
-
 def test_one_process_resumes_what_two_ranks_began(two_ranks, cases, tmp_path):
     """The identity of the reference covers the packed base, sharded or whole."""
     run = tmp_path / "run"
     shutil.copytree(two_ranks["long"] / "checkpoint-6", run / "checkpoint-6")
     settings = cases["long"] | {"output_dir": str(run), "resume": True}
     with pytest.raises(ValueError, match="quantize_base was nf4 and is None"):
-        run_case(settings | {"quantize_base": None})
+        run_case(settings | {"quantize_base": None})  # before a model is loaded
     run_case(settings)
     assert worst_error(saved_weights(run), saved_weights(two_ranks["long"])) <= 1e-5
 
@@ -436,9 +427,10 @@ def test_cached_log_probs_belong_to_the_packed_base(cases, tmp_path):
 # ---- the plan ----
 
 
-def test_a_plan_counts_four_bits(models):
+def test_a_plan_counts_four_bits(tmp_path):
     """Per rank, and of gathered layers: codes are not cast."""
-    config = make_config(models["untied"], "x.jsonl", Path("x"), precision="bf16", lora=LORA)
+    model = save_ragged(tmp_path / "model", layers=1)
+    config = make_config(model, "x.jsonl", tmp_path / "run", precision="bf16", lora=LORA)
     batch = [Row(30, (20, 20)).example()]
 
     def held(ranks: int, **changes):
@@ -446,7 +438,7 @@ def test_a_plan_counts_four_bits(models):
         facts = find_facts(changed, [], device="cuda", ranks=ranks)
         return StepTracer(changed, facts).step(batch).categories
 
-    policy = load_policy(models["untied"], dtype=torch.bfloat16, lora=LORA, quantize_base="nf4")
+    policy = load_policy(model, dtype=torch.bfloat16, lora=LORA, quantize_base="nf4")
     nbytes = sum(p.nbytes for p in policy.model.parameters())
     assert held(1, quantize_base="nf4")["weights"] == pytest.approx(nbytes, rel=0.01)
     two = held(2, quantize_base="nf4")

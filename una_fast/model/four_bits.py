@@ -1,12 +1,12 @@
 """Hold the frozen linear weights under an adapter at 4 bits (nf4.py): QLoRA.
 
 A weight is dequantized, in the dtype of the layer's input, for a product in forward, and once more
-in backward; the copy lives as long as the product. Layers keep the name `weight` for their packed
-rows [R, bytes], integers that FSDP2 shards, gathers and never casts.
+in backward; the copy lives as long as the product. `weight` is the name of the packed rows too:
+integers [R, bytes], sharded and gathered by FSDP2, and never cast.
 
-Packed are plain linear layers that text runs through, but the head. Embeddings, norms, biases,
-layers that a model keeps wider than the others, and matrices outside linear layers (Conv1D of
-GPT-2, fused experts) stay numbers; a line says how many bytes they take.
+Plain linear layers of the text model are packed, but for the head. Embeddings, norms, biases,
+layers kept wider by the model's class, and matrices outside linear layers (Conv1D of GPT-2, fused
+experts) stay numbers; a line says how many bytes these take.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ logger = logging.getLogger(__name__)
 
 
 class Nf4Linear(nn.Linear):
-    """A frozen linear layer whose weight is packed at 4 bits.
+    """A frozen linear layer with a weight packed at 4 bits.
 
     weight: [out_features, bytes] uint8, see nf4.py
-    numbers: dtype of the weight before, and of its numbers when they are needed as a whole
+    numbers: dtype of the weight before, and of an unpacked copy
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -62,7 +62,7 @@ class Nf4Linear(nn.Linear):
         return dequantize(self.weight, self.in_features, self.numbers)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x W^T + bias. x: [..., in_features]; the product is in the dtype of x."""
+        """Return x W^T + bias. x: [..., in_features]; gives the dtype of the product."""
         bias = self.bias
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -72,7 +72,7 @@ class Nf4Linear(nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """x W^T + bias of a packed W, which is dequantized in each direction and kept in neither."""
+    """x W^T + bias of a packed W, dequantized in forward and in backward, and kept in neither."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, packed: Tensor, bias: Tensor | None, columns: int) -> Tensor:
@@ -95,7 +95,7 @@ class _Product(torch.autograd.Function):
 
 
 def pack_base(model: PreTrainedModel, where: str) -> None:
-    """Pack the linear weights of a model, and log once what is packed and what is not.
+    """Pack the linear weights of a model, and log once how many bytes are packed, and are not.
 
     model, where: as for `pack_linears`
     """
@@ -113,8 +113,8 @@ def pack_linears(model: PreTrainedModel, where: str) -> str:
     model: without adapters; on the meta device its packed weights have no numbers either
     where: place of the model, for refusals
 
-    Returns what is packed and what is not, in words. ModelError for a model that is quantized
-    already, or that has no such layer.
+    Returns the bytes packed, and the bytes left as numbers, in words. ModelError for a model
+    quantized already, or without such layers.
     """
     name = quantized_weight(model)
     if name is not None:
@@ -151,7 +151,7 @@ def packed_layers(model: nn.Module) -> Iterator[tuple[str, Nf4Linear]]:
 
 
 def count_weights(model: nn.Module) -> int:
-    """Return the weights of a model, tied ones once, and packed ones as they are unpacked."""
+    """Count the numbers in the weights of a model: tied weights once, packed weights unpacked."""
     count = sum(parameter.numel() for parameter in model.parameters())
     for _, layer in packed_layers(model):
         count += layer.in_features * layer.out_features - layer.weight.numel()
@@ -179,7 +179,7 @@ def _packable(model: PreTrainedModel) -> list[str]:
 
 
 def _others(model: PreTrainedModel) -> str:
-    """Return the kinds of modules whose weights stay numbers, the largest first, in words."""
+    """Return the kinds of modules with weights left as numbers, the largest first, in words."""
     sizes: Counter[str] = Counter()
     seen: set[int] = set()
     head = model.get_output_embeddings()
