@@ -97,6 +97,8 @@ def dequantize(packed: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     codes_end = _bytes_of_codes(columns)
     padding = _blocks(columns) * BLOCK - 2 * codes_end
     for part in _portions(rows, columns):
+        if is_fake(packed) and part.start:
+            break  # a plan has seen the memory of the first portion
         codes = packed[part, :codes_end]
         # A copy: the first byte in place may be at any address.
         own = packed[part, codes_end:].clone(memory_format=torch.contiguous_format)
@@ -122,14 +124,13 @@ def _table(like: Tensor, name: str) -> Tensor:
     like: a tensor on the device
     name: "middles" [15] between neighbouring levels | "pairs" [256, 2], the levels of every byte
     """
+    if is_fake(like):  # and must not be kept
+        return like.new_empty((256, 2) if name == "pairs" else 15, dtype=torch.float32)
     key = (like.device, name)
-    if key in _tables and not is_fake(like):
-        return _tables[key]
-    levels = torch.tensor(LEVELS, dtype=torch.float32, device=like.device)
-    if name == "middles":
-        table = (levels[:-1] + levels[1:]) / 2
-    else:
-        table = torch.cartesian_prod(levels, levels)
-    if not is_fake(table):
-        _tables[key] = table
-    return table
+    if key not in _tables:
+        levels = torch.tensor(LEVELS, dtype=torch.float32, device=like.device)
+        if name == "pairs":
+            _tables[key] = torch.cartesian_prod(levels, levels)
+        else:
+            _tables[key] = (levels[:-1] + levels[1:]) / 2
+    return _tables[key]
