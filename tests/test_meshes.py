@@ -42,7 +42,8 @@ HYBRID = {"replicate": 2}
 # Gradients of the steps of one process. A step of five records leaves ranks without any.
 SAME = {
     "hybrid": SGD | {"parallel": HYBRID},
-    "hybrid, once a step": SGD | {"parallel": HYBRID | {"reduce": "last"}},
+    # With a few rows of logits at a time.
+    "hybrid, once a step": SGD | {"parallel": HYBRID | {"reduce": "last"}, "workspace_mb": 0.01},
     "hybrid lora": SGD | LORA | {"parallel": HYBRID},
     "hybrid qlora": SGD | LORA | {"quantize_base": "nf4", "parallel": HYBRID},
     "copies": SGD | {"parallel": {"replicate": 4}},
@@ -185,6 +186,18 @@ def test_a_cached_reference_is_the_frozen_one(four_ranks):
     cached, frozen = (seen_by(four_ranks[name])["gradients"] for name in ("cached", "hybrid"))
     for ours, theirs in zip(cached, frozen, strict=True):
         assert worst_error(ours, theirs) <= 1e-5
+
+
+def test_collectives_of_a_step(four_ranks):
+    """A sum per layer and one of the rest with the head, whatever the chunks of the head."""
+    calls = {name: seen_by(four_ranks[name])["collectives"] for name in SAME}
+    each, last = calls["hybrid"], calls["hybrid, once a step"]
+    assert each == {"_allgather_base_": 14, "_reduce_scatter_base_": 6, "allreduce_": 3}
+    assert last == each | {"_reduce_scatter_base_": 3}
+    # An adapter, in the layers alone, is summed once a step of two micro-batches.
+    lora = calls["hybrid lora"]
+    assert (lora["_reduce_scatter_base_"], lora["allreduce_"]) == (2, 2)
+    assert calls["copies"] == {"allreduce_": 3}
 
 
 def test_copies_are_saved_once(four_ranks):
