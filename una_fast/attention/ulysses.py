@@ -55,14 +55,13 @@ def padded_segments(segments: Segments, total: int, padded: int) -> Segments:
 
 
 def heads_refusal(heads: int, ranks: int) -> str | None:
-    """Return why so many ranks cannot share a number of query heads, with the fix, or None."""
+    """Return why so many ranks cannot share a number of query heads, with a number that can."""
     if heads % ranks == 0:
         return None
     fitting = [n for n in range(1, ranks + 1) if heads % n == 0]
     return (
         f"{heads} query heads are not divisible by {ranks} ranks ({heads} / {ranks} = "
-        f"{heads / ranks:.4g}), and every rank computes whole heads; set parallel.context to a "
-        f"divisor of {heads}, such as {fitting[-1]}"
+        f"{heads / ranks:.4g}), and every rank computes whole heads; {fitting[-1]} divides them"
     )
 
 
@@ -88,7 +87,7 @@ def attend_split(
     ranks = group.size
     refusal = heads_refusal(query.shape[1], ranks)
     if refusal is not None:
-        raise ValueError(refusal)
+        raise ValueError(f"{refusal}: set parallel.context={ranks} to a divisor")
     own = query.shape[1] // ranks
     of_query = [(r * own, (r + 1) * own) for r in range(ranks)]
     sharing = query.shape[1] // key.shape[1]
