@@ -46,7 +46,8 @@ from helpers import (
 from una_fast import Feedback, Objective, linear_una_loss
 from una_fast.data.batch import Batch, collate
 from una_fast.data.examples import Example
-from una_fast.distributed import ALONE, Group, lay_out, start_world, stop_world
+from una_fast.distributed import lay_out, start_world, stop_world
+from una_fast.group import ALONE, Group
 from una_fast.head import passes
 from una_fast.head.eager import token_logps
 from una_fast.head.ops import sequence_logps

@@ -26,7 +26,7 @@ from una_fast.attention.split_probe import Meeting, ThreadGroup, split_refusal
 from una_fast.attention.ulysses import padded_segments, padded_tokens
 from una_fast.data.batch import collate
 from una_fast.data.split import split_batch
-from una_fast.distributed import Group
+from una_fast.group import Group
 from una_fast.head.plan import HeadSize, make_plan
 from una_fast.parallel import ParallelOptions
 from una_fast.resolved import find_facts

@@ -32,7 +32,7 @@ from una_fast.attention.probe import packing_refusal
 from una_fast.attention.split_probe import split_refusal
 from una_fast.config import RunConfig
 from una_fast.data.examples import Example
-from una_fast.distributed import ALONE, Group
+from una_fast.group import ALONE, Group
 from una_fast.head.engines import choose_engine, compute_dtype
 from una_fast.head.plan import workspace_bytes
 from una_fast.model.directory import reading

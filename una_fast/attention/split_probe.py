@@ -22,7 +22,7 @@ from una_fast.attention.packed import packed_attention
 from una_fast.attention.probe import PROBE_TOLERANCE, probe_row, reduced_decoder
 from una_fast.attention.rows import Segments
 from una_fast.attention.ulysses import heads_refusal, padded_segments, padded_tokens
-from una_fast.distributed import Group
+from una_fast.group import Group
 
 _RANKS = 4  # as many as the query heads of a reduced copy: key heads are shared
 _PATIENCE = 300  # seconds that a thread waits for the others

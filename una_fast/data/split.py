@@ -16,7 +16,7 @@ from torch import Tensor
 
 from una_fast.attention.ulysses import padded_segments, padded_tokens
 from una_fast.data.batch import Batch
-from una_fast.distributed import Group
+from una_fast.group import Group
 
 
 def split_batch(batch: Batch, group: Group) -> Batch:

@@ -36,8 +36,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from una_fast.distributed import Group
 from una_fast.feedback import Feedback
+from una_fast.group import Group
 from una_fast.head.compiling import outside_compile
 from una_fast.head.engines import choose_engine
 from una_fast.head.passes import Head, LaterPass, OnePass

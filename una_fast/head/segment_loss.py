@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from una_fast.distributed import ALONE, Group
 from una_fast.feedback import Feedback
+from una_fast.group import ALONE, Group
 from una_fast.head.constants import capturing, constant
 from una_fast.losses import Objective, UnaOutput, una_loss
 

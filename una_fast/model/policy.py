@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from una_fast.attention.packed import packed_attention
 from una_fast.data.batch import Batch
-from una_fast.distributed import ALONE, Group
+from una_fast.group import ALONE, Group
 from una_fast.logs import say_once
 from una_fast.model.activations import switch_on
 from una_fast.model.directory import reading
