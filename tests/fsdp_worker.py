@@ -5,6 +5,7 @@
 cases.json maps names to cases, in order:
 
     {"config": settings, "die_at": 4, "fixed": true}    a run; all but config may be left out
+    {"precompute": settings}                            reference log-probs of the records
     {"argv": ["train", ...]}                            the command line; must come last
 
 die_at: the process dies in this step, before the update. fixed: samples depend on the prompts
@@ -23,6 +24,7 @@ import hashlib
 import json
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,6 +34,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import una_fast.model.activations as memory_module
 import una_fast.model.sharded_export as export_module
@@ -43,6 +46,7 @@ from una_fast.model.policy import Policy
 from una_fast.model.sharded_export import FILE_BYTES
 from una_fast.online.sampling import Completion, Sampling
 from una_fast.train.loop import Trainer, train
+from una_fast.train.precompute import precompute_reference
 
 memory_module.SMALL = 1  # the hidden states of tests are worth moving
 
@@ -56,6 +60,22 @@ def full(tensor: Tensor) -> Tensor:
     if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()
     return tensor.detach().clone()
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the calls of torch's collectives in a block.
+
+    calls: name -> calls of this rank
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.calls[func._schema.name.removeprefix("c10d::")] += 1
+        return func(*args, **(kwargs or {}))
 
 
 class FixedSampler:
@@ -86,7 +106,8 @@ def run_case(
     """Train, dying in step number `die_at` of this process, before the update; return the record.
 
     {"gradients": [{name: gradient} per step], "dtypes": dtypes of the trained weights,
-    "in_shards": models that were read in shards, "held": [hash of the trained weights of a rank]}
+    "in_shards": models that were read in shards, "held": [hash of the trained weights of a rank],
+    "collectives": calls by name, of the first step}
     """
     make_sampler = build_module.make_sampler
     make_optimizer = build_module.make_optimizer
@@ -123,9 +144,11 @@ def run_case(
         nonlocal inside
         inside = True
         try:
-            return take_step(trainer, work)
+            with Collectives() as made:
+                return take_step(trainer, work)
         finally:
             inside = False
+            seen.setdefault("collectives", dict(made.calls))
 
     sampler = fixed_sampler if fixed else make_sampler
     # torchao compiles its step: traced as ever, but without a C++ compiler
@@ -167,6 +190,9 @@ def main() -> None:
     for name, case in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")).items():
         if world.is_main:
             print(f"--- {name}", flush=True)
+        if "precompute" in case:
+            precompute_reference(RunConfig(**case["precompute"]))
+            continue
         if "argv" in case:
             assert cli.main(case["argv"]) == 0
             return  # the command line has left the world

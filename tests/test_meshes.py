@@ -11,7 +11,9 @@ import torch
 from fsdp_worker import run_case
 from tiny import make_records, read_metrics, write_jsonl
 from two_ranks import run_two_ranks, saved_weights, worst_error
+from una_fast.config import RunConfig
 from una_fast.parallel import Mesh, ParallelOptions
+from una_fast.train.precompute import precompute_reference
 
 STEPS = 10
 QUIET = {"progress": False, "write_report": False, "loggers": [], "device": "cpu", "beta": 0.2}
@@ -40,13 +42,23 @@ HYBRID = {"replicate": 2}
 # Gradients of the steps of one process. A step of five records leaves ranks without any.
 SAME = {
     "hybrid": SGD | {"parallel": HYBRID},
-    "hybrid, once a step": SGD | {"parallel": HYBRID | {"reduce": "last"}},
+    # With a few rows of logits at a time.
+    "hybrid, once a step": SGD | {"parallel": HYBRID | {"reduce": "last"}, "workspace_mb": 0.01},
     "hybrid lora": SGD | LORA | {"parallel": HYBRID},
     "copies": SGD | {"parallel": {"replicate": 4}},
 }
 # Begun by two copies, gone on with by other meshes.
 BEGUN = ADAM | {"parallel": HYBRID}
 OTHERS = {"shard 4": {}, "copies": {"replicate": 4}, "two copies": HYBRID}
+
+
+# Reference log-probs by several ranks: of one process, bit for bit.
+REFERENCES = {
+    "fp32 reference": QUIET | {"max_tokens_per_batch": 90},
+    "bf16 reference": QUIET | {"precision": "bf16"},
+    "wide reference": QUIET | {"precision": "bf16", "master_weights": True},
+}
+CACHED = {"data": "data-00-many.jsonl", "eval_data": "eval_data-00-eval.jsonl"}
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +88,16 @@ def four_ranks(data, root):
     for name, parallel in OTHERS.items():
         settings = data | ADAM | {"parallel": parallel, "resume": True}
         todo[f"on {name}"] = {"config": settings, "begun": begun}
+    files = {name: str(root / "fp32 reference" / file) for name, file in CACHED.items()}
+    todo["cached"] = {"config": data | SAME["hybrid"] | files | {"reference": "cached"}}
     for name, case in todo.items():
         case["config"] = case["config"] | {"output_dir": str(root / name)}
-    run_two_ranks(todo, root, ranks=4)
-    return {name: root / name for name in todo}
+    before = {}
+    for name, settings in REFERENCES.items():
+        settings = data | settings | {"output_dir": str(root / name), "parallel": HYBRID}
+        before[name] = {"precompute": settings}
+    run_two_ranks(before | todo, root, ranks=4)
+    return {name: root / name for name in [*before, *todo]}
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +163,40 @@ def test_a_run_goes_on_over_another_mesh(four_ranks, data, tmp_path, name):
     for mine, of_whole in zip(ours[4:], theirs[4:], strict=True):
         assert mine == pytest.approx(of_whole, rel=1e-5, abs=1e-5)
     assert worst_error(saved_weights(other), saved_weights(whole)) <= 1e-4
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_reference_log_probs_do_not_depend_on_the_ranks(four_ranks, data, tmp_path, name):
+    """Files and sidecars, byte for byte: the same batches, the same dtypes, the same weights."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    settings = data | REFERENCES[name] | {"output_dir": str(tmp_path)}
+    precompute_reference(RunConfig(**settings))
+    torch.set_num_threads(threads)
+    ours, theirs = (
+        {path.name: path.read_bytes() for path in directory.glob("*data*")}
+        for directory in (four_ranks[name], tmp_path)
+    )
+    assert len(ours) == 4 and ours == theirs
+
+
+def test_a_cached_reference_is_the_frozen_one(four_ranks):
+    """On ranks that hold copies and shards."""
+    cached, frozen = (seen_by(four_ranks[name])["gradients"] for name in ("cached", "hybrid"))
+    for ours, theirs in zip(cached, frozen, strict=True):
+        assert worst_error(ours, theirs) <= 1e-5
+
+
+def test_collectives_of_a_step(four_ranks):
+    """A sum per layer and one of the rest with the head, whatever the chunks of the head."""
+    calls = {name: seen_by(four_ranks[name])["collectives"] for name in SAME}
+    each, last = calls["hybrid"], calls["hybrid, once a step"]
+    assert each == {"_allgather_base_": 14, "_reduce_scatter_base_": 6, "allreduce_": 3}
+    assert last == each | {"_reduce_scatter_base_": 3}
+    # An adapter, in the layers alone, is summed once a step of two micro-batches.
+    lora = calls["hybrid lora"]
+    assert (lora["_reduce_scatter_base_"], lora["allreduce_"]) == (2, 2)
+    assert calls["copies"] == {"allreduce_": 3}
 
 
 def test_copies_are_saved_once(four_ranks):

@@ -107,7 +107,8 @@ def _precompute(parsed: Namespace) -> None:
     from una_fast.train.precompute import precompute_reference
 
     entries = precompute_reference(settings)
-    print("train on the new files with:\n" + yaml.safe_dump(entries, sort_keys=False), end="")
+    if os.environ.get("RANK", "0") == "0":
+        print("train on the new files with:\n" + yaml.safe_dump(entries, sort_keys=False), end="")
 
 
 def _plan(parsed: Namespace) -> None:

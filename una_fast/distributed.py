@@ -214,7 +214,7 @@ def shard(
     causal_lm: nn.Module,
     layers: Sequence[nn.Module],
     world: World,
-    compute_dtype: torch.dtype,
+    compute_dtype: torch.dtype | None,
     options: ParallelOptions | None = None,
 ) -> None:
     """Shard every layer and then the rest (embedding, final norm, head) with FSDP2, in place.
@@ -223,7 +223,8 @@ def shard(
         for `allocate_shards`
     layers: the repeated blocks of causal_lm, in order; parameters are gathered a layer at a time
     world: the ranks to shard over
-    compute_dtype: of gathered weights and activations; gradients are reduced in float32
+    compute_dtype: of gathered weights and activations; None: as the weights are. Gradients are
+        reduced in float32
     options: settings of the run; None: the defaults
     """
     options = options or ParallelOptions()

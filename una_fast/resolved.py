@@ -439,11 +439,12 @@ def load_trained(
     return policy
 
 
-def load_frozen(config: RunConfig, run: ResolvedRun) -> Policy:
+def load_frozen(config: RunConfig, run: ResolvedRun, *, in_shards: bool | None = None) -> Policy:
     """Load a frozen reference with the numerics of the untrained policy.
 
     config: settings of the run
     run: decisions of the run
+    in_shards: leave the weights in the files; None: where the run has several ranks
     """
     policy = load_policy(
         config.model,
@@ -452,7 +453,7 @@ def load_frozen(config: RunConfig, run: ResolvedRun) -> Policy:
         trust_remote_code=config.trust_remote_code,
         attn_implementation=config.attn_implementation,
         packed=run.packed,
-        in_shards=run.ranks > 1,
+        in_shards=run.ranks > 1 if in_shards is None else in_shards,
     )
     policy.model.requires_grad_(False).eval()
     if run.imitates_autocast:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PreTrainedTokenizerBase
@@ -267,7 +268,7 @@ def _load_models(
     check_data(records, prompts, policy, tokenizer, config.max_new_tokens)
     scoring = scoring_of(config, run, world.context)
     if world.sharded:  # a whole model is moved to the device when all models are there
-        place(policy, world, run, config.parallel)
+        place(policy, world, run.compute, config.parallel)
     reference: Reference
     if run.reference == "cached":
         reference = CachedReference(records)
@@ -281,30 +282,33 @@ def _load_models(
     else:
         frozen = load_frozen(config, run)
         if world.sharded:
-            place(frozen, world, run, config.parallel)
+            place(frozen, world, run.compute, config.parallel)
         reference = FrozenReference(frozen, scoring)
     if not world.sharded:
-        place(policy, world, run)
+        place(policy, world, run.compute)
         if isinstance(reference, FrozenReference):
-            place(reference.policy, world, run)
+            place(reference.policy, world, run.compute)
     return _Models(policy, reference, scoring)
 
 
 def place(
-    policy: Policy, world: World, run: ResolvedRun, parallel: ParallelOptions | None = None
+    policy: Policy,
+    world: World,
+    compute: torch.dtype | None,
+    parallel: ParallelOptions | None = None,
 ) -> None:
     """Move a policy to the device; of several ranks, each takes its shards, from the files.
 
     policy: as loaded for a run; changed in place
     world: the ranks; all of them must call
-    run: decisions of the run
+    compute: dtype of gathered weights; None: as loaded
     parallel: settings of the run
     """
     if not world.sharded:
         policy.model.to(world.device)
         return
     causal_lm = policy.causal_lm
-    shard(causal_lm, decoder_layers(causal_lm), world, run.compute, parallel)
+    shard(causal_lm, decoder_layers(causal_lm), world, compute, parallel)
     if policy.unread is not None:
         read_shards(causal_lm, policy.unread, world, parallel)
         policy.unread = None

@@ -6,6 +6,9 @@
 
 A killed command leaves the first file, and the same command goes on from there: its files are
 bitwise those of a command that was never killed.
+
+Several ranks share the micro-batches of one process, in turn; weights are sharded. Batches, dtypes
+and so the numbers do not depend on the ranks, and the main rank writes.
 """
 
 from __future__ import annotations
@@ -17,10 +20,10 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -32,7 +35,7 @@ from una_fast.data.loader import Loader
 from una_fast.data.records import as_object
 from una_fast.data.sources import Source, read_rows
 from una_fast.data.template_date import fix_template_date
-from una_fast.distributed import start_world
+from una_fast.distributed import World, lay_out, start_world
 from una_fast.files import ASIDE, written_whole
 from una_fast.model.loading import load_tokenizer
 from una_fast.model.policy import Policy
@@ -40,6 +43,7 @@ from una_fast.model.scoring import Scoring
 from una_fast.printable import printable
 from una_fast.resolved import ResolvedRun, find_facts, load_frozen, resolve, scoring_of
 from una_fast.signals import Stopped
+from una_fast.train.build import place
 from una_fast.train.data_checks import check_data
 from una_fast.train.ref_cache import RefCache, model_identity, token_identity, tokens_of
 from una_fast.train.run_dir import locked
@@ -58,11 +62,8 @@ def precompute_reference(config: RunConfig) -> dict[str, list[dict[str, Any]]]:
     tokens per response, chosen first. Returns the `data:` and `eval_data:` entries that train on
     the new files.
 
-    ValueError for more than one process, for runs that sample, and for data or a model that cannot
-    be scored.
+    ValueError for runs that sample, and for data or a model that cannot be scored.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("una-fast precompute-ref runs as one process; start it without torchrun")
     if config.mode != "offline":
         raise ValueError(
             f"mode={config.mode}: only records have reference log-probs to compute; "
@@ -72,16 +73,17 @@ def precompute_reference(config: RunConfig) -> dict[str, list[dict[str, Any]]]:
     sources = [(f"data-{k:02d}", "data", entry) for k, entry in enumerate(config.data)]
     for k, entry in enumerate(config.eval_data):
         sources.append((f"eval_data-{k:02d}", "eval_data", entry))
-    with locked(output_dir):
+    world = lay_out(start_world(config.device), config.parallel)
+    with locked(output_dir) if world.is_main else contextlib.nullcontext():
+        world.barrier()
         try:
-            writer = _open_writer(config, output_dir)
+            writer = _open_writer(config, output_dir, world)
             written: dict[str, list[dict[str, Any]]] = {}
             for prefix, name, entry in sources:
                 written.setdefault(name, []).append(writer.rewrite(entry, prefix))
         except Stopped as error:
             raise _with_advice(error) from None
-        for path in _progress_files(output_dir):
-            path.unlink()
+        world.on_main(lambda: _remove_progress(output_dir))
     return written
 
 
@@ -90,20 +92,27 @@ def _with_advice(error: Stopped) -> Stopped:
     return Stopped(error.number, message, by_signal=error.by_signal)
 
 
-def _open_writer(config: RunConfig, output_dir: Path) -> _Writer:
-    """Load the reference as a training run does."""
-    device = start_world(config.device).device
-    run = resolve(config, find_facts(config, [], device=device.type))
+def _open_writer(config: RunConfig, output_dir: Path, world: World) -> _Writer:
+    """Load the reference as a training run of one process does; several ranks shard its weights."""
+    facts = find_facts(config, [], device=world.device.type)
+    run = resolve(replace(config, parallel=None), facts)
     tokenizer = load_tokenizer(
         config.tokenizer or config.model, trust_remote_code=config.trust_remote_code
     )
-    date = _date_of(output_dir)
+    date = world.on_main(lambda: _date_of(output_dir))
     fix_template_date(tokenizer, date)
-    reference = load_frozen(config, run)
+    # The vectors of an imitated autocast are widened after they are read.
+    in_shards = world.sharded and not run.imitates_autocast
+    reference = load_frozen(config, run, in_shards=in_shards)
+    place(reference, world, None, config.parallel)
     made_with = model_identity(reference, run, new_adapter=False)
-    reference.model.to(device)
     scoring = scoring_of(config, run)
-    return _Writer(config, run, output_dir, tokenizer, reference, scoring, made_with, device, date)
+    return _Writer(config, run, output_dir, tokenizer, reference, scoring, made_with, world, date)
+
+
+def _remove_progress(output_dir: Path) -> None:
+    for path in _progress_files(output_dir):
+        path.unlink()
 
 
 def _progress_files(output_dir: Path) -> list[Path]:
@@ -126,6 +135,7 @@ class _Writer:
     output_dir: of the new files
     reference: the frozen model, on the device
     made_with: identity of the model
+    world: the ranks; all of them must call
     date: printed by chat templates
     """
 
@@ -136,7 +146,7 @@ class _Writer:
     reference: Policy
     scoring: Scoring
     made_with: dict[str, Any]
-    device: torch.device
+    world: World
     date: str
 
     def rewrite(self, entry: str | dict[str, Any], prefix: str) -> dict[str, Any]:
@@ -151,14 +161,16 @@ class _Writer:
         examples, report = load_examples(
             _without_old_logps(source), self.tokenizer, require_unit_scores=unit_scores
         )
-        print(report, flush=True)
+        if self.world.is_main:
+            print(report, flush=True)
         check_data(examples, [], self.reference, self.tokenizer)
         target = self.output_dir / f"{prefix}-{Path(source.path).stem}.jsonl"
         tokens = tokens_of(examples)
         header = {"tokens": tokens, "date": self.date, "identity": identity, "ways": self._ways()}
         with _telling_of_space(target):
-            logps = dict(self._logps(examples, target, header))
-            _write_with(source, logps, RefCache(target, tokens, self.date, identity))
+            logps = self._logps(examples, target, header)
+            cache = RefCache(target, tokens, self.date, identity)
+            self.world.on_main(lambda: _write_with(source, logps, cache))
         settings = dict(entry) if isinstance(entry, dict) else {}
         settings.pop("split", None)
         return {**settings, "path": str(Path(self.config.output_dir) / target.name)}
@@ -174,8 +186,8 @@ class _Writer:
 
     def _logps(
         self, examples: Sequence[Example], target: Path, header: dict[str, Any]
-    ) -> Iterator[tuple[str, list[float]]]:
-        """Yield (origin, log-probs of the responses) of every example.
+    ) -> dict[str, list[float]]:
+        """Return origin -> log-probs of the responses, of every example.
 
         examples: of a source
         target: the new file of the source
@@ -190,22 +202,44 @@ class _Writer:
             packed=self.reference.packed,
             seed=self.config.seed,
         )
-        with _Progress(target.with_name(target.name + PROGRESS), header) as progress:
-            for step in loader.in_order():
-                for micro_batch in step.micro_batches:
-                    logps = progress.next_done()
-                    if logps is None:
-                        logps = self._logps_of(micro_batch)
-                        progress.add(logps)
-                    for example, own in zip(micro_batch, logps, strict=True):
-                        yield example.origin, own
+        micro_batches: list[list[Example]] = []
+        for step in loader.in_order():
+            micro_batches += step.micro_batches
+        path = target.with_name(target.name + PROGRESS)
+        with _Progress(path, header, self.world) as progress:
+            found = progress.done[: len(micro_batches)]
+            for start in range(len(found), len(micro_batches), self.world.data_size):
+                computed = self._round(micro_batches[start : start + self.world.data_size])
+                progress.add(*computed)
+                found += computed
+        logps = {}
+        for micro_batch, values in zip(micro_batches, found, strict=True):
+            for example, own in zip(micro_batch, values, strict=True):
+                logps[example.origin] = own
+        return logps
+
+    def _round(self, micro_batches: Sequence[Sequence[Example]]) -> list[list[list[float]]]:
+        """Return the log-probs of a micro-batch per context group, or of fewer; on all ranks."""
+        number = self.world.data_rank
+        mine = micro_batches[number] if number < len(micro_batches) else []
+        values, fault = [], None
+        try:
+            values = self._logps_of(mine)
+        except ValueError as error:  # the other ranks wait, and must hear of it
+            fault = error
+        shares = self.world.gather((values, fault))
+        for _, fault in shares:
+            if fault is not None:
+                raise fault
+        first_of_groups = shares[:: self.world.context.size]
+        return [values for values, _ in first_of_groups[: len(micro_batches)]]
 
     def _logps_of(self, micro_batch: Sequence[Example]) -> list[list[float]]:
         """Return the log-probs of the responses of every example."""
         batch = collate(
             micro_batch,
             packed=self.reference.packed,
-            device=self.device,
+            device=self.world.device,
             pad_id=self.tokenizer.pad_token_id,
         )
         # A sum of logs of probabilities near 1 may round to a number above 0.
@@ -229,44 +263,52 @@ class _Progress:
     """The log-probs computed so far, in a file: a header, and then a line per micro-batch.
 
     Every line carries its hash: a line that was cut by a kill, or damaged, is computed again, and
-    all that follow.
+    all that follow. The main rank has the file; all ranks know what is in it.
     """
 
-    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+    def __init__(self, path: Path, header: dict[str, Any], world: World) -> None:
         """Read the lines that an earlier command has left, if their header is the same.
 
         path: the file
         header: what the log-probs depend on, as JSON values
+        world: the ranks; all of them must call
         """
-        self.done: list[list[list[float]]] = []
+        self.world = world
+        self._file: TextIO | None = None
+        self.done = world.on_main(lambda: self._open(path, header))
+
+    def _open(self, path: Path, header: dict[str, Any]) -> list[list[list[float]]]:
+        """Open the file; return the log-probs that it holds, by micro-batch."""
+        done: list[list[list[float]]] = []
         lines = [] if not path.exists() else [*_sealed_lines(path)]
         if lines and lines[0][0] == json.loads(json.dumps(header)):
-            self.done = [value for value, _ in lines[1:]]
+            done = [value for value, _ in lines[1:]]
             os.truncate(path, lines[-1][1])
             self._file = path.open("a", encoding="utf-8")
-            print(f"{path.name}: {len(self.done)} micro-batches are computed already", flush=True)
+            print(f"{path.name}: {len(done)} micro-batches are computed already", flush=True)
         else:
             if path.exists():
                 print(f"{path.name} is damaged or of other settings: starting anew", flush=True)
             self._file = path.open("w", encoding="utf-8")
-            self.add(header)
-        self._next = 0
+            self._write([header])
+        return done
 
     def __enter__(self) -> _Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
-    def next_done(self) -> list[list[float]] | None:
-        """Return the log-probs of the next micro-batch, None where they are to be computed."""
-        self._next += 1
-        return self.done[self._next - 1] if self._next <= len(self.done) else None
+    def add(self, *values: list[list[float]]) -> None:
+        """Write the log-probs of some micro-batches."""
+        self.world.on_main(lambda: self._write(values))
 
-    def add(self, value: Any) -> None:
-        """Write a line: the log-probs of a micro-batch, or the header."""
-        text = json.dumps(value)
-        self._file.write(f"{_seal(text)} {text}\n")
+    def _write(self, values: Iterable[Any]) -> None:
+        """Write lines: the header, or the log-probs of micro-batches."""
+        for value in values:
+            text = json.dumps(value)
+            self._file.write(f"{_seal(text)} {text}\n")
         self._file.flush()
 
 
