@@ -1,4 +1,4 @@
-"""Some of the ranks of a run, among whom tensors are summed and exchanged.
+"""Ranks among whom tensors are summed and exchanged.
 
 The head and attention need a group alone: importing the file needs no FSDP.
 """
@@ -14,11 +14,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Group:
-    """This process among some of the ranks: those that split the tokens of a batch, or a head.
+    """A process among the ranks that split the tokens of a batch, or a head.
 
-    rank: place of this process in the group
+    rank: place of the process in the group
     size: ranks of the group
-    handle: of torch's collectives; None: this process is alone
+    handle: of torch's collectives; None: the process is alone
     """
 
     rank: int = 0
@@ -27,7 +27,7 @@ class Group:
 
     @staticmethod
     def of(given: Group | dist.ProcessGroup | None) -> Group:
-        """Return the place of this process in a group of torch's; None: it is alone."""
+        """Return the place of the process in a group of torch's; None: the process is alone."""
         if given is None or isinstance(given, Group):
             return given or ALONE
         return Group(dist.get_rank(given), dist.get_world_size(given), given)
@@ -39,7 +39,7 @@ class Group:
         return values
 
     def exchange(self, sent: Tensor, to: Sequence[int], of: Sequence[int]) -> Tensor:
-        """Return what the ranks of the group send to this one, in their order: one all-to-all.
+        """Return the pieces that the ranks send to the process, in order of ranks: an all-to-all.
 
         sent: [sum(to)], contiguous: a piece for every rank
         to: numbers for every rank
