@@ -33,6 +33,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from una_fast.group import ALONE, Group
 from una_fast.parallel import Mesh, ParallelOptions
 
 # A rank may hash or write hundreds of gigabytes, or ask a judge, while the others wait for it. A
@@ -45,29 +46,6 @@ Result = TypeVar("Result")
 _LOST = re.compile(
     r"Connection (closed|reset|refused)|Broken pipe|remote process exited|NCCL error"
 )
-
-
-@dataclass(frozen=True)
-class Group:
-    """This process among some of the ranks: those that split the tokens of a batch, or a head.
-
-    rank: place of this process in the group
-    size: ranks of the group
-    handle: of torch's collectives; None: this process is alone
-    """
-
-    rank: int = 0
-    size: int = 1
-    handle: dist.ProcessGroup | None = None
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Return the sum of a tensor over the group; overwrites the tensor."""
-        if self.size > 1:
-            dist.all_reduce(values, group=self.handle)
-        return values
-
-
-ALONE = Group()
 
 
 @dataclass(frozen=True)

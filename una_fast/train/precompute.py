@@ -106,7 +106,7 @@ def _open_writer(config: RunConfig, output_dir: Path, world: World) -> _Writer:
     reference = load_frozen(config, run, in_shards=in_shards)
     place(reference, world, None, config.parallel)
     made_with = model_identity(reference, run, new_adapter=False)
-    scoring = scoring_of(config, run)
+    scoring = scoring_of(config, run, world.context)
     return _Writer(config, run, output_dir, tokenizer, reference, scoring, made_with, world, date)
 
 
