@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from families import build
 from two_ranks import TIMEOUT
 from una_fast.head.traffic import head_traffic
 from una_fast.head.vocabulary import Round, make_rounds
+from una_fast.model.head_forward import head_to_split
 from vocabulary_ranks import CASES, LENGTHS, Case
 
 WORKER = Path(__file__).with_name("vocabulary_ranks.py")
@@ -184,3 +186,16 @@ def test_traffic():
     reference = head_traffic(1024, 4096, 131072, 8, 2, gradients=False)
     assert reference == (frozen, 1024 * (4096 * 2 + 48) * 7 // 8)
     assert head_traffic(1024, 4096, 131072, 1, bytes=2) == (0, 0)
+
+
+# ---- refusals ----
+
+
+def test_heads_that_are_not_split():
+    with pytest.raises(ValueError, match=r"tied to the input embedding.*split_vocabulary=false"):
+        head_to_split(build("LlamaConfig tied"))
+    model = build("LlamaConfig")
+    assert head_to_split(model) is model.lm_head
+    model.set_output_embeddings(torch.nn.Embedding(97, 32))
+    with pytest.raises(ValueError, match=r"a Embedding, and only a linear layer"):
+        head_to_split(model)

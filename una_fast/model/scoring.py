@@ -101,6 +101,7 @@ class Scoring:
             "temperature": self.temperature,
             "workspace_mb": self.workspace_mb,
             "engine": self.engine,
+            "vocabulary": policy.vocabulary,
         }
 
     def context(self, device: torch.device) -> AbstractContextManager:
