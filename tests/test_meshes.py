@@ -45,6 +45,7 @@ SAME = {
     # With a few rows of logits at a time.
     "hybrid, once a step": SGD | {"parallel": HYBRID | {"reduce": "last"}, "workspace_mb": 0.01},
     "hybrid lora": SGD | LORA | {"parallel": HYBRID},
+    "hybrid qlora": SGD | LORA | {"quantize_base": "nf4", "parallel": HYBRID},
     "copies": SGD | {"parallel": {"replicate": 4}},
     "hybrid, split vocabulary": SGD | {"parallel": HYBRID | {"split_vocabulary": True}},
 }

@@ -43,6 +43,7 @@ from una_fast.data.examples import Example
 from una_fast.feedback import Feedback
 from una_fast.model.activations import decoder_layers
 from una_fast.model.dropout import remove_dropout
+from una_fast.model.four_bits import pack_linears
 from una_fast.model.head_probe import HeadSpec
 from una_fast.model.loading import load_config, model_and_adapter, outline
 from una_fast.model.lora import add_lora
@@ -51,6 +52,7 @@ from una_fast.model.reference import without_cached_logps
 from una_fast.model.scoring import match_autocast
 from una_fast.model.settings import LoraOptions
 from una_fast.optim import state_bytes, step_bytes
+from una_fast.printable import printable
 from una_fast.resolved import Facts, ResolvedRun, outline_of, resolve
 
 Categories = dict[str, int]
@@ -305,6 +307,8 @@ class StepTracer:
             )
             remove_dropout(model)
             head = HeadSpec(model)
+            if config.quantize_base is not None:
+                pack_linears(model, printable(config.model))
             if trained:
                 model = self._with_adapter(model, config)
             if trained and run.ranks > 1:
@@ -638,18 +642,23 @@ def _gathered(policy: Policy, reference: Policy | None, compute: torch.dtype) ->
         forward; and two layers, the second fetched ahead
     gradients: the largest group, in the dtype of the products, and in float32 to be reduced
     """
-    root, layer = _group_sizes(policy, trained=False)
-    roots = root * (1 + (reference is not None))
-    weights = (roots + 2 * layer) * compute.itemsize
-    gradients = max(_group_sizes(policy, trained=True)) * (compute.itemsize + 4)
+    root, layer = _group_sizes(policy, compute.itemsize, trained=False)
+    weights = root * (1 + (reference is not None)) + 2 * layer
+    gradients = max(_group_sizes(policy, compute.itemsize + 4, trained=True))
     return weights + gradients
 
 
-def _group_sizes(policy: Policy, *, trained: bool) -> tuple[int, int]:
-    """Return the numbers in the root and in the largest layer, of all or of trained weights."""
+def _group_sizes(policy: Policy, width: int, *, trained: bool) -> tuple[int, int]:
+    """Return the bytes of the root and of the largest layer, of all or of trained weights.
+
+    width: bytes of a number; packed weights are gathered as they are
+    """
+
+    def size(p: Tensor) -> int:
+        return p.numel() * (width if p.is_floating_point() else p.itemsize)
 
     def count(module: nn.Module) -> int:
-        return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
+        return sum(size(p) for p in module.parameters() if p.requires_grad or not trained)
 
     layers = [count(layer) for layer in decoder_layers(policy.causal_lm)]
     return count(policy.model) - sum(layers), max(layers, default=0)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -108,7 +109,8 @@ class Policy:
                 "a fully trained policy has no adapter to switch off; use a frozen copy or cached "
                 "ref_logps"
             )
-        layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # the second: trained copies of modules
+        layers = [module for module in self.model.modules() if isinstance(module, kinds)]
         # peft's own disable_adapter also freezes the adapters: FSDP2 may see that in its first
         # forward.
         before = [layer._disable_adapters for layer in layers]
@@ -136,6 +138,7 @@ def load_policy(
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
     in_shards: bool = False,
+    quantize_base: str | None = None,
 ) -> Policy:
     """Load a model for training: dropout removed, head probed, scoring installed.
 
@@ -149,6 +152,7 @@ def load_policy(
     attn_implementation: attention of unpacked batches; default: the model's
     in_shards: leave the weights in the files, for `read_shards` (see `Policy.unread`); a model
         without rows in the files is loaded whole, and a line says so
+    quantize_base: "nf4" holds linear weights at 4 bits, for an adapter or for scoring alone
 
     The model is in train mode, which activation checkpointing needs. ValueError for a model that
     cannot be trained truly.
@@ -158,6 +162,7 @@ def load_policy(
         "base": base,
         "trust_remote_code": trust_remote_code,
         "attn_implementation": attn_implementation,
+        "quantize_base": quantize_base,
     }
     if in_shards:
         random = torch.get_rng_state()
