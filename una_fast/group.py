@@ -11,6 +11,10 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
+# torch has other names for both since 2.13.
+_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 @dataclass(frozen=True)
 class Group:
@@ -37,6 +41,34 @@ class Group:
         if self.size > 1:
             dist.all_reduce(values, group=self.handle)
         return values
+
+    def largest(self, values: Tensor) -> Tensor:
+        """Return the maximum of a tensor over the group; overwrites the tensor."""
+        if self.size > 1:
+            dist.all_reduce(values, dist.ReduceOp.MAX, group=self.handle)
+        return values
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Return the tensors of all ranks, one after the other along the first dimension.
+
+        values: [n, ...], of the same shape on all ranks
+        """
+        if self.size == 1:
+            return values
+        all_values = values.new_empty(self.size * len(values), *values.shape[1:])
+        _gather_into(all_values, values.contiguous(), group=self.handle)
+        return all_values
+
+    def reduce_scatter(self, values: Tensor) -> Tensor:
+        """Return the part of the process of the sum over the group.
+
+        values: [size * n, ...]; rank r gets rows [r n, (r + 1) n) of the sum
+        """
+        if self.size == 1:
+            return values
+        part = values.new_empty(len(values) // self.size, *values.shape[1:])
+        _reduce_scatter_into(part, values, group=self.handle)
+        return part
 
     def exchange(self, sent: Tensor, to: Sequence[int], of: Sequence[int]) -> Tensor:
         """Return the pieces that the ranks send to the process, in order of ranks: an all-to-all.

@@ -31,7 +31,7 @@ from una_fast.group import ALONE, Group
 from una_fast.logs import say_once
 from una_fast.model.activations import switch_on
 from una_fast.model.directory import reading
-from una_fast.model.head_forward import Scorer, install_scorer
+from una_fast.model.head_forward import Scorer, install_scorer, vocabulary_of
 from una_fast.model.head_probe import (
     HeadSpec,
     NoSmallCopy,
@@ -76,6 +76,11 @@ class Policy:
     def is_adapter(self) -> bool:
         """Return whether an adapter is trained, and saved, instead of the whole model."""
         return self.model is not self.causal_lm
+
+    @property
+    def vocabulary(self) -> Group | None:
+        """Return the ranks that share the vocabulary of the head; None for a whole head."""
+        return vocabulary_of(self.causal_lm.get_output_embeddings())
 
     def score(self, batch: Batch, scorer: Scorer, context: Group = ALONE) -> Any:
         """Return scorer(hidden rows, head weight, head bias), run inside the model's forward.

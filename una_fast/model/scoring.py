@@ -109,6 +109,7 @@ class Scoring:
             "engine": self.engine,
             "group": self.group,
             "lengths": batch.cu_seqlens.diff(),
+            "vocabulary": policy.vocabulary,
         }
 
     def context(self, device: torch.device) -> AbstractContextManager:

@@ -28,6 +28,7 @@ from una_fast.distributed import (
     local_scalar,
     reduce_gradients,
     start_world,
+    sum_over_copies,
 )
 from una_fast.files import write_json
 from una_fast.losses import UnaOutput, una_loss
@@ -370,6 +371,8 @@ class Trainer:
             at_each = self.resolved.reduce == "each"
             reduce_gradients(self.policy.causal_lm, now=at_each, is_last=number == count)
             out.loss.backward()
+        if self.policy.vocabulary is not None:
+            sum_over_copies(self.policy.causal_lm.get_output_embeddings().parameters())
         parameters = self.policy.trainable_parameters()
         norm = gradient_norm(parameters)
         value = local_scalar(norm)
