@@ -824,13 +824,6 @@ def test_partly_cached_records_are_refused(llamas, mixed, biased, tmp_path):
     assert read_metrics(tmp_path / "frozen")[0]["log_ratio"] == pytest.approx(0, abs=1e-5)
 
 
-def test_precompute_runs_as_one_process(llamas, mixed, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    message = "precompute-ref runs as one process; start it without torchrun"
-    with pytest.raises(ValueError, match=message):
-        precompute_reference(make_config(llamas["untied"], mixed, tmp_path / "cache"))
-
-
 def test_an_evaluation_fraction_must_leave_training_records(llamas, tmp_path):
     one = write_jsonl(tmp_path / "one.jsonl", make_records("pairs", 1))
     message = "eval_fraction=0.5 leaves a source without training records"

@@ -165,7 +165,8 @@ def collectives() -> Iterator[list[tuple[str, int]]]:
             def counted(
                 group: Group, values: Tensor, name: str = name, own: Any = OWN[name]
             ) -> Tensor:
-                seen.append((name, values.numel()))
+                if group.size > 1:
+                    seen.append((name, values.numel()))
                 return own(group, values)
 
             patch.setattr(Group, name, counted)
