@@ -174,7 +174,7 @@ class StepTracer:
         further = 0
         if facts.ranks > 1:
             parallel = config.parallel or ParallelOptions()
-            further = 1 + parallel.prefetch
+            further = 1 + 2 * parallel.prefetch
         self.depth = depth_of(self._adapted(whole), further)
         self._batch: list[Example] = []  # of the traces
         self._traces: dict[tuple[Any, ...], _Traced | None] = {}

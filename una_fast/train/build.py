@@ -146,7 +146,8 @@ def open_run(
         print("\n".join(run.lines()), flush=True)
     if run.reference != "cached":
         data = data.without_cached_logps()
-    memory = refuse_too_large(config, facts, records + longest_rollouts(prompts, config))
+    largest = records + longest_rollouts(prompts, config)
+    memory = world.on_main(lambda: refuse_too_large(config, facts, largest))
     loaders = _make_loaders(config, world, data, packed=run.packed)
     state = _open_state(config, world, run, loaders, checkpoint)
     total_steps = num_steps(loaders.steps_per_epoch(config), config.epochs, config.max_steps)
