@@ -43,6 +43,7 @@ from una_fast import (
     sequence_logps,
     token_logps,
 )
+from una_fast.distributed import Group
 from una_fast.head import constants, eager, ops, passes, segment_loss, torch_engine
 from una_fast.head.engines import choose_engine
 from una_fast.head.plan import Tile, head_size, make_plan
@@ -333,11 +334,22 @@ def test_a_form_without_a_kernel_runs_losses_py(monkeypatch):
     assert_close(evaluate(linear_una_loss, p, **arguments), truth(p, **arguments), 2e-4)
 
 
+class OfTwo(Group):
+    """The first of two ranks; the other one has as much of every sum."""
+
+    def sum(self, values):
+        return values.mul_(2.0)
+
+
 @pytest.mark.parametrize("units", [None, 3, torch.tensor(11)])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_the_loss_of_a_call_equals_that_of_pure_torch(reduction, units):
+@pytest.mark.parametrize("group", [Group(), OfTwo(0, 2)], ids=["alone", "group"])
+def test_the_loss_of_a_call_equals_that_of_pure_torch(reduction, units, group):
     g = torch.Generator().manual_seed(5)
-    lengths = segment_loss.Lengths([0, 5, 8, 15, 19, 25, 33, 38, 47], torch.device("cpu"))
+    cu, whole = [0, 5, 8, 15, 19, 25, 33, 38, 47], None
+    if group.size == 2:  # without rows of responses 2 and 5 here
+        cu, whole = [0, 5, 8, 8, 19, 33, 33, 38, 47], [10, 6, 7, 22, 28, 3, 10, 18]
+    lengths = segment_loss.Lengths(cu, torch.device("cpu"), group, whole)
     tokens = -10 * torch.rand(47, generator=g)
     ref = -40 * torch.rand(8, generator=g, dtype=torch.float64)
     objective = Objective(offset=0.2, length_normalize=True)

@@ -60,11 +60,29 @@ class Group:
     size: int = 1
     handle: dist.ProcessGroup | None = None
 
+    @staticmethod
+    def of(given: Group | dist.ProcessGroup | None) -> Group:
+        """Return the place of this process in a group of torch's; None: it is alone."""
+        if given is None or isinstance(given, Group):
+            return given or ALONE
+        return Group(dist.get_rank(given), dist.get_world_size(given), given)
+
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum of a tensor over the group; overwrites the tensor."""
         if self.size > 1:
             dist.all_reduce(values, group=self.handle)
         return values
+
+    def exchange(self, sent: Tensor, to: Sequence[int], of: Sequence[int]) -> Tensor:
+        """Return what the ranks of the group send to this one, in their order: one all-to-all.
+
+        sent: [sum(to)], contiguous: a piece for every rank
+        to: numbers for every rank
+        of: numbers from every rank
+        """
+        received = sent.new_empty(sum(of))
+        dist.all_to_all_single(received, sent, list(of), list(to), group=self.handle)
+        return received
 
 
 ALONE = Group()

@@ -29,15 +29,17 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from una_fast.attention.probe import packing_refusal
+from una_fast.attention.split_probe import split_refusal
 from una_fast.config import RunConfig
 from una_fast.data.examples import Example
+from una_fast.distributed import ALONE, Group
 from una_fast.head.engines import choose_engine, compute_dtype
 from una_fast.head.plan import workspace_bytes
 from una_fast.model.directory import reading
 from una_fast.model.head_probe import outside_text
 from una_fast.model.loading import is_flash, model_and_adapter, sized_outline
 from una_fast.model.policy import Policy, load_policy
-from una_fast.model.positions import longer_records, positions_of
+from una_fast.model.positions import longer_records, positions_of, row_wide_rope
 from una_fast.model.quantized import quantized_weight, refuse_quantized
 from una_fast.model.reference import has_cached_logps
 from una_fast.model.scoring import Scoring, match_autocast
@@ -149,11 +151,14 @@ def find_facts(
     device: "cpu" or "cuda"
     ranks: processes of the run
 
-    ValueError if only some records bring ref_logps, and the run would use the column.
+    ValueError if only some records bring ref_logps, and the run would use the column; and where
+    ranks are to split the tokens of rows, and the model does not allow that.
     """
     keeps_float32 = False
+    context = 1 if config.parallel is None else config.parallel.context
     router_loss, positions, longer = 0.0, None, None
     towers: list[str] = []
+    unsplit = None
     try:
         # A wrong path or setting ends here.
         with reading(config.model, "model", only=(ValueError, OSError)):
@@ -163,11 +168,15 @@ def find_facts(
         towers = outside_text(model)
         positions, longer = positions_of(model), longer_records(records, model)
         refusal = packing_refusal(model) if config.packing else None
+        if context > 1 and config.packing and refusal is None:
+            unsplit = row_wide_rope(model) or split_refusal(model, context)
     except ValueError:
         raise
     except Exception as error:  # model code may fail in any way on tensors without numbers
         failure = printable(f"{type(error).__name__}: {error}")
         refusal = f"the model cannot be built without weights: {failure}"
+    if context > 1:
+        _refuse_unsplit(config, context, refusal, unsplit)
     if config.packing and refusal is not None:
         logger.warning("batches are padded, not packed: %s", refusal)
     may_be_cached = config.reference == "auto" and config.mode == "offline"
@@ -183,6 +192,27 @@ def find_facts(
         longer_records=longer,
         towers=towers,
     )
+
+
+def _refuse_unsplit(
+    config: RunConfig, context: int, refusal: str | None, unsplit: str | None
+) -> None:
+    """Raise ValueError, with the reason, where ranks cannot split the tokens of a run's rows.
+
+    config: settings of the run
+    context: ranks that would split a row
+    refusal: reason why rows of the model cannot be packed
+    unsplit: reason why packed rows cannot be split
+    """
+    reason = refusal or unsplit
+    advice = "set parallel.context=1"
+    if not config.packing:
+        reason, advice = "packing=false pads them", f"{advice}, or packing=true"
+    if reason is not None:
+        raise ValueError(
+            f"parallel.context={context} splits packed rows over {context} ranks, and "
+            f"{printable(config.model)} has no such rows: {reason}; {advice}"
+        )
 
 
 def outline_of(config: RunConfig) -> PreTrainedModel:
@@ -355,9 +385,14 @@ def _name(dtype: torch.dtype | None) -> str | None:
 # ---- models, loaded as decided -----------------------------------------------------------------
 
 
-def scoring_of(config: RunConfig, run: ResolvedRun) -> Scoring:
-    """Return how the run's heads are computed."""
-    return Scoring(run.workspace / 2**20, run.engine, run.autocast, config.temperature)
+def scoring_of(config: RunConfig, run: ResolvedRun, group: Group = ALONE) -> Scoring:
+    """Return how the run's heads are computed.
+
+    config: settings of the run
+    run: decisions of the run
+    group: ranks that split the tokens of every batch among themselves (World.context)
+    """
+    return Scoring(run.workspace / 2**20, run.engine, run.autocast, config.temperature, group)
 
 
 def load_trained(

@@ -2,7 +2,8 @@
 
 The function is registered with transformers under the name PACKED; `packed_attention(model)`
 switches a model to the name, and the table of segments travels through the keyword arguments of
-the model's forward: `model(input_ids, position_ids=..., una_segments=batch.segments)`.
+the model's forward: `model(input_ids, position_ids=..., una_segments=batch.segments)`. Where
+ranks split the tokens of a row (ulysses.py), their group travels beside, as `una_context`.
 
 Back-ends: a varlen kernel for half precision on CUDA (varlen.py), otherwise SDPA (sdpa.py). The
 layout of a row stands in rows.py.
@@ -21,6 +22,7 @@ from transformers import AttentionInterface, PreTrainedConfig
 
 from una_fast.attention.rows import Segments, row_layout
 from una_fast.attention.sdpa import ScoreRule, attend_sdpa, mask_table
+from una_fast.attention.ulysses import attend_split
 from una_fast.attention.varlen import (
     VarlenKernel,
     attend_varlen,
@@ -28,6 +30,7 @@ from una_fast.attention.varlen import (
     varlen_kernel,
     varlen_refusal,
 )
+from una_fast.distributed import ALONE, Group
 from una_fast.logs import say_once
 
 logger = logging.getLogger(__name__)
@@ -69,6 +72,7 @@ def packed_attention_forward(
     is_causal: bool | None = None,
     output_attentions: bool | None = None,
     una_segments: Segments | None = None,
+    una_context: Group = ALONE,
     kernel: VarlenKernel | None = None,
     **extra: Any,
 ) -> tuple[Tensor, None]:
@@ -85,7 +89,8 @@ def packed_attention_forward(
     s_aux: [H], attention sinks
     is_causal: must not be False
     output_attentions: must not be True
-    una_segments: table of the row, given to the model's forward
+    una_segments: table of the whole row, given to the model's forward
+    una_context: ranks with T tokens of the row each, given to the model's forward
     kernel: serves the row if able to, on any device; default: the kernel of a CUDA device
     extra: further arguments of transformers; HARMLESS ones are ignored
 
@@ -114,13 +119,19 @@ def packed_attention_forward(
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    layout = row_layout(una_segments, query.shape[2])
+    layout = row_layout(una_segments, query.shape[2] * una_context.size)
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    rule = ScoreRule(scaling, sliding_window, softcap, s_aux)
-    kernel = _choose_kernel(query, value, rule, kernel)
-    if kernel is None:
-        return attend_sdpa(query, key, value, layout, rule), None
-    return attend_varlen(query, key, value, layout, rule, kernel.call), None
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> Tensor:
+        rule = ScoreRule(scaling, sliding_window, softcap, sinks)
+        chosen = _choose_kernel(query, value, rule, kernel)
+        if chosen is None:
+            return attend_sdpa(query, key, value, layout, rule)
+        return attend_varlen(query, key, value, layout, rule, chosen.call)
+
+    if una_context.size == 1:
+        return attend(query, key, value, s_aux), None
+    return attend_split(query, key, value, s_aux, una_context, attend), None
 
 
 def _check_layout(

@@ -57,14 +57,14 @@ def packing_refusal(model: PreTrainedModel) -> str | None:
     try:
         with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
-            return _probe(_reduced_decoder(model))
+            return _probe(reduced_decoder(model))
     # An unknown model may fail in any way, and each is a reason not to pack it.
     except Exception as error:
         failure = f"{type(error).__name__}: {error}"
         return f"the packing probe of {type(model).__name__} failed with {failure}"
 
 
-def _reduced_decoder(model: PreTrainedModel) -> PreTrainedModel:
+def reduced_decoder(model: PreTrainedModel) -> PreTrainedModel:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft
     return reduced_copy(base.get_decoder())
 
@@ -266,7 +266,7 @@ def _packing_error(model: PreTrainedModel) -> float:
 
     Returns the largest difference, relative to the largest hidden state.
     """
-    segments, positions = _probe_row()
+    segments, positions = probe_row()
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = torch.randint(1, vocabulary, (1, positions.shape[1]))
     run = functools.partial(model, use_cache=False)
@@ -285,7 +285,7 @@ def _packing_error(model: PreTrainedModel) -> float:
     return (error / expected.abs().max()).item()
 
 
-def _probe_row() -> tuple[Segments, Tensor]:
+def probe_row() -> tuple[Segments, Tensor]:
     """Return the segments and the position_ids [1, T] of the probe's row."""
     ends = list(accumulate((_PROMPT, *_RESPONSES)))
     responses = tuple(pairwise(ends))

@@ -32,6 +32,7 @@ class Batch:
     segments: token ranges of the packed layout, B = 1; None in the padded layout
     rows: [N] int64, flat index into B * T of the position before a scored token, where the model
         predicts the token; the last prompt token stands once per response
+    host_rows: the same numbers, always on the CPU
     targets: [N] int64, the scored tokens: of responses, all but the messages between two answers
     cu_seqlens: [S+1] int64, always on the CPU: response s has rows cu_seqlens[s]:cu_seqlens[s+1]
     feedback: units over the S responses, on the CPU
@@ -44,6 +45,7 @@ class Batch:
     attention_mask: Tensor | None
     segments: tuple[Segment, ...] | None
     rows: Tensor
+    host_rows: Tensor
     targets: Tensor
     cu_seqlens: Tensor
     feedback: Feedback
@@ -83,12 +85,14 @@ def collate(
 
     targets = list(itertools.chain.from_iterable(map(_targets, examples)))
     cu_seqlens = np.cumsum([0, *map(len, targets)], dtype=np.int64)
+    rows = _concatenate(layout.rows)
     return Batch(
         input_ids=on_device(layout.input_ids),
         position_ids=on_device(layout.position_ids),
         attention_mask=on_device(layout.attention_mask),
         segments=layout.segments,
-        rows=on_device(_concatenate(layout.rows)),
+        rows=on_device(rows),
+        host_rows=torch.from_numpy(rows),
         targets=on_device(_concatenate(targets)),
         cu_seqlens=torch.from_numpy(cu_seqlens),
         feedback=_merged_feedback(examples),

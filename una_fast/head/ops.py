@@ -32,9 +32,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from una_fast.distributed import Group
 from una_fast.feedback import Feedback
 from una_fast.head.compiling import outside_compile
 from una_fast.head.engines import choose_engine
@@ -68,6 +70,8 @@ def linear_una_loss(
     num_units: int | Tensor | None = None,
     workspace_mb: float | None = None,
     engine: str = "auto",
+    group: Group | dist.ProcessGroup | None = None,
+    lengths: Tensor | Sequence[int] | None = None,
 ) -> UnaOutput:
     """Compute the UNA loss of N response tokens in S responses, from hidden states.
 
@@ -94,6 +98,11 @@ def linear_una_loss(
     workspace_mb: MiB for everything that is neither input nor gradient; None: 2048 on a GPU, 256 on
         a CPU
     engine: "auto", "torch" or "triton"
+    group: ranks that hold a part of every response each, and call with the same feedback; the rows
+        are those of this rank, and a response may have none. One all-reduce of S numbers per call,
+        and one more for ref_hidden. The result is equal on all ranks; a gradient is the part of
+        this rank, and the gradient of the weight is the sum over the ranks
+    lengths: [S] integers on the CPU, tokens of every response on all ranks of the group
 
     Returns UnaOutput: float64 loss (scalar), logps, ref_logps, rewards [S] and unit_losses [U].
     Only the loss carries a gradient: to hidden, weight and bias where they require a gradient. No
@@ -111,17 +120,17 @@ def linear_una_loss(
     _check_head("", hidden, weight, targets, bias)
     # A mean over tokens would count the rows without a target.
     targets = _int64_targets(targets, weight.shape[0], ignore=not objective.length_normalize)
-    cu = _check_cu_seqlens(cu_seqlens, hidden.shape[0])
-    check_units(feedback, objective, len(cu) - 1)  # before any GEMM
+    lengths = _bounds(cu_seqlens, hidden, group, lengths)
+    responses = len(lengths.ints)
+    check_units(feedback, objective, responses)  # before any GEMM
     denominator(reduction, num_units, feedback.num_units)
-    lengths = Lengths(cu, hidden.device)
     head = Head(weight, bias, transform, workspace_mb, engine)
     needs = _needs(leaves)
 
     logps = ref_head = None  # logps: of the policy, where one pass without gradients gives both
     if ref_logps is not None:
         others = {"ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
-        ref_logps = _cached_reference(ref_logps, len(cu) - 1, hidden.device, others)
+        ref_logps = _cached_reference(ref_logps, responses, hidden.device, others)
     elif ref_hidden is not None:
         if ref_weight is None:
             ref_weight = weight
@@ -168,6 +177,8 @@ def sequence_logps(
     temperature: float = 1.0,
     workspace_mb: float | None = None,
     engine: str = "auto",
+    group: Group | dist.ProcessGroup | None = None,
+    lengths: Tensor | Sequence[int] | None = None,
 ) -> Tensor:
     """Return the [S] float64 sums of log-probs over each response.
 
@@ -184,11 +195,14 @@ def sequence_logps(
     temperature: divisor of the logits
     workspace_mb: MiB for logits; None: 2048 on a GPU, 256 on a CPU
     engine: "auto", "torch" or "triton"
+    group: ranks that hold a part of every response each, as in linear_una_loss; the ranks must make
+        the same loss of the sums
+    lengths: [S] integers on the CPU, tokens of every response on all ranks of the group
     """
     leaves = (hidden, weight, bias)
     transform = LogitTransform(softcap, logit_scale, temperature)
     head, hidden, targets = _token_call(leaves, targets, transform, workspace_mb, engine)
-    lengths = Lengths(_check_cu_seqlens(cu_seqlens, hidden.shape[0]), hidden.device)
+    lengths = _bounds(cu_seqlens, hidden, group, lengths)
     return _later_pass(leaves, head, hidden, targets, lengths=lengths)[0]
 
 
@@ -414,7 +428,46 @@ def _int64_targets(targets: Tensor, vocab: int, ignore: bool = False) -> Tensor:
     return targets
 
 
-def _check_cu_seqlens(cu_seqlens: Tensor | Sequence[int], rows: int) -> list[int]:
+def _bounds(
+    cu_seqlens: Tensor | Sequence[int],
+    hidden: Tensor,
+    group: Group | dist.ProcessGroup | None,
+    whole: Tensor | Sequence[int] | None,
+) -> Lengths:
+    """Return the bounds of the responses, checked.
+
+    cu_seqlens: [S + 1], of the rows of this rank
+    hidden: [N, D]
+    group: as given
+    whole: [S] tokens on all ranks, as given
+    """
+    group = Group.of(group)
+    cu = _check_cu_seqlens(cu_seqlens, hidden.shape[0], may_be_empty=group.size > 1)
+    if whole is None:
+        if group.size > 1:
+            raise ValueError(
+                f"the responses are in parts on {group.size} ranks: give lengths=, the tokens of "
+                "every response on all of them"
+            )
+        return Lengths(cu, hidden.device)
+    whole = as_tensor("lengths", whole, torch.device("cpu")).tolist()
+    if len(whole) != len(cu) - 1:
+        raise ValueError(f"lengths has {len(whole)} numbers for {len(cu) - 1} responses")
+    lengths = Lengths(cu, hidden.device, group, whole)
+    for i, (here, all_of_it) in enumerate(zip(lengths.ints, whole, strict=True)):
+        if all_of_it < 1:
+            raise ValueError(f"response {i} is empty (lengths[{i}] = {all_of_it})")
+        if here > all_of_it or (group.size == 1 and here != all_of_it):
+            raise ValueError(
+                f"response {i} has {here} rows on this rank, and lengths[{i}] = {all_of_it} tokens "
+                f"on the {group.size} of the group"
+            )
+    return lengths
+
+
+def _check_cu_seqlens(
+    cu_seqlens: Tensor | Sequence[int], rows: int, *, may_be_empty: bool = False
+) -> list[int]:
     """Return the row offsets of the responses as integers; ValueError for wrong ones."""
     cu_seqlens = as_tensor("cu_seqlens", cu_seqlens, torch.device("cpu"))
     is_integer = not (cu_seqlens.is_floating_point() or cu_seqlens.dtype == torch.bool)
@@ -429,7 +482,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor | Sequence[int], rows: int) -> list[int
             f"{cu[-1]}"
         )
     for i in range(len(cu) - 1):
-        if cu[i + 1] == cu[i]:
+        if cu[i + 1] == cu[i] and not may_be_empty:
             raise ValueError(
                 f"response {i} is empty (cu_seqlens[{i}] = cu_seqlens[{i + 1}] = {cu[i]})"
             )

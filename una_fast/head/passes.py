@@ -116,6 +116,7 @@ class Head:
             feedback,
             lengths.ints,
             replace(self.size, leaf_bytes=leaf_bytes(train_weight)),
+            whole_lengths=lengths.whole if lengths.group.size > 1 else None,
             budget=self.budget,
             accumulator_width=self.dim if train_weight else int(train_bias),
             length_normalize=length_normalize,
@@ -324,8 +325,8 @@ class Head:
         return logps[:rows], logps[rows:]
 
     def sums(self, lengths: Lengths, tokens: Tensor) -> Tensor:
-        """Return the [S] float64 sums of [N] token log-probs over each response."""
-        return self.engine.segment_loss.sums(lengths, tokens)
+        """Return the [S] float64 sums of [N] token log-probs over each response, of all ranks."""
+        return lengths.group.sum(self.engine.segment_loss.sums(lengths, tokens))
 
 
 @dataclass
@@ -704,14 +705,15 @@ class OnePass:
         if self.need_hidden:
             rows = empty_hidden_grad(hidden, self.head, all_rows=not plan.unscored)
         self.grads = self._make_grads(rows)
+        # First: in a group all log-probs must be there before the first coefficient.
+        for spans in self._cuts(plan.unscored):
+            self._forward(spans)
         if plan.streamed:
             self._stream()
         for block in plan.resident:
             self._resident(block)
         if plan.recomputed:
             self._recompute()
-        for spans in self._cuts(plan.unscored):
-            self._forward(spans)
         self.grads.finish()
         self.head.drop_buffer()
         return self.loss.output(self.logps), self.grads

@@ -18,6 +18,10 @@ the plan picks the cheapest way within the budget; a GEMM pass is 2 N D V flop:
 With a frozen head nothing is accumulated across rows: everything streams, each row scaled last, in
 2 passes.
 
+Where the ranks of a group hold a part of every response each, all coefficients become known at
+once, when the sums of the call have crossed the group: all scored responses with rows on this rank
+are one component. Ranks may go different ways.
+
 Every chunk of a trained head reads and writes the [V, D] gradient. When the budget holds few rows
 of logits, tiles of many rows and a slice of the vocabulary do better although they recompute: the
 logsumexp of a row needs all slices. Such a plan is *sliced*: by decision of the cost model, or for
@@ -243,6 +247,24 @@ def _pair_group(responses: Sequence[int], lengths: Sequence[int], length_normali
     return Group((first, second), (1.0 / lengths[first], -1.0 / lengths[second]))
 
 
+def as_one(linked: Sequence[Component], lengths: Sequence[int]) -> list[Component]:
+    """Join components to one, for coefficients that become known together.
+
+    linked: components of a call
+    lengths: tokens of every response on this rank
+
+    Responses without rows on this rank are left out; without any rows there is no component.
+    """
+    groups = []
+    for group in chain.from_iterable(component.groups for component in linked):
+        here = [k for k, i in enumerate(group.responses) if lengths[i]]
+        if here:
+            responses = tuple(group.responses[k] for k in here)
+            groups.append(Group(responses, tuple(group.factors[k] for k in here)))
+    responses = sorted(chain.from_iterable(group.responses for group in groups))
+    return [Component(tuple(responses), tuple(groups))] if groups else []
+
+
 def tokens_of(component: Component, lengths: Sequence[int]) -> int:
     """Return the tokens of all responses of a component."""
     return sum(lengths[i] for i in component.responses)
@@ -452,7 +474,7 @@ def holds_both(size: HeadSize, rows: int, budget: int) -> bool:
 
 @dataclass(frozen=True)
 class Plan:
-    """The order is: streamed components, resident blocks, recomputed responses, then unscored ones.
+    """The order is: unscored responses, streamed components, resident blocks, recomputed responses.
 
     tile: logits in memory at once
     streamed: components with gradients scaled last
@@ -497,6 +519,7 @@ def make_plan(
     budget: int,
     accumulator_width: int,
     length_normalize: bool,
+    whole_lengths: Sequence[int] | None = None,
 ) -> Plan:
     """Plan a call with gradients.
 
@@ -507,11 +530,16 @@ def make_plan(
     accumulator_width: numbers per vocabulary entry in an accumulator of the head's gradients:
         D for the weight, 1 for the bias alone, 0 for a frozen head
     length_normalize: log-ratios are means over tokens
+    whole_lengths: tokens of every response on all ranks of a group; None: `lengths` are all
     """
     rows = sum(lengths)
-    linked = components(feedback, lengths, length_normalize)
+    if whole_lengths is None:
+        linked = components(feedback, lengths, length_normalize)
+    else:
+        linked = as_one(components(feedback, whole_lengths, length_normalize), lengths)
     scored = sorted(chain.from_iterable(c.responses for c in linked))
-    unscored = tuple(sorted(set(range(len(lengths))) - set(scored)))
+    others = sorted(set(range(len(lengths))) - set(scored))
+    unscored = tuple(i for i in others if lengths[i])
     gathered = bool(unscored) or any(component.gaps for component in linked)
     trained = accumulator_width > 0
     wanted = {"gradients": True, "trained": trained}

@@ -45,7 +45,7 @@ class TritonSegmentLoss(SegmentLoss):
         """Return the result of the call, in two launches."""
         if not self._has_kernel:
             return super().output(tokens)
-        logps = self.sums(self.lengths, tokens)
+        logps = self.whole_sums(tokens)
         out = self._losses(logps)
         return UnaOutput(out.loss, logps, self.ref_logps.clone(), out.rewards, out.unit_losses)
 
@@ -53,7 +53,7 @@ class TritonSegmentLoss(SegmentLoss):
         """Return the [S] float64 gradients dL/dlogps, in two launches."""
         if not self._has_kernel:
             return super().coefficients(tokens)
-        return self._losses(self.sums(self.lengths, tokens)).coef
+        return self._losses(self.whole_sums(tokens)).coef
 
     @property
     def _forms(self) -> dict[str, str]:
@@ -74,7 +74,7 @@ class TritonSegmentLoss(SegmentLoss):
             number = float(units)
         table = _unit_table(
             tuple(tuple(getattr(self.feedback, name).tolist()) for name in COLUMNS),
-            self.lengths.ints,
+            self.lengths.whole,
             self.objective.beta,
             self.objective.offset,
             self.objective.length_normalize,

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from una_fast.attention.packed import packed_attention
 from una_fast.data.batch import Batch
+from una_fast.distributed import ALONE, Group
 from una_fast.logs import say_once
 from una_fast.model.activations import switch_on
 from una_fast.model.directory import reading
@@ -75,11 +76,12 @@ class Policy:
         """Return whether an adapter is trained, and saved, instead of the whole model."""
         return self.model is not self.causal_lm
 
-    def score(self, batch: Batch, scorer: Scorer) -> Any:
+    def score(self, batch: Batch, scorer: Scorer, context: Group = ALONE) -> Any:
         """Return scorer(hidden rows, head weight, head bias), run inside the model's forward.
 
         batch: gives the tokens, and the rows
         scorer: see Scorer
+        context: ranks with a part of the batch each (data/split.py)
         """
         forward = functools.partial(
             self.causal_lm,
@@ -92,7 +94,7 @@ class Policy:
             return forward(attention_mask=batch.attention_mask)
         assert self.packed, "a packed batch for a policy that is not packed"
         with packed_attention(self.causal_lm):
-            return forward(attention_mask=None, una_segments=batch.segments)
+            return forward(attention_mask=None, una_segments=batch.segments, una_context=context)
 
     @contextmanager
     def reference_mode(self) -> Iterator[None]:

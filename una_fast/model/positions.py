@@ -45,6 +45,21 @@ def _ropes(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
     yield from kinds or [parameters]
 
 
+def row_wide_rope(causal_lm: PreTrainedModel) -> str | None:
+    """Return why the rotary positions of a token depend on the rest of the row, or None.
+
+    Such kinds look at the largest position of the tokens at hand: a part of a row has another one.
+    """
+    for rope in _ropes(causal_lm.config.get_text_config()):
+        kind = str(rope.get("rope_type", rope.get("type")))
+        if "dynamic" in kind or kind == "longrope":
+            return (
+                f"{type(causal_lm).__name__} has rotary positions of type {kind}, which depend on "
+                "the largest position of the row"
+            )
+    return None
+
+
 def longer_records(records: Sequence[Example], causal_lm: PreTrainedModel) -> str | None:
     """Look for records that are longer than the positions of a model.
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from una_fast.data.batch import Batch
+from una_fast.data.split import split_batch
+from una_fast.distributed import ALONE, Group
 from una_fast.head.ops import linear_una_loss, sequence_logps
 from una_fast.losses import Objective, UnaOutput
 from una_fast.model.policy import Policy
@@ -43,22 +45,25 @@ class Scoring:
     """Autocast dtype of the model; default: the model computes in the dtype of its weights."""
     temperature: float = 1.0
     """Temperature that all log-probs are taken at."""
+    group: Group = ALONE
+    """Ranks that split the tokens of every batch among themselves; all of them get the batch."""
 
     def logps(self, policy: Policy, batch: Batch) -> Tensor:
         """Return the log-probs [S] float64 of the responses, sums over tokens, without gradient."""
+        part = split_batch(batch, self.group)
 
         def scorer(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             return sequence_logps(
                 hidden,
                 weight,
-                batch.targets,
-                batch.cu_seqlens,
+                part.targets,
+                part.cu_seqlens,
                 bias=bias,
-                **self._head_options(policy),
+                **self._head_options(policy, batch),
             )
 
         with torch.no_grad(), self.context(batch.input_ids.device):
-            return policy.score(batch, scorer)
+            return policy.score(part, scorer, self.group)
 
     def loss(
         self,
@@ -68,7 +73,7 @@ class Scoring:
         objective: Objective,
         num_units: int | None = None,
     ) -> UnaOutput:
-        """Return the loss of a batch.
+        """Return the loss of a batch; over a group equal on all ranks, with a part of the gradient.
 
         policy: is scored
         batch: tokens and feedback
@@ -76,31 +81,34 @@ class Scoring:
         objective: forms of the losses
         num_units: divides the sum, the units of the global batch; default: the batch's own
         """
+        part = split_batch(batch, self.group)
 
         def scorer(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> UnaOutput:
             return linear_una_loss(
                 hidden,
                 weight,
-                batch.targets,
-                batch.cu_seqlens,
+                part.targets,
+                part.cu_seqlens,
                 batch.feedback,
                 objective=objective,
                 ref_logps=ref_logps,
                 bias=bias,
                 num_units=num_units,
-                **self._head_options(policy),
+                **self._head_options(policy, batch),
             )
 
         with self.context(batch.input_ids.device):
-            return policy.score(batch, scorer)
+            return policy.score(part, scorer, self.group)
 
-    def _head_options(self, policy: Policy) -> dict[str, Any]:
+    def _head_options(self, policy: Policy, batch: Batch) -> dict[str, Any]:
         return {
             "softcap": policy.head.softcap,
             "logit_scale": policy.head.logit_scale,
             "temperature": self.temperature,
             "workspace_mb": self.workspace_mb,
             "engine": self.engine,
+            "group": self.group,
+            "lengths": batch.cu_seqlens.diff(),
         }
 
     def context(self, device: torch.device) -> AbstractContextManager:

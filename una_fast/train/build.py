@@ -267,7 +267,7 @@ def _load_models(
     records, prompts = data.examples(), data.all_prompts()
     policy = load_trained(config, run, checkpoint)
     check_data(records, prompts, policy, tokenizer, config.max_new_tokens)
-    scoring = scoring_of(config, run)
+    scoring = scoring_of(config, run, world.context)
     if world.sharded:  # a whole model is moved to the device when all models are there
         place(policy, world, run.compute, config.parallel)
     reference: Reference
