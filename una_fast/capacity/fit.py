@@ -322,30 +322,20 @@ def cheapest_way(
     return chosen, tracer.step(batch, accumulate=accumulate, **chosen)
 
 
-def longest_row(
-    tracer: StepTracer,
-    row: Row,
-    room: int,
-    *,
-    accumulate: bool = False,
-    tries: int = 10,
-    **switches: Any,
-) -> Row | None:
+def longest_row(tracer: StepTracer, row: Row, room: int, *, accumulate: bool = False) -> Row | None:
     """Return the longest fitting row of the same proportions, to two percent.
 
     tracer: of the run
     row: proportions, and the length at the start of the search
     room: bytes for the step to fill
     accumulate: the batch meets gradients of earlier batches
-    tries: rows to plan beyond the first two, at most; few may end with a shorter row
-    switches: fields of the run to plan with instead
 
     Returns None if the shortest row does not fit.
     """
 
     def point(factor: float) -> tuple[float, int]:
         example = row.scaled(factor).example()
-        return factor, tracer.step([example], accumulate=accumulate, **switches).peak
+        return factor, tracer.step([example], accumulate=accumulate).peak
 
     fits = point(1 / row.tokens)
     if fits[1] > room:
@@ -353,7 +343,7 @@ def longest_row(
     over = None
     before = fits
     here = point(1.0)
-    for _ in range(tries):
+    for _ in range(10):
         if here[1] <= room:
             fits = here
         else:
@@ -368,8 +358,6 @@ def longest_row(
             guess = fits[0] + (0.995 * room - fits[1]) / slope
         before = here
         here = point(guess)
-    else:
-        fits = here if here[1] <= room else fits
     return row.scaled(fits[0])
 
 

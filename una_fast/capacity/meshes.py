@@ -13,15 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from una_fast.capacity.fit import longest_row, micro_batches, row_of
-from una_fast.capacity.trace import Row, StepMemory, StepTracer
+from una_fast.capacity.fit import micro_batches, row_of
+from una_fast.capacity.trace import StepMemory, StepTracer
 from una_fast.data.examples import Example
 from una_fast.parallel import Mesh, ParallelOptions
-from una_fast.printable import bytes_in_words
-from una_fast.resolved import resolve
 
-TRIES = 3
-"""Rows to plan per mesh in the search of the longest."""
+FURTHER = 4.0
+"""Times the planned row is as long as the second row that is planned for a context size."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class MeshPlan:
     step: memory and traffic of a rank
     micro_batches: of a data rank in a step
     tokens: of a step, on all ranks
-    longest: the longest row that fits, of the proportions of the planned row; None: no row fits, or
+    longest: tokens of the longest row that fits, of the proportions of the planned row, about; None:
         the memory is not known
     """
 
@@ -40,7 +38,7 @@ class MeshPlan:
     step: StepMemory
     micro_batches: int
     tokens: float
-    longest: Row | None
+    longest: int | None
 
     @property
     def sent(self) -> float:
@@ -67,7 +65,7 @@ class MeshPlan:
             "sent_per_token": self.sent_per_token,
             "micro_batches": self.micro_batches,
             "tokens_of_rank": self.tokens_of_rank,
-            "longest": None if self.longest is None else self.longest.tokens,
+            "longest": self.longest,
         }
 
 
@@ -105,31 +103,45 @@ def plan_meshes(
     found: list[MeshPlan | tuple[Mesh, str]] = []
     text_config = tracer.model_config.get_text_config()
     heads = getattr(text_config, "num_attention_heads", None)
+    slopes: dict[int, float] = {}  # context -> bytes per token of a row
     for mesh in meshes_of(tracer.facts.ranks, heads, packed=tracer.run.packed):
         try:
-            found.append(_plan_mesh(tracer, batch, mesh, room))
+            found.append(_plan_mesh(tracer, batch, mesh, room, slopes))
         except ValueError as refusal:
             found.append((mesh, str(refusal)))
     return found
 
 
 def _plan_mesh(
-    tracer: StepTracer, batch: Sequence[Example], mesh: Mesh, room: int | None
+    tracer: StepTracer,
+    batch: Sequence[Example],
+    mesh: Mesh,
+    room: int | None,
+    slopes: dict[int, float],
 ) -> MeshPlan:
+    """Plan the step of a batch on a mesh; ValueError where a setting of the run excludes the mesh.
+
+    tracer, batch, room: as for plan_meshes
+    slopes: context -> bytes per token of a row; filled in
+
+    The peak is nearly a straight line in the length of a row, and its slope belongs to the tokens
+    alone: two rows are planned for a context size, and one for every further mesh of the size.
+    """
     given = tracer.config.parallel or ParallelOptions()
-    sizes = vars(mesh)
-    if mesh.shard * mesh.context == 1 and given.split_vocabulary:
-        raise ValueError("split_vocabulary has no ranks to split over")
-    switches = {"parallel": replace(given, **sizes)}
+    switches = {"parallel": replace(given, **vars(mesh))}
     config = replace(tracer.config, **switches)
-    times = micro_batches(config, resolve(config, tracer.facts).mesh, batch)
+    times = micro_batches(config, mesh, batch)
     accumulate = times > 1
     step = tracer.step(batch, accumulate=accumulate, **switches)
     longest = None
     if room is not None:
         row = row_of(batch[0])
-        options = {"accumulate": accumulate, "tries": TRIES, **switches}
-        longest = longest_row(tracer, row, room, **options)
+        if mesh.context not in slopes:
+            further = row.scaled(FURTHER)
+            peak = tracer.step([further.example()], accumulate=accumulate, **switches).peak
+            slopes[mesh.context] = (peak - step.peak) / (further.tokens - step.tokens)
+        more = (room - step.peak) / max(slopes[mesh.context], 1.0)
+        longest = max(int(step.tokens + more), 0)
     tokens = step.tokens * config.batch_size / len(batch)
     return MeshPlan(mesh, step, times, tokens, longest)
 
@@ -148,5 +160,4 @@ def best_mesh(plans: Sequence[MeshPlan], room: int | None) -> MeshPlan:
 
 def _cost(plan: MeshPlan) -> tuple[float, int]:
     """Return what is compared of meshes: bytes sent per token, then the longest row."""
-    longest = 0 if plan.longest is None else plan.longest.tokens
-    return round(plan.sent_per_token), -longest
+    return round(plan.sent_per_token), -(plan.longest or 0)

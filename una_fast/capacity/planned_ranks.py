@@ -19,13 +19,16 @@ from una_fast.parallel import ParallelOptions
 
 
 @contextmanager
-def planned_rank(ranks: int, parallel: ParallelOptions | None) -> Iterator[World]:
-    """Be the first of some ranks inside the block, laid out as a run lays them out.
+def planned_rank(
+    ranks: int, parallel: ParallelOptions | None, place: int = 0
+) -> Iterator[World]:
+    """Be one of some ranks inside the block, laid out as a run lays them out.
 
     ranks: of the planned run
     parallel: settings of the planned run; None: all ranks shard
+    place: of the rank in the first context group
 
-    The first rank holds the largest shards. A process group that is there already, of a run under
+    The first ranks hold the largest shards. A process group that is there already, of a run under
     torchrun, waits outside.
     """
     state = c10d._world
@@ -33,8 +36,8 @@ def planned_rank(ranks: int, parallel: ParallelOptions | None) -> Iterator[World
     before = set(state.pg_map)
     c10d._update_default_pg(None)
     try:
-        dist.init_process_group("fake", rank=0, world_size=ranks)
-        yield lay_out(World(0, ranks, torch.device("cpu")), parallel)
+        dist.init_process_group("fake", rank=place, world_size=ranks)
+        yield lay_out(World(place, ranks, torch.device("cpu")), parallel)
     finally:
         c10d._update_default_pg(real)
         for group in set(state.pg_map) - before:

@@ -227,7 +227,7 @@ def _mesh_row(plan: MeshPlan, room: int | None) -> tuple[str, ...]:
     peak = bytes_in_words(plan.step.peak)
     if room is not None and plan.step.peak > room:
         peak = f"too large {peak}"
-    longest = "-" if plan.longest is None else f"{plan.longest.tokens:,}"
+    longest = "-" if plan.longest is None else f"about {plan.longest:,}"
     tokens = f"{plan.tokens_of_rank:,.0f}"
     return (
         str(plan.mesh),

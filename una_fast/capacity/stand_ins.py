@@ -21,6 +21,8 @@ from una_fast.attention.varlen import VarlenKernel
 from una_fast.config import RunConfig
 from una_fast.counters import memory_category
 from una_fast.data.batch import Batch
+from una_fast.data.split import split_batch
+from una_fast.distributed import ALONE, Group
 from una_fast.head.plan import (
     HeadSize,
     Tile,
@@ -41,17 +43,27 @@ class PlannedHead:
     flop: work of all calls so far
     """
 
-    def __init__(self, config: RunConfig, workspace: int, device: str, batch: Batch) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        workspace: int,
+        device: str,
+        batch: Batch,
+        group: Group = ALONE,
+    ) -> None:
         """Prepare the calls of one batch.
 
         config: settings of the run
         workspace: bytes of the fused head
         device: "cpu" or "cuda"
         batch: with its feedback and lengths on the CPU
+        group: ranks that split the tokens of the batch among themselves
         """
         self.device, self.workspace = device, workspace
         self.feedback, self.normalize = batch.feedback, config.length_normalize
-        self.lengths = batch.cu_seqlens.diff().tolist()
+        self.lengths = split_batch(batch, group).cu_seqlens.diff().tolist()
+        self.whole_lengths = batch.cu_seqlens.diff().tolist() if group.size > 1 else None
+        self.group = group
         self.flop = 0.0
 
     def size(self, weight: Tensor, leaf: torch.dtype | None = None) -> HeadSize:
@@ -92,7 +104,12 @@ class PlannedHead:
         self.flop += forward_pass(size, len(hidden), plan.tile).flop
         with memory_category("head"):
             self.allocate(size, plan.tile, gathered=False, trained=False, forward=True)
+            self.sum_over_group()
         return hidden.new_zeros(())
+
+    def sum_over_group(self) -> None:
+        """Stand in for the sums of the responses, which cross the group once per call."""
+        self.group.sum(torch.empty(len(self.lengths), dtype=torch.float64))
 
     def loss(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Stand in for linear_una_loss: a scalar with a graph."""
@@ -119,6 +136,7 @@ class _PlannedLoss(torch.autograd.Function):
                     budget=head.budget(size),
                     accumulator_width=width,
                     length_normalize=head.normalize,
+                    whole_lengths=head.whole_lengths,
                 )
             head.flop += cost(plan, head.lengths, size, width).flop
             live = head.allocate(
@@ -128,6 +146,7 @@ class _PlannedLoss(torch.autograd.Function):
                 trained=trained,
                 forward=bool(plan.recomputed or plan.unscored),
             )
+            head.sum_over_group()
             live += [torch.empty(weight.shape, dtype=torch.float32) for _ in range(plan.scratch)]
             ctx.hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
             dtype = weight.dtype if plan.direct else torch.float32
@@ -172,7 +191,9 @@ class PlannedKernel:
     ) -> tuple[Tensor, None]:
         """Run packed_attention_forward; its memory and its flop are counted."""
         pairs = rows.attended_pairs(options["una_segments"], options.get("sliding_window"))
-        flop = 2.0 * pairs * query.shape[1] * (query.shape[-1] + value.shape[-1])
+        group = options.get("una_context", ALONE)
+        heads = query.shape[1] / group.size  # of a rank, over the whole row
+        flop = 2.0 * pairs * heads * (query.shape[-1] + value.shape[-1])
         self._count(flop)
         with memory_category("attention"):
             out, _ = packed.packed_attention_forward(

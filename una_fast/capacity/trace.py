@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 
+from una_fast.attention.ulysses import padded_tokens
 from una_fast.capacity.depth import depth_of, repeated, text_layers
 from una_fast.capacity.planned_ranks import planned_rank
 from una_fast.capacity.stand_ins import PlannedHead, planned_attention
@@ -45,7 +46,8 @@ from una_fast.config import RunConfig
 from una_fast.counters import COLLECTIVES, FlopCounter, LiveBytes, memory_category
 from una_fast.data.batch import Batch, collate, layout_tokens
 from una_fast.data.examples import Example
-from una_fast.distributed import World, local_part, reduce_gradients, reshard, shard
+from una_fast.data.split import split_batch
+from una_fast.distributed import ALONE, World, local_part, reduce_gradients, reshard, shard
 from una_fast.feedback import Feedback
 from una_fast.model.activations import decoder_layers
 from una_fast.model.dropout import remove_dropout
@@ -289,18 +291,22 @@ class StepTracer:
         # Cached log-probs have no part in the memory, and rollouts have none beside records.
         batch = collate(without_cached_logps(examples), packed=run.packed)
         unpadded = batch.attention_mask is None or bool(batch.attention_mask.all())
-        head = PlannedHead(config, run.workspace, run.device, batch)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         products = FlopCounter(strict=False)
         with ExitStack() as stack:
             world = None
+            group = ALONE
             if run.ranks > 1:
-                world = stack.enter_context(planned_rank(run.ranks, config.parallel))
+                place = _place_of_most_rows(batch, run.mesh.context)
+                world = stack.enter_context(planned_rank(run.ranks, config.parallel, place))
+                group = world.context
+            head = PlannedHead(config, run.workspace, run.device, batch, group)
+            part = split_batch(batch, group)
             policy, reference = self._models(config, run, mode, layers, world)
             trained = policy.trainable_parameters()
             stack.enter_context(mode)
             kernel = stack.enter_context(planned_attention(run.device, unpadded))
-            fake_batch = _fake_batch(batch, mode)
+            fake_batch = _fake_batch(part, mode)
             if reference is not None and run.imitates_autocast:
                 match_autocast(reference)
             if accumulate and world is None:  # born before storages are counted
@@ -619,6 +625,14 @@ def _make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
                     tensors[name] = fake(x)
 
 
+def _place_of_most_rows(batch: Batch, context: int) -> int:
+    """Return which rank of a context group has the most scored rows: responses end the row."""
+    if context == 1 or not len(batch.host_rows):
+        return 0
+    tokens = padded_tokens(batch.input_ids.shape[1], context) // context
+    return int(torch.bincount(batch.host_rows // tokens).argmax())
+
+
 def _fake_batch(batch: Batch, mode: FakeTensorMode) -> Batch:
     """Return the batch with fake tensors in place of the tensors on the device."""
     fakes = {}
@@ -649,7 +663,7 @@ def _run(
             without,
             _cut_between_layers(referring, cuts),
         ):
-            referring.score(batch, head.logps)
+            referring.score(batch, head.logps, head.group)
     cuts.cut(None)
     cuts.begin("forward")
     with (
@@ -657,7 +671,7 @@ def _run(
         torch.autocast("cpu", **casts),
         _cut_between_layers(policy, cuts),
     ):
-        loss = policy.score(batch, head.loss)
+        loss = policy.score(batch, head.loss, head.group)
     cuts.cut(None)
     cuts.begin("backward")
     with memory_category("backward"):
