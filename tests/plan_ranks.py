@@ -5,7 +5,7 @@
 CASES is a JSON file: name -> {"ranks": 4 or 2, "settings": of the run, "rows": [[prompt,
 [responses]], ...], "accumulate": whether a step takes the batch twice}. First all ranks take the
 cases of four; then there are two pairs of ranks, who take turns at the cases of two. Rank 0 of a
-case writes NAME.json beside CASES: the peaks of the case's ranks, in bytes, and what they sent.
+case writes NAME.json beside CASES: of every rank the peak, in bytes, and the bytes sent.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from tiny import make_tokenizer
 from una_fast.capacity.trace import Row
 from una_fast.config import RunConfig
 from una_fast.counters import COLLECTIVES, LiveBytes, Traffic
+from una_fast.data.loader import Step
 from una_fast.distributed import World, lay_out, start_world, stop_world
 from una_fast.train import measure
 from una_fast.train.build import build_run, open_run
@@ -32,7 +33,7 @@ from una_fast.train.run_data import RunData
 
 
 def run_case(case: dict[str, Any], ranks: World) -> dict[str, Any]:
-    """Return the peak of this rank, and the bytes that it sent in two steps, by collective."""
+    """Return the peak of this rank, and the bytes that it sent in the second step."""
     config = RunConfig(**case["settings"])
     batch = [Row(prompt, tuple(responses)).example() for prompt, responses in case["rows"]]
     world = lay_out(ranks, config.parallel)
@@ -40,10 +41,20 @@ def run_case(case: dict[str, Any], ranks: World) -> dict[str, Any]:
     opened = open_run(config, world, RunData([examples], [1.0]))
     trainer = Trainer(build_run(opened, make_tokenizer()), Path(config.output_dir))
     traffic = Traffic()
+    marks: list[list[float]] = []
+    take_step = trainer.take_step
+
+    def marked(step: Step) -> dict[str, float]:
+        taken = take_step(step)
+        marks.append(list(traffic.sent))
+        return taken
+
+    trainer.take_step = marked
     counting = mock.patch.object(measure, "LiveBytes", lambda: LiveBytes(traffic=traffic))
     with counting:
         peak = measure.measured_peak(trainer, batch, accumulate=case["accumulate"])
-    return {"peak": peak, "sent": dict(zip(COLLECTIVES, traffic.sent, strict=True))}
+    sent = [second - first for first, second in zip(*marks, strict=True)]
+    return {"peak": peak, "sent": dict(zip(COLLECTIVES, sent, strict=True))}
 
 
 def take_cases(cases: dict[str, dict[str, Any]], directory: Path) -> None:

@@ -179,14 +179,13 @@ class LiveBytes(TorchDispatchMode):
     events: births and deaths in order: k + 1 for the birth of storage k, -(k + 1) for the death
 
     Storages that existed before (inputs) do not count; temporaries inside an operator are not seen.
-    A storage that is emptied dies, and one that is filled again is born: FSDP2 keeps the storages of
-    gathered weights, without memory, from one use to the next. They are of the category "gathered",
-    as the tensors of gathers and reductions of gradients are. Of a DTensor the rank's part counts.
+    A storage that is emptied dies, and a storage that is filled again is born: FSDP2 keeps the
+    storages of gathered weights, without memory, from one use to the next. They are of the category
+    "gathered", as the tensors of all-gathers and reduce-scatters are. Of a DTensor the rank's part
+    counts.
     """
 
-    def __init__(
-        self, products: FlopCounter | None = None, traffic: Traffic | None = None
-    ) -> None:
+    def __init__(self, products: FlopCounter | None = None, traffic: Traffic | None = None) -> None:
         """Count storages, and with other counters too: one mode is faster than two.
 
         products: counts matrix products

@@ -15,8 +15,11 @@ from typing import Any
 
 from una_fast.capacity.fit import micro_batches, row_of
 from una_fast.capacity.trace import StepMemory, StepTracer
+from una_fast.data.batch import collate
 from una_fast.data.examples import Example
+from una_fast.head.traffic import head_traffic
 from una_fast.parallel import Mesh, ParallelOptions
+from una_fast.printable import bytes_in_words
 
 FURTHER = 4.0
 """Times the planned row is as long as the second row that is planned for a context size."""
@@ -30,8 +33,8 @@ class MeshPlan:
     step: memory and traffic of a rank
     micro_batches: of a data rank in a step
     tokens: of a step, on all ranks
-    longest: tokens of the longest row that fits, of the proportions of the planned row, about; None:
-        the memory is not known
+    longest: tokens of the longest row that fits, about, of the proportions of the planned row;
+        None: the memory is not known
     """
 
     mesh: Mesh
@@ -161,3 +164,34 @@ def best_mesh(plans: Sequence[MeshPlan], room: int | None) -> MeshPlan:
 def _cost(plan: MeshPlan) -> tuple[float, int]:
     """Return what is compared of meshes: bytes sent per token, then the longest row."""
     return round(plan.sent_per_token), -(plan.longest or 0)
+
+
+def vocabulary_in_words(tracer: StepTracer, batch: Sequence[Example]) -> str | None:
+    """Say which head sends less per micro-batch: gathered, or with its vocabulary split over ranks.
+
+    tracer: of the run
+    batch: records of the micro-batch of a context group
+
+    Returns None where no ranks hold one copy of the weights among themselves, and for a head that
+    is tied to the input embedding, whose rows stay together.
+    """
+    run, model_config = tracer.run, tracer.model_config.get_text_config()
+    if run.mesh.shards == 1 or model_config.tie_word_embeddings:
+        return None
+    rows = int(collate(batch, packed=run.packed).cu_seqlens[-1]) * run.mesh.shard
+    gathered, split = head_traffic(
+        rows,
+        model_config.hidden_size,
+        model_config.vocab_size,
+        run.mesh.shards,
+        run.compute.itemsize,
+        trained=tracer.trains_head,
+    )
+    verdict = "pays" if split < gathered else "does not pay"
+    asked = tracer.config.parallel is not None and tracer.config.parallel.split_vocabulary
+    planned = "; the memory above is that of a gathered head" if asked else ""
+    return (
+        f"a rank receives {bytes_in_words(gathered)} of the head per micro-batch, and would "
+        f"receive {bytes_in_words(split)} with parallel.split_vocabulary: it {verdict} for "
+        f"{rows:,} scored rows{planned}"
+    )

@@ -19,9 +19,7 @@ from una_fast.parallel import ParallelOptions
 
 
 @contextmanager
-def planned_rank(
-    ranks: int, parallel: ParallelOptions | None, place: int = 0
-) -> Iterator[World]:
+def planned_rank(ranks: int, parallel: ParallelOptions | None, place: int = 0) -> Iterator[World]:
     """Be one of some ranks inside the block, laid out as a run lays them out.
 
     ranks: of the planned run

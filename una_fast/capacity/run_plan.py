@@ -20,7 +20,7 @@ from una_fast.capacity.fit import (
     switch_in_words,
     usable,
 )
-from una_fast.capacity.meshes import MeshPlan, best_mesh, plan_meshes
+from una_fast.capacity.meshes import MeshPlan, best_mesh, plan_meshes, vocabulary_in_words
 from una_fast.capacity.trace import StepMemory, StepTracer
 from una_fast.data.examples import Example
 from una_fast.parallel import Mesh
@@ -193,6 +193,7 @@ def plan_of_run(
         switches=switches,
         measured=None if measured is None else measured(),
         meshes=plan_meshes(tracer, batch, room) if meshes else [],
+        vocabulary=vocabulary_in_words(tracer, batch),
     )
 
 
@@ -227,7 +228,9 @@ def _mesh_row(plan: MeshPlan, room: int | None) -> tuple[str, ...]:
     peak = bytes_in_words(plan.step.peak)
     if room is not None and plan.step.peak > room:
         peak = f"too large {peak}"
-    longest = "-" if plan.longest is None else f"about {plan.longest:,}"
+    longest = "-" if plan.longest is None else "none"
+    if plan.longest:
+        longest = f"about {plan.longest:,}"
     tokens = f"{plan.tokens_of_rank:,.0f}"
     return (
         str(plan.mesh),

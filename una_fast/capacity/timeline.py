@@ -127,8 +127,9 @@ class Timeline:
 
     @property
     def flop(self) -> float:
-        """Return the work of all pieces."""
-        return sum(piece.flop for piece in self.pieces)
+        """Return the work of the last micro-batch."""
+        last = [piece for piece in self.pieces if not piece.phase.startswith(EARLIER)]
+        return sum(piece.flop for piece in last)
 
     def sent(self, *, earlier: bool) -> list[float]:
         """Return the bytes sent by collective.

@@ -35,6 +35,7 @@ import torch
 from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig
 
 from una_fast.attention.ulysses import padded_tokens
@@ -182,6 +183,11 @@ class StepTracer:
         self._traces: dict[tuple[Any, ...], _Traced | None] = {}
         self._shallow_ones: dict[int, bool] = {}  # layers -> begins as the model does
 
+    @property
+    def trains_head(self) -> bool:
+        """Return whether the head has a gradient: not below an adapter."""
+        return self.config.lora is None and self.adapter is None
+
     def rough_bytes(self, examples: Sequence[Example]) -> float:
         """Return surely enough bytes for a batch of a usual model, without tracing.
 
@@ -312,21 +318,20 @@ class StepTracer:
             if accumulate and world is None:  # born before storages are counted
                 for p in trained:
                     p.grad = torch.empty_like(p)
+            for model in (policy, reference):
+                if world is not None and model is not None:
+                    _settle_shards(model)
+            step = _Step(policy, reference, fake_batch, head, run)
             with _no_collection(), LiveBytes(products) as live:
-                traffic = live.traffic
-                cuts = Cuts(
-                    live, lambda: products.flop + head.flop + kernel.flop, lambda: traffic.sent
-                )
-                if reference is not None and world is not None:
-                    _gather_for_good(reference)
-                if accumulate and world is not None:
-                    cuts.micro_batch(earlier=True)
-                    reduce_gradients(policy.causal_lm, now=run.reduce == "each", is_last=False)
-                    _run(policy, reference, fake_batch, head, run, cuts)
-                    _assign_gradients(live)
-                    cuts.micro_batch(earlier=False)
-                    reduce_gradients(policy.causal_lm, now=run.reduce == "each", is_last=True)
-                _run(policy, reference, fake_batch, head, run, cuts)
+
+                def flop() -> float:
+                    return products.flop + head.flop + kernel.flop
+
+                cuts = Cuts(live, flop, lambda: live.traffic.sent)
+                if world is None:
+                    step.trace(cuts)
+                else:
+                    step.run_sharded(cuts, live, accumulate=accumulate)
             live.assign("gradients", [p.grad for p in trained if p.grad is not None])
             if reference is not None:
                 reshard(reference.causal_lm)  # parameters are then those that a rank keeps
@@ -339,8 +344,8 @@ class StepTracer:
                 return None
             timeline, source = deepened(trace, copies), copies.source
         counted = run.packed and not products.uncounted
-        flop = timeline.flop if counted else math.nan
-        return _Traced(policy, reference, source, timeline, flop, batch.num_tokens)
+        work = timeline.flop if counted else math.nan
+        return _Traced(policy, reference, source, timeline, work, batch.num_tokens)
 
     def _models(
         self,
@@ -642,20 +647,64 @@ def _fake_batch(batch: Batch, mode: FakeTensorMode) -> Batch:
     return replace(batch, **fakes)
 
 
-def _run(
-    policy: Policy,
-    reference: Policy | None,
-    batch: Batch,
-    head: PlannedHead,
-    run: ResolvedRun,
-    cuts: Cuts,
-) -> None:
-    """Run forward and backward of a batch, as the trainer does, cut into pieces."""
-    casts = {"dtype": run.autocast, "enabled": run.autocast is not None}
-    cuts.begin("reference")
-    if run.reference != "cached":
-        referring = policy if reference is None else reference
-        without = policy.reference_mode() if reference is None else nullcontext()
+@dataclass(frozen=True)
+class _Step:
+    """A step to be traced.
+
+    policy: is trained
+    reference: a frozen copy, if the run has one
+    batch: fake tensors; of several ranks in a context group, the part of one
+    head: stands in for the fused head
+    run: decisions of the step
+    """
+
+    policy: Policy
+    reference: Policy | None
+    batch: Batch
+    head: PlannedHead
+    run: ResolvedRun
+
+    def run_sharded(self, cuts: Cuts, live: LiveBytes, *, accumulate: bool) -> None:
+        """Run the last micro-batch of a step on a rank, and one before if there are several."""
+        if self.reference is not None:
+            _gather_for_good(self.reference)
+        model, at_each = self.policy.causal_lm, self.run.reduce == "each"
+        if accumulate:
+            cuts.micro_batch(earlier=True)
+            reduce_gradients(model, now=at_each, is_last=False)
+            self.trace(cuts)
+            _assign_gradients(live)
+            cuts.micro_batch(earlier=False)
+        reduce_gradients(model, now=at_each, is_last=True)
+        self.trace(cuts)
+
+    def trace(self, cuts: Cuts) -> None:
+        """Run forward and backward of the batch, as the trainer does, cut into pieces."""
+        casts = {"dtype": self.run.autocast, "enabled": self.run.autocast is not None}
+        cuts.begin("reference")
+        if self.run.reference != "cached":
+            self._score_reference(cuts, casts)
+        cuts.cut(None)
+        cuts.begin("forward")
+        with (
+            memory_category("forward"),
+            torch.autocast("cpu", **casts),
+            _cut_between_layers(self.policy, cuts),
+        ):
+            loss = self.policy.score(self.batch, self.head.loss, self.head.group)
+        cuts.cut(None)
+        cuts.begin("backward")
+        with memory_category("backward"):
+            # A tensor behind the loss has the first hook of backward.
+            end = loss.view_as(loss)
+            end.register_hook(lambda grad: _at_the_end(lambda: cuts.cut(0)))
+            end.backward()
+        cuts.cut(None)
+
+    def _score_reference(self, cuts: Cuts, casts: dict[str, Any]) -> None:
+        referring, without = self.reference, nullcontext()
+        if referring is None:
+            referring, without = self.policy, self.policy.reference_mode()
         with (
             memory_category("reference"),
             torch.no_grad(),
@@ -663,28 +712,20 @@ def _run(
             without,
             _cut_between_layers(referring, cuts),
         ):
-            referring.score(batch, head.logps, head.group)
-    cuts.cut(None)
-    cuts.begin("forward")
-    with (
-        memory_category("forward"),
-        torch.autocast("cpu", **casts),
-        _cut_between_layers(policy, cuts),
-    ):
-        loss = policy.score(batch, head.loss, head.group)
-    cuts.cut(None)
-    cuts.begin("backward")
-    with memory_category("backward"):
-        # A tensor behind the loss has the first hook of backward.
-        end = loss.view_as(loss)
-        end.register_hook(lambda grad: _at_the_end(lambda: cuts.cut(0)))
-        end.backward()
-    cuts.cut(None)
+            referring.score(self.batch, self.head.logps, self.head.group)
 
 
 def _at_the_end(action: Callable[[], None]) -> None:
     """Act at the end of the backward pass under way, before FSDP2 clears up after the layers."""
     torch.autograd.Variable._execution_engine.queue_callback(action)
+
+
+def _settle_shards(policy: Policy) -> None:
+    """Let FSDP2 pad the shards, as in a run that has loaded them, before storages are counted."""
+    for module in policy.causal_lm.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+            module.reshard()
 
 
 def _gather_for_good(reference: Policy) -> None:
@@ -745,4 +786,3 @@ def _cut_after(cuts: Cuts, number: int, *, last: bool) -> Callable[..., None]:
             first.register_hook(lambda grad: cuts.cut(above))
 
     return hook
-
