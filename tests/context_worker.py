@@ -3,7 +3,8 @@
     python tests/context_worker.py cases.json
 
 The modules are imported once; then one process, two ranks and four ranks run their cases, one after
-another. cases.json: {"out": directory, "runs": {number of ranks: cases of fsdp_worker.py}}. Writes
+another. cases.json: {"out": directory, "runs": {number of ranks: cases of fsdp_worker.py, or
+{"precompute": settings}}}. Writes
 out/ranks-N-R.pt: {name: what the case found} by rank R of N, and gradients.pt of every run.
 """
 
@@ -44,9 +45,11 @@ from helpers import (
     truth,
 )
 from una_fast import Feedback, Objective, linear_una_loss
+from una_fast.config import RunConfig
 from una_fast.data.batch import Batch, collate
 from una_fast.data.examples import Example
-from una_fast.distributed import ALONE, Group, lay_out, start_world, stop_world
+from una_fast.distributed import lay_out, start_world, stop_world
+from una_fast.group import ALONE, Group
 from una_fast.head import passes
 from una_fast.head.eager import token_logps
 from una_fast.head.ops import sequence_logps
@@ -57,6 +60,7 @@ from una_fast.model.reference import AdapterReference
 from una_fast.model.scoring import Scoring
 from una_fast.model.settings import LoraOptions, MemoryOptions
 from una_fast.parallel import ParallelOptions
+from una_fast.train.precompute import precompute_reference
 
 Found = dict[str, Any]
 UPSTREAM = 0.7
@@ -384,6 +388,9 @@ def run_rank(rank: int, ranks: int, port: int, out: Path, runs: dict[str, Any]) 
         found = all_cases(group)
         torch.save(found, out / f"ranks-{ranks}-{rank}.pt")
     for name, case in runs.items():
+        if "precompute" in case:
+            precompute_reference(RunConfig(**case["precompute"]))
+            continue
         settings = case["config"]
         options = {key: value for key, value in case.items() if key != "config"}
         print(f"--- {name}, rank {rank} of {ranks}", flush=True)

@@ -26,7 +26,7 @@ from una_fast.attention.split_probe import Meeting, ThreadGroup, split_refusal
 from una_fast.attention.ulysses import padded_segments, padded_tokens
 from una_fast.data.batch import collate
 from una_fast.data.split import split_batch
-from una_fast.distributed import Group
+from una_fast.group import Group
 from una_fast.head.plan import HeadSize, make_plan
 from una_fast.parallel import ParallelOptions
 from una_fast.resolved import find_facts
@@ -91,6 +91,8 @@ def found(llamas, tmp_path_factory):
                 settings = settings | {"eval_data": [held_out]}
             case = {"config": settings_of(make_config(model, data[name], out)) | settings}
             runs.setdefault(str(ranks), {})[name] = case | {"fixed": name == "online"}
+    settings = settings_of(make_config(model, [records], root / "split ref", batch_size=8))
+    runs["4"]["reference"] = {"precompute": settings | SPLIT}
     cases = root / "cases.json"
     cases.write_text(json.dumps({"out": str(root), "runs": runs}))
     ran = subprocess.run(
@@ -215,6 +217,16 @@ def test_a_run_is_that_of_one_process(found, ranks, name):
         # Rewards are small differences of log-probs of some hundred nats, in float32.
         assert split == pytest.approx(whole, rel=1e-5, abs=1e-5)
     assert worst_error(saved_weights(ours), saved_weights(theirs)) <= 1e-5
+
+
+def test_reference_log_probs_are_those_of_one_process(found):
+    columns = []
+    for name in ("ref", "split ref"):
+        lines = (found / name / "data-00-records.jsonl").read_text().splitlines()
+        columns.append([json.loads(line)["ref_logps"] for line in lines])
+    assert len(columns[0]) == 5 * (STEPS - 1) + 1
+    for whole, split in zip(*columns, strict=True):
+        assert split == pytest.approx(whole, rel=1e-6)
 
 
 # ---- attention, with threads as ranks -----------------------------------------------------------

@@ -29,7 +29,7 @@ FILES = [*PACKAGE, *sorted((ROOT / "kernels").glob("*.py"))]
 LAYERS = """
 feedback offsets counters printable files lazy signals score_maps extras
 checks logs settings_file
-parallel
+parallel group
 distributed
 attention losses kernels flags
 data head layout presets

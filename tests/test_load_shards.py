@@ -22,9 +22,10 @@ from families import FAMILIES, REFUSED, build
 from una_fast.counters import LiveBytes
 from una_fast.distributed import World, local_rows, shard
 from una_fast.logs import say_once
-from una_fast.model import sharded_export, sharded_loading
+from una_fast.model import nf4, sharded_export, sharded_loading
 from una_fast.model.activations import decoder_layers, find_mlps
 from una_fast.model.directory import INDEX, WEIGHTS
+from una_fast.model.four_bits import packed_layers
 from una_fast.model.policy import Policy, load_policy
 from una_fast.model.settings import LoraOptions
 from una_fast.model.sharded_export import gather_part, remove_other_weights
@@ -362,6 +363,54 @@ def test_no_rank_holds_the_whole_model(large, lora, monkeypatch):
         policy = load_policy(large, **options)
     assert resident[0] > 1.5 * bound, "a whole model is seen"
     del policy
+
+
+def test_no_rank_holds_the_whole_model_to_pack_it(large, monkeypatch):
+    """At 4 bits: the shard is of packed rows, and so is the layer in the bound."""
+    monkeypatch.setattr(sharded_loading, "ROWS_AT_ONCE", 2**16)
+    monkeypatch.setattr(nf4, "NUMBERS_AT_ONCE", 2**15)
+    options = {"dtype": torch.bfloat16, "lora": LORA, "quantize_base": "nf4"}
+    whole = load_policy(large, **options)
+    with one_of(4) as world:
+        with HeldBytes() as held:
+            policy = load_shards(world, large, **options)
+        own = sum(bytes_of(local_rows(p)[0]) for p in policy.causal_lm.parameters())
+        layer = policy.causal_lm.model.layers[0]
+        assert held.live() >= own, "every shard is counted"
+        assert held.peak() <= 1.15 * own + sum(map(bytes_of, layer.parameters()))
+        packed = [one.weight for _, one in packed_layers(policy.causal_lm)]
+        nbytes = sum(local_rows(weight)[0].nbytes for weight in packed)
+        numbers = sum(one.in_features * one.out_features for _, one in packed_layers(whole.model))
+        assert nbytes == 4.5 / 8 * numbers / 4
+
+
+@pytest.mark.parametrize("family", ["LlamaConfig tied", "MiniCPM3Config", "OPTConfig", *CONVERTED])
+def test_packed_rows_are_those_of_a_whole_model(saved, family):
+    """At 4 bits, of uneven and empty shards."""
+    options = {"dtype": torch.float32, "lora": LORA, "quantize_base": "nf4"}
+    path = saved(family)
+    torch.manual_seed(7)
+    whole = load_policy(path, **options)
+    for size in SIZES:
+        with one_of(size) as world:
+            torch.manual_seed(7)
+            policy = load_policy(path, in_shards=True, **options)
+            assert (policy.unread is None) == (family in CONVERTED)
+            place(policy, world, torch.float32)
+            assert_rows_of(policy, whole, world)
+            packed = {name for name, _ in packed_layers(policy.causal_lm)}
+            assert packed == {name for name, _ in packed_layers(whole.causal_lm)}
+
+
+def test_numbers_that_are_not_finite_are_refused_before_they_are_packed(saved, tmp_path):
+    damage = DAMAGES[list(DAMAGES)[-1]]
+    path = copy_of(saved("LlamaConfig"), tmp_path / "damaged", damage)
+    options = {"dtype": torch.float32, "lora": LORA, "quantize_base": "nf4"}
+    message = "up_proj.weight has numbers that are not finite"
+    with pytest.raises(ValueError, match=message):
+        load_policy(path, **options)
+    with one_of(2) as world, pytest.raises(ValueError, match=message):
+        load_shards(world, path, **options)
 
 
 def test_no_rank_gathers_the_whole_model(large, monkeypatch):

@@ -531,6 +531,8 @@ def test_two_ranks_take_the_steps_of_one(model, mixed, prompts, tmp_path):
     todo["whole"] = {"config": whole}
     todo["killed"] = {"config": killed, "die_at": 3}
     todo["resumed"] = {"config": killed | {"resume": True}}
+    split = {"output_dir": str(tmp_path / "two" / "split"), "max_steps": 2}
+    todo["split"] = {"config": whole | split | {"parallel": {"split_vocabulary": True}}}
     run_two_ranks(todo, tmp_path)
 
     for name, settings in configs.items():
@@ -546,4 +548,10 @@ def test_two_ranks_take_the_steps_of_one(model, mixed, prompts, tmp_path):
     assert_same_weights(tmp_path / "two" / "killed", tmp_path / "two" / "whole")
     metrics = [read_metrics(tmp_path / "two" / name, without=TIMES) for name in ("killed", "whole")]
     assert metrics[0] == metrics[1]
-    assert completions_of(tmp_path / "two" / "killed") == completions_of(tmp_path / "two" / "whole")
+    completions = completions_of(tmp_path / "two" / "whole")
+    assert completions_of(tmp_path / "two" / "killed") == completions
+    # Ranks that split the vocabulary gather the head to sample.
+    drawn = [line for line in completions if line["step"] == 1]
+    of_split = [line for line in completions_of(tmp_path / "two" / "split") if line["step"] == 1]
+    assert [line["completion"] for line in of_split] == [line["completion"] for line in drawn]
+    assert len(read_metrics(tmp_path / "two" / "split", without=TIMES)) == 2

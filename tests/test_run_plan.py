@@ -131,6 +131,7 @@ CASES = [
     # Several pairs: a frozen head streams them without accumulators [V, D].
     ("wide", PAIRS, {"lora": LORA, "workspace_mb": 2}),
     ("wide", PAIRS, BF16 | CHECKPOINTING | {"lora": LORA, "workspace_mb": 1}),
+    ("wide", PAIRS, BF16 | {"lora": LORA, "quantize_base": "nf4", "workspace_mb": 1}),
     ("wide", PAIRS, {"workspace_mb": 4, "reference": "frozen"}),
     ("llama", Row(400, (90,)), BF16 | OFFLOADED | {"master_weights": True, "mlp_tile": 300}),
 ]
@@ -143,6 +144,7 @@ def test_the_cases_cover_the_switches():
         on.update(name for name, value in changes.items() if value)
         on["padded"] += changes.get("packing") is False
     wanted = {*MODELS, 1, 2, 3, "precision", "padded", "lora", "gradient_checkpointing", "mlp_tile"}
+    wanted.add("quantize_base")
     assert not wanted - set(on)
     twice = ("offload_activations", "offload_optimizer", "master_weights", "mlp_tile", "padded")
     assert min(on[name] for name in twice) >= 2

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fsdp_worker import run_case
 from tiny import make_records, read_metrics, write_jsonl
-from two_ranks import run_two_ranks, saved_weights, worst_error
+from two_ranks import metrics_of, run_two_ranks, saved_weights, worst_error
 from una_fast.config import RunConfig
 from una_fast.data.examples import Example
 from una_fast.data.loader import Loader, hold_out, mixture_order, num_steps
@@ -169,16 +169,22 @@ HAS_TORCHAO = importlib.util.find_spec("torchao") is not None
 LORA = {"lora": {"r": 4, "alpha": 8}}
 SWITCHES = {"mlp_tile": 7, "gradient_checkpointing": True, "offload_activations": True}
 PARALLEL = {"reduce": "last", "offload_parameters": True, "prefetch": 2}
+SPLIT = {"split_vocabulary": True}
 # one or two of the records; some are longer
 TOKENS = {"micro_batch_size": None, "max_tokens_per_batch": 60}
 
 # Cases with the gradients of one process: plain; a tied embedding, padded rows, recomputed layers;
 # tiled MLPs with gradients of weights, and of adapters alone; micro-batches counted in tokens;
 # gradients that cross ranks once a step, shards on the host, layers gathered ahead.
-SAME = ("untied", "tied", "switches", "lora switches", "tokens", "parallel")
-CLIPPED = ("adam", "adam lora offloaded")
+# Also with a split vocabulary, of a trained and of a frozen head.
+SAME = ("untied", "tied", "switches", "lora switches", "tokens", "parallel", "split", "split lora")
+CLIPPED = ("adam", "adam lora offloaded", "adam split")
 RESUMED = (*CLIPPED, "adam bf16", "adam 8 bits")
-TRAINED = {"tied": 20, "lora switches": 28}  # tensors with a gradient; 21 in other cases
+TRAINED = {
+    "tied": 20,
+    "lora switches": 28,
+    "split lora": 28,
+}  # tensors with a gradient; 21 in other cases
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +213,14 @@ def cases(llamas, root):
         "lora switches": untied | SGD | LORA | SWITCHES,
         "tokens": untied | SGD | TOKENS,
         "parallel": untied | SGD | {"parallel": PARALLEL, "micro_batch_size": 1},
+        "split": untied | SGD | {"parallel": PARALLEL | SPLIT},
+        "split lora": untied | SGD | LORA | {"parallel": SPLIT},
+        "adam split": untied | ADAM | {"parallel": SPLIT},
+        "bf16 master split": untied
+        | ADAM
+        | bf16
+        | {"master_weights": True, "parallel": SPLIT}
+        | two_steps,
         "adam": tied | ADAM,
         "adam lora offloaded": untied | ADAM | LORA | {"offload_optimizer": True},
         "adam bf16": tied | ADAM | bf16,
@@ -297,7 +311,7 @@ def test_every_rank_read_its_own_rows(two_ranks, cases):
 
 @pytest.mark.parametrize("name", SAME)
 def test_every_metric_is_that_of_one_process(two_ranks, one_process, name):
-    sharded, alone = read_metrics(two_ranks[name]), read_metrics(one_process(name)[0])
+    sharded, alone = metrics_of(two_ranks[name]), metrics_of(one_process(name)[0])
     assert len(sharded) == len(alone)
     for ours, theirs in zip(sharded, alone, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
@@ -339,7 +353,7 @@ def test_a_resumed_sharded_run_is_the_same_run(two_ranks, name):
 @pytest.mark.parametrize("name", CLIPPED)
 def test_clipped_adam_is_that_of_one_process(two_ranks, one_process, name):
     sharded, alone = two_ranks[name], one_process(name)[0]
-    for ours, theirs in zip(read_metrics(sharded), read_metrics(alone), strict=True):
+    for ours, theirs in zip(metrics_of(sharded), metrics_of(alone), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
     assert worst_error(saved_weights(sharded), saved_weights(alone)) <= 1e-3
 
@@ -353,7 +367,7 @@ def test_one_process_resumes_what_two_ranks_began(two_ranks, cases, tmp_path, na
     require(name)
     run = tmp_path / "run"
     shutil.copytree(two_ranks[name] / "checkpoint-3", run / "checkpoint-3")
-    run_case(cases[name] | {"output_dir": str(run), "resume": True})
+    run_case(cases[name] | {"output_dir": str(run), "resume": True, "parallel": None})
     ours, theirs = read_metrics(run), read_metrics(two_ranks[name])
     assert [line["step"] for line in theirs] == [0, 2, 4, 5, 5]
     assert ours[:2] == theirs[:2], "the checkpoint brings the metrics before it"
@@ -393,7 +407,7 @@ def test_ranks_save_files_of_their_own(two_ranks):
     assert read_manifest(several / "checkpoint-3").verify(several / "checkpoint-3") is None
 
 
-@pytest.mark.parametrize("name", ["adam bf16", "bf16 master", "bf16 lora"])
+@pytest.mark.parametrize("name", ["adam bf16", "bf16 master", "bf16 lora", "bf16 master split"])
 def test_sharded_bf16(two_ranks, one_process, name):
     """Dtypes, and the numbers of the first two steps: later ones hang on the noise of rounding."""
     seen = torch.load(two_ranks[name] / "seen.pt", weights_only=True)

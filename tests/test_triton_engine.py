@@ -43,7 +43,7 @@ from una_fast import (
     sequence_logps,
     token_logps,
 )
-from una_fast.distributed import Group
+from una_fast.group import Group
 from una_fast.head import constants, eager, ops, passes, segment_loss, torch_engine
 from una_fast.head.engines import choose_engine
 from una_fast.head.plan import Tile, head_size, make_plan

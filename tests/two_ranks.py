@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from tiny import read_metrics
+
 WORKER = Path(__file__).with_name("fsdp_worker.py")
 TIMEOUT = 600  # seconds; a missing collective hangs for ever
 
@@ -50,6 +52,18 @@ def torchrun(worker: Path, argument: Path, log: Path, ranks: int = 2) -> str:
     text = log.read_text()
     assert code == 0, f"torchrun ended with {code}:\n{text[-6000:]}"
     return text
+
+
+def metrics_of(directory: Path) -> list[dict[str, float]]:
+    """Return metrics.jsonl without what the signs of rewards in the first step, rounding, decide.
+
+    Policy and reference are equal there: ranks that split the vocabulary find rewards of zero.
+    """
+    lines = read_metrics(directory)
+    first = next(line for line in lines if line["step"] > 0)
+    first.pop("rewards/accuracies", None)
+    first.pop("una/calibration_error", None)
+    return lines
 
 
 def saved_weights(directory: Path) -> dict[str, torch.Tensor]:

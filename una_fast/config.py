@@ -35,6 +35,8 @@ ReferenceKind = Literal["auto", "frozen", "adapter", "cached"]
 
 Optimizer = Literal["adamw", "adamw_8bit", "sgd"]
 
+QuantizedBase = Literal["nf4"]
+
 Schedule = Literal["cosine", "linear", "constant"]
 
 Logger = Literal["tensorboard", "wandb", "trackio"]
@@ -63,6 +65,7 @@ TRAJECTORY = (
     "offset",
     "length_normalize",
     "lora",
+    "quantize_base",
     "precision",
     "batch_size",
     "learning_rate",
@@ -176,6 +179,8 @@ class OptimizerOptions:
 
     lora: LoraOptions | None = None
     """Train low-rank adapters instead of all weights; null: full fine-tuning."""
+    quantize_base: QuantizedBase | None = None
+    """nf4: hold frozen linear weights under an adapter at 4 bits (QLoRA); null: as precision."""
     epochs: float | None = None
     """Passes over the mixture, may be fractional; null: 1, or as many as max_steps takes."""
     max_steps: int | None = None
@@ -626,6 +631,13 @@ class RunConfig(
             )
 
     def _check_trained_weights(self) -> None:
+        serves = self.mode != "offline" and self.generation == "vllm_server"
+        if serves and self.quantize_base is not None and not self.off_policy_ok:
+            raise ValueError(
+                f"quantize_base={self.quantize_base}: the server of generation=vllm_server samples "
+                "from a base of its own precision, not from the policy; set generation: padded, "
+                "leave quantize_base out, or set off_policy_ok: true"
+            )
         if self.reference == "adapter" and self.lora is None:
             raise ValueError(
                 "reference=adapter needs lora; use reference=frozen or cached for full fine-tuning"

@@ -3,7 +3,9 @@
 A single contract makes a sharded run equal to a single process: gradients are *summed* over ranks
 (FSDP2 would average), because the loss is divided by the number of units of the global batch
 already. The head stays in the root's group: gathered once per forward, kept until the gradient of
-the head is built in that same forward, and reduced once.
+the head is built in that same forward, and reduced once. With parallel.split_vocabulary the head is
+outside of FSDP2 (`keep_rows`): no rank gathers it, and its gradient is complete on every rank but
+for a sum over copies (`sum_over_copies`).
 
 parallel.py lays the ranks out. Every copy of the weights is sharded over its ranks (shard x
 context); gradients are summed within a copy (reduce-scatter), then over the copies (all-reduce, of
@@ -15,7 +17,7 @@ from __future__ import annotations
 import datetime
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -30,9 +32,10 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from una_fast.group import ALONE, Group
 from una_fast.parallel import Mesh, ParallelOptions
 
 # A rank may hash or write hundreds of gigabytes, or ask a judge, while the others wait for it. A
@@ -45,47 +48,6 @@ Result = TypeVar("Result")
 _LOST = re.compile(
     r"Connection (closed|reset|refused)|Broken pipe|remote process exited|NCCL error"
 )
-
-
-@dataclass(frozen=True)
-class Group:
-    """This process among some of the ranks: those that split the tokens of a batch, or a head.
-
-    rank: place of this process in the group
-    size: ranks of the group
-    handle: of torch's collectives; None: this process is alone
-    """
-
-    rank: int = 0
-    size: int = 1
-    handle: dist.ProcessGroup | None = None
-
-    @staticmethod
-    def of(given: Group | dist.ProcessGroup | None) -> Group:
-        """Return the place of this process in a group of torch's; None: it is alone."""
-        if given is None or isinstance(given, Group):
-            return given or ALONE
-        return Group(dist.get_rank(given), dist.get_world_size(given), given)
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Return the sum of a tensor over the group; overwrites the tensor."""
-        if self.size > 1:
-            dist.all_reduce(values, group=self.handle)
-        return values
-
-    def exchange(self, sent: Tensor, to: Sequence[int], of: Sequence[int]) -> Tensor:
-        """Return what the ranks of the group send to this one, in their order: one all-to-all.
-
-        sent: [sum(to)], contiguous: a piece for every rank
-        to: numbers for every rank
-        of: numbers from every rank
-        """
-        received = sent.new_empty(sum(of))
-        dist.all_to_all_single(received, sent, list(of), list(to), group=self.handle)
-        return received
-
-
-ALONE = Group()
 
 
 @dataclass(frozen=True)
@@ -256,6 +218,7 @@ def shard(
     world: World,
     compute_dtype: torch.dtype | None,
     options: ParallelOptions | None = None,
+    split: nn.Module | None = None,
 ) -> None:
     """Shard every layer and then the rest (embedding, final norm, head) with FSDP2, in place.
 
@@ -266,22 +229,77 @@ def shard(
     compute_dtype: of gathered weights and activations; None: as the weights are. Gradients are
         reduced in float32
     options: settings of the run; None: the defaults
+    split: a module with parameters that FSDP2 never gathers: every rank computes with its own rows
     """
     options = options or ParallelOptions()
     mesh = _weight_mesh(world)
+    ignored = None
+    if split is not None:
+        ignored = keep_rows(split, mesh, home_of_shards(world, options))
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     offload = OffloadPolicy()
     if options.offload_parameters:
         offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
     wrapped = [*layers, causal_lm]
     for module in wrapped:
-        fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=offload)
+        fully_shard(
+            module,
+            mesh=mesh,
+            mp_policy=precision,
+            offload_policy=offload,
+            ignored_params=ignored,
+        )
     for module in wrapped:
         module.set_gradient_divide_factor(1.0)
         # gloo cannot fold the factor into the reduction
         module.set_force_sum_reduction_for_comms(True)
     if options.prefetch:
         _prefetch(layers, options.prefetch)
+
+
+def keep_rows(module: nn.Module, mesh: DeviceMesh, device: torch.device) -> set[nn.Parameter]:
+    """Replace the parameters of a module by this rank's rows of them, outside FSDP2.
+
+    module: changed in place; parameters may be on the meta device
+    mesh: [ranks], or [copies, ranks]; rows are split over the last dimension as FSDP2 splits them
+    device: of the rows
+
+    Returns the new parameters: DTensors.
+    """
+    placements = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
+    for name, whole in list(module.named_parameters(recurse=False)):
+        shape, offsets = compute_local_shape_and_global_offset(whole.shape, mesh, placements)
+        rows = whole.detach()[offsets[0] : offsets[0] + shape[0]]
+        if not whole.is_meta:
+            rows = rows.to(device, copy=True)
+        tensor = DTensor.from_local(
+            rows,
+            mesh,
+            placements,
+            run_check=False,
+            shape=whole.shape,
+            stride=whole.stride(),
+        )
+        parameter = nn.Parameter(tensor, requires_grad=whole.requires_grad)
+        setattr(module, name, parameter)
+    return set(module.parameters(recurse=False))
+
+
+def group_of_rows(tensor: DTensor) -> Group:
+    """Return the ranks that hold the rows of a tensor among themselves: of one copy."""
+    mesh, last = tensor.device_mesh, tensor.device_mesh.ndim - 1
+    return Group(mesh.get_local_rank(last), mesh.size(last), mesh.get_group(last))
+
+
+def sum_over_copies(parameters: Iterable[nn.Parameter]) -> None:
+    """Sum gradients of `keep_rows` over the copies of the weights; once a step, after backward.
+
+    parameters: of a module outside FSDP2; the gradient of a copy is complete over its ranks
+    """
+    for parameter in parameters:
+        if parameter.grad is not None and parameter.grad.device_mesh.ndim > 1:
+            local, mesh = parameter.grad.to_local(), parameter.grad.device_mesh
+            dist.all_reduce(local, group=mesh.get_group(0))
 
 
 def _weight_mesh(world: World) -> DeviceMesh:

@@ -92,13 +92,21 @@ class ParallelOptions:
                     f"parallel: {product} = {others} does not divide the {ranks} ranks of the "
                     "run; change parallel, or start another number of processes"
                 )
-            return Mesh(self.replicate, ranks // others, self.context)
-        if self.shard * others != ranks:
+            mesh = Mesh(self.replicate, ranks // others, self.context)
+        elif self.shard * others != ranks:
             raise ValueError(
                 f"parallel: shard {self.shard} x {product} = {self.shard * others} ranks, and the "
                 f"run has {ranks}; change parallel, or start {self.shard * others} processes"
             )
-        return Mesh(self.replicate, self.shard, self.context)
+        else:
+            mesh = Mesh(self.replicate, self.shard, self.context)
+        if self.split_vocabulary and mesh.shards == 1 < ranks:
+            raise ValueError(
+                "parallel.split_vocabulary=true splits the head over the ranks of a copy, and with "
+                f"shard {mesh.shard} x context {mesh.context} a copy has 1 rank; lower "
+                "parallel.replicate, or set split_vocabulary=false"
+            )
+        return mesh
 
     def _refuse_unread(self) -> None:
         for name in ("split_vocabulary", "reduce", "offload_parameters", "prefetch"):

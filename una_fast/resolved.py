@@ -32,7 +32,7 @@ from una_fast.attention.probe import packing_refusal
 from una_fast.attention.split_probe import split_refusal
 from una_fast.config import RunConfig
 from una_fast.data.examples import Example
-from una_fast.distributed import ALONE, Group
+from una_fast.group import ALONE, Group
 from una_fast.head.engines import choose_engine, compute_dtype
 from una_fast.head.plan import workspace_bytes
 from una_fast.model.directory import reading
@@ -96,6 +96,8 @@ class ResolvedRun:
     """Line of `lines` -> settings that were given, or the default and the fact behind it."""
     notes: list[str] = field(default_factory=list)
     """Lines on what the model, or its records, ask for and the run does not do."""
+    quantize_base: str | None = None
+    """Format of the linear weights under an adapter, "nf4"; None: plain numbers."""
 
     @property
     def imitates_autocast(self) -> bool:
@@ -108,6 +110,8 @@ class ResolvedRun:
         if self.mesh.shard < self.ranks:
             ranks += f": {self.mesh}"
         dtypes = f"products {_name(self.compute)}, weights {_name(self.weights)}"
+        if self.quantize_base is not None:
+            dtypes += f", of linear layers {self.quantize_base}"
         if self.autocast is not None:
             dtypes += f", autocast to {_name(self.autocast)}"
         shown = {
@@ -268,6 +272,11 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
     wide = config.master_weights and not config.lora
     weights = torch.float32 if wide else compute
     trains_adapter = config.lora is not None or facts.is_adapter
+    if config.quantize_base is not None and not trains_adapter:
+        raise ValueError(
+            f"quantize_base={config.quantize_base}: weights at 4 bits are not trained; set lora to "
+            "train adapters on them, or leave quantize_base out"
+        )
     trained = torch.float32 if trains_adapter else weights
     wider = trained != compute or (facts.keeps_float32 and compute == torch.bfloat16)
     parallel = config.parallel or ParallelOptions()
@@ -291,6 +300,7 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
         packed=config.packing and facts.packing_refusal is None,
         workspace=workspace_bytes(facts.device, config.workspace_mb),
         engine=_engine(config, facts.device, compute),
+        quantize_base=config.quantize_base,
     )
     run.sources.update(_sources(config, facts, run))
     run.notes.extend(_notes(facts))
@@ -334,7 +344,7 @@ def _sources(config: RunConfig, facts: Facts, run: ResolvedRun) -> dict[str, str
     }
     settings_and_reasons = {
         "device": (["device"], "planned for" if _is_absent(device) else f"{device} is there"),
-        "dtypes": (["precision", "master_weights"], dtypes),
+        "dtypes": (["precision", "master_weights", "quantize_base"], dtypes),
         "reference": (["reference"], references[run.reference]),
         "rows": (["packing"], facts.packing_refusal or "the packing probe passed"),
         "workspace": (["workspace_mb"], f"on {device}"),
@@ -418,14 +428,15 @@ def load_trained(
         attn_implementation=config.attn_implementation,
         packed=run.packed,
         in_shards=run.ranks > 1,
+        quantize_base=run.quantize_base,
     )
     policy.stored = StoredDtypes.of(config.model, config.save_dtype)
     if not policy.is_adapter:
         refuse_quantized(policy.model, printable(config.model))
-    elif run.ranks > 1 and quantized_weight(policy.model) is not None:
+    elif run.ranks > 1 and run.quantize_base is None and quantized_weight(policy.model) is not None:
         raise ValueError(
             f"{printable(config.model)} is quantized, and quantized weights are not sharded; start "
-            "one process, or give the model in bf16"
+            "one process, or give the model in bf16, with quantize_base: nf4 to hold it at 4 bits"
         )
     if run.ranks == 1:
         trained_dtypes = {p.dtype for p in policy.trainable_parameters()}
@@ -454,6 +465,7 @@ def load_frozen(config: RunConfig, run: ResolvedRun, *, in_shards: bool | None =
         attn_implementation=config.attn_implementation,
         packed=run.packed,
         in_shards=run.ranks > 1 if in_shards is None else in_shards,
+        quantize_base=run.quantize_base,
     )
     policy.model.requires_grad_(False).eval()
     if run.imitates_autocast:

@@ -30,7 +30,7 @@ from una_fast.attention.varlen import (
     varlen_kernel,
     varlen_refusal,
 )
-from una_fast.distributed import ALONE, Group
+from una_fast.group import ALONE, Group
 from una_fast.logs import say_once
 
 logger = logging.getLogger(__name__)

@@ -1,9 +1,9 @@
 """Find out by a numerical probe whether ranks can split the tokens of a model's packed rows.
 
-Rows that can be packed need no other tokens outside attention, or so the packing probe found. What
-is left to go wrong is what a model does with its attention's arguments: heads of another order, or
-numbers that depend on the length of the row. So a reduced copy of the model runs on the parts of a
-row, one thread per rank, and is compared with the same copy on the whole row.
+In a model that can be packed, tokens meet in attention alone. Left to go wrong are the arguments of
+attention: heads in another order, or numbers that depend on the length of the row. So a reduced
+copy of the model runs on the parts of a row, a thread per rank, and the hidden states are compared
+with those of the whole row.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from una_fast.attention.packed import packed_attention
 from una_fast.attention.probe import PROBE_TOLERANCE, probe_row, reduced_decoder
 from una_fast.attention.rows import Segments
 from una_fast.attention.ulysses import heads_refusal, padded_segments, padded_tokens
-from una_fast.distributed import Group
+from una_fast.group import Group
 
 _RANKS = 4  # as many as the query heads of a reduced copy: key heads are shared
 _PATIENCE = 300  # seconds that a thread waits for the others
@@ -41,12 +41,12 @@ class Meeting:
 
 @dataclass(frozen=True)
 class ThreadGroup(Group):
-    """A thread among the threads of a process that act as ranks."""
+    """A thread among threads that act as ranks."""
 
     meeting: Meeting = field(kw_only=True)
 
     def exchange(self, sent: Tensor, to: Sequence[int], of: Sequence[int]) -> Tensor:
-        """Return what the threads send to this one; parameters as in `Group.exchange`."""
+        """Return the pieces that the threads send; parameters as in `Group.exchange`."""
         self.meeting.sent[self.rank] = sent.split(list(to))
         self.meeting.barrier.wait()
         received = torch.cat([pieces[self.rank] for pieces in self.meeting.sent])
@@ -133,7 +133,7 @@ def _run_parts(
             with torch.device("cpu"), torch.no_grad():  # modes of a thread
                 return _run(own, *part, segments, group)
         except BaseException:
-            meeting.barrier.abort()  # nobody waits for this thread
+            meeting.barrier.abort()  # the other threads end, too
             raise
 
     with ThreadPoolExecutor(_RANKS) as pool:

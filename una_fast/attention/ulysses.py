@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from una_fast.attention.rows import Segment, Segments
-from una_fast.distributed import Group
+from una_fast.group import Group
 
 Heads = tuple[int, int]
 """Heads [start, stop) of a rank."""

@@ -52,6 +52,7 @@ from una_fast.distributed import ALONE, World, local_part, reduce_gradients, res
 from una_fast.feedback import Feedback
 from una_fast.model.activations import decoder_layers
 from una_fast.model.dropout import remove_dropout
+from una_fast.model.four_bits import pack_linears
 from una_fast.model.head_probe import HeadSpec
 from una_fast.model.loading import load_config, model_and_adapter, outline
 from una_fast.model.lora import add_lora
@@ -61,6 +62,7 @@ from una_fast.model.scoring import match_autocast
 from una_fast.model.settings import LoraOptions
 from una_fast.optim import state_bytes, step_bytes
 from una_fast.parallel import ParallelOptions
+from una_fast.printable import printable
 from una_fast.resolved import Facts, ResolvedRun, outline_of, resolve
 
 Categories = dict[str, int]
@@ -390,6 +392,8 @@ class StepTracer:
             )
             remove_dropout(model)
             head = HeadSpec(model)
+            if config.quantize_base is not None:
+                pack_linears(model, printable(config.model))
             if trained:
                 model = self._with_adapter(model, config)
         _make_fake(model, mode)

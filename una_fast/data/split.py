@@ -3,8 +3,8 @@
     row     [prompt | response 1 | response 2 | padding]      T tokens, a multiple of C ranks
     rank r  tokens [r t, (r + 1) t)                            t = T / C
 
-Positions are those of the row; the table of segments is the whole row's, because attention sees the
-whole row (attention/ulysses.py). A response may have its rows on several ranks, or on one of them.
+Positions and the table of segments are of the whole row, as attention is (attention/ulysses.py).
+The rows of a response may lie on several ranks, or all on one.
 """
 
 from __future__ import annotations
@@ -16,19 +16,24 @@ from torch import Tensor
 
 from una_fast.attention.ulysses import padded_segments, padded_tokens
 from una_fast.data.batch import Batch
-from una_fast.distributed import Group
+from una_fast.group import Group
 
 
 def split_batch(batch: Batch, group: Group) -> Batch:
-    """Return this rank's part of a batch; the batch itself for a group of one.
+    """Return a rank's part of a batch; the batch itself for a group of one.
 
     batch: packed, equal on all ranks of the group
     group: the ranks
 
-    input_ids, position_ids: [1, t], of this rank
+    The fields of the part:
+
+    input_ids, position_ids: [1, t]
     segments: of the whole row, padding included
-    rows: [n] places within this rank's tokens; targets [n] and cu_seqlens [S + 1] go with them
+    rows, targets: [n], places within the t tokens, and their targets
+    cu_seqlens: [S + 1], bounds of the responses within the n rows
     feedback, ref_logps, num_tokens: of the whole batch
+
+    ValueError for a padded batch.
     """
     if group.size == 1:
         return batch
@@ -59,7 +64,7 @@ def split_batch(batch: Batch, group: Group) -> Batch:
 
 
 def _part(row: Tensor, first: int, tokens: int, *, padding: int) -> Tensor:
-    """Return some tokens of a row [1, T], and what pads the row where the row has ended.
+    """Return some tokens of a row [1, T], with padding after the last one.
 
     first: token of the row, or of the padding
     tokens: of the part

@@ -22,7 +22,7 @@ from una_fast.data.encode import Encoder
 from una_fast.data.records import Record
 from una_fast.data.settings import RecordOptions
 from una_fast.distributed import start_world
-from una_fast.guide.run_of import base_of, model_of
+from una_fast.guide.run_of import base_of, model_of, quantize_base_of
 from una_fast.guide.settings import ChatConfig
 from una_fast.head.engines import compute_dtype
 from una_fast.model.loading import load_causal_lm, load_tokenizer
@@ -156,7 +156,12 @@ def load_speakers(settings: ChatConfig) -> list[Speaker]:
 
 def _load(settings: ChatConfig, path: str, device: torch.device) -> PreTrainedModel | PeftModel:
     dtype = compute_dtype(settings, device.type)
-    model = load_causal_lm(path, dtype=dtype, trust_remote_code=settings.trust_remote_code)
+    model = load_causal_lm(
+        path,
+        dtype=dtype,
+        trust_remote_code=settings.trust_remote_code,
+        quantize_base=quantize_base_of(path),
+    )
     # Penalties and the like of the model's own settings would stand beside ours.
     inside = model.get_base_model() if isinstance(model, PeftModel) else model
     inside.generation_config = GenerationConfig()

@@ -37,6 +37,24 @@ def _holds_weights(path: Path) -> bool:
     return (path / ADAPTER_CONFIG).is_file() or (path / "config.json").is_file()
 
 
+def quantize_base_of(path: str) -> str | None:
+    """Return the format of the base under the adapter of a run or checkpoint; None: plain numbers.
+
+    path: as `model_of` returns it; an adapter without settings of a run has a plain base
+    """
+    directory = Path(path).expanduser().absolute()
+    if directory.name.startswith("checkpoint-"):
+        directory = directory.parent
+    file = directory / SETTINGS
+    if not file.is_file():
+        return None
+    try:
+        value = read_settings(file).get("quantize_base")
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    return value if value == "nf4" else None
+
+
 def base_of(run: str) -> str:
     """Return the model that a run of full fine-tuning started from, by its settings.
 

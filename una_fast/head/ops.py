@@ -36,14 +36,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from una_fast.distributed import Group
 from una_fast.feedback import Feedback
+from una_fast.group import Group
 from una_fast.head.compiling import outside_compile
 from una_fast.head.engines import choose_engine
 from una_fast.head.passes import Head, LaterPass, OnePass
 from una_fast.head.row_stats import EntropyTerm, check_stats
 from una_fast.head.segment_loss import Lengths
 from una_fast.head.torch_engine import IGNORE, LogitTransform, accumulator_dtype
+from una_fast.head.vocabulary import Shares, SplitHead, SplitPass, agreed, find_shares
 from una_fast.losses import Objective, UnaOutput, as_tensor, check_units, denominator
 
 # --- public functions -----------------------------------------------------------------------------
@@ -72,6 +73,7 @@ def linear_una_loss(
     engine: str = "auto",
     group: Group | dist.ProcessGroup | None = None,
     lengths: Tensor | Sequence[int] | None = None,
+    vocabulary: Group | None = None,
 ) -> UnaOutput:
     """Compute the UNA loss of N response tokens in S responses, from hidden states.
 
@@ -103,6 +105,10 @@ def linear_una_loss(
         and one more for ref_hidden. The result is equal on all ranks; a gradient is the part of
         this rank, and the gradient of the weight is the sum over the ranks
     lengths: [S] integers on the CPU, tokens of every response on all ranks of the group
+    vocabulary: ranks that share the head (vocabulary.py); None: the head is whole. All ranks call,
+        with rows of their own, and weights and biases hold the [V_r] entries of the rank: blocks in
+        the order of ranks. The gradients of weight and bias are of the sum of all losses, which
+        all ranks must multiply by the same number before backward
 
     Returns UnaOutput: float64 loss (scalar), logps, ref_logps, rewards [S] and unit_losses [U].
     Only the loss carries a gradient: to hidden, weight and bias where they require a gradient. No
@@ -118,14 +124,17 @@ def linear_una_loss(
     transform = LogitTransform(softcap, logit_scale, temperature)
     targets = as_tensor("targets", targets, hidden.device)
     _check_head("", hidden, weight, targets, bias)
+    needs = _needs(leaves)
+    shares = find_shares(vocabulary, hidden, weight, needs, workspace_mb)
+    vocab = weight.shape[0] if shares is None else shares.vocab
     # A mean over tokens would count the rows without a target.
-    targets = _int64_targets(targets, weight.shape[0], ignore=not objective.length_normalize)
+    targets = _int64_targets(targets, vocab, ignore=not objective.length_normalize)
     lengths = _bounds(cu_seqlens, hidden, group, lengths)
     responses = len(lengths.ints)
     check_units(feedback, objective, responses)  # before any GEMM
     denominator(reduction, num_units, feedback.num_units)
-    head = Head(weight, bias, transform, workspace_mb, engine)
-    needs = _needs(leaves)
+    options = (transform, workspace_mb, engine)
+    head = _make_head(weight, bias, *options, shares, needs)
 
     logps = ref_head = None  # logps: of the policy, where one pass without gradients gives both
     if ref_logps is not None:
@@ -142,7 +151,7 @@ def linear_una_loss(
             if not any(needs) and ref_weight is weight and ref_bias is bias:
                 logps, ref_tokens = head.logps_of_both(hidden, ref_hidden, targets)
             else:
-                ref_head = Head(ref_weight, ref_bias, transform, workspace_mb, engine)
+                ref_head = _make_head(ref_weight, ref_bias, *options, shares)
                 ref_tokens, _ = ref_head.logps(ref_hidden, targets)
             ref_logps = head.sums(lengths, ref_tokens)
     else:
@@ -156,6 +165,10 @@ def linear_una_loss(
                 logps, _ = head.logps(hidden, targets)
             return loss.output(logps)
     leaf = leaves[1].dtype
+    if isinstance(head, SplitHead):
+        del ref_head
+        job = SplitPass(head, hidden, targets, loss, needs, leaf)
+        return UnaOutput(*_LinearUna.apply(*leaves, job))
     train_weight = leaf if needs[1] else None
     plan = head.plan(feedback, lengths, train_weight, needs[2], objective.length_normalize)
     if ref_head is not None:
@@ -179,6 +192,7 @@ def sequence_logps(
     engine: str = "auto",
     group: Group | dist.ProcessGroup | None = None,
     lengths: Tensor | Sequence[int] | None = None,
+    vocabulary: Group | None = None,
 ) -> Tensor:
     """Return the [S] float64 sums of log-probs over each response.
 
@@ -198,11 +212,17 @@ def sequence_logps(
     group: ranks that hold a part of every response each, as in linear_una_loss; the ranks must make
         the same loss of the sums
     lengths: [S] integers on the CPU, tokens of every response on all ranks of the group
+    vocabulary: as in linear_una_loss, without gradients alone
     """
     leaves = (hidden, weight, bias)
     transform = LogitTransform(softcap, logit_scale, temperature)
-    head, hidden, targets = _token_call(leaves, targets, transform, workspace_mb, engine)
+    head, hidden, targets = _token_call(
+        leaves, targets, transform, workspace_mb, engine, vocabulary
+    )
     lengths = _bounds(cu_seqlens, hidden, group, lengths)
+    if isinstance(head, SplitHead):
+        with torch.no_grad():
+            return head.sums(lengths, head.logps(hidden, targets)[0])
     return _later_pass(leaves, head, hidden, targets, lengths=lengths)[0]
 
 
@@ -346,6 +366,7 @@ def _token_call(
     transform: LogitTransform,
     workspace_mb: float | None,
     engine: str,
+    vocabulary: Group | None = None,
 ) -> tuple[Head, Tensor, Tensor]:
     """Return the head of a call, hidden states in the dtype of the head, and int64 targets.
 
@@ -354,13 +375,40 @@ def _token_call(
     transform: from raw logits to logits
     workspace_mb: as given
     engine: as given
+    vocabulary: as given; refused where a gradient is wanted
     """
     hidden, weight, bias = _autocast(*leaves)
     targets = as_tensor("targets", targets, hidden.device)
     _check_head("", hidden, weight, targets, bias)
-    targets = _int64_targets(targets, weight.shape[0], ignore=True)
-    head = Head(weight, bias, transform, workspace_mb, engine)
+    needs = _needs(leaves)
+    shares = find_shares(vocabulary, hidden, weight, needs, workspace_mb)
+    if shares is not None and any(needs):
+        raise ValueError(
+            "sequence_logps over a split vocabulary has no gradient; call it under "
+            "torch.no_grad(), use linear_una_loss, or leave vocabulary out"
+        )
+    vocab = weight.shape[0] if shares is None else shares.vocab
+    targets = _int64_targets(targets, vocab, ignore=True)
+    head = _make_head(weight, bias, transform, workspace_mb, engine, shares)
     return head, hidden.detach(), targets
+
+
+def _make_head(
+    weight: Tensor,
+    bias: Tensor | None,
+    transform: LogitTransform,
+    workspace_mb: float | None,
+    engine: str,
+    shares: Shares | None,
+    needs: Sequence[bool] = (),
+) -> Head:
+    """Return a head: whole, or the own entries of a vocabulary that ranks share.
+
+    shares: rows and entries of all ranks; None: the head is whole
+    needs: whether hidden, weight and bias want a gradient; empty: none
+    """
+    options = (weight, bias, transform, workspace_mb, engine)
+    return Head(*options) if shares is None else SplitHead(*options, shares, needs=needs)
 
 
 def _check_vocabularies(ref_weight: Tensor, weight: Tensor) -> None:
@@ -530,6 +578,8 @@ class _LinearUna(torch.autograd.Function):
         keep = _graph_is_kept()
         if not keep:
             ctx.grads = ctx.missing = None
+        if missing.shared_by is not None:
+            upstream = agreed(missing.shared_by, upstream)
         rows, head = missing.rows, missing.head
         row_factors = upstream if rows is None else (upstream * rows).unsqueeze(1)
         head_factor = upstream if head is None else upstream * head

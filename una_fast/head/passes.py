@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from una_fast.feedback import Feedback
+from una_fast.group import Group
 from una_fast.head.constants import constant
 from una_fast.head.engines import choose_engine
 from una_fast.head.plan import (
@@ -354,10 +355,12 @@ class Missing:
 
     rows: [N] factors of the rows of the hidden gradient; None: 1
     head: one factor of the gradients of weight and bias; None: 1
+    shared_by: ranks whose losses add to the gradients of weight and bias; None: this one alone
     """
 
     rows: Tensor | None = None
     head: Tensor | None = None
+    shared_by: Group | None = None
 
 
 class Grads:
@@ -441,7 +444,7 @@ class Grads:
         if factors is not None and scale_rows:
             rows.mul_(factors)
         if not in_place:
-            _put(self.hidden, spans, rows)
+            put(self.hidden, spans, rows)
 
     def _add_bias(self, vocab: Span, du: Tensor, factors: Tensor | None) -> None:
         bias = self.bias[slice(*vocab)]
@@ -519,7 +522,7 @@ def recompute(
     grads: Grads,
     *,
     entropy: EntropyTerm | None = None,
-    kept: Span | None = None,
+    kept: Sequence[Span] | None = None,
 ) -> None:
     """Add the gradients of rows with known coefficient: the logits once more, tile by tile.
 
@@ -532,22 +535,22 @@ def recompute(
     lse: [N] logsumexp
     grads: gradients to add to
     entropy: term of the entropy's gradient, [N]; None: the log-probs' alone
-    kept: the first chunk, where the buffer of the head still holds its logits
+    kept: spans of the first chunk, where the buffer of the head still holds its logits
     """
 
     def tiles(rows: Tensor, spans: Sequence[Span]) -> Iterator[tuple[Span, Tensor]]:
-        labels, factors, sums = (_take(x, spans) for x in (targets, coef, lse))
-        term = None if entropy is None else entropy.take(lambda x: _take(x, spans))
+        labels, factors, sums = (take(x, spans) for x in (targets, coef, lse))
+        term = None if entropy is None else entropy.take(lambda x: take(x, spans))
         for vocab in head.slices(tile):
 
             def replace_(p: slice, u: Tensor, out: Tensor | None, vocab: Span = vocab) -> Tensor:
                 part = None if term is None else term.take(lambda x: x[p])
                 return head.engine.row_grad_(u, labels[p], vocab, factors[p], sums[p], out, part)
 
-            yield vocab, head.gradients(rows, vocab, tile, replace_, kept=spans == [kept])
+            yield vocab, head.gradients(rows, vocab, tile, replace_, kept=spans == kept)
 
     for spans in cuts:
-        rows = _take(hidden, spans)
+        rows = take(hidden, spans)
         grads.add(spans, rows, tiles(rows, spans))
 
 
@@ -559,13 +562,13 @@ def _pieces(rows: int, tile: Tile) -> Iterator[slice]:
         start += count
 
 
-def _take(x: Tensor, spans: Sequence[Span]) -> Tensor:
+def take(x: Tensor, spans: Sequence[Span]) -> Tensor:
     """Return the rows of x in the spans: a view for one span, a copy for several."""
     pieces = [x[start:stop] for start, stop in spans]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def _put(x: Tensor, spans: Sequence[Span], values: Tensor) -> None:
+def put(x: Tensor, spans: Sequence[Span], values: Tensor) -> None:
     """Write rows into the spans of x."""
     offset = 0
     for start, stop in spans:
@@ -654,7 +657,7 @@ class LaterPass:
         direct = weight_dtype if is_single and leaf_bytes(weight_dtype) else None
         grads = Grads(head, plan.tile, need_weight, need_bias, rows, direct)
         cuts = [[span] for span in plan.backward_cuts]
-        kept = plan.kept if self.is_kept else None
+        kept = [plan.kept] if self.is_kept else None
         self.is_kept = False
         chunks = (head, plan.tile, cuts, hidden, targets)
         recompute(*chunks, coef, lse, grads, entropy=entropy, kept=kept)
@@ -730,21 +733,21 @@ class OnePass:
 
     def _forward(self, spans: Sequence[Span]) -> tuple[Tensor, Tensor, Tensor]:
         """Write the log-probs of a chunk; return hidden rows, targets and logsumexp."""
-        hidden, targets = _take(self.hidden, spans), _take(self.targets, spans)
+        hidden, targets = take(self.hidden, spans), take(self.targets, spans)
         lse, target_logit = self.head.chunk_stats(hidden, targets, self.plan.tile)
-        _put(self.logps, spans, log_probs(target_logit, lse, targets, self.head.vocab))
+        put(self.logps, spans, log_probs(target_logit, lse, targets, self.head.vocab))
         return hidden, targets, lse
 
     def _resident(self, block: Sequence[int]) -> None:
         """Compute whole components in a chunk: coefficients are known before the products of du."""
         (spans,) = self._cuts(block)
         hidden, scores, factors = self._one_read(spans)
-        coef = _take(self._per_row(self.loss.coefficients(self.logps)), spans)
+        coef = take(self._per_row(self.loss.coefficients(self.logps)), spans)
         self.grads.add(spans, hidden, [(self.whole, scores)], coef * factors)
 
     def _one_read(self, spans: Sequence[Span]) -> tuple[Tensor, Tensor, Tensor]:
         """Write the log-probs of a chunk; return hidden rows, unscaled du and the factors of it."""
-        hidden, targets = _take(self.hidden, spans), _take(self.targets, spans)
+        hidden, targets = take(self.hidden, spans), take(self.targets, spans)
         logps = torch.empty(len(hidden), dtype=self.logps.dtype, device=hidden.device)
         factors = torch.empty_like(logps)
 
@@ -755,7 +758,7 @@ class OnePass:
 
         scores = self.head.gradients(hidden, self.whole, self.plan.tile, replace_)
         factors.masked_fill_(targets == IGNORE, 0.0)
-        _put(self.logps, spans, where_known(logps, targets, self.head.vocab))
+        put(self.logps, spans, where_known(logps, targets, self.head.vocab))
         return hidden, scores, factors
 
     def _stream(self) -> None:
@@ -817,8 +820,8 @@ class OnePass:
         """
         for spans in self._cuts(responses):
             hidden, scores, factors = self._one_read(spans)
-            factors = factors * _take(factors_N, spans)
-            _put(self.row_factors, spans, factors)
+            factors = factors * take(factors_N, spans)
+            put(self.row_factors, spans, factors)
             grads.add(spans, hidden, [(self.whole, scores)], factors, scale_rows=False)
 
     def _recompute(self) -> None:
@@ -826,7 +829,7 @@ class OnePass:
         cuts = self._cuts(self.plan.recomputed)
         for spans in cuts:
             _, _, lse = self._forward(spans)
-            _put(self.lse, spans, lse)
+            put(self.lse, spans, lse)
         coef = self._per_row(self.loss.coefficients(self.logps))
         coef.masked_fill_(self.targets == IGNORE, 0.0)
         recompute(

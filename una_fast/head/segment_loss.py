@@ -4,7 +4,7 @@ The loss itself is losses.py. The fused head calls the loss on S numbers
 in float64, on the device, without waiting for the device. A response is a segment of the N rows.
 
 Where the ranks of a group hold a part of every response each, the S sums cross the group once per
-call, when all rows of this rank have log-probs: before the first coefficient is asked for.
+call: after the log-probs of all rows of the rank, and before the first coefficient.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from una_fast.distributed import ALONE, Group
 from una_fast.feedback import Feedback
+from una_fast.group import ALONE, Group
 from una_fast.head.constants import capturing, constant
 from una_fast.losses import Objective, UnaOutput, una_loss
 
@@ -82,8 +82,7 @@ class SegmentLoss:
     def whole_sums(self, tokens: Tensor) -> Tensor:
         """Return the [S] float64 sums over each response, on all ranks of the group.
 
-        tokens: [N] log-probs. In a group all of them must be there at the first call, the only one
-            in which the ranks meet.
+        tokens: [N] log-probs; in a group complete at the first call, in which alone the ranks meet
         """
         group = self.lengths.group
         if group.size == 1:

@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from una_fast.counters import is_fake, memory_category
+from una_fast.model.four_bits import Nf4Linear
 from una_fast.model.head_probe import text_modules
 from una_fast.model.settings import MemoryOptions
 
@@ -384,8 +385,13 @@ def _with_numbers(module: nn.Module) -> nn.Module:
         for name, parameter in part._parameters.items():
             if parameter is None or parameter.device.type != "meta":
                 continue
-            numbers = torch.empty_like(parameter, device="cpu")
-            numbers.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
+            is_packed = isinstance(part, Nf4Linear) and name == "weight"
+            like = {"dtype": part.numbers if is_packed else parameter.dtype, "device": "cpu"}
+            shape = (part.out_features, part.in_features) if is_packed else parameter.shape
+            numbers = torch.empty(shape, **like)
+            numbers.normal_(std=shape[-1] ** -0.5, generator=generator)
+            if is_packed:
+                numbers = part.pack(numbers)
             part._parameters[name] = nn.Parameter(numbers, parameter.requires_grad)
     return copied
 
@@ -396,7 +402,8 @@ def _is_mlp(module: nn.Module, model: PreTrainedModel) -> bool:
     if len(matrices) < 2:
         return False
     width = model.config.get_text_config().hidden_size
-    like = {"dtype": matrices[0].dtype, "device": matrices[0].device}
+    dtype = model.get_input_embeddings().weight.dtype  # quantized matrices have integers inside
+    like = {"dtype": dtype, "device": matrices[0].device}
     x = torch.linspace(-1, 1, 6 * width, **like).sin().view(1, 6, -1)
     try:
         with torch.no_grad():

@@ -24,6 +24,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from una_fast.data.encode import text_after_answer
+from una_fast.model.four_bits import Nf4Linear, packed_layers
 from una_fast.model.loading import is_finite, set_padding
 from una_fast.model.policy import Policy
 from una_fast.model.quantized import is_plain
@@ -259,9 +260,12 @@ def _copy(source: Path, target: Path) -> None:
 
 def whole_weights(policy: Policy) -> dict[str, Tensor]:
     """Return the live weights under the model's own names, with adapters added in."""
+    state_dict = dict(policy.model.state_dict())
+    for name, layer in packed_layers(policy.model):
+        state_dict[f"{name}.weight"] = layer.unpacked()
     if isinstance(policy.model, PeftModel):
-        return _merge(policy, dict(policy.model.state_dict()))
-    return policy.causal_lm.state_dict()
+        return _merge(policy, state_dict)
+    return state_dict
 
 
 def _merge(policy: Policy, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -298,5 +302,6 @@ def _check_mergeable(name: str, layer: nn.Module) -> None:
         raise ValueError(
             f"{name} is a {type(layer).__name__}; only plain LoRA on linear layers is merged"
         )
-    if is_plain_lora and not is_plain(layer.base_layer.weight):
+    is_ours = is_plain_lora and isinstance(layer.base_layer, Nf4Linear)
+    if is_plain_lora and not is_ours and not is_plain(layer.base_layer.weight):
         raise ValueError(f"{name} is quantized; only adapters on plain weights are merged")

@@ -14,10 +14,14 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
 
+from una_fast.distributed import group_of_rows
+from una_fast.group import Group
 from una_fast.head.compiling import outside_compile
 
 Scorer = Callable[[Tensor, Tensor, Tensor | None], Any]
@@ -75,6 +79,8 @@ def call_head(head: nn.Module, hidden: Tensor, scorer: Scorer) -> Any:
     inner = _innermost(head)
 
     def forward(rows: Tensor) -> Any:
+        if is_split(inner):
+            return _call_split(inner, rows, scorer)
         weight, bias = _whole(inner.weight), _whole(getattr(inner, "bias", None))
         return scorer(rows.to(weight.device), weight, bias)
 
@@ -87,6 +93,77 @@ def call_head(head: nn.Module, hidden: Tensor, scorer: Scorer) -> Any:
             del inner.forward
         else:
             inner.forward = before
+
+
+# --- a split vocabulary ---------------------------------------------------------------------------
+
+
+def head_to_split(causal_lm: PreTrainedModel) -> nn.Linear:
+    """Return the head of a model, to keep rows of it on every rank.
+
+    ValueError, with the setting to change, for a head tied to the input embedding, and for a module
+    other than a linear layer.
+    """
+    name = type(causal_lm).__name__
+    advice = "set parallel.split_vocabulary=false"
+    head = causal_lm.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise ValueError(
+            f"parallel.split_vocabulary: the head of {name} is a {type(head).__name__}, and only a "
+            f"linear layer can be split; {advice}"
+        )
+    if head.weight is causal_lm.get_input_embeddings().weight:
+        raise ValueError(
+            f"parallel.split_vocabulary: the head of {name} is tied to the input embedding, which "
+            f"looks tokens up in all rows; {advice}"
+        )
+    return head
+
+
+def mark_split(head: nn.Linear) -> None:
+    """Let a head compute with this rank's rows of it: in `call_head`, and alone in its forward.
+
+    head: parameters are DTensors of rows (distributed.keep_rows)
+    """
+    head._una_split = True
+    head.forward = types.MethodType(_gathered_forward, head)
+
+
+def is_split(head: nn.Module) -> bool:
+    """Return whether every rank holds rows of a head, and computes with these rows alone."""
+    return getattr(head, "_una_split", False)
+
+
+def vocabulary_of(head: nn.Module) -> Group | None:
+    """Return the ranks that share the vocabulary of a head; None for a whole head."""
+    return group_of_rows(head.weight) if is_split(head) else None
+
+
+def _gathered_forward(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """Return logits, for generation: the weight is gathered in every call."""
+    weight, bias = _whole(head.weight), _whole(head.bias)
+    weight = weight.to(hidden.device, hidden.dtype)
+    return F.linear(hidden, weight, None if bias is None else bias.to(weight))
+
+
+def _call_split(head: nn.Linear, rows: Tensor, scorer: Scorer) -> Any:
+    """Call a scorer with this rank's rows of weight and bias.
+
+    rows: [N, D] of this rank
+    """
+    weight, bias = (_own_rows(x, rows) for x in (head.weight, head.bias))
+    # Wider weights, such as float32 masters, get wide gradients from narrow products.
+    is_wider = weight.dtype != rows.dtype
+    with torch.autocast(rows.device.type, dtype=rows.dtype, enabled=is_wider):
+        return scorer(rows, weight, bias)
+
+
+def _own_rows(tensor: DTensor | None, rows: Tensor) -> Tensor | None:
+    """Return this rank's part of a parameter, no narrower than the rows that it meets."""
+    if tensor is None:
+        return None
+    local = tensor.to_local().to(rows.device)
+    return local.to(torch.promote_types(local.dtype, rows.dtype))
 
 
 def _innermost(head: nn.Module) -> nn.Module:

@@ -48,6 +48,7 @@ from una_fast.model.directory import (
     within_budget,
 )
 from una_fast.model.dropout import remove_dropout
+from una_fast.model.four_bits import pack_base
 from una_fast.model.gguf import is_gguf, read_header
 from una_fast.model.places import (
     check_place,
@@ -345,6 +346,7 @@ def load_causal_lm(
     base: str | os.PathLike[str] | None = None,
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
+    quantize_base: str | None = None,
 ) -> PreTrainedModel | PeftModel:
     """Load a causal language model without dropout.
 
@@ -354,6 +356,7 @@ def load_causal_lm(
     base: model under an adapter directory; default: the model that the adapter names
     trust_remote_code: run model code that comes with the weights
     attn_implementation: attention of transformers; default: the model's
+    quantize_base: "nf4" packs linear weights at 4 bits (four_bits.py); default: none
 
     ValueError for a directory that does not exist or is damaged, for weights that are missing in
     the files, unexpected, of another shape or not finite, and for adapters that are not inside the
@@ -365,6 +368,9 @@ def load_causal_lm(
         "attn_implementation": attn_implementation,
     }
     model = load_base(base, adapter, dtype, options)
+    if quantize_base is not None:
+        refuse_non_finite(model.named_parameters(), printable(path))
+        pack_base(model, printable(path))
     if adapter is not None:
         model = load_adapter(model, adapter)
     refuse_non_finite(model.named_parameters(), printable(path))

@@ -21,16 +21,17 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
 from una_fast.attention.packed import packed_attention
 from una_fast.data.batch import Batch
-from una_fast.distributed import ALONE, Group
+from una_fast.group import ALONE, Group
 from una_fast.logs import say_once
 from una_fast.model.activations import switch_on
 from una_fast.model.directory import reading
-from una_fast.model.head_forward import Scorer, install_scorer
+from una_fast.model.head_forward import Scorer, install_scorer, vocabulary_of
 from una_fast.model.head_probe import (
     HeadSpec,
     NoSmallCopy,
@@ -76,6 +77,11 @@ class Policy:
         """Return whether an adapter is trained, and saved, instead of the whole model."""
         return self.model is not self.causal_lm
 
+    @property
+    def vocabulary(self) -> Group | None:
+        """Return the ranks that share the vocabulary of the head; None for a whole head."""
+        return vocabulary_of(self.causal_lm.get_output_embeddings())
+
     def score(self, batch: Batch, scorer: Scorer, context: Group = ALONE) -> Any:
         """Return scorer(hidden rows, head weight, head bias), run inside the model's forward.
 
@@ -104,7 +110,8 @@ class Policy:
                 "a fully trained policy has no adapter to switch off; use a frozen copy or cached "
                 "ref_logps"
             )
-        layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # the second: trained copies of modules
+        layers = [module for module in self.model.modules() if isinstance(module, kinds)]
         # peft's own disable_adapter also freezes the adapters: FSDP2 may see that in its first
         # forward.
         before = [layer._disable_adapters for layer in layers]
@@ -132,6 +139,7 @@ def load_policy(
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
     in_shards: bool = False,
+    quantize_base: str | None = None,
 ) -> Policy:
     """Load a model for training: dropout removed, head probed, scoring installed.
 
@@ -145,6 +153,7 @@ def load_policy(
     attn_implementation: attention of unpacked batches; default: the model's
     in_shards: leave the weights in the files, for `read_shards` (see `Policy.unread`); a model
         without rows in the files is loaded whole, and a line says so
+    quantize_base: "nf4" holds linear weights at 4 bits, for an adapter or for scoring alone
 
     The model is in train mode, which activation checkpointing needs. ValueError for a model that
     cannot be trained truly.
@@ -154,6 +163,7 @@ def load_policy(
         "base": base,
         "trust_remote_code": trust_remote_code,
         "attn_implementation": attn_implementation,
+        "quantize_base": quantize_base,
     }
     if in_shards:
         random = torch.get_rng_state()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from una_fast.data.batch import Batch
 from una_fast.data.split import split_batch
-from una_fast.distributed import ALONE, Group
+from una_fast.group import ALONE, Group
 from una_fast.head.ops import linear_una_loss, sequence_logps
 from una_fast.losses import Objective, UnaOutput
 from una_fast.model.policy import Policy
@@ -109,6 +109,7 @@ class Scoring:
             "engine": self.engine,
             "group": self.group,
             "lengths": batch.cu_seqlens.diff(),
+            "vocabulary": policy.vocabulary,
         }
 
     def context(self, device: torch.device) -> AbstractContextManager:

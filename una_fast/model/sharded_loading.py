@@ -37,6 +37,7 @@ from una_fast.model.directory import (
     stored_tensors,
 )
 from una_fast.model.dropout import remove_dropout
+from una_fast.model.four_bits import Nf4Linear, pack_base, packed_layers
 from una_fast.model.gguf import is_gguf
 from una_fast.model.loading import (
     is_finite,
@@ -98,10 +99,12 @@ def load_unread(
     base: str | os.PathLike[str] | None = None,
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
+    quantize_base: str | None = None,
 ) -> tuple[PreTrainedModel | PeftModel, Unread]:
     """Build a model without numbers: weights on the meta device, buffers and adapter on the host.
 
-    path, dtype, base, trust_remote_code, attn_implementation: as for `load_causal_lm`
+    path, dtype, base, trust_remote_code, attn_implementation, quantize_base: as for
+        `load_causal_lm`
 
     ValueError as of `load_causal_lm`, but for weights with NaN or infinity: `read_shards` refuses
     those. NotInShards for a model without rows in the files.
@@ -119,6 +122,8 @@ def load_unread(
         "attn_implementation": attn_implementation,
     }
     model, sources = _outline(base, adapter, dtype, options)
+    if quantize_base is not None:
+        pack_base(model, printable(path))
     if adapter is not None:
         with stand_ins(model):
             model = load_adapter(model, adapter)
@@ -393,7 +398,7 @@ def read_shards(
     fault = None
     try:
         with reading(unread.path, "model"):
-            _read(parameters, unread)
+            _read(parameters, unread, dict(packed_layers(causal_lm)))
     except ModelError as error:
         fault = str(error)
     faults = [text for text in world.gather(fault) if text is not None]
@@ -402,11 +407,14 @@ def read_shards(
 
 
 @torch.no_grad()
-def _read(parameters: Mapping[str, DTensor], unread: Unread) -> None:
+def _read(
+    parameters: Mapping[str, DTensor], unread: Unread, packed: Mapping[str, Nf4Linear]
+) -> None:
     """Fill shards from the files, weight by weight.
 
     parameters: name -> sharded parameter; tied parameters have several names
     unread: places of the weights
+    packed: name -> layer with a weight at 4 bits, whose rows are packed portion by portion
     """
     done: set[int] = set()
     with ExitStack() as stack:
@@ -420,8 +428,13 @@ def _read(parameters: Mapping[str, DTensor], unread: Unread) -> None:
                 files[source.file] = stack.enter_context(safe_open(source.file, "pt"))
             local, first = local_rows(parameter)
             piece = files[source.file].get_slice(source.name)
+            layer = packed.get(name.removesuffix(".weight"))
             for start, stop in _portions(len(local), piece):
-                local[start:stop].copy_(piece[first + start : first + stop])
+                rows = piece[first + start : first + stop]
+                if layer is not None:  # of packed rows nobody sees whether they were finite
+                    refuse_non_finite([(base_name(name), rows)], printable(unread.path))
+                    rows = layer.pack(rows)
+                local[start:stop].copy_(rows)
             if not is_finite(local):
                 refuse_non_finite([(base_name(name), local)], printable(unread.path))
     assert done == set(map(id, parameters.values())), "a weight without numbers"

@@ -26,6 +26,7 @@ from una_fast.data.examples import Example, Prompt
 from una_fast.data.loader import Loader, num_steps
 from una_fast.distributed import World, shard
 from una_fast.model.activations import decoder_layers
+from una_fast.model.head_forward import head_to_split, mark_split
 from una_fast.model.policy import Policy
 from una_fast.model.reference import (
     AdapterReference,
@@ -309,7 +310,12 @@ def place(
         policy.model.to(world.device)
         return
     causal_lm = policy.causal_lm
-    shard(causal_lm, decoder_layers(causal_lm), world, compute, parallel)
+    split = None
+    if parallel is not None and parallel.split_vocabulary and world.shards > 1:
+        split = head_to_split(causal_lm)
+    shard(causal_lm, decoder_layers(causal_lm), world, compute, parallel, split)
+    if split is not None:
+        mark_split(split)
     if policy.unread is not None:
         read_shards(causal_lm, policy.unread, world, parallel)
         policy.unread = None

@@ -80,6 +80,11 @@ def _about(config: RunConfig, adapter: str | None) -> str:
     ]
     if adapter is not None:
         lines.append(f"The files hold {_inline(adapter)}, and no other weights.")
+    if config.quantize_base is not None:
+        lines.append(
+            f"The adapter was trained on the base at 4 bits ({config.quantize_base}, QLoRA); "
+            "`una-fast merge` adds the adapter to the numbers of that base."
+        )
     return "\n".join(lines)
 
 

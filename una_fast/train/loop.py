@@ -28,9 +28,11 @@ from una_fast.distributed import (
     local_scalar,
     reduce_gradients,
     start_world,
+    sum_over_copies,
 )
 from una_fast.files import write_json
 from una_fast.losses import UnaOutput, una_loss
+from una_fast.model.four_bits import count_weights
 from una_fast.model.loading import load_tokenizer
 from una_fast.model.reference import CachedReference
 from una_fast.online.anchors import AnchoredStep
@@ -369,6 +371,8 @@ class Trainer:
             at_each = self.resolved.reduce == "each"
             reduce_gradients(self.policy.causal_lm, now=at_each, is_last=number == count)
             out.loss.backward()
+        if self.policy.vocabulary is not None:
+            sum_over_copies(self.policy.causal_lm.get_output_embeddings().parameters())
         parameters = self.policy.trainable_parameters()
         norm = gradient_norm(parameters)
         value = local_scalar(norm)
@@ -511,7 +515,7 @@ class Trainer:
         reference that is computed. An estimate from above: the head is counted for every token.
         """
         model = self.policy.causal_lm
-        weights = sum(p.numel() for p in model.parameters())
+        weights = count_weights(model)
         embeddings = model.get_input_embeddings().weight
         if embeddings is not model.get_output_embeddings().weight:
             weights -= embeddings.numel()  # a look-up

@@ -104,9 +104,13 @@ def _open_writer(config: RunConfig, output_dir: Path, world: World) -> _Writer:
     # The vectors of an imitated autocast are widened after they are read.
     in_shards = world.sharded and not run.imitates_autocast
     reference = load_frozen(config, run, in_shards=in_shards)
-    place(reference, world, None, config.parallel)
+    parallel = config.parallel
+    if parallel is not None:
+        # Over slices of the vocabulary the last bits would depend on the number of ranks.
+        parallel = replace(parallel, split_vocabulary=False)
+    place(reference, world, None, parallel)
     made_with = model_identity(reference, run, new_adapter=False)
-    scoring = scoring_of(config, run)
+    scoring = scoring_of(config, run, world.context)
     return _Writer(config, run, output_dir, tokenizer, reference, scoring, made_with, world, date)
 
 

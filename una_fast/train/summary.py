@@ -12,6 +12,7 @@ from peft import PeftModel
 
 from una_fast.config import RunConfig
 from una_fast.data.examples import Example
+from una_fast.model.four_bits import count_weights
 from una_fast.model.policy import Policy
 from una_fast.printable import printable
 from una_fast.train.build import OpenedRun
@@ -45,7 +46,7 @@ def model_line(policy: Policy, name: str) -> str:
     name: path or hub name of the model
     """
     kind = type(policy.causal_lm).__name__
-    weights = sum(p.numel() for p in policy.model.parameters())
+    weights = count_weights(policy.model)
     trained = sum(p.numel() for p in policy.trainable_parameters())
     share = "all of them trained"
     if trained < weights:
