@@ -188,10 +188,8 @@ def vocabulary_in_words(tracer: StepTracer, batch: Sequence[Example]) -> str | N
         trained=tracer.trains_head,
     )
     verdict = "pays" if split < gathered else "does not pay"
-    asked = tracer.config.parallel is not None and tracer.config.parallel.split_vocabulary
-    planned = "; the memory above is that of a gathered head" if asked else ""
     return (
         f"a rank receives {bytes_in_words(gathered)} of the head per micro-batch, and would "
         f"receive {bytes_in_words(split)} with parallel.split_vocabulary: it {verdict} for "
-        f"{rows:,} scored rows{planned}"
+        f"{rows:,} scored rows"
     )

@@ -41,22 +41,22 @@ from transformers import PreTrainedConfig
 from una_fast.attention.ulysses import padded_tokens
 from una_fast.capacity.depth import depth_of, repeated, text_layers
 from una_fast.capacity.planned_ranks import planned_rank
-from una_fast.capacity.stand_ins import PlannedHead, planned_attention
+from una_fast.capacity.stand_ins import PlannedHead, PlannedSplitHead, planned_attention
 from una_fast.capacity.timeline import EARLIER, Cuts, Timeline, deepened, find_copies, trace_of
 from una_fast.config import RunConfig
 from una_fast.counters import COLLECTIVES, FlopCounter, LiveBytes, memory_category
 from una_fast.data.batch import Batch, collate, layout_tokens
 from una_fast.data.examples import Example
 from una_fast.data.split import split_batch
-from una_fast.distributed import ALONE, World, local_part, reduce_gradients, reshard, shard
+from una_fast.distributed import World, local_part, reduce_gradients, reshard, sum_over_copies
 from una_fast.feedback import Feedback
-from una_fast.model.activations import decoder_layers
+from una_fast.group import ALONE
 from una_fast.model.dropout import remove_dropout
 from una_fast.model.four_bits import pack_linears
 from una_fast.model.head_probe import HeadSpec
 from una_fast.model.loading import load_config, model_and_adapter, outline
 from una_fast.model.lora import add_lora
-from una_fast.model.policy import Policy, make_policy
+from una_fast.model.policy import Policy, make_policy, shard_policy
 from una_fast.model.reference import without_cached_logps
 from una_fast.model.scoring import match_autocast
 from una_fast.model.settings import LoraOptions
@@ -308,9 +308,13 @@ class StepTracer:
                 place = _place_of_most_rows(batch, run.mesh.context)
                 world = stack.enter_context(planned_rank(run.ranks, config.parallel, place))
                 group = world.context
-            head = PlannedHead(config, run.workspace, run.device, batch, group)
             part = split_batch(batch, group)
             policy, reference = self._models(config, run, mode, layers, world)
+            given = (config, run.workspace, run.device, batch, group)
+            head = PlannedHead(*given)
+            if policy.vocabulary is not None:
+                rows = _rows_of_places(batch, run.mesh.context) * run.mesh.shard
+                head = PlannedSplitHead(*given, vocabulary=policy.vocabulary, rows=tuple(rows))
             trained = policy.trainable_parameters()
             stack.enter_context(mode)
             kernel = stack.enter_context(planned_attention(run.device, unpadded))
@@ -367,9 +371,8 @@ class StepTracer:
             reference = self._policy(config, run, mode, layers, trained=False)
         for one in (policy, reference):
             if world is not None and one is not None:
-                parts = decoder_layers(one.causal_lm)
                 # Outside the mode, because a mesh of ranks is a tensor with numbers.
-                shard(one.causal_lm, parts, world, run.compute, config.parallel)
+                shard_policy(one, world, run.compute, config.parallel)
         return policy, reference
 
     def _policy(
@@ -636,10 +639,16 @@ def _make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
 
 def _place_of_most_rows(batch: Batch, context: int) -> int:
     """Return which rank of a context group has the most scored rows: responses end the row."""
-    if context == 1 or not len(batch.host_rows):
-        return 0
+    rows = _rows_of_places(batch, context)
+    return rows.index(max(rows))
+
+
+def _rows_of_places(batch: Batch, context: int) -> list[int]:
+    """Return the scored rows of every rank of a context group."""
+    if context == 1:
+        return [len(batch.host_rows)]
     tokens = padded_tokens(batch.input_ids.shape[1], context) // context
-    return int(torch.bincount(batch.host_rows // tokens).argmax())
+    return torch.bincount(batch.host_rows // tokens, minlength=context).tolist()
 
 
 def _fake_batch(batch: Batch, mode: FakeTensorMode) -> Batch:
@@ -680,10 +689,14 @@ class _Step:
             _assign_gradients(live)
             cuts.micro_batch(earlier=False)
         reduce_gradients(model, now=at_each, is_last=True)
-        self.trace(cuts)
+        self.trace(cuts, is_last=True)
 
-    def trace(self, cuts: Cuts) -> None:
-        """Run forward and backward of the batch, as the trainer does, cut into pieces."""
+    def trace(self, cuts: Cuts, *, is_last: bool = False) -> None:
+        """Run forward and backward of the batch, as the trainer does, cut into pieces.
+
+        cuts: records the pieces
+        is_last: gradients outside FSDP2 are then summed over the copies of the weights
+        """
         casts = {"dtype": self.run.autocast, "enabled": self.run.autocast is not None}
         cuts.begin("reference")
         if self.run.reference != "cached":
@@ -703,6 +716,9 @@ class _Step:
             end = loss.view_as(loss)
             end.register_hook(lambda grad: _at_the_end(lambda: cuts.cut(0)))
             end.backward()
+            if is_last and self.policy.vocabulary is not None:
+                head = self.policy.causal_lm.get_output_embeddings()
+                sum_over_copies(head.parameters())
         cuts.cut(None)
 
     def _score_reference(self, cuts: Cuts, casts: dict[str, Any]) -> None:
