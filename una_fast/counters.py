@@ -156,7 +156,7 @@ class Traffic:
         leaves = tree_leaves(args)
         groups = [x for x in leaves if isinstance(x, torch.ScriptObject)]
         ranks = dist.ProcessGroup.unbox(groups[0]).size()
-        sizes = [sum(x.numel() * x.itemsize for x in _flat(side)) for side in args[:2]]
+        sizes = [_bytes(side) for side in args[:2]]  # of what is filled, and of what is given
         share = (ranks - 1) / ranks
         if name == "all-reduce":
             share *= 2
@@ -164,6 +164,11 @@ class Traffic:
         self.sent[kind] += share * max(sizes)
         self.calls[kind] += 1
         return _flat(args)
+
+
+def _bytes(side: Any) -> int:
+    """Return the bytes of the tensors among the arguments of a collective."""
+    return sum(x.numel() * x.itemsize for x in _flat(side))
 
 
 def _flat(side: Any) -> list[Tensor]:
