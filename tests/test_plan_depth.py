@@ -39,6 +39,8 @@ MIXED_WINDOWS = {
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 MODELS = {
     "llama": transformers.LlamaConfig(**SMALL),
+    # FSDP2 gathers layers ahead, and more layers are traced.
+    "deep": transformers.LlamaConfig(**SMALL | {"num_hidden_layers": 9}),
     "tied": transformers.LlamaConfig(**SMALL | {"tie_word_embeddings": True}),
     "gemma3": transformers.Gemma3TextConfig(
         **SMALL | MIXED_WINDOWS, query_pre_attn_scalar=8, final_logit_softcapping=9.0
@@ -67,6 +69,9 @@ OFFLOADED = {"gradient_checkpointing": True, "offload_activations": True}
 BF16 = {"precision": "bf16"}
 PADDED = {"packing": False}
 CACHED = {"reference": "cached"}
+COPIES = {"parallel": {"replicate": 2}}
+AHEAD = {"parallel": {"reduce": "last", "prefetch": 1}}
+ON_HOST = {"parallel": {"offload_parameters": True}}
 PAIR = [Row(60, (30, 20)).example()]
 
 
@@ -99,8 +104,11 @@ CASES = [
     Case("llama", CHECKPOINTING | {"mlp_tile": 32}, MIXED, accumulate=True),
     Case("llama", OFFLOADED | BF16 | CACHED | {"master_weights": True}),
     Case("llama", OFFLOADED | {"offload_optimizer": True}, MIXED, "cuda"),
-    Case("llama", BF16 | {"optimizer": "adamw_8bit"}, MIXED, "cuda", ranks=4),
-    Case("llama", BF16 | LORA, MIXED, "cuda", ranks=2, accumulate=True),
+    Case("deep", BF16 | {"optimizer": "adamw_8bit"}, MIXED, "cuda", ranks=4),
+    Case("deep", BF16 | LORA, MIXED, "cuda", ranks=2, accumulate=True),
+    Case("deep", BF16 | COPIES | CHECKPOINTING, MIXED, ranks=4, accumulate=True),
+    Case("deep", AHEAD | PADDED, ranks=8),
+    Case("deep", ON_HOST | OFFLOADED | EVERYWHERE, MIXED, ranks=8, accumulate=True),
     Case("llama", EVERYWHERE | PADDED, MIXED),
     Case("llama", EVERYWHERE | BF16 | CHECKPOINTING, MIXED),
     Case("tied", LORA | OFFLOADED | {"mlp_tile": 16}, MIXED, accumulate=True),
@@ -148,6 +156,7 @@ def test_few_layers_give_the_plan_of_all(case, models):
     assert few.traced < whole.traced == planner.depth.total and few.note is None
     assert few.peak == whole.peak and few.categories == whole.categories
     assert few.moments == whole.moments and few.host == whole.host
+    assert few.sent(3) == pytest.approx(whole.sent(3), rel=1e-12)
     assert few.flop == pytest.approx(whole.flop, rel=1e-12, nan_ok=True)
 
 

@@ -374,6 +374,12 @@ def _with_memory(parameter: DTensor, device: torch.device) -> nn.Parameter:
     return nn.Parameter(whole, requires_grad=parameter.requires_grad)
 
 
+@torch.no_grad()
+def local_part(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor that may be sharded, without its gradient."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
 def local_rows(tensor: DTensor) -> tuple[Tensor, int]:
     """Return this rank's rows of a sharded tensor, and the index of the first row."""
     _, offsets = compute_local_shape_and_global_offset(

@@ -52,30 +52,34 @@ class Depth:
         return root == self.root and kinds == self.kinds[: len(kinds)]
 
 
-def depth_of(model: PreTrainedModel) -> Depth:
-    """Return the kinds of a model's layers, and the numbers of layers to trace."""
+def depth_of(model: PreTrainedModel, further: int = 0) -> Depth:
+    """Return the kinds of a model's layers, and the numbers of layers to trace.
+
+    model: without numbers
+    further: layers that work of a layer reaches beyond the next one: weights gathered ahead
+    """
     kinds, root = kinds_of(model)
     total = len(kinds)
     best = total
     best_period = 1
     for period in range(1, total // 3):
-        least = _fewest(kinds, period)
+        least = _fewest(kinds, period, further)
         if least < best:
             best, best_period = least, period
     tries = tuple(range(best, total, best_period))[:ATTEMPTS]
     return Depth(kinds, root, best_period, tries)
 
 
-def _fewest(kinds: list[Kind], period: int) -> int:
+def _fewest(kinds: list[Kind], period: int, further: int) -> int:
     """Return the fewest layers to trace, if the kinds of a model's layers repeat with a period.
 
     Those are the layers before the kinds repeat, the first period, which makes what layers of a
-    kind share, two periods to compare, and the last two layers.
+    kind share, two periods to compare, the last two layers, and those that work reaches further.
     """
     before = len(kinds) - period
     while before and kinds[before - 1] == kinds[before - 1 + period]:
         before -= 1
-    least = before + 3 * period + 2
+    least = before + 3 * period + 2 + further
     # The last traced layer is of the kind of the model's last layer.
     return least + (len(kinds) - least) % period
 

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from una_fast.data.batch import footprint
 from una_fast.data.examples import Example, Prompt
 from una_fast.feedback import Feedback
 from una_fast.model.settings import LoraOptions
+from una_fast.parallel import Mesh, ParallelOptions
 from una_fast.printable import bytes_in_words
 from una_fast.resolved import Facts, ResolvedRun
 
@@ -100,9 +101,19 @@ def longest_rollouts(prompts: Sequence[Prompt], config: RunConfig) -> list[Examp
     ]
 
 
-def accumulates(config: RunConfig, ranks: int, batch: Sequence[Example]) -> bool:
+def micro_batches(config: RunConfig, mesh: Mesh, batch: Sequence[Example]) -> int:
+    """Return how many batches of this size a step has, on every rank.
+
+    config: settings of the run
+    mesh: of the ranks
+    batch: records of a micro-batch
+    """
+    return math.ceil(config.batch_size / (mesh.data * len(batch)))
+
+
+def accumulates(config: RunConfig, mesh: Mesh, batch: Sequence[Example]) -> bool:
     """Return whether a step has several batches, so that a batch meets earlier gradients."""
-    return config.batch_size > ranks * len(batch)
+    return micro_batches(config, mesh, batch) > 1
 
 
 # --- refusal -------------------------------------------------------------------------------------
@@ -116,12 +127,16 @@ class Planned:
     peak: bytes; of a small run, which is not planned, more than it can need
     room: bytes that may be filled
     parts: bytes by category at the peak; empty for a small run
+    mesh: of the ranks, in words
+    sent: bytes that a rank sends in a step, by collective
     """
 
     batch: str
     peak: int
     room: int
     parts: dict[str, int]
+    mesh: str = ""
+    sent: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         peak = bytes_in_words(self.peak)
@@ -166,20 +181,27 @@ def _verdict(
     if rough < ROUGH * memory:
         return Planned(batch_in_words(padded), round(rough), room, {}), None
     batch = largest_batch(examples, config, packed=tracer.run.packed)
-    accumulate = accumulates(config, facts.ranks, batch)
+    mesh = tracer.run.mesh
+    times = micro_batches(config, mesh, batch)
+    accumulate = times > 1
     step = tracer.step(batch, accumulate=accumulate)
     parts = {name: size for name, size in step.categories.items() if size}
-    planned = Planned(batch_in_words(batch), step.peak, room, parts)
+    sent = step.sent(times)
+    planned = Planned(batch_in_words(batch), step.peak, room, parts, str(mesh), sent)
     if step.peak <= room:
         return planned, None
     chosen, smaller = cheapest_way(tracer, batch, room, accumulate=accumulate)
     refusal = (
         f"the largest batch of the run ({planned.batch}; first {batch[0].origin}) needs "
-        f"{bytes_in_words(step.peak)}, mostly for {_largest_categories(step)}, and "
+        f"{bytes_in_words(step.peak)}{_of_each(mesh)}, mostly for {_largest_categories(step)}, and "
         f"{bytes_in_words(room)} may be filled (memory_gib sets it). "
         f"{_advice(chosen, smaller.peak, room)}"
     )
     return planned, refusal
+
+
+def _of_each(mesh: Mesh) -> str:
+    return "" if mesh.ranks == 1 else f" on each rank of {mesh}"
 
 
 def _advice(chosen: dict[str, Any], peak: int, room: int) -> str:
@@ -188,7 +210,10 @@ def _advice(chosen: dict[str, Any], peak: int, room: int) -> str:
     still = "No switch makes it smaller than"
     if chosen:
         still = f"With {switch_in_words(chosen)} it still needs"
-    mend = "set max_tokens lower, train adapters (lora), or use more GPUs"
+    mend = (
+        "set max_tokens lower, train adapters (lora), use more GPUs, or split rows over GPUs "
+        "(parallel.context)"
+    )
     return f"{still} {bytes_in_words(peak)}: {mend}"
 
 
@@ -205,6 +230,9 @@ def switches(config: RunConfig, run: ResolvedRun, tokens: int) -> list[dict[str,
     All switches but the last, LoRA, leave the training as it is.
     """
     found: list[dict[str, Any]] = []
+    parallel = config.parallel or ParallelOptions()
+    if run.mesh.shards > 1 and not parallel.offload_parameters and not config.offload_optimizer:
+        found.append({"parallel": replace(parallel, offload_parameters=True)})
     if not config.gradient_checkpointing:
         found.append({"gradient_checkpointing": True})
     elif not config.offload_activations:
@@ -366,6 +394,8 @@ def switch_in_words(switch: dict[str, Any]) -> str:
     for name, value in switch.items():
         if isinstance(value, LoraOptions):
             words.append(f"lora.r={value.r}")
+        elif isinstance(value, ParallelOptions):
+            words.append("parallel.offload_parameters=true")
         else:
             words.append(f"{name}={str(value).lower()}")
     return " ".join(words)

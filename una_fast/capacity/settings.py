@@ -35,7 +35,9 @@ class PlanOptions:
     gpu: str | None = None
     """GPU if memory_gib is null: H200, H100, B200, A100, A100-40GB, L40S, RTX4090."""
     world_size: int = 1
-    """Ranks of FSDP2 to plan for."""
+    """Ranks to plan for, laid out by parallel."""
+    meshes: bool = False
+    """Plan every mesh of world_size ranks, and mark the best; shard, replicate, context vary."""
     measure: bool = False
     """Run two steps of the batch, and print the measured peak beside the plan."""
     report: str | None = None
@@ -63,6 +65,8 @@ class RunPlanConfig(RunConfig, HeadCallOptions, PlanOptions):
             )
         if bool(self.prompt) != bool(self.responses):
             raise ValueError("a planned row needs both --prompt and --responses")
+        if self.meshes and self.world_size == 1:
+            raise ValueError("meshes=true compares the meshes of several ranks; set world_size too")
         if self.gpu is not None and self.device == "cpu":
             raise ValueError(f"gpu={self.gpu} and device=cpu: plan for one of them")
         if self.measure and (self.world_size > 1 or self.cached_reference):

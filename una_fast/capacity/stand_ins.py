@@ -21,6 +21,8 @@ from una_fast.attention.varlen import VarlenKernel
 from una_fast.config import RunConfig
 from una_fast.counters import memory_category
 from una_fast.data.batch import Batch
+from una_fast.data.split import split_batch
+from una_fast.group import ALONE, Group
 from una_fast.head.plan import (
     HeadSize,
     Tile,
@@ -29,10 +31,12 @@ from una_fast.head.plan import (
     forward_pass,
     forward_plan,
     head_size,
+    kept_plan,
     make_plan,
     tile_budget,
 )
 from una_fast.head.torch_engine import CACHE_BLOCK_BYTES, leaf_bytes
+from una_fast.head.vocabulary import ROW_BYTES, make_rounds
 
 
 class PlannedHead:
@@ -41,17 +45,27 @@ class PlannedHead:
     flop: work of all calls so far
     """
 
-    def __init__(self, config: RunConfig, workspace: int, device: str, batch: Batch) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        workspace: int,
+        device: str,
+        batch: Batch,
+        group: Group = ALONE,
+    ) -> None:
         """Prepare the calls of one batch.
 
         config: settings of the run
         workspace: bytes of the fused head
         device: "cpu" or "cuda"
         batch: with its feedback and lengths on the CPU
+        group: ranks that split the tokens of the batch among themselves
         """
         self.device, self.workspace = device, workspace
         self.feedback, self.normalize = batch.feedback, config.length_normalize
-        self.lengths = batch.cu_seqlens.diff().tolist()
+        self.lengths = split_batch(batch, group).cu_seqlens.diff().tolist()
+        self.whole_lengths = batch.cu_seqlens.diff().tolist() if group.size > 1 else None
+        self.group = group
         self.flop = 0.0
 
     def size(self, weight: Tensor, leaf: torch.dtype | None = None) -> HeadSize:
@@ -92,7 +106,12 @@ class PlannedHead:
         self.flop += forward_pass(size, len(hidden), plan.tile).flop
         with memory_category("head"):
             self.allocate(size, plan.tile, gathered=False, trained=False, forward=True)
+            self.sum_over_group()
         return hidden.new_zeros(())
+
+    def sum_over_group(self) -> None:
+        """Stand in for the sums of the responses, which cross the group once per call."""
+        self.group.sum(torch.empty(len(self.lengths), dtype=torch.float64))
 
     def loss(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Stand in for linear_una_loss: a scalar with a graph."""
@@ -119,6 +138,7 @@ class _PlannedLoss(torch.autograd.Function):
                     budget=head.budget(size),
                     accumulator_width=width,
                     length_normalize=head.normalize,
+                    whole_lengths=head.whole_lengths,
                 )
             head.flop += cost(plan, head.lengths, size, width).flop
             live = head.allocate(
@@ -128,6 +148,7 @@ class _PlannedLoss(torch.autograd.Function):
                 trained=trained,
                 forward=bool(plan.recomputed or plan.unscored),
             )
+            head.sum_over_group()
             live += [torch.empty(weight.shape, dtype=torch.float32) for _ in range(plan.scratch)]
             ctx.hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
             dtype = weight.dtype if plan.direct else torch.float32
@@ -142,6 +163,116 @@ class _PlannedLoss(torch.autograd.Function):
         with memory_category("head"):
             weight = None if ctx.weight is None else ctx.weight.to(ctx.dtype)
         hidden, ctx.hidden, ctx.weight = ctx.hidden, None, None
+        return hidden, weight, ctx.bias, None
+
+
+class PlannedSplitHead(PlannedHead):
+    """Stand in for a head whose vocabulary is split over ranks (head/vocabulary.py).
+
+    Rows are gathered, and their gradients reduced, among the ranks that are not there.
+    """
+
+    def __init__(self, *given: Any, vocabulary: Group, rows: tuple[int, ...]) -> None:
+        """Prepare the calls of one batch.
+
+        given: as for PlannedHead
+        vocabulary: ranks that share the head
+        rows: scored rows of each of them
+        """
+        super().__init__(*given)
+        self.vocabulary, self.rows = vocabulary, rows
+
+    def logps(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Stand in for sequence_logps: a scalar without a number."""
+        with memory_category("head"):
+            self.score(hidden, weight, None)
+            self.sum_over_group()
+        return hidden.new_zeros(())
+
+    def loss(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Stand in for linear_una_loss: a scalar with a graph."""
+        return _PlannedSplitLoss.apply(hidden, weight, bias, self)
+
+    def score(
+        self, hidden: Tensor, weight: Tensor, needs: tuple[bool, bool] | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Make the tensors of a call; return gradients of hidden states and weight, if any.
+
+        hidden: [N_r, D]
+        weight: [V_r, D]
+        needs: whether hidden and weight want a gradient; None: a pass without gradients
+        """
+        need_hidden, need_weight = needs or (False, False)
+        self.vocabulary.gather(torch.empty(1, 6, dtype=torch.int64))  # sizes of all ranks
+        operand = _autocast_copy(weight)
+        size = self.size(operand, weight.dtype if need_weight else None)
+        numbers = hidden.itemsize + (size.acc_bytes if any(needs or ()) else 0)
+        row_bytes = size.hidden * numbers + ROW_BYTES
+        budget = self.budget(size)
+        rounds = make_rounds(self.rows, row_bytes, budget // 2)
+        own = torch.empty_like(hidden) if need_hidden else None
+        if not rounds:
+            return own, torch.zeros_like(weight) if need_weight else None
+        count = len(self.rows) * rounds[0].width
+        budget = max(budget - count * row_bytes, budget // 2)
+        tile = forward_plan(size, rounds[0].rows, budget).tile
+        if needs is not None:
+            tile = kept_plan(size, rounds[0].rows, budget, size.hidden * need_weight).tile
+        options = {"gathered": False, "trained": need_weight, "forward": True}
+        live = self.allocate(size, tile, **options)
+        self.vocabulary.gather(torch.empty(max(self.rows), dtype=torch.int64))  # targets
+        gathered = None
+        for one in rounds:
+            gathered = None
+            gathered = self.vocabulary.gather(hidden.new_empty(one.width, size.hidden))
+            self.vocabulary.largest(torch.empty(count, dtype=torch.float32))
+            self.vocabulary.sum(torch.empty(2, count, dtype=torch.float64))
+        again = sum(max(one.rows - tile.rows, 0) for one in rounds)
+        passes = 1 + need_hidden + need_weight
+        work = passes * sum(self.rows) + (again if needs is not None else 0)
+        self.flop += 2.0 * work * size.hidden * size.vocab
+        if needs is None:
+            return None, None
+        self.vocabulary.gather(torch.empty(max(self.rows), dtype=torch.float32))  # coefficients
+        of_weight = None
+        if need_weight:
+            is_direct = len(rounds) == 1 and tile.rows >= rounds[0].rows
+            dtype = weight.dtype if is_direct else torch.float32
+            of_weight = torch.empty(weight.shape, dtype=dtype)
+        for number, one in reversed(list(enumerate(rounds))):
+            if number + 1 < len(rounds):
+                gathered = self.vocabulary.gather(hidden.new_empty(one.width, size.hidden))
+            if need_hidden:
+                sums = torch.empty(gathered.shape, dtype=torch.float32)
+                self.vocabulary.reduce_scatter(sums)
+                del sums
+            gathered = None
+        del live
+        return own, of_weight
+
+
+class _PlannedSplitLoss(torch.autograd.Function):
+    """The tensors that vocabulary.SplitPass makes, and ops._LinearUna keeps."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: PlannedSplitHead
+    ) -> Tensor:
+        with memory_category("head"):
+            ctx.grads = head.score(hidden, weight, ctx.needs_input_grad[:2])
+            head.sum_over_group()
+        ctx.dtype, ctx.head = weight.dtype, head
+        ctx.bias = None if bias is None else torch.empty_like(bias)
+        return hidden.new_zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight = ctx.grads
+        ctx.grads = None
+        with memory_category("head"):
+            if weight is not None:
+                ctx.head.vocabulary.gather(upstream.double().reshape(1))
+                weight = weight.to(ctx.dtype)
         return hidden, weight, ctx.bias, None
 
 
@@ -172,7 +303,9 @@ class PlannedKernel:
     ) -> tuple[Tensor, None]:
         """Run packed_attention_forward; its memory and its flop are counted."""
         pairs = rows.attended_pairs(options["una_segments"], options.get("sliding_window"))
-        flop = 2.0 * pairs * query.shape[1] * (query.shape[-1] + value.shape[-1])
+        group = options.get("una_context", ALONE)
+        heads = query.shape[1] / group.size  # of a rank, over the whole row
+        flop = 2.0 * pairs * heads * (query.shape[-1] + value.shape[-1])
         self._count(flop)
         with memory_category("attention"):
             out, _ = packed.packed_attention_forward(

@@ -15,7 +15,7 @@ weights do: then so do those of the copies.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,6 +23,8 @@ import numpy as np
 from una_fast.counters import LiveBytes
 
 BETWEEN = "between"
+EARLIER = "earlier "
+"""Begins the names of the phases of an earlier micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Piece:
     """The events of a step from a moment to another."""
 
     phase: str
-    """reference | forward | backward | between"""
+    """reference | forward | backward | between; of an earlier micro-batch with EARLIER before"""
     layer: int | None
     """Layer at work; None outside the layers. The embedding belongs to the first layer."""
     start: int
@@ -39,26 +41,42 @@ class Piece:
     """First event of the next piece."""
     flop: float
     """Work of the piece."""
+    sent: tuple[float, ...] = ()
+    """Bytes that the rank sends to others, by collective."""
 
 
 class Cuts:
     """A recorder of pieces, told by a running step where they end."""
 
-    def __init__(self, live: LiveBytes, flop: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        live: LiveBytes,
+        flop: Callable[[], float],
+        sent: Callable[[], Sequence[float]] = tuple,
+    ) -> None:
         """Begin at the present event.
 
         live: counts the storages of the step
         flop: returns the work so far
+        sent: returns the bytes sent so far, by collective
         """
         self.pieces: list[Piece] = []
-        self._live, self._flop = live, flop
+        self._live, self._flop, self._sent = live, flop, sent
         self._phase = BETWEEN
-        self._start, self._before = len(live.events), flop()
+        self._prefix = ""
+        self._start, self._before, self._sent_before = len(live.events), flop(), tuple(sent())
+
+    def micro_batch(self, *, earlier: bool) -> None:
+        """Begin a micro-batch of the step.
+
+        earlier: another one follows
+        """
+        self._prefix = EARLIER if earlier else ""
 
     def begin(self, phase: str) -> None:
         """Begin a phase."""
-        self.cut(None, phase=BETWEEN)
-        self._phase = phase
+        self.cut(None, phase=self._prefix + BETWEEN)
+        self._phase = self._prefix + phase
 
     def cut(self, layer: int | None, *, phase: str | None = None) -> None:
         """End a piece.
@@ -68,9 +86,11 @@ class Cuts:
         """
         stop, flop = len(self._live.events), self._flop()
         work = flop - self._before
-        piece = Piece(phase or self._phase, layer, self._start, stop, work)
+        so_far = tuple(self._sent())
+        sent = tuple(now - before for now, before in zip(so_far, self._sent_before, strict=True))
+        piece = Piece(phase or self._phase, layer, self._start, stop, work, sent)
         self.pieces.append(piece)
-        self._start, self._before = stop, flop
+        self._start, self._before, self._sent_before = stop, flop, so_far
 
 
 @dataclass(frozen=True)
@@ -107,8 +127,18 @@ class Timeline:
 
     @property
     def flop(self) -> float:
-        """Return the work of all pieces."""
-        return sum(piece.flop for piece in self.pieces)
+        """Return the work of the last micro-batch."""
+        last = [piece for piece in self.pieces if not piece.phase.startswith(EARLIER)]
+        return sum(piece.flop for piece in last)
+
+    def sent(self, *, earlier: bool) -> list[float]:
+        """Return the bytes sent by collective.
+
+        earlier: in the earlier micro-batch of the trace, or else in the last one
+        """
+        pieces = [piece for piece in self.pieces if not piece.phase.endswith(BETWEEN)]
+        rows = [p.sent for p in pieces if p.phase.startswith(EARLIER) == earlier]
+        return [sum(column) for column in zip(*rows, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -225,7 +255,7 @@ def _keys(trace: Trace) -> list[tuple | None]:
         kind = np.where(is_outside, -2, passes[others])
         kind = np.where(others < 0, -1, kind)
         table = np.stack([changes, trace.owners[rows], kind, place])
-        keys.append((piece.flop, table.tobytes()))
+        keys.append((piece.flop, piece.sent, table.tobytes()))
     return keys
 
 

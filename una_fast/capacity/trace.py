@@ -10,6 +10,10 @@ the byte. Stand-ins (stand_ins.py) replace the pieces with code per device, or w
 numbers: the fused head (block plan and allocations as always), the attention kernel of a GPU, and
 the optimizer (sizes of the state).
 
+Of several ranks the first is planned, which holds the largest shards. The model is sharded as in
+the run, among ranks that are not there (planned_ranks.py): FSDP2 itself gathers weights and reduces
+gradients, and what crosses ranks is counted.
+
     peak = weights + optimizer state + max over the phases of a step of the bytes held by a phase
     phases: reference, forward, first layers, middle layers and last layers of backward, optimizer
             (the optimizer's phase holds gradients + temporaries)
@@ -22,8 +26,8 @@ import gc
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, fields, replace
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -31,27 +35,33 @@ import torch
 from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig
 
+from una_fast.attention.ulysses import padded_tokens
 from una_fast.capacity.depth import depth_of, repeated, text_layers
-from una_fast.capacity.stand_ins import PlannedHead, planned_attention
-from una_fast.capacity.timeline import Cuts, Timeline, deepened, find_copies, trace_of
+from una_fast.capacity.planned_ranks import planned_rank
+from una_fast.capacity.stand_ins import PlannedHead, PlannedSplitHead, planned_attention
+from una_fast.capacity.timeline import EARLIER, Cuts, Timeline, deepened, find_copies, trace_of
 from una_fast.config import RunConfig
-from una_fast.counters import FlopCounter, LiveBytes, memory_category
+from una_fast.counters import COLLECTIVES, FlopCounter, LiveBytes, memory_category
 from una_fast.data.batch import Batch, collate, layout_tokens
 from una_fast.data.examples import Example
+from una_fast.data.split import split_batch
+from una_fast.distributed import World, local_part, reduce_gradients, reshard, sum_over_copies
 from una_fast.feedback import Feedback
-from una_fast.model.activations import decoder_layers
+from una_fast.group import ALONE
 from una_fast.model.dropout import remove_dropout
 from una_fast.model.four_bits import pack_linears
 from una_fast.model.head_probe import HeadSpec
 from una_fast.model.loading import load_config, model_and_adapter, outline
 from una_fast.model.lora import add_lora
-from una_fast.model.policy import Policy, make_policy
+from una_fast.model.policy import Policy, make_policy, shard_policy
 from una_fast.model.reference import without_cached_logps
 from una_fast.model.scoring import match_autocast
 from una_fast.model.settings import LoraOptions
 from una_fast.optim import state_bytes, step_bytes
+from una_fast.parallel import ParallelOptions
 from una_fast.printable import printable
 from una_fast.resolved import Facts, ResolvedRun, outline_of, resolve
 
@@ -69,10 +79,11 @@ CATEGORIES = (
     "gathered",
 )
 """Categories of memory. activations: kept from forward to backward. layer: temporaries of the layer
-at work. gathered: whole weights and gradients of the layers at work, under FSDP2."""
+at work. gathered: whole weights of the layers at work, and what FSDP2 gathers and reduces from."""
 _CATEGORY_OF = {"forward": "activations", "backward": "layer", "": "layer"}
 
 MIDDLE = "middle layers"
+EARLIER_BATCH = "earlier micro-batch"
 
 
 @dataclass(frozen=True)
@@ -114,7 +125,7 @@ class StepMemory:
     moments: dict[str, Categories]
     """Phase of the step -> bytes by category where the phase holds most."""
     host: int
-    """Bytes in host memory at the most: offloaded activations and optimizer state."""
+    """Bytes in host memory at the most: offloaded activations, optimizer state and shards."""
     flop: float
     """Flop of matrix products and packed attention, with recomputation; NaN where some products
     are not counted: attention of padded batches, grouped products."""
@@ -123,6 +134,10 @@ class StepMemory:
     packed: bool
     traced: int
     """Layers that were traced."""
+    sent_last: dict[str, float] = field(default_factory=dict)
+    """Collective -> bytes that the rank sends in the last micro-batch of a step."""
+    sent_earlier: dict[str, float] = field(default_factory=dict)
+    """The same, in each micro-batch before; empty where a step has one alone."""
     note: str | None = None
     """Why all layers were traced, where few tell about all in most models."""
 
@@ -135,6 +150,14 @@ class StepMemory:
     def peak(self) -> int:
         """Return the bytes on the device at the most."""
         return sum(self.categories.values())
+
+    def sent(self, micro_batches: int) -> dict[str, float]:
+        """Return the bytes that the rank sends in a step of some micro-batches, by collective."""
+        found = {}
+        for name, last in self.sent_last.items():
+            earlier = self.sent_earlier.get(name, 0.0)
+            found[name] = last + (micro_batches - 1) * earlier
+        return found
 
 
 class StepTracer:
@@ -153,10 +176,19 @@ class StepTracer:
         self.model_config = load_config(path, trust_remote_code=config.trust_remote_code)
         whole = outline_of(config)
         self.parameters = sum(p.numel() for p in whole.parameters())
-        self.depth = depth_of(self._adapted(whole))
+        further = 0
+        if facts.ranks > 1:
+            parallel = config.parallel or ParallelOptions()
+            further = 1 + 2 * parallel.prefetch
+        self.depth = depth_of(self._adapted(whole), further)
         self._batch: list[Example] = []  # of the traces
         self._traces: dict[tuple[Any, ...], _Traced | None] = {}
         self._shallow_ones: dict[int, bool] = {}  # layers -> begins as the model does
+
+    @property
+    def trains_head(self) -> bool:
+        """Return whether the head has a gradient: not below an adapter."""
+        return self.config.lora is None and self.adapter is None
 
     def rough_bytes(self, examples: Sequence[Example]) -> float:
         """Return surely enough bytes for a batch of a usual model, without tracing.
@@ -230,12 +262,29 @@ class StepTracer:
         traced = self._traces[key]
         if traced is None:
             return None
-        timeline = traced.timeline
         moments = self._moments(config, run, traced, accumulate=accumulate)
+        return StepMemory(
+            moments,
+            self._host(config, traced),
+            traced.flop,
+            traced.tokens,
+            run.packed,
+            layers,
+            sent_last=traced.sent(earlier=False),
+            sent_earlier=traced.sent(earlier=True),
+        )
+
+    def _host(self, config: RunConfig, traced: _Traced) -> int:
+        """Return the bytes that a rank holds in host memory."""
+        timeline = traced.timeline
         not_host = set(timeline.names) - {"host"}
         offloaded = sum(timeline.peak(not_host, 0, len(timeline.changes)).values())
-        host = offloaded + state_bytes(traced.trained(), config)[1]
-        return StepMemory(moments, host, traced.flop, traced.tokens, run.packed, layers)
+        on_device, on_host = state_bytes(traced.trained(), config)
+        held = offloaded + on_host
+        if _keeps_shards_on_host(config):
+            gradients = _bytes(traced.trained())
+            held += _bytes(traced.parameters()) + traced.reference_bytes() + gradients + on_device
+        return held
 
     def _trace(
         self,
@@ -250,22 +299,48 @@ class StepTracer:
         # Cached log-probs have no part in the memory, and rollouts have none beside records.
         batch = collate(without_cached_logps(examples), packed=run.packed)
         unpadded = batch.attention_mask is None or bool(batch.attention_mask.all())
-        head = PlannedHead(config, run.workspace, run.device, batch)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        policy, reference = self._models(config, run, mode, layers)
-        trained = policy.trainable_parameters()
         products = FlopCounter(strict=False)
-        with mode, planned_attention(run.device, unpadded) as kernel:
-            fake_batch = _fake_batch(batch, mode)
+        with ExitStack() as stack:
+            world = None
+            group = ALONE
+            if run.ranks > 1:
+                place = _place_of_most_rows(batch, run.mesh.context)
+                world = stack.enter_context(planned_rank(run.ranks, config.parallel, place))
+                group = world.context
+            part = split_batch(batch, group)
+            policy, reference = self._models(config, run, mode, layers, world)
+            given = (config, run.workspace, run.device, batch, group)
+            head = PlannedHead(*given)
+            if policy.vocabulary is not None:
+                rows = _rows_of_places(batch, run.mesh.context) * run.mesh.shard
+                head = PlannedSplitHead(*given, vocabulary=policy.vocabulary, rows=tuple(rows))
+            trained = policy.trainable_parameters()
+            stack.enter_context(mode)
+            kernel = stack.enter_context(planned_attention(run.device, unpadded))
+            fake_batch = _fake_batch(part, mode)
             if reference is not None and run.imitates_autocast:
                 match_autocast(reference)
-            if accumulate:  # born before storages are counted
+            if accumulate and world is None:  # born before storages are counted
                 for p in trained:
                     p.grad = torch.empty_like(p)
+            for model in (policy, reference):
+                if world is not None and model is not None:
+                    _settle_shards(model)
+            step = _Step(policy, reference, fake_batch, head, run)
             with _no_collection(), LiveBytes(products) as live:
-                cuts = Cuts(live, lambda: products.flop + head.flop + kernel.flop)
-                _run(policy, reference, fake_batch, head, run, cuts)
+
+                def flop() -> float:
+                    return products.flop + head.flop + kernel.flop
+
+                cuts = Cuts(live, flop, lambda: live.traffic.sent)
+                if world is None:
+                    step.trace(cuts)
+                else:
+                    step.run_sharded(cuts, live, accumulate=accumulate)
             live.assign("gradients", [p.grad for p in trained if p.grad is not None])
+            if reference is not None:
+                reshard(reference.causal_lm)  # parameters are then those that a rank keeps
         trace = trace_of(live, cuts.pieces)
         timeline: Timeline = trace
         source = list(range(layers))
@@ -275,17 +350,30 @@ class StepTracer:
                 return None
             timeline, source = deepened(trace, copies), copies.source
         counted = run.packed and not products.uncounted
-        flop = timeline.flop if counted else math.nan
-        return _Traced(policy, reference, source, timeline, flop, batch.num_tokens)
+        work = timeline.flop if counted else math.nan
+        return _Traced(policy, reference, source, timeline, work, batch.num_tokens)
 
     def _models(
-        self, config: RunConfig, run: ResolvedRun, mode: FakeTensorMode, layers: int
+        self,
+        config: RunConfig,
+        run: ResolvedRun,
+        mode: FakeTensorMode,
+        layers: int,
+        world: World | None,
     ) -> tuple[Policy, Policy | None]:
-        """Build the policy, and a frozen copy if the run has one; no numbers."""
+        """Build the policy, and a frozen copy if the run has one; no numbers.
+
+        world: the ranks to shard over; None: a single process
+        """
         policy = self._policy(config, run, mode, layers, trained=True)
-        if run.reference != "frozen":
-            return policy, None
-        return policy, self._policy(config, run, mode, layers, trained=False)
+        reference = None
+        if run.reference == "frozen":
+            reference = self._policy(config, run, mode, layers, trained=False)
+        for one in (policy, reference):
+            if world is not None and one is not None:
+                # Outside the mode, because a mesh of ranks is a tensor with numbers.
+                shard_policy(one, world, run.compute, config.parallel)
+        return policy, reference
 
     def _policy(
         self,
@@ -311,8 +399,6 @@ class StepTracer:
                 pack_linears(model, printable(config.model))
             if trained:
                 model = self._with_adapter(model, config)
-            if trained and run.ranks > 1:
-                model.to(run.compute)  # adapters too: FSDP2 casts all weights that it gathers
         _make_fake(model, mode)
         # liger's kernels take no tensors without memory; without them the plan is an upper bound.
         options = replace(config.memory_options(trained=trained), liger=False)
@@ -377,44 +463,36 @@ class StepTracer:
         """
         trained = traced.trained()
         always = self._resident(config, run, traced)
-        gradients = self._loaded_bytes(run, trained) // run.ranks
-        left_out = ("host", "gradients") if run.ranks > 1 else ("host",)
+        gradients = _bytes(trained)
+        stepping = step_bytes(trained, config, run.device)
+        left_out = ["host"]
+        if _keeps_shards_on_host(config):
+            gradients, stepping = 0, 0
+            left_out.append("gradients")
         moments = {}
         for phase, (first, last) in self._phases(traced.timeline).items():
             held = dict(always)
             for category, size in traced.timeline.peak(left_out, first, last).items():
                 held[_CATEGORY_OF.get(category, category)] += size
-            if run.ranks > 1:
-                held["gradients"] = gradients
-            elif accumulate:
-                held["gradients"] += _bytes(trained)
+            if accumulate and run.ranks == 1:
+                held["gradients"] += gradients
             moments[phase] = held
-        stepping = always["optimizer"] + step_bytes(trained, config, run.device)
+        stepping += always["optimizer"]
         moments["optimizer"] = always | {"gradients": gradients, "optimizer": stepping}
+        end = len(traced.timeline.changes)
+        kept = traced.timeline.peak((), end, end)
+        moments["optimizer"]["reference"] += kept.get("reference", 0)
         return moments
 
     def _resident(self, config: RunConfig, run: ResolvedRun, traced: _Traced) -> Categories:
         """Return the bytes by category held through all phases, on a rank."""
         held = dict.fromkeys(CATEGORIES, 0)
-        weights = self._loaded_bytes(run, traced.parameters()) + traced.buffer_bytes()
-        held["weights"] = weights // run.ranks
-        held["optimizer"] = state_bytes(traced.trained(), config)[0] // run.ranks
-        held["reference"] = traced.reference_bytes() // run.ranks
-        if run.ranks > 1:
-            held["gathered"] = _gathered(traced.policy, traced.reference, run.compute)
+        held["weights"] = traced.buffer_bytes()
+        if not _keeps_shards_on_host(config):
+            held["weights"] += _bytes(traced.parameters())
+            held["optimizer"] = state_bytes(traced.trained(), config)[0]
+            held["reference"] = traced.reference_bytes()
         return held
-
-    def _loaded_bytes(self, run: ResolvedRun, parameters: Iterable[Tensor]) -> int:
-        """Return the bytes of weights as loaded.
-
-        Traced weights of FSDP2 are gathered weights, in the dtype of the products; trained weights
-        may be loaded wider.
-        """
-        total = 0
-        for p in parameters:
-            gathered = run.ranks > 1 and p.requires_grad
-            total += p.numel() * (run.trained.itemsize if gathered else p.itemsize)
-        return total
 
     def _phases(self, timeline: Timeline) -> dict[str, tuple[int, int]]:
         """Return the first and the last event of every phase.
@@ -426,8 +504,10 @@ class StepTracer:
         for phase in ("reference", "forward", "backward"):
             pieces = timeline.of_phase(phase)
             bounds[phase] = (pieces[0].start, pieces[-1].stop)
+        if timeline.of_phase(EARLIER + "forward"):
+            bounds[EARLIER_BATCH] = (0, bounds["reference"][0])
         start, end = bounds.pop("backward")
-        layers = [piece.stop for piece in timeline.of_phase("backward")[:-1]]
+        layers = [piece.stop for piece in timeline.of_phase("backward")[:-2]]
         period = _period(self.model_config)
         early, late = end, end
         if len(layers) > 2 * period:
@@ -451,13 +531,18 @@ class _Traced:
     flop: float
     tokens: int
 
+    def sent(self, *, earlier: bool) -> dict[str, float]:
+        """Return the bytes sent by collective, in the earlier micro-batch or in the last one."""
+        sent = self.timeline.sent(earlier=earlier)
+        return {name: size for name, size in zip(COLLECTIVES, sent, strict=False) if size}
+
     def parameters(self) -> list[Tensor]:
-        """Return the policy's parameters."""
+        """Return the rank's parts of the policy's parameters."""
         return self._tensors(self.policy, nn.Module.parameters)
 
     def trained(self) -> list[Tensor]:
-        """Return the policy's trained parameters."""
-        return [p for p in self.parameters() if p.requires_grad]
+        """Return the rank's parts of the policy's trained parameters."""
+        return self._tensors(self.policy, _trained)
 
     def buffer_bytes(self) -> int:
         """Return the bytes of the policy's buffers."""
@@ -473,12 +558,12 @@ class _Traced:
         self, policy: Policy, tensors_of: Callable[[nn.Module], Iterable[Tensor]]
     ) -> list[Tensor]:
         layers = text_layers(policy.causal_lm)
-        return repeated(policy.model, layers, self.source, tensors_of)
+        return list(map(local_part, repeated(policy.model, layers, self.source, tensors_of)))
 
 
 def _traced_settings(config: RunConfig) -> str:
     """Return the settings that a trace depends on: all but the optimizer's."""
-    given = {field.name: getattr(config, field.name) for field in fields(config)}
+    given = {one.name: getattr(config, one.name) for one in fields(config)}
     for name in ("optimizer", "offload_optimizer"):
         del given[name]
     return repr(given)
@@ -490,6 +575,20 @@ def _is_everywhere(lora: LoraOptions) -> bool:
     if isinstance(targets, str):
         return targets == "all-linear"
     return not any(re.search(r"\d", target) for target in targets)
+
+
+def _trained(module: nn.Module) -> list[Tensor]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def _keeps_shards_on_host(config: RunConfig) -> bool:
+    return config.parallel is not None and config.parallel.offload_parameters
+
+
+def _assign_gradients(live: LiveBytes) -> None:
+    """Count what backward leaves behind as gradients: shards, or whole ones not yet reduced."""
+    live.assign_living("gradients", of="backward")
+    live.assign_living("gradients", of="gathered")
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -538,6 +637,20 @@ def _make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
                     tensors[name] = fake(x)
 
 
+def _place_of_most_rows(batch: Batch, context: int) -> int:
+    """Return which rank of a context group has the most scored rows: responses end the row."""
+    rows = _rows_of_places(batch, context)
+    return rows.index(max(rows))
+
+
+def _rows_of_places(batch: Batch, context: int) -> list[int]:
+    """Return the scored rows of every rank of a context group."""
+    if context == 1:
+        return [len(batch.host_rows)]
+    tokens = padded_tokens(batch.input_ids.shape[1], context) // context
+    return torch.bincount(batch.host_rows // tokens, minlength=context).tolist()
+
+
 def _fake_batch(batch: Batch, mode: FakeTensorMode) -> Batch:
     """Return the batch with fake tensors in place of the tensors on the device."""
     fakes = {}
@@ -547,20 +660,71 @@ def _fake_batch(batch: Batch, mode: FakeTensorMode) -> Batch:
     return replace(batch, **fakes)
 
 
-def _run(
-    policy: Policy,
-    reference: Policy | None,
-    batch: Batch,
-    head: PlannedHead,
-    run: ResolvedRun,
-    cuts: Cuts,
-) -> None:
-    """Run forward and backward of a batch, as the trainer does, cut into pieces."""
-    casts = {"dtype": run.autocast, "enabled": run.autocast is not None}
-    cuts.begin("reference")
-    if run.reference != "cached":
-        referring = policy if reference is None else reference
-        without = policy.reference_mode() if reference is None else nullcontext()
+@dataclass(frozen=True)
+class _Step:
+    """A step to be traced.
+
+    policy: is trained
+    reference: a frozen copy, if the run has one
+    batch: fake tensors; of several ranks in a context group, the part of one
+    head: stands in for the fused head
+    run: decisions of the step
+    """
+
+    policy: Policy
+    reference: Policy | None
+    batch: Batch
+    head: PlannedHead
+    run: ResolvedRun
+
+    def run_sharded(self, cuts: Cuts, live: LiveBytes, *, accumulate: bool) -> None:
+        """Run the last micro-batch of a step on a rank, and one before if there are several."""
+        if self.reference is not None:
+            _gather_for_good(self.reference)
+        model, at_each = self.policy.causal_lm, self.run.reduce == "each"
+        if accumulate:
+            cuts.micro_batch(earlier=True)
+            reduce_gradients(model, now=at_each, is_last=False)
+            self.trace(cuts)
+            _assign_gradients(live)
+            cuts.micro_batch(earlier=False)
+        reduce_gradients(model, now=at_each, is_last=True)
+        self.trace(cuts, is_last=True)
+
+    def trace(self, cuts: Cuts, *, is_last: bool = False) -> None:
+        """Run forward and backward of the batch, as the trainer does, cut into pieces.
+
+        cuts: records the pieces
+        is_last: gradients outside FSDP2 are then summed over the copies of the weights
+        """
+        casts = {"dtype": self.run.autocast, "enabled": self.run.autocast is not None}
+        cuts.begin("reference")
+        if self.run.reference != "cached":
+            self._score_reference(cuts, casts)
+        cuts.cut(None)
+        cuts.begin("forward")
+        with (
+            memory_category("forward"),
+            torch.autocast("cpu", **casts),
+            _cut_between_layers(self.policy, cuts),
+        ):
+            loss = self.policy.score(self.batch, self.head.loss, self.head.group)
+        cuts.cut(None)
+        cuts.begin("backward")
+        with memory_category("backward"):
+            # A tensor behind the loss has the first hook of backward.
+            end = loss.view_as(loss)
+            end.register_hook(lambda grad: _at_the_end(lambda: cuts.cut(0)))
+            end.backward()
+            if is_last and self.policy.vocabulary is not None:
+                head = self.policy.causal_lm.get_output_embeddings()
+                sum_over_copies(head.parameters())
+        cuts.cut(None)
+
+    def _score_reference(self, cuts: Cuts, casts: dict[str, Any]) -> None:
+        referring, without = self.reference, nullcontext()
+        if referring is None:
+            referring, without = self.policy, self.policy.reference_mode()
         with (
             memory_category("reference"),
             torch.no_grad(),
@@ -568,20 +732,29 @@ def _run(
             without,
             _cut_between_layers(referring, cuts),
         ):
-            referring.score(batch, head.logps)
-    cuts.cut(None)
-    cuts.begin("forward")
-    with (
-        memory_category("forward"),
-        torch.autocast("cpu", **casts),
-        _cut_between_layers(policy, cuts),
-    ):
-        loss = policy.score(batch, head.loss)
-    cuts.cut(None)
-    cuts.begin("backward")
-    with memory_category("backward"):
-        loss.backward()
-    cuts.cut(0)
+            referring.score(self.batch, self.head.logps, self.head.group)
+
+
+def _at_the_end(action: Callable[[], None]) -> None:
+    """Act at the end of the backward pass under way, before FSDP2 clears up after the layers."""
+    torch.autograd.Variable._execution_engine.queue_callback(action)
+
+
+def _settle_shards(policy: Policy) -> None:
+    """Let FSDP2 pad the shards, as in a run that has loaded them, before storages are counted."""
+    for module in policy.causal_lm.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+            module.reshard()
+
+
+def _gather_for_good(reference: Policy) -> None:
+    """Gather the weights outside the layers of a frozen copy.
+
+    No backward pass frees them, so that they stay gathered from the first step on.
+    """
+    with memory_category("reference"):
+        reference.causal_lm.unshard()
 
 
 @contextmanager
@@ -633,32 +806,3 @@ def _cut_after(cuts: Cuts, number: int, *, last: bool) -> Callable[..., None]:
             first.register_hook(lambda grad: cuts.cut(above))
 
     return hook
-
-
-def _gathered(policy: Policy, reference: Policy | None, compute: torch.dtype) -> int:
-    """Return the bytes of the whole weights and gradients held at a time under FSDP2.
-
-    weights: the root (embedding, norm, head), of the reference too, whose root stays gathered after
-        forward; and two layers, the second fetched ahead
-    gradients: the largest group, in the dtype of the products, and in float32 to be reduced
-    """
-    root, layer = _group_sizes(policy, compute.itemsize, trained=False)
-    weights = root * (1 + (reference is not None)) + 2 * layer
-    gradients = max(_group_sizes(policy, compute.itemsize + 4, trained=True))
-    return weights + gradients
-
-
-def _group_sizes(policy: Policy, width: int, *, trained: bool) -> tuple[int, int]:
-    """Return the bytes of the root and of the largest layer, of all or of trained weights.
-
-    width: bytes of a number; packed weights are gathered as they are
-    """
-
-    def size(p: Tensor) -> int:
-        return p.numel() * (width if p.is_floating_point() else p.itemsize)
-
-    def count(module: nn.Module) -> int:
-        return sum(size(p) for p in module.parameters() if p.requires_grad or not trained)
-
-    layers = [count(layer) for layer in decoder_layers(policy.causal_lm)]
-    return count(policy.model) - sum(layers), max(layers, default=0)

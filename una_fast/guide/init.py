@@ -257,7 +257,7 @@ def _fit(
         proposal.put("micro_batch_size", size, "Records in memory at a time.")
         tracer = StepTracer(_planned(settings, proposal), facts)
         batch = largest_batch(examples, tracer.config, packed=tracer.run.packed)
-        accumulate = accumulates(tracer.config, 1, batch)
+        accumulate = accumulates(tracer.config, tracer.run.mesh, batch)
         peak = tracer.step(batch, accumulate=accumulate).peak
         if peak <= room or size == 1:
             break

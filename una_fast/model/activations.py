@@ -53,8 +53,9 @@ def switch_on(options: MemoryOptions, model: PreTrainedModel) -> None:
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the repeated blocks of a transformers model."""
+    """Return the repeated blocks of a transformers model, sharded or not."""
     names = set(getattr(model, "_no_split_modules", None) or ())
+    names |= {f"FSDP{name}" for name in names}  # as fully_shard calls the classes
     return [module for module in model.modules() if type(module).__name__ in names]
 
 

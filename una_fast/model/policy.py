@@ -27,11 +27,18 @@ from transformers import PreTrainedModel
 
 from una_fast.attention.packed import packed_attention
 from una_fast.data.batch import Batch
+from una_fast.distributed import World, shard
 from una_fast.group import ALONE, Group
 from una_fast.logs import say_once
-from una_fast.model.activations import switch_on
+from una_fast.model.activations import decoder_layers, switch_on
 from una_fast.model.directory import reading
-from una_fast.model.head_forward import Scorer, install_scorer, vocabulary_of
+from una_fast.model.head_forward import (
+    Scorer,
+    head_to_split,
+    install_scorer,
+    mark_split,
+    vocabulary_of,
+)
 from una_fast.model.head_probe import (
     HeadSpec,
     NoSmallCopy,
@@ -51,6 +58,7 @@ from una_fast.model.sharded_loading import (
     stand_ins,
 )
 from una_fast.model.stored import StoredDtypes
+from una_fast.parallel import ParallelOptions
 
 logger = logging.getLogger(__name__)
 
@@ -231,3 +239,25 @@ def make_policy(
 def _inside(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """Return the causal language model inside a PeftModel, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def shard_policy(
+    policy: Policy,
+    world: World,
+    compute: torch.dtype | None,
+    parallel: ParallelOptions | None = None,
+) -> None:
+    """Shard the weights of a policy, and split its head if the run splits the vocabulary.
+
+    policy: changed in place
+    world: several ranks
+    compute: dtype of gathered weights; None: as loaded
+    parallel: settings of the run
+    """
+    causal_lm = policy.causal_lm
+    split = None
+    if parallel is not None and parallel.split_vocabulary and world.shards > 1:
+        split = head_to_split(causal_lm)
+    shard(causal_lm, decoder_layers(causal_lm), world, compute, parallel, split)
+    if split is not None:
+        mark_split(split)

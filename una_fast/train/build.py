@@ -24,10 +24,8 @@ from una_fast.capacity.fit import Planned, longest_rollouts, refuse_too_large
 from una_fast.config import RunConfig, Schedule
 from una_fast.data.examples import Example, Prompt
 from una_fast.data.loader import Loader, num_steps
-from una_fast.distributed import World, shard
-from una_fast.model.activations import decoder_layers
-from una_fast.model.head_forward import head_to_split, mark_split
-from una_fast.model.policy import Policy
+from una_fast.distributed import World
+from una_fast.model.policy import Policy, shard_policy
 from una_fast.model.reference import (
     AdapterReference,
     CachedReference,
@@ -147,7 +145,8 @@ def open_run(
         print("\n".join(run.lines()), flush=True)
     if run.reference != "cached":
         data = data.without_cached_logps()
-    memory = refuse_too_large(config, facts, records + longest_rollouts(prompts, config))
+    largest = records + longest_rollouts(prompts, config)
+    memory = world.on_main(lambda: refuse_too_large(config, facts, largest))
     loaders = _make_loaders(config, world, data, packed=run.packed)
     state = _open_state(config, world, run, loaders, checkpoint)
     total_steps = num_steps(loaders.steps_per_epoch(config), config.epochs, config.max_steps)
@@ -308,15 +307,9 @@ def place(
     if not world.sharded:
         policy.model.to(world.device)
         return
-    causal_lm = policy.causal_lm
-    split = None
-    if parallel is not None and parallel.split_vocabulary and world.shards > 1:
-        split = head_to_split(causal_lm)
-    shard(causal_lm, decoder_layers(causal_lm), world, compute, parallel, split)
-    if split is not None:
-        mark_split(split)
+    shard_policy(policy, world, compute, parallel)
     if policy.unread is not None:
-        read_shards(causal_lm, policy.unread, world, parallel)
+        read_shards(policy.causal_lm, policy.unread, world, parallel)
         policy.unread = None
 
 

@@ -56,11 +56,13 @@ def plan_run(settings: RunPlanConfig) -> RunPlan:
     facts = find_facts(settings, records, device=device, ranks=settings.world_size)
     tracer = StepTracer(settings, facts)
     batch = largest_batch(examples, settings, packed=tracer.run.packed)
-    accumulate = accumulates(settings, facts.ranks, batch)
+    accumulate = accumulates(settings, tracer.run.mesh, batch)
     measured = None
     if settings.measure:
         measured = functools.partial(_measure, settings, device, batch, accumulate)
-    plan = plan_of_run(tracer, batch, accumulate=accumulate, measured=measured)
+    plan = plan_of_run(
+        tracer, batch, accumulate=accumulate, measured=measured, meshes=settings.meshes
+    )
     if settings.report is not None:
         write_plan(plan.plain(), Path(settings.report))
     return plan
