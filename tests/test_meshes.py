@@ -46,7 +46,6 @@ SAME = {
     "hybrid, once a step": SGD | {"parallel": HYBRID | {"reduce": "last"}, "workspace_mb": 0.01},
     "hybrid lora": SGD | LORA | {"parallel": HYBRID},
     "hybrid qlora": SGD | LORA | {"quantize_base": "nf4", "parallel": HYBRID},
-    "copies": SGD | {"parallel": {"replicate": 4}},
     "split rows, split vocabulary": SGD | {"parallel": {"context": 2, "split_vocabulary": True}},
     "hybrid, split vocabulary": SGD | {"parallel": HYBRID | {"split_vocabulary": True}},
 }
@@ -63,7 +62,6 @@ OTHERS = {
 # Reference log-probs by several ranks: of one process, bit for bit.
 REFERENCES = {
     "fp32 reference": QUIET | {"max_tokens_per_batch": 90},
-    "bf16 reference": QUIET | {"precision": "bf16"},
     "wide reference": QUIET | {"precision": "bf16", "master_weights": True},
 }
 CACHED = {"data": "data-00-many.jsonl", "eval_data": "eval_data-00-eval.jsonl"}
@@ -208,7 +206,6 @@ def test_collectives_of_a_step(four_ranks):
     # An adapter, in the layers alone, is summed once a step of two micro-batches.
     lora = calls["hybrid lora"]
     assert (lora["_reduce_scatter_base_"], lora["allreduce_"]) == (2, 2)
-    assert calls["copies"] == {"allreduce_": 3}
     # The ranks of a copy split the vocabulary. In two micro-batches 3 gathers of the reference and
     # 5 of the policy, a maximum and a sum of each, one sum of hidden gradients; once a step a sum
     # of the head's gradient over the copies.

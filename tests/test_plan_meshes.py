@@ -83,17 +83,11 @@ CASES = [
     Case("gemma3", 4, {"replicate": 2}, BF16 | CHECKPOINTING | {"master_weights": True}),
     Case("llama", 4, {"replicate": 2}, LORA | CHECKPOINTING, accumulate=True),
     Case("deep", 4, {"prefetch": 1}, BF16 | CHECKPOINTING),
-    Case("llama", 4, {"context": 2}, CHECKPOINTING),
-    Case("llama", 4, {"split_vocabulary": True, "replicate": 2}, CHECKPOINTING, accumulate=True),
     Case("deep", 4, {"split_vocabulary": True, "context": 2}, BF16),
     # More ranks than key heads: these are copied.
     Case("deep", 4, {"context": 4, "reduce": "last"}, BF16, accumulate=True),
-    Case("llama", 2, {"reduce": "last"}, {"packing": False}, accumulate=True),
     Case("qwen3", 2, {"context": 2}, LORA | CHECKPOINTING, row=(331, [90])),
-    Case("deep", 2, {"reduce": "each"}, LORA | BF16, accumulate=True),
     Case("qwen3", 2, {"split_vocabulary": True}, LORA | BF16),
-    Case("tied", 2, {"replicate": 2}, {"optimizer": "sgd"}, records=2),
-    Case("qwen3", 2, {"offload_parameters": True}, LORA, row=(300, [90]), accumulate=True),
     Case("gemma3", 2, {}, {"packing": False}, records=3, accumulate=True),
 ]
 
