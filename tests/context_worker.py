@@ -11,6 +11,7 @@ out/ranks-N-R.pt: {name: what the case found} by rank R of N, and gradients.pt o
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import sys
@@ -93,6 +94,11 @@ def counted() -> Iterator[Counter[str]]:
 # --- the head -------------------------------------------------------------------------------------
 
 
+def worst_of(found: dict[str, float]) -> float:
+    """Return the largest error; infinity where one is NaN, which max() would pass over."""
+    return max(error if error == error else math.inf for error in found.values())
+
+
 def cuts(rows: int, ranks: int, way: str) -> list[int]:
     """Return the bounds of the ranks' rows. way: "even" | "last": most ranks have none."""
     if way == "last":
@@ -143,7 +149,7 @@ def head_case(
         if name in found:
             dist.all_reduce(found[name], group=group.handle)
     plan = sorted(kinds(made[-1], len(p.weight))) if made else []
-    return {"error": max(errors(found, expected).values()), "plan": plan, **seen}
+    return {"error": worst_of(errors(found, expected)), "plan": plan, **seen}
 
 
 def head_cases(group: Group) -> Iterator[tuple[str, Found]]:
@@ -224,7 +230,7 @@ def sums_case(group: Group) -> Found:
         "hidden": hidden.grad[first:stop],
         "weight": weight.grad,
     }
-    return {"error": max(errors(ours, theirs).values()), **seen}
+    return {"error": worst_of(errors(ours, theirs)), **seen}
 
 
 # --- models ---------------------------------------------------------------------------------------
@@ -354,7 +360,7 @@ def model_case(name: str, row: str, group: Group) -> Found:
         return result
     expected, whole, alone = run(ALONE)
     assert not alone["forward"] and not alone["backward"]
-    values = max(errors(found, expected).values())
+    values = worst_of(errors(found, expected))
     if not responses:
         assert not any(grad.any() for grad in (*parts.values(), *whole.values()))
         return result | {"values": values, "gradients": 0.0}

@@ -229,6 +229,7 @@ def gradient_difference(ours: dict[str, Tensor], truth: dict[str, Tensor]) -> fl
     floor = 1e-2 * max(g.abs().max() for g in truth.values())
     differences = []
     for name, g in truth.items():
+        assert ours[name].isfinite().all(), name  # max() would pass over NaN
         largest = g.abs().max().clamp(min=floor)
         differences.append(((ours[name] - g).abs().max() / largest).item())
     return max(differences)

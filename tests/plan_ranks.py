@@ -1,6 +1,6 @@
 """Measure peaks of training steps on four ranks, for tests/test_plan_meshes.py.
 
-    torchrun --nproc-per-node 4 tests/plan_ranks.py CASES
+    python tests/fork_ranks.py 4 tests/plan_ranks.py CASES
 
 CASES is a JSON file: name -> {"ranks": 4 or 2, "settings": of the run, "rows": [[prompt,
 [responses]], ...], "accumulate": whether a step takes the batch twice}. First all ranks take the

@@ -10,7 +10,7 @@ import torch
 
 from fsdp_worker import run_case
 from tiny import make_records, read_metrics, write_jsonl
-from two_ranks import metrics_of, run_two_ranks, saved_weights, worst_error
+from two_ranks import metrics_of, run_four_ranks, saved_weights, worst_error
 from una_fast.config import RunConfig
 from una_fast.parallel import Mesh, ParallelOptions
 from una_fast.train.precompute import precompute_reference
@@ -35,7 +35,6 @@ ADAM = {
     "max_steps": 5,
     "save_every": 3,
 }
-DIE_AT = 5
 LORA = {"lora": {"r": 4, "alpha": 8}}
 HYBRID = {"replicate": 2}
 
@@ -54,7 +53,6 @@ BEGUN = ADAM | {"parallel": HYBRID}
 OTHERS = {
     "shard 4": {},
     "copies": {"replicate": 4},
-    "two copies": HYBRID,
     "split vocabulary": {"split_vocabulary": True},
     "split rows": {"context": 2},
 }
@@ -85,12 +83,11 @@ def data(llamas, root):
 
 @pytest.fixture(scope="module")
 def four_ranks(data, root):
-    """Output directories of all cases, run by four ranks of one torchrun."""
+    """Output directories of all cases, run by four ranks."""
     todo = {name: {"config": data | settings} for name, settings in SAME.items()}
     todo["bf16"] = {"config": data | BEGUN | {"precision": "bf16", "max_steps": 2}}
     todo["whole"] = {"config": data | BEGUN}
-    todo["begun"] = {"config": data | BEGUN, "die_at": DIE_AT}
-    begun = str(root / "begun" / "checkpoint-3")
+    begun = str(root / "whole" / "checkpoint-3")
     for name, parallel in OTHERS.items():
         settings = data | ADAM | {"parallel": parallel, "resume": True}
         todo[f"on {name}"] = {"config": settings, "begun": begun}
@@ -102,7 +99,7 @@ def four_ranks(data, root):
     for name, settings in REFERENCES.items():
         settings = data | settings | {"output_dir": str(root / name), "parallel": HYBRID}
         before[name] = {"precompute": settings}
-    run_two_ranks(before | todo, root, ranks=4)
+    run_four_ranks(before | todo, root)
     return {name: root / name for name in [*before, *todo]}
 
 
@@ -145,7 +142,7 @@ def test_every_step_is_that_of_one_process(four_ranks, one_process, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["hybrid", "hybrid, split vocabulary", "bf16", "whole", "on two copies", "on copies"]
+    "name", ["hybrid", "hybrid, split vocabulary", "bf16", "whole", "on copies"]
 )
 def test_copies_hold_the_same_bits(four_ranks, name):
     """Also where weights are rounded at random, and after a resume by more copies."""
@@ -163,7 +160,7 @@ def test_a_run_goes_on_over_another_mesh(four_ranks, data, tmp_path, name):
     """The same records in the same order, and the same steps."""
     whole, other = four_ranks["whole"], tmp_path
     if name == "one process":
-        shutil.copytree(four_ranks["begun"] / "checkpoint-3", tmp_path / "checkpoint-3")
+        shutil.copytree(four_ranks["whole"] / "checkpoint-3", tmp_path / "checkpoint-3")
         run_case(data | ADAM | {"output_dir": str(tmp_path), "resume": True})
     else:
         other = four_ranks[f"on {name}"]

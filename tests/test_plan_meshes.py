@@ -12,7 +12,7 @@ import torch.distributed as dist
 import transformers
 
 from tiny import make_config, make_tokenizer
-from two_ranks import torchrun
+from two_ranks import fork_ranks
 from una_fast.capacity.fit import GIB, usable
 from una_fast.capacity.meshes import MeshPlan, best_mesh, meshes_of
 from una_fast.capacity.run_plan import mesh_lines
@@ -122,7 +122,7 @@ def measured(models, tmp_path_factory):
             "accumulate": case.accumulate,
         }
     (root / "cases.json").write_text(json.dumps(cases))
-    torchrun(WORKER, root / "cases.json", root / "log", ranks=4)
+    fork_ranks(WORKER, root / "cases.json", root / "log", 4)
     return {name: json.loads((root / f"{name}.json").read_text()) for name in cases}
 
 

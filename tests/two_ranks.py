@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -16,25 +17,39 @@ from safetensors.torch import load_file
 from tiny import read_metrics
 
 WORKER = Path(__file__).with_name("fsdp_worker.py")
+FORK = Path(__file__).with_name("fork_ranks.py")
 TIMEOUT = 600  # seconds; a missing collective hangs for ever
 
 
-def run_two_ranks(cases: dict[str, dict[str, Any]], root: Path, ranks: int = 2) -> str:
-    """Run cases of fsdp_worker.py under one torchrun; return the output of all ranks."""
+def run_two_ranks(cases: dict[str, dict[str, Any]], root: Path) -> str:
+    """Run cases of fsdp_worker.py under one torchrun; return the output of both ranks."""
     (root / "cases.json").write_text(json.dumps(cases))
-    return torchrun(WORKER, root / "cases.json", root / "log", ranks)
+    return torchrun(WORKER, root / "cases.json", root / "log")
 
 
-def torchrun(worker: Path, argument: Path, log: Path, ranks: int = 2) -> str:
-    """Run a worker on some ranks; return the output of all.
+def run_four_ranks(cases: dict[str, dict[str, Any]], root: Path) -> str:
+    """Run cases of fsdp_worker.py on four ranks of one import; return the output of all."""
+    (root / "cases.json").write_text(json.dumps(cases))
+    return fork_ranks(WORKER, root / "cases.json", root / "log", 4)
+
+
+def torchrun(worker: Path, argument: Path, log: Path) -> str:
+    """Run a worker on two ranks; return the output of both.
 
     worker: Python file
     argument: of the worker
     log: file of the output
-    ranks: processes
     """
     launcher = Path(sys.executable).with_name("torchrun")
-    command = [launcher, "--standalone", "--nproc-per-node", str(ranks), worker, argument]
+    return _run([launcher, "--standalone", "--nproc-per-node", "2", worker, argument], log)
+
+
+def fork_ranks(worker: Path, argument: Path, log: Path, ranks: int) -> str:
+    """Run a worker on some ranks of one import; parameters as in `torchrun`."""
+    return _run([sys.executable, FORK, str(ranks), worker, argument], log)
+
+
+def _run(command: list[Any], log: Path) -> str:
     with log.open("w") as output:
         process = subprocess.Popen(
             list(map(str, command)),
@@ -50,7 +65,7 @@ def torchrun(worker: Path, argument: Path, log: Path, ranks: int = 2) -> str:
             process.wait()
             code = "a timeout"
     text = log.read_text()
-    assert code == 0, f"torchrun ended with {code}:\n{text[-6000:]}"
+    assert code == 0, f"the ranks ended with {code}:\n{text[-6000:]}"
     return text
 
 
@@ -75,11 +90,13 @@ def saved_weights(directory: Path) -> dict[str, torch.Tensor]:
 def worst_error(values: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> float:
     """Return the largest max|error| / max|truth| of a tensor.
 
-    A tensor that is zero in truth must be zero.
+    A tensor that is zero in truth must be zero; infinity for a number that is not finite.
     """
     assert values.keys() == truth.keys()
     worst = 0.0
     for name, expected in truth.items():
+        if not values[name].isfinite().all():  # max() would pass over NaN
+            return math.inf
         size = expected.abs().max().clamp_min(1e-30)
         worst = max(worst, float((values[name] - expected).abs().max() / size))
     return worst
