@@ -156,10 +156,11 @@ class World:
             dist.barrier()
 
 
-def start_world(device: str = "auto") -> World:
+def start_world(device: str = "auto", *, on_host: bool = False) -> World:
     """Join the ranks that torchrun started, or become the only rank.
 
     device: "auto" | "cpu" | "cuda"; "auto" is a GPU where torch finds one
+    on_host: tensors of the host cross ranks too (parallel.offload_parameters), by gloo
 
     ValueError for "cuda" without a GPU.
     """
@@ -173,12 +174,19 @@ def start_world(device: str = "auto") -> World:
     if kind == "cuda":
         torch.cuda.set_device(index)
     if size > 1 and not dist.is_initialized():
-        # gloo sums what parallel.offload_parameters keeps on the host.
-        backend = "cuda:nccl,cpu:gloo" if kind == "cuda" else "gloo"
+        backend = "gloo"
+        if kind == "cuda":
+            backend = "cuda:nccl,cpu:gloo" if on_host else "nccl"
         dist.init_process_group(backend, timeout=PATIENCE)
     rank = dist.get_rank() if size > 1 else 0
     place = torch.device(kind, index) if kind == "cuda" else torch.device(kind)
     return World(rank, size, place)
+
+
+def start_ranks(device: str, options: ParallelOptions | None) -> World:
+    """Join the ranks of a run, laid out as the settings say: `start_world`, then `lay_out`."""
+    on_host = options is not None and options.offload_parameters
+    return lay_out(start_world(device, on_host=on_host), options)
 
 
 def lay_out(world: World, options: ParallelOptions | None) -> World:
@@ -192,9 +200,7 @@ def lay_out(world: World, options: ParallelOptions | None) -> World:
     mesh = (options or ParallelOptions()).mesh(world.size)
     context = ALONE
     if mesh.context > 1:
-        devices = init_device_mesh(
-            world.device.type, (mesh.data, mesh.context), mesh_dim_names=("data", "context")
-        )
+        devices = _mesh_of(world, (mesh.data, mesh.context), ("data", "context"))
         handle = devices.get_group("context")
         context = Group(world.rank % mesh.context, mesh.context, handle)
     return replace(world, mesh=mesh, context=context)
@@ -299,16 +305,27 @@ def sum_over_copies(parameters: Iterable[nn.Parameter]) -> None:
     for parameter in parameters:
         if parameter.grad is not None and parameter.grad.device_mesh.ndim > 1:
             local, mesh = parameter.grad.to_local(), parameter.grad.device_mesh
-            dist.all_reduce(local, group=mesh.get_group(0))
+            total = local.float() if local.dtype.itemsize < 4 else local
+            dist.all_reduce(total, group=mesh.get_group(0))
+            local.copy_(total)  # rounded once
 
 
 def _weight_mesh(world: World) -> DeviceMesh:
     """Return the ranks of one copy of the weights; of several copies, in rows: [copies, ranks]."""
     copies = world.size // world.shards
     if copies == 1:
-        return init_device_mesh(world.device.type, (world.size,))
-    names = ("replicate", "shard")
-    return init_device_mesh(world.device.type, (copies, world.shards), mesh_dim_names=names)
+        return _mesh_of(world, (world.size,), ("shard",))
+    return _mesh_of(world, (copies, world.shards), ("replicate", "shard"))
+
+
+def _mesh_of(world: World, sizes: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
+    """Return ranks in rows, whose groups have the patience of the whole run."""
+    mesh = init_device_mesh(world.device.type, sizes, mesh_dim_names=names)
+    set_timeout = getattr(dist.distributed_c10d, "_set_pg_timeout", None)
+    for group in mesh.get_all_groups():
+        if set_timeout is not None and dist.get_backend(group) != "fake":
+            set_timeout(PATIENCE, group)
+    return mesh
 
 
 def _prefetch(layers: Sequence[nn.Module], ahead: int) -> None:

@@ -433,11 +433,8 @@ def load_trained(
     policy.stored = StoredDtypes.of(config.model, config.save_dtype)
     if not policy.is_adapter:
         refuse_quantized(policy.model, printable(config.model))
-    elif run.ranks > 1 and run.quantize_base is None and quantized_weight(policy.model) is not None:
-        raise ValueError(
-            f"{printable(config.model)} is quantized, and quantized weights are not sharded; start "
-            "one process, or give the model in bf16, with quantize_base: nf4 to hold it at 4 bits"
-        )
+    elif run.ranks > 1:
+        refuse_quantized_shards(policy, config)
     if run.ranks == 1:
         trained_dtypes = {p.dtype for p in policy.trainable_parameters()}
         needed = run.compute if trained_dtypes - {run.compute} else None
@@ -448,6 +445,15 @@ def load_trained(
                 f"on autocast to {run.autocast}; set master_weights: true, or precision: fp32"
             )
     return policy
+
+
+def refuse_quantized_shards(policy: Policy, config: RunConfig) -> None:
+    """Raise ValueError for weights that came quantized, which several ranks cannot shard."""
+    if config.quantize_base is None and quantized_weight(policy.model) is not None:
+        raise ValueError(
+            f"{printable(config.model)} is quantized, and quantized weights are not sharded; start "
+            "one process, or give the model in bf16, with quantize_base: nf4 to hold it at 4 bits"
+        )
 
 
 def load_frozen(config: RunConfig, run: ResolvedRun, *, in_shards: bool | None = None) -> Policy:

@@ -21,6 +21,7 @@ K < C the same key head on several ranks. Gradients of the copies are summed whe
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -99,12 +100,17 @@ def attend_split(
     mine = of_query[group.rank]
     copies = _copies(mine, of_key[group.rank], sharing)
     if copies is not None:
-        index = torch.tensor(copies, device=key.device)
+        index = _on_device(tuple(copies), key.device)
         key, value = key.index_select(1, index), value.index_select(1, index)
     if sinks is not None:
         sinks = sinks[slice(*mine)]
     out = attend(query, key, value, sinks)
     return _OwnTokens.apply(out[0].contiguous(), of_query, group)[None]
+
+
+@functools.lru_cache(maxsize=64)  # a copy to the device waits for it, and every layer asks
+def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, device=device)
 
 
 def _all_tokens(states: Tensor, heads: Sequence[Heads], group: Group) -> Tensor:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from una_fast.model.base_form import read_base_form
 from una_fast.model.directory import ADAPTER_CONFIG
+from una_fast.model.loading import model_and_adapter
 from una_fast.printable import printable, shown
 from una_fast.settings_file import read_settings
 from una_fast.train.checkpoint import complete_checkpoints
@@ -38,21 +40,12 @@ def _holds_weights(path: Path) -> bool:
 
 
 def quantize_base_of(path: str) -> str | None:
-    """Return the format of the base under the adapter of a run or checkpoint; None: plain numbers.
+    """Return the format of the base under an adapter, as a setting; None: plain numbers.
 
-    path: as `model_of` returns it; an adapter without settings of a run has a plain base
+    path: as `model_of` returns it
     """
-    directory = Path(path).expanduser().absolute()
-    if directory.name.startswith("checkpoint-"):
-        directory = directory.parent
-    file = directory / SETTINGS
-    if not file.is_file():
-        return None
-    try:
-        value = read_settings(file).get("quantize_base")
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
-    return value if value == "nf4" else None
+    form = read_base_form(model_and_adapter(path)[1])
+    return None if form is None else form.quantize_base
 
 
 def base_of(run: str) -> str:

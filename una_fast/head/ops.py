@@ -73,7 +73,7 @@ def linear_una_loss(
     engine: str = "auto",
     group: Group | dist.ProcessGroup | None = None,
     lengths: Tensor | Sequence[int] | None = None,
-    vocabulary: Group | None = None,
+    vocabulary: Group | dist.ProcessGroup | None = None,
 ) -> UnaOutput:
     """Compute the UNA loss of N response tokens in S responses, from hidden states.
 
@@ -125,14 +125,17 @@ def linear_una_loss(
     targets = as_tensor("targets", targets, hidden.device)
     _check_head("", hidden, weight, targets, bias)
     needs = _needs(leaves)
+    # Before any product, and before ranks meet: a rank that refuses would leave the others waiting.
+    lengths = _bounds(cu_seqlens, hidden, group, lengths)
+    responses = len(lengths.ints)
+    check_units(feedback, objective, responses)
+    denominator(reduction, num_units, feedback.num_units)
+    if ref_logps is None and ref_hidden is None:
+        raise ValueError("the loss needs a reference: give ref_logps (cached sums) or ref_hidden")
     shares = find_shares(vocabulary, hidden, weight, needs, workspace_mb)
     vocab = weight.shape[0] if shares is None else shares.vocab
     # A mean over tokens would count the rows without a target.
     targets = _int64_targets(targets, vocab, ignore=not objective.length_normalize)
-    lengths = _bounds(cu_seqlens, hidden, group, lengths)
-    responses = len(lengths.ints)
-    check_units(feedback, objective, responses)  # before any GEMM
-    denominator(reduction, num_units, feedback.num_units)
     options = (transform, workspace_mb, engine)
     head = _make_head(weight, bias, *options, shares, needs)
 
@@ -140,7 +143,7 @@ def linear_una_loss(
     if ref_logps is not None:
         others = {"ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
         ref_logps = _cached_reference(ref_logps, responses, hidden.device, others)
-    elif ref_hidden is not None:
+    else:
         if ref_weight is None:
             ref_weight = weight
             ref_bias = bias if ref_bias is None else ref_bias
@@ -154,8 +157,6 @@ def linear_una_loss(
                 ref_head = _make_head(ref_weight, ref_bias, *options, shares)
                 ref_tokens, _ = ref_head.logps(ref_hidden, targets)
             ref_logps = head.sums(lengths, ref_tokens)
-    else:
-        raise ValueError("the loss needs a reference: give ref_logps (cached sums) or ref_hidden")
 
     loss = head.engine.segment_loss(lengths, ref_logps, feedback, objective, reduction, num_units)
     if not any(needs):
@@ -192,7 +193,7 @@ def sequence_logps(
     engine: str = "auto",
     group: Group | dist.ProcessGroup | None = None,
     lengths: Tensor | Sequence[int] | None = None,
-    vocabulary: Group | None = None,
+    vocabulary: Group | dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Return the [S] float64 sums of log-probs over each response.
 
@@ -366,7 +367,7 @@ def _token_call(
     transform: LogitTransform,
     workspace_mb: float | None,
     engine: str,
-    vocabulary: Group | None = None,
+    vocabulary: Group | dist.ProcessGroup | None = None,
 ) -> tuple[Head, Tensor, Tensor]:
     """Return the head of a call, hidden states in the dtype of the head, and int64 targets.
 

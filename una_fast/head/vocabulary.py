@@ -42,6 +42,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate, chain
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from una_fast.group import Group
@@ -86,7 +87,7 @@ class Shares:
 
 
 def find_shares(
-    group: Group | None,
+    group: Group | dist.ProcessGroup | None,
     hidden: Tensor,
     weight: Tensor,
     needs: Sequence[bool],
@@ -102,7 +103,8 @@ def find_shares(
 
     ValueError, on all ranks, if the ranks differ in more than rows and entries.
     """
-    if group is None or group.size == 1:
+    group = Group.of(group)
+    if group.size == 1:
         return None
     wanted = sum(need << k for k, need in enumerate(needs))
     workspace = workspace_bytes(hidden.device.type, workspace_mb)

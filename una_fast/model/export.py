@@ -24,6 +24,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from una_fast.data.encode import text_after_answer
+from una_fast.model.base_form import write_base_form
 from una_fast.model.four_bits import Nf4Linear, packed_layers
 from una_fast.model.loading import is_finite, set_padding
 from una_fast.model.policy import Policy
@@ -114,6 +115,7 @@ def _save_adapter(
     model = _view(policy.model)
     model.create_or_update_model_card = lambda *_, **__: None
     model.save_pretrained(directory, state_dict=state_dict, save_embedding_layers=False)
+    write_base_form(policy.model, directory)
 
 
 def _save_whole(

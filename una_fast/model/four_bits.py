@@ -36,26 +36,32 @@ class Nf4Linear(nn.Linear):
 
     weight: [out_features, bytes] uint8, see nf4.py
     numbers: dtype of the weight before, and of an unpacked copy
+    packed_from: dtype that the numbers are rounded to before they are packed
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
-        """Pack the weight of a linear layer, and take over its bias."""
+    def __init__(self, linear: nn.Linear, packed_from: torch.dtype | None = None) -> None:
+        """Pack the weight of a linear layer, and take over its bias.
+
+        linear: the layer
+        packed_from: see the class; None: the dtype of the weight
+        """
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.numbers = linear.weight.dtype
+        self.packed_from = packed_from or self.numbers
         weight = linear.weight.detach()
         if weight.is_meta:
             size = (self.out_features, bytes_of_row(self.in_features))
             packed = torch.empty(size, dtype=torch.uint8, device=weight.device)
         else:
-            packed = quantize(weight)
+            packed = quantize(weight.to(self.packed_from))
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.bias = linear.bias
         self.train(linear.training)
 
     def pack(self, rows: Tensor) -> Tensor:
         """Return some rows of the weight, packed. rows: [R, in_features], in any dtype."""
-        return quantize(rows.to(self.numbers))
+        return quantize(rows.to(self.packed_from))
 
     def unpacked(self) -> Tensor:
         """Return the numbers of the weight, [out_features, in_features]."""
@@ -94,12 +100,12 @@ class _Product(torch.autograd.Function):
 # ---- a model's layers --------------------------------------------------------------------------
 
 
-def pack_base(model: PreTrainedModel, where: str) -> None:
+def pack_base(model: PreTrainedModel, where: str, packed_from: torch.dtype | None = None) -> None:
     """Pack the linear weights of a model, and log once how many bytes are packed, and are not.
 
-    model, where: as for `pack_linears`
+    model, where, packed_from: as for `pack_linears`
     """
-    words = pack_linears(model, where)
+    words = pack_linears(model, where, packed_from)
     packed = sum(layer.in_features * layer.out_features for _, layer in packed_layers(model))
     others = sum(p.numel() for p in model.parameters() if p.is_floating_point())
     # Of fused experts, say, little is saved.
@@ -107,11 +113,12 @@ def pack_base(model: PreTrainedModel, where: str) -> None:
     say_once(level, f"{where}: {words}", logger)
 
 
-def pack_linears(model: PreTrainedModel, where: str) -> str:
+def pack_linears(model: PreTrainedModel, where: str, packed_from: torch.dtype | None = None) -> str:
     """Pack the weights of a model's linear layers at 4 bits, in place.
 
     model: without adapters; on the meta device its packed weights have no numbers either
     where: place of the model, for refusals
+    packed_from: dtype that weights are rounded to before; None: their own
 
     Returns the bytes packed, and the bytes left as numbers, in words. ModelError for a model
     quantized already, or without such layers.
@@ -135,7 +142,7 @@ def pack_linears(model: PreTrainedModel, where: str) -> str:
         holder = model.get_submodule(parent)
         linear = holder._modules[child]
         numbers += linear.weight.nbytes
-        holder._modules[child] = Nf4Linear(linear)
+        holder._modules[child] = Nf4Linear(linear, packed_from)
     packed = sum(layer.weight.nbytes for _, layer in packed_layers(model))
     return (
         f"{len(names)} linear layers at 4 bits, {_mib(packed)} instead of {_mib(numbers)}; "

@@ -36,6 +36,7 @@ from transformers.utils.logging import is_progress_bar_enabled
 
 from una_fast.data.bounded import fault_of_trial
 from una_fast.logs import say_once
+from una_fast.model.base_form import form_to_pack
 from una_fast.model.directory import (
     ADAPTER_CONFIG,
     ModelError,
@@ -356,7 +357,8 @@ def load_causal_lm(
     base: model under an adapter directory; default: the model that the adapter names
     trust_remote_code: run model code that comes with the weights
     attn_implementation: attention of transformers; default: the model's
-    quantize_base: "nf4" packs linear weights at 4 bits (four_bits.py); default: none
+    quantize_base: "nf4" packs linear weights at 4 bits (four_bits.py), from the numbers that the
+        adapter was trained on; default: none
 
     ValueError for a directory that does not exist or is damaged, for weights that are missing in
     the files, unexpected, of another shape or not finite, and for adapters that are not inside the
@@ -367,10 +369,11 @@ def load_causal_lm(
         "trust_remote_code": trust_remote_code,
         "attn_implementation": attn_implementation,
     }
+    packed_from = form_to_pack(adapter, quantize_base, dtype)
     model = load_base(base, adapter, dtype, options)
-    if quantize_base is not None:
+    if packed_from is not None:
         refuse_non_finite(model.named_parameters(), printable(path))
-        pack_base(model, printable(path))
+        pack_base(model, printable(path), packed_from)
     if adapter is not None:
         model = load_adapter(model, adapter)
     refuse_non_finite(model.named_parameters(), printable(path))

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel, modeling_utils
 from transformers.core_model_loading import revert_weight_conversion
 
 from una_fast.distributed import World, allocate_shards, home_of_shards, local_rows
+from una_fast.model.base_form import form_to_pack
 from una_fast.model.directory import (
     ModelError,
     StoredTensor,
@@ -121,9 +122,10 @@ def load_unread(
         "trust_remote_code": trust_remote_code,
         "attn_implementation": attn_implementation,
     }
+    packed_from = form_to_pack(adapter, quantize_base, dtype)
     model, sources = _outline(base, adapter, dtype, options)
-    if quantize_base is not None:
-        pack_base(model, printable(path))
+    if packed_from is not None:
+        pack_base(model, printable(path), packed_from)
     if adapter is not None:
         with stand_ins(model):
             model = load_adapter(model, adapter)

@@ -24,10 +24,9 @@ from una_fast.data.loader import Step
 from una_fast.data.template_date import fix_template_date
 from una_fast.distributed import (
     World,
-    lay_out,
     local_scalar,
     reduce_gradients,
-    start_world,
+    start_ranks,
     sum_over_copies,
 )
 from una_fast.files import write_json
@@ -86,7 +85,7 @@ def train(config: RunConfig) -> TrainResult:
     Stopped (a KeyboardInterrupt) is the end by a signal.
     """
     with requests.listening():
-        world = lay_out(start_world(config.device), config.parallel)
+        world = start_ranks(config.device, config.parallel)
         output_dir = Path(config.output_dir).absolute()  # a reward may change the directory
         try:
             with locked(output_dir) if world.is_main else contextlib.nullcontext():

@@ -8,7 +8,8 @@ A killed command leaves the first file, and the same command goes on from there:
 bitwise those of a command that was never killed.
 
 Several ranks share the micro-batches of one process, in turn; weights are sharded. Batches, dtypes
-and so the numbers do not depend on the ranks, and the main rank writes.
+and so the numbers do not depend on the ranks, and the main rank writes. Ranks that split rows
+(parallel.context) round otherwise, in the last bits.
 """
 
 from __future__ import annotations
@@ -35,13 +36,20 @@ from una_fast.data.loader import Loader
 from una_fast.data.records import as_object
 from una_fast.data.sources import Source, read_rows
 from una_fast.data.template_date import fix_template_date
-from una_fast.distributed import World, lay_out, start_world
+from una_fast.distributed import World, start_ranks
 from una_fast.files import ASIDE, written_whole
 from una_fast.model.loading import load_tokenizer
 from una_fast.model.policy import Policy
 from una_fast.model.scoring import Scoring
 from una_fast.printable import printable
-from una_fast.resolved import ResolvedRun, find_facts, load_frozen, resolve, scoring_of
+from una_fast.resolved import (
+    ResolvedRun,
+    find_facts,
+    load_frozen,
+    refuse_quantized_shards,
+    resolve,
+    scoring_of,
+)
 from una_fast.signals import Stopped
 from una_fast.train.build import place
 from una_fast.train.data_checks import check_data
@@ -73,7 +81,7 @@ def precompute_reference(config: RunConfig) -> dict[str, list[dict[str, Any]]]:
     sources = [(f"data-{k:02d}", "data", entry) for k, entry in enumerate(config.data)]
     for k, entry in enumerate(config.eval_data):
         sources.append((f"eval_data-{k:02d}", "eval_data", entry))
-    world = lay_out(start_world(config.device), config.parallel)
+    world = start_ranks(config.device, config.parallel)
     with locked(output_dir) if world.is_main else contextlib.nullcontext():
         world.barrier()
         try:
@@ -104,10 +112,14 @@ def _open_writer(config: RunConfig, output_dir: Path, world: World) -> _Writer:
     # The vectors of an imitated autocast are widened after they are read.
     in_shards = world.sharded and not run.imitates_autocast
     reference = load_frozen(config, run, in_shards=in_shards)
+    if world.sharded:
+        refuse_quantized_shards(reference, config)
     parallel = config.parallel
-    if parallel is not None:
+    if parallel is not None and parallel.split_vocabulary:
         # Over slices of the vocabulary the last bits would depend on the number of ranks.
         parallel = replace(parallel, split_vocabulary=False)
+        if world.is_main:
+            print("split_vocabulary is for training: the head is gathered here", flush=True)
     place(reference, world, None, parallel)
     made_with = model_identity(reference, run, new_adapter=False)
     scoring = scoring_of(config, run, world.context)
@@ -185,6 +197,7 @@ class _Writer:
         return {
             **{name: getattr(self.config, name) for name in names},
             **self.run.plain(),
+            "context": self.world.context.size,
             "torch": torch.__version__,
         }
 

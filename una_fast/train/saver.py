@@ -125,7 +125,7 @@ class Saver:
         metrics = state["lines"]["metrics.jsonl"]
         aside = directory.with_name(directory.name + ASIDE)
         needed = _SLACK + _bytes(weights, part)
-        needed += shard.nbytes * self.world.size + _tokenizer_bytes(tokenizer) + metrics
+        needed += shard.nbytes * self.world.shards + _tokenizer_bytes(tokenizer) + metrics
         self.world.on_main(lambda: self._open(aside, needed))
 
         def write_model(directory: Path, whole: dict[str, Tensor]) -> None:
