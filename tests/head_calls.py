@@ -152,10 +152,13 @@ Step = Callable[[], list[Tensor]]
 
 
 def check_capture(
-    capture: Callable[[Step], tuple[Callable[[], None], list[Tensor]]], p: Problem, arguments
+    capture: Callable[[Step], tuple[Callable[[], None], list[Tensor]]],
+    p: Problem,
+    arguments: dict[str, Any],
+    factors: Sequence[float] = (1.0, -0.7),
 ) -> None:
     """capture(step) -> (replay, what step returned):
-    replayed on other hidden states, it returns what a call does.
+    replayed on the hidden states times each factor, it returns what a call does.
     """
     bias = arguments["bias"]
     leaves = [p.hidden.clone(), p.weight.clone(), *([p.bias.clone()] if bias else [])]
@@ -183,9 +186,9 @@ def check_capture(
         return [out.loss.detach(), out.logps, *(x.grad for x in trained)]
 
     replay, captured = capture(step)
-    for values in (p.hidden.clone(), -0.7 * p.hidden):
+    for factor in factors:
         with torch.no_grad():
-            leaves[0].copy_(values)
+            leaves[0].copy_(factor * p.hidden)
         replay()
         found = [x.clone() for x in captured]
         for a, b in zip(found, step(), strict=True):

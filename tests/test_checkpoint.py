@@ -54,7 +54,15 @@ def names(output_dir: Path) -> list[str]:
 def whole(llamas, mixed, tmp_path_factory):
     """Train 4 steps; return the settings, without the output directory, and the directory."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    config = make_config(llamas["untied"], mixed, out, batch_size=8, max_steps=4, save_every=1)
+    config = make_config(
+        llamas["untied"],
+        mixed,
+        out,
+        batch_size=8,
+        micro_batch_size=4,
+        max_steps=4,
+        save_every=1,
+    )
     train(config)
     return config, out
 

@@ -237,9 +237,11 @@ def test_steps_wait_by_design_alone(name, recorded, variants, llamas, tmp_path, 
     for module, loader in ((runs, "open_run"), (build, "load_trained"), (build, "load_frozen")):
         monkeypatch.setattr(module, loader, recorded.without(getattr(module, loader)))
     changes, waits = RUNS[name]
-    data = write_jsonl(tmp_path / "data.jsonl", make_records("mixed", 12))
+    records = make_records("mixed", 12)
+    data = write_jsonl(tmp_path / "data.jsonl", records[:8])  # two steps
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", records[8:])  # two micro-batches
     settings = {"device": "cuda", "batch_size": 4, "micro_batch_size": 2, "workspace_mb": 1}
-    settings["eval_data"] = [data]
+    settings["eval_data"] = [held_out]
     config = make_config(llamas["untied"], [data], tmp_path / "run", **settings | changes)
     trainer = open_trainer(config)
     steps = trainer.source.steps(0, trainer.total_steps)

@@ -87,7 +87,10 @@ def test_every_way_through_the_plan(way, dtype, plans):
     """Each case is a way; the plan is asserted: a changed heuristic cannot empty the test."""
     way = WAYS[way]
     p = way.problem(dtype=dtype)
-    for k, (train, normalize) in enumerate(product(TRAINED, (False, True))):
+    cases = list(product(TRAINED, (False, True)))
+    if dtype == torch.float32:  # the same branches as in float64: each leaf set, either mean or sum
+        cases = [(train, bool(k % 2)) for k, train in enumerate(TRAINED)]
+    for k, (train, normalize) in enumerate(cases):
         budget = way.workspace_mb(dtype, trained="weight" in train or "bias" in train)
         arguments = {
             "objective": Objective(score="bce", offset=0.1, length_normalize=normalize),
@@ -492,7 +495,7 @@ def test_strides_do_not_matter(how, way, dtype):
 
 @pytest.mark.parametrize("dtype", WIDE)
 def test_sequence_logps_are_the_sums_of_the_loss(dtype):
-    for workspace_mb, transform in product([None, 0.01, 1e-4], TRANSFORMS):
+    for workspace_mb, transform in product([None, 0.01, 2.5e-4], TRANSFORMS):
         with naming(workspace_mb=workspace_mb, transform=transform):
             check_sequence_logps(dtype, workspace_mb, transform)
 
@@ -891,7 +894,7 @@ def test_token_logps(dtype, monkeypatch):
 
 def check_token_logps(case: int, dtype: torch.dtype) -> None:
     train, transform = TRAINED[case], TRANSFORMS[case % len(TRANSFORMS)]
-    p = problem(5, dtype=dtype)
+    p = problem(5, responses=4, dtype=dtype)
     targets = p.targets.clone()
     targets[::4] = -100
     upstream = torch.randn(len(targets), dtype=torch.float64).to(dtype)

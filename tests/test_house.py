@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import importlib.util
 import json
@@ -50,16 +51,23 @@ __init__
 LAYER = {room: number for number, line in enumerate(LAYERS.split("\n")) for room in line.split()}
 
 
-def imports(path: Path) -> set[str]:
+@functools.cache
+def nodes_of(path: Path) -> tuple[ast.AST, ...]:
+    """Return the syntax nodes of a file, parsed once for all rules."""
+    return tuple(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+@functools.cache
+def imports(path: Path) -> frozenset[str]:
     """Return every name that a file imports, with its module: lazy and type-only imports too."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} uses a relative import"
             found.update(f"{node.module}.{alias.name}" for alias in node.names)
-    return found
+    return frozenset(found)
 
 
 def room_of(path: Path) -> str:
@@ -139,7 +147,7 @@ UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve
 def unsafe(path: Path) -> list[str]:
     """Return the unsafe calls and imports of a file."""
     found = [name for name in imports(path) if name.split(".")[0] in UNSAFE_MODULES]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes_of(path):
         if not isinstance(node, ast.Call):
             continue
         called = ast.unparse(node.func)
@@ -180,7 +188,7 @@ def test_an_unsafe_call_is_seen(tmp_path):
 
 def test_kernels_import_only_torch_and_triton():
     for path in (ROOT / "kernels").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes_of(path):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             for name in names:
@@ -237,11 +245,6 @@ assert hidden.grad.abs().sum() > 0
 """
 
 
-def test_import_needs_torch_alone():
-    words = [sys.executable, "-c", WITHOUT_EXTRAS + OP, "triton"]
-    subprocess.run(words, check=True, cwd="/")
-
-
 # The words of each command: what it does without the extra is to name the extra.
 BARE_COMMANDS = {
     "init": ["--model", "x", "--data", "x.jsonl"],
@@ -258,31 +261,62 @@ BARE_COMMANDS = {
 }
 
 
-def test_every_command_names_the_extra_that_is_missing(tmp_path):
-    assert set(BARE_COMMANDS) == set(COMMANDS)
-    run = """
-import contextlib, io, json
+# Say whether the op ran, what every command answered, and how the plan of one call ended.
+BARE_RUN = """
+import contextlib, io, json, traceback
+try:
+    exec(sys.argv[2])
+    print(json.dumps(["op", ""]))
+except BaseException:
+    print(json.dumps(["op", traceback.format_exc()]))
+sys.argv[1] = ""  # for the commands, Triton is no extra
 from una_fast.cli import main
-for name, words in json.loads(sys.argv[2]).items():
+for name, words in json.loads(sys.argv[3]).items():
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
         status = main([name, *words])
-    print(json.dumps([name, status, said.getvalue()]))
+    print(json.dumps(["command", name, status, said.getvalue()]))
+print(json.dumps(["plan", main(["plan", "--op", "10", "64", "100"])]))
 """
-    words = [sys.executable, "-c", WITHOUT_EXTRAS + run, "", json.dumps(BARE_COMMANDS)]
-    ran = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory) -> tuple[dict[str, list[Any]], Path]:
+    """Return what a process without the extras says, by subject, and its working directory.
+
+    One process serves every test of such an installation: most of its time, torch is imported.
+    """
+    folder = tmp_path_factory.mktemp("bare")
+    given = ["triton", OP, json.dumps(BARE_COMMANDS)]
+    words = [sys.executable, "-c", WITHOUT_EXTRAS + BARE_RUN, *given]
+    ran = subprocess.run(words, cwd=folder, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    seen = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith('["')]
-    assert [name for name, _, _ in seen] == list(BARE_COMMANDS)
-    for name, status, said in seen:
-        assert status == 1 and said.count("\n") == 1, (name, said)
-        assert re.search(r'needs \w+, which is not installed: pip install "una-fast', said), said
-    assert not any(tmp_path.iterdir())
+    said: dict[str, list[Any]] = {"op": [], "command": [], "plan": []}
+    for line in ran.stdout.splitlines():
+        if line.startswith('["'):
+            subject, *answer = json.loads(line)
+            said[subject].append(answer)
+    return said, folder
 
 
-def test_the_op_is_planned_without_the_extra():
-    run = "from una_fast.cli import main; sys.exit(main(['plan', '--op', '10', '64', '100']))"
-    subprocess.run([sys.executable, "-c", WITHOUT_EXTRAS + run, ""], check=True, cwd="/")
+def test_import_needs_torch_alone(bare):
+    said, _ = bare
+    assert said["op"] == [[""]], said["op"][0][0]
+
+
+def test_every_command_names_the_extra_that_is_missing(bare):
+    assert set(BARE_COMMANDS) == set(COMMANDS)
+    said, folder = bare
+    assert [name for name, _, _ in said["command"]] == list(BARE_COMMANDS)
+    for name, status, error in said["command"]:
+        assert status == 1 and error.count("\n") == 1, (name, error)
+        assert re.search(r'needs \w+, which is not installed: pip install "una-fast', error), error
+    assert not any(folder.iterdir())
+
+
+def test_the_op_is_planned_without_the_extra(bare):
+    said, _ = bare
+    assert said["plan"] == [[0]]
 
 
 def test_kernels_folder_does_not_shadow_hugging_face_kernels():

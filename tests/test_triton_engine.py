@@ -32,7 +32,7 @@ from helpers import (
 from una_fast.counters import LiveBytes
 
 pytest.importorskip("triton")
-from una_fast.kernels import una_loss
+from una_fast.kernels import one_read, rowgrad, una_loss
 
 import interpreter
 from una_fast import (
@@ -82,6 +82,10 @@ def engine(monkeypatch):
     monkeypatch.setattr(
         Interpreted, "machine", None
     )  # tiny shapes: the cost model would slice them all
+    # A row of 101 logits is one ragged block, as in the blocks of a GPU, whose other columns are
+    # masked and would take most of the interpreter's time. Kernel tests have rows of many blocks.
+    for launch in (rowgrad.LAUNCH, one_read.LAUNCH):
+        monkeypatch.setitem(launch, "BLOCK", 128)
     return Interpreted
 
 
@@ -172,11 +176,13 @@ def test_narrow_operands_are_no_worse_than_eager(way, dtype):
     assert not worse, f"(ours, eager): {worse}"
 
 
-@pytest.mark.parametrize(("rows", "normalize"), [(20, True), (0.4, False)])
-def test_float16_with_small_coefficients(rows, normalize):
+@pytest.mark.parametrize(
+    ("rows", "normalize", "lengths"), [(20, True, (13, 12)), (0.4, False, (5, 4))]
+)
+def test_float16_with_small_coefficients(rows, normalize, lengths):
     """A coefficient of a large batch times a small probability underflows in float16, and a loss
     scale comes too late for gradients that the forward pass has built: streamed and sliced."""
-    p = problem(0, lengths=[13, 12], dim=8, vocab=400, feedback=PAIR, dtype=torch.float16, peak=3.0)
+    p = problem(0, lengths=lengths, dim=8, vocab=400, feedback=PAIR, dtype=torch.float16, peak=3.0)
     scale = 65536.0
     arguments = {
         **reference(p, "cached"),
@@ -214,14 +220,14 @@ def test_rows_are_padded_and_gradients_lie_over_the_logits():
 @pytest.mark.parametrize("stats", [(), STATS], ids=["plain", "stats"])
 def test_token_logps(rows, dtype, stats):
     """All logits kept, some kept, and slices of the vocabulary."""
-    p = problem(2, lengths=[17], dim=24, vocab=101, dtype=dtype, peak=10.0)
+    p = problem(2, lengths=[11], dim=24, vocab=101, dtype=dtype, peak=10.0)
     workspace_mb = budget_mb(rows, 101, 24, dtype, gathered=False)
     p.targets[3] = -100
     leaves = [x.clone().requires_grad_() for x in (p.hidden, p.weight, p.bias)]
     exact = [x.double().detach().requires_grad_() for x in leaves]
     g = torch.Generator().manual_seed(0)
-    upstream = torch.randn(17, generator=g, dtype=torch.float64)
-    of_entropy = torch.randn(17, generator=g, dtype=torch.float64)
+    upstream = torch.randn(11, generator=g, dtype=torch.float64)
+    of_entropy = torch.randn(11, generator=g, dtype=torch.float64)
     options = {"softcap": 30.0, "workspace_mb": workspace_mb, "stats": stats}
     found = token_logps(leaves[0], leaves[1], p.targets, leaves[2], **options)
     out, statistics = found if stats else (found, {})
@@ -414,7 +420,7 @@ def test_the_budget_holds_with_padded_rows():
     """Row strides are multiples of 64 logits:
     at a vocabulary of 101 that is a quarter more than the logits.
     """
-    p = problem(0, lengths=[300, 200], dim=4, vocab=101, dtype=torch.float16, feedback=PAIR)
+    p = problem(0, lengths=[130, 90], dim=4, vocab=101, dtype=torch.float16, feedback=PAIR)
     budget = budget_mb(64, 101, 4, torch.float16, gathered=False)
     p.hidden.requires_grad_(), p.weight.requires_grad_()
     with LiveBytes() as memory:
@@ -424,7 +430,7 @@ def test_the_budget_holds_with_padded_rows():
         )
     built = [x for x in out.loss.grad_fn.grads if x is not None]
     emulation = 2 * 64 * 101 * 4 + 101 * 4 * 4  # float32 products of the GEMMs above
-    assert memory.peak(excluding=built) <= budget * 2**20 + 40 * 500 + emulation
+    assert memory.peak(excluding=built) <= budget * 2**20 + 40 * 220 + emulation
     assert memory.largest(excluding=built) <= budget * 2**20
 
 
@@ -451,7 +457,7 @@ def test_checks_of_the_gpu_tests(name, plans):
     check_repeats(p, arguments, times=2)
     assert kinds(plans[0], 101) >= frozenset(CALLS[name].kinds.split())
     check_under(nullcontext, p, arguments, times=1)
-    check_capture(rerun, p, arguments)
+    check_capture(rerun, p, arguments, factors=(-0.7,))
 
 
 @pytest.mark.parametrize("vocab", [5003, 10_007, 50_257])
