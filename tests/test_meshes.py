@@ -40,6 +40,8 @@ HYBRID = {"replicate": 2}
 
 # Gradients of the steps of one process. A step of five records leaves ranks without any.
 SAME = {
+    "shard 4": SGD,
+    "split vocabulary lora": SGD | LORA | {"parallel": {"split_vocabulary": True}},
     "hybrid": SGD | {"parallel": HYBRID},
     # With a few rows of logits at a time.
     "hybrid, once a step": SGD | {"parallel": HYBRID | {"reduce": "last"}, "workspace_mb": 0.01},
