@@ -37,6 +37,7 @@ from una_fast.data.settings import FIELDS
 from una_fast.integrations.calls import una_calls
 from una_fast.integrations.hf import FeedbackCollator
 from una_fast.model.settings import LoraOptions
+from una_fast.parallel import ParallelOptions
 
 EMBED = DOCS / "embed"
 README = DOCS.parent / "README.md"
@@ -308,6 +309,9 @@ def flags_of(host: str) -> set[str]:
     return {name.partition(":")[0] for _, name in spans}
 
 
+NESTED = {"lora": LoraOptions, "parallel": ParallelOptions}
+
+
 def check_setting(span: str) -> None:
     """Raise where `name` or `name: value` is no setting of a run."""
     name, _, value = span.partition(": ")
@@ -315,8 +319,9 @@ def check_setting(span: str) -> None:
     hints = get_type_hints(RunConfig)
     assert name in hints, f"{name} is no setting"
     if member:
-        hints = get_type_hints(LoraOptions)
-        assert name == "lora" and member in hints, span
+        assert name in NESTED, span
+        hints = get_type_hints(NESTED[name])
+        assert member in hints, span
     kinds = [hints[member or name], *get_args(hints[member or name])]
     choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
     if value and choices:
