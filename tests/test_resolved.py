@@ -25,6 +25,7 @@ from una_fast.feedback import Feedback
 from una_fast.model.export import save_pretrained, save_tokenizer
 from una_fast.model.reference import AdapterReference, FrozenReference
 from una_fast.model.settings import LoraOptions
+from una_fast.parallel import ParallelOptions
 from una_fast.resolved import (
     Facts,
     ResolvedRun,
@@ -172,6 +173,7 @@ def test_lines_and_plain_values(decide):
         "rows       packed  [default: the packing probe passed]",
         "workspace  256 MiB  [default: on cpu]",
         "engine     torch  [given: engine=torch]",
+        "mesh       shard 2  [default: no copies]",
         "gradients  cross ranks after the last micro-batch of a step  "
         "[default: an adapter is trained]",
     ]
@@ -179,6 +181,29 @@ def test_lines_and_plain_values(decide):
     assert json.loads(json.dumps(plain)) == plain
     assert plain.keys() == {field.name for field in dataclasses.fields(ResolvedRun)}
     assert (plain["compute"], plain["trained"], plain["autocast"]) == ("bfloat16", "float32", None)
+
+
+def test_lines_of_a_mesh(decide):
+    options = ParallelOptions(
+        replicate=2, split_vocabulary=True, reduce="last", offload_parameters=True, prefetch=3
+    )
+    run = decide(dataclasses.replace(CPU, ranks=4), parallel=options)
+    assert run.lines()[-2:] == [
+        "mesh       replicate 2 x shard 2, the vocabulary split, shards in host memory, "
+        "gathered 3 ahead  [given: parallel.replicate=2, parallel.split_vocabulary=True, "
+        "parallel.offload_parameters=True, parallel.prefetch=3]",
+        "gradients  cross ranks after the last micro-batch of a step  "
+        "[given: parallel.reduce=last]",
+    ]
+    assert run.plain()["parallel"]["reduce"] == "last"
+
+
+def test_a_head_that_cannot_be_split_is_refused_before_the_load(tmp_path):
+    directory = save(build("LlamaConfig", SMALL | {"tie_word_embeddings": True}), tmp_path / "model")
+    split = ParallelOptions(split_vocabulary=True)
+    config = make_config(directory, "data.jsonl", tmp_path / "run", parallel=split)
+    with pytest.raises(ValueError, match="head of LlamaForCausalLM is tied"):
+        find_facts(config, [], device="cpu", ranks=2)
 
 
 def test_source_of_autocast_is_named(decide):

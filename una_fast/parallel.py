@@ -108,6 +108,17 @@ class ParallelOptions:
             )
         return mesh
 
+    def words(self) -> list[str]:
+        """Return what the ranks do beside the default, for the decisions of a run."""
+        words = []
+        if self.split_vocabulary:
+            words.append("the vocabulary split")
+        if self.offload_parameters:
+            words.append("shards in host memory")
+        if self.prefetch:
+            words.append(f"gathered {self.prefetch} ahead")
+        return words
+
     def _refuse_unread(self) -> None:
         for name in ("split_vocabulary", "reduce", "offload_parameters", "prefetch"):
             value = getattr(self, name)

@@ -10,8 +10,8 @@ Trainer, planner, precompute and bench read the decisions here, and derive no de
     autocast    dtype that operands are cast to, if trained weights are wider than `compute`
     reference   frozen (a copy of the model) | adapter (LoRA off) | cached (column ref_logps)
     packed      rows with a shared prompt, or padded batches
-    mesh        how the ranks share the work (parallel.py)
-    reduce      gradients cross ranks after each micro-batch of a step, or after the last
+    mesh        sizes of the groups of ranks (parallel.py)
+    parallel    how the ranks share the work; `reduce` is "each" or "last"
     workspace   bytes of the fused head
     engine      torch | triton
 """
@@ -22,8 +22,8 @@ import logging
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -36,6 +36,7 @@ from una_fast.group import ALONE, Group
 from una_fast.head.engines import choose_engine, compute_dtype
 from una_fast.head.plan import workspace_bytes
 from una_fast.model.directory import reading
+from una_fast.model.head_forward import head_to_split
 from una_fast.model.head_probe import outside_text
 from una_fast.model.loading import is_flash, model_and_adapter, sized_outline
 from una_fast.model.policy import Policy, load_policy
@@ -83,7 +84,7 @@ class ResolvedRun:
     device: str
     ranks: int
     mesh: Mesh
-    reduce: Literal["each", "last"]
+    parallel: ParallelOptions
     compute: torch.dtype
     weights: torch.dtype
     trained: torch.dtype
@@ -107,8 +108,6 @@ class ResolvedRun:
     def lines(self) -> list[str]:
         """Return the decisions as text, a decision per line, with the sources."""
         ranks = "1 rank" if self.ranks == 1 else f"{self.ranks} ranks"
-        if self.mesh.shard < self.ranks:
-            ranks += f": {self.mesh}"
         dtypes = f"products {_name(self.compute)}, weights {_name(self.weights)}"
         if self.quantize_base is not None:
             dtypes += f", of linear layers {self.quantize_base}"
@@ -123,9 +122,9 @@ class ResolvedRun:
             "engine": self.engine,
         }
         if self.ranks > 1:
-            times = (
-                "the last micro-batch of a step" if self.reduce == "last" else "each micro-batch"
-            )
+            at_last = self.parallel.reduce == "last"
+            times = "the last micro-batch of a step" if at_last else "each micro-batch"
+            shown["mesh"] = ", ".join([str(self.mesh), *self.parallel.words()])
             shown["gradients"] = f"cross ranks after {times}"
         lines = [f"{name:10} {value}  [{self.sources[name]}]" for name, value in shown.items()]
         return [*lines, *self.notes]
@@ -156,7 +155,7 @@ def find_facts(
     ranks: processes of the run
 
     ValueError if only some records bring ref_logps, and the run would use the column; and where
-    ranks are to split the tokens of rows, and the model does not allow that.
+    ranks are to split the tokens of rows, or the vocabulary, and the model does not allow that.
     """
     keeps_float32 = False
     context = 1 if config.parallel is None else config.parallel.context
@@ -171,6 +170,8 @@ def find_facts(
         router_loss = _router_loss(model.config)
         towers = outside_text(model)
         positions, longer = positions_of(model), longer_records(records, model)
+        if config.parallel is not None and config.parallel.split_vocabulary:
+            head_to_split(model)
         refusal = packing_refusal(model) if config.packing else None
         if context > 1 and config.packing and refusal is None:
             unsplit = row_wide_rope(model) or split_refusal(model, context)
@@ -291,7 +292,7 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
         device=facts.device,
         ranks=facts.ranks,
         mesh=parallel.mesh(facts.ranks),
-        reduce=reduce,
+        parallel=replace(parallel, reduce=reduce),
         compute=compute,
         weights=weights,
         trained=trained,
@@ -352,10 +353,10 @@ def _sources(config: RunConfig, facts: Facts, run: ResolvedRun) -> dict[str, str
     }
     sources = {line: _source(config, *entry) for line, entry in settings_and_reasons.items()}
     parallel = config.parallel or ParallelOptions()
-    sources["gradients"] = f"given: parallel.reduce={run.reduce}"
-    if parallel.reduce == "auto":
-        trained = "an adapter is" if run.reduce == "last" else "all weights are"
-        sources["gradients"] = f"default: {trained} trained"
+    of_mesh = [one.name for one in fields(parallel) if one.name != "reduce"]
+    sources["mesh"] = _source(parallel, of_mesh, "no copies", prefix="parallel.")
+    trained = "an adapter is" if run.parallel.reduce == "last" else "all weights are"
+    sources["gradients"] = _source(parallel, ["reduce"], f"{trained} trained", prefix="parallel.")
     return sources
 
 
@@ -378,13 +379,16 @@ def _notes(facts: Facts) -> list[str]:
     return notes
 
 
-def _source(config: RunConfig, names: Sequence[str], reason: str) -> str:
-    defaults = type(config).__dataclass_fields__
+def _source(
+    settings: RunConfig | ParallelOptions, names: Sequence[str], reason: str, prefix: str = ""
+) -> str:
+    """Return the settings among `names` that were given; without any, the default's reason."""
+    defaults = type(settings).__dataclass_fields__
     given = []
     for name in names:
-        value = getattr(config, name)
+        value = getattr(settings, name)
         if value != defaults[name].default:
-            given.append(f"{name}={value}")
+            given.append(f"{prefix}{name}={value}")
     return f"given: {', '.join(given)}" if given else f"default: {reason}"
 
 

@@ -681,7 +681,7 @@ class _Step:
         """Run the last micro-batch of a step on a rank, and one before if there are several."""
         if self.reference is not None:
             _gather_for_good(self.reference)
-        model, at_each = self.policy.causal_lm, self.run.reduce == "each"
+        model, at_each = self.policy.causal_lm, self.run.parallel.reduce == "each"
         if accumulate:
             cuts.micro_batch(earlier=True)
             reduce_gradients(model, now=at_each, is_last=False)

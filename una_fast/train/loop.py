@@ -367,7 +367,7 @@ class Trainer:
         count = len(step.micro_batches)  # equal on all ranks
         for number, batch in enumerate(self.ready_batches(step), start=1):
             out = self.score(batch, step.num_units)
-            at_each = self.resolved.reduce == "each"
+            at_each = self.resolved.parallel.reduce == "each"
             reduce_gradients(self.policy.causal_lm, now=at_each, is_last=number == count)
             out.loss.backward()
         if self.policy.vocabulary is not None:
