@@ -5,6 +5,7 @@ Imports are local: most other tests do without.
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Small operations on several threads mostly wait for each other, and sums then have one order.
@@ -18,6 +19,13 @@ torch.set_num_threads(1)
 if not torch.cuda.is_available():
     # Kernels then run in the interpreter; must be set before triton is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imports_are_no_garbage():
+    """Leave what is imported out of garbage collections, which trainers of others ask for often."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +43,8 @@ def mixed(tmp_path_factory):
     from tiny import make_records, write_jsonl
 
     return write_jsonl(tmp_path_factory.mktemp("data") / "mixed.jsonl", make_records("mixed", 36))
+
+
+def pytest_sessionfinish():
+    """Let everything go at the end; extensions report what is left."""
+    gc.unfreeze()

@@ -1,11 +1,8 @@
-"""Split the tokens of rows over forked ranks, and compare with one process.
+"""Split the tokens of rows over ranks, and compare with one process: a worker of ranks.py.
 
-    python tests/context_worker.py cases.json
-
-The modules are imported once; then one process, two ranks and four ranks run their cases, one after
-another. cases.json: {"out": directory, "runs": {number of ranks: cases of fsdp_worker.py, or
-{"precompute": settings}}}. Writes
-out/ranks-N-R.pt: {name: what the case found} by rank R of N, and gradients.pt of every run.
+Its argument is a JSON file: {"out": directory, "runs": {number of ranks: cases of fsdp_worker.py,
+or {"precompute": settings}}}. Writes out/ranks-N-R.pt: {name: what the case found} by rank R of N,
+and gradients.pt of every run.
 """
 
 from __future__ import annotations
@@ -13,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import socket
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -382,12 +378,12 @@ def all_cases(group: Group) -> dict[str, Found]:
     return found
 
 
-def run_rank(rank: int, ranks: int, port: int, out: Path, runs: dict[str, Any]) -> None:
-    """Run all cases of a number of ranks, on one of them."""
+def main() -> None:
+    """Run the cases of this number of ranks, on one of them."""
     torch.set_num_threads(1)
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks}
-    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({key: str(value) for key, value in place.items()})
+    todo = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    out, runs = Path(todo["out"]), todo["runs"].get(str(ranks), {})
     world = start_world("cpu")
     if ranks > 1:
         group = lay_out(world, ParallelOptions(context=ranks)).context
@@ -405,20 +401,3 @@ def run_rank(rank: int, ranks: int, port: int, out: Path, runs: dict[str, Any]) 
             torch.save(seen["gradients"], Path(settings["output_dir"]) / "gradients.pt")
         world.barrier()
     stop_world()
-
-
-def main() -> None:
-    """Fork the ranks, one number of them after the other."""
-    torch.set_num_threads(1)
-    todo = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    for ranks in (1, 2, 4):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        runs = todo["runs"].get(str(ranks), {})
-        given = (ranks, port, Path(todo["out"]), runs)
-        torch.multiprocessing.start_processes(run_rank, given, nprocs=ranks, start_method="fork")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,10 +1,8 @@
-"""Gradients of a patched model under a wrapper: on ranks by torchrun, imported for one process.
+"""Gradients of a patched model under a wrapper: a worker of ranks.py, imported for one process.
 
-    torchrun --nproc-per-node 2 tests/embed_ranks.py OUT
-
-Writes OUT/<wrapper>.pt: the gradients, whole, after four micro-batches per rank. Then trainers run
-on the model in OUT/model: OUT/<trainer>.json holds their logged steps, and OUT/una_trainer.pt the
-weights of UNATrainer.
+Its argument is a directory OUT. Writes OUT/<wrapper>.pt: the gradients, whole, after four
+micro-batches per rank. Then trainers run on the model in OUT/model: OUT/<trainer>.json holds their
+logged steps, and OUT/una_trainer.pt the weights of UNATrainer.
 """
 
 from __future__ import annotations
@@ -253,7 +251,3 @@ def main() -> None:
             torch.save(found, Path(sys.argv[1]) / f"{wrapper}.pt")
     run_trainers(Path(sys.argv[1]), rank)
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

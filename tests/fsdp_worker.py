@@ -1,8 +1,6 @@
-"""Run training cases and record every gradient: under torchrun for ranks, imported for one process.
+"""Run training cases and record every gradient: a worker of ranks.py, imported for one process.
 
-    torchrun --nproc-per-node 2 tests/fsdp_worker.py cases.json
-
-cases.json maps names to cases, in order:
+Its argument is a JSON file of cases by name, in order:
 
     {"config": settings, "die_at": 4, "fixed": true}    a run; all but config may be left out
     {"precompute": settings}                            reference log-probs of the records
@@ -48,8 +46,6 @@ from una_fast.model.sharded_export import FILE_BYTES
 from una_fast.online.sampling import Completion, Sampling
 from una_fast.train.loop import Trainer, train
 from una_fast.train.precompute import precompute_reference
-
-memory_module.SMALL = 1  # the hidden states of tests are worth moving
 
 
 class Died(Exception):
@@ -165,6 +161,8 @@ def run_case(
         mock.patch.object(export_module, "FILE_BYTES", file_bytes),
         mock.patch.object(Trainer, "take_step", step),
         mock.patch.object(torch, "compile", compiled),
+        # The hidden states of tests are worth moving.
+        mock.patch.object(memory_module, "SMALL", 1),
     ):
         try:
             train(RunConfig(**settings))
@@ -212,7 +210,3 @@ def main() -> None:
             torch.save(seen, Path(settings["output_dir"]) / "seen.pt")
         world.barrier()
     stop_world()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,11 +1,9 @@
 """Measure peaks of training steps on four ranks, for tests/test_plan_meshes.py.
 
-    python tests/fork_ranks.py 4 tests/plan_ranks.py CASES
-
-CASES is a JSON file: name -> {"ranks": 4 or 2, "settings": of the run, "rows": [[prompt,
+Its argument is a JSON file: name -> {"ranks": 4 or 2, "settings": of the run, "rows": [[prompt,
 [responses]], ...], "accumulate": whether a step takes the batch twice}. First all ranks take the
 cases of four; then there are two pairs of ranks, who take turns at the cases of two. Rank 0 of a
-case writes NAME.json beside CASES: of every rank the peak, in bytes, and the bytes sent.
+case writes NAME.json beside it: of every rank the peak, in bytes, and the bytes sent.
 """
 
 from __future__ import annotations
@@ -82,7 +80,3 @@ def main() -> None:
     os.environ["WORLD_SIZE"] = "2"
     of_two = [name for name, case in cases.items() if case["ranks"] == 2]
     take_cases({name: cases[name] for name in of_two[pair::2]}, path.parent)
-
-
-if __name__ == "__main__":
-    main()

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from two_ranks import saved_weights
+from ranks import saved_weights
 from una_fast.config import RunConfig
 from una_fast.data.batch import Batch, collate
 from una_fast.data.examples import Example, load_examples

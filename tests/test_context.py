@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
@@ -17,9 +14,9 @@ import torch
 from context_worker import FOR_TWO, MODELS, batch_of
 from families import UNPACKED, build, packed_row, segments_of
 from helpers import WAYS, problem, reference
+from ranks import run_ranks, saved_weights, worst_error
 from runs import settings_of
 from tiny import make_config, make_records, read_metrics, write_jsonl
-from two_ranks import saved_weights, worst_error
 from una_fast import Feedback, Objective, linear_una_loss
 from una_fast.attention.packed import packed_attention_forward
 from una_fast.attention.split_probe import Meeting, ThreadGroup, split_refusal
@@ -32,7 +29,6 @@ from una_fast.parallel import ParallelOptions
 from una_fast.resolved import find_facts
 from una_fast.train.precompute import precompute_reference
 
-WORKER = Path(__file__).with_name("context_worker.py")
 REWARD = f"{Path(__file__).with_name('reward_functions.py')}:share_of_e"
 RANKS = (2, 4)
 STEPS = 10
@@ -95,15 +91,8 @@ def found(llamas, tmp_path_factory):
     runs["4"]["reference"] = {"precompute": settings | SPLIT}
     cases = root / "cases.json"
     cases.write_text(json.dumps({"out": str(root), "runs": runs}))
-    ran = subprocess.run(
-        [sys.executable, WORKER, cases],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-    )
-    assert ran.returncode == 0, ran.stdout[-6000:]
+    for ranks in (1, *RANKS):
+        run_ranks("context_worker", cases, root / f"log-{ranks}", ranks)
     return root
 
 

@@ -29,8 +29,8 @@ from embed_loops import (
 )
 from embedded import difference, eager_logps, gradients, make_batch
 from pages import DOCS, MODEL, lines_of, python_of, run_page
+from ranks import torchrun
 from tiny import make_records, save_llama
-from two_ranks import torchrun
 from una_fast import Feedback, Objective, una_loss
 from una_fast.config import RunConfig
 from una_fast.data.settings import FIELDS
@@ -41,7 +41,6 @@ from una_fast.parallel import ParallelOptions
 
 EMBED = DOCS / "embed"
 README = DOCS.parent / "README.md"
-WORKER = Path(__file__).with_name("embed_loops.py")
 LONGEST = 20
 CLOSE = 1e-5  # norms and rotations of a float64 Llama are computed in float32
 
@@ -208,7 +207,7 @@ def test_a_loop_in_one_process_takes_eager_steps(page, directory):
 @pytest.fixture(scope="module")
 def ranks(directory) -> Path:
     pytest.importorskip("accelerate")
-    torchrun(WORKER, directory.parent, directory.parent / "log")
+    torchrun("embed_loops", directory.parent, directory.parent / "log")
     return directory.parent
 
 

@@ -12,17 +12,15 @@ pytest.importorskip("trl")
 
 from embed_ranks import WRAPPERS, logged, one_process, una_trainer
 from embedded import difference
+from ranks import run_ranks
 from tiny import save_llama
-from two_ranks import torchrun
-
-WORKER = Path(__file__).with_name("embed_ranks.py")
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("ranks")
     save_llama(root / "model")
-    torchrun(WORKER, root, root / "log")
+    run_ranks("embed_ranks", root, root / "log", 2)
     return root
 
 

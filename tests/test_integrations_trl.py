@@ -80,6 +80,7 @@ def settings(out: Path, **changes: Any) -> dict[str, Any]:
         "max_steps": 8,
         "logging_steps": 1,
         "report_to": [],
+        "gradient_checkpointing": False,
         "bf16": False,  # TRL's default, also on a CPU: both sides would show its noise
         "use_cpu": True,
         "optim": "sgd",

@@ -17,9 +17,9 @@ import una_fast.capacity.fit as fit_module
 import una_fast.train.build as build_module
 from fsdp_worker import run_case
 from judge_server import JudgeServer, chat
+from ranks import run_cases, worst_error
 from runs import assert_same_weights, open_trainer, settings_of
 from tiny import TIMING, make_config, make_records, read_metrics, write_jsonl
-from two_ranks import run_two_ranks, worst_error
 from una_fast import cli
 from una_fast.capacity.fit import largest_batch
 from una_fast.config import RunConfig
@@ -533,7 +533,7 @@ def test_two_ranks_take_the_steps_of_one(model, mixed, prompts, tmp_path):
     todo["resumed"] = {"config": killed | {"resume": True}}
     split = {"output_dir": str(tmp_path / "two" / "split"), "max_steps": 2}
     todo["split"] = {"config": whole | split | {"parallel": {"split_vocabulary": True}}}
-    run_two_ranks(todo, tmp_path)
+    run_cases(todo, tmp_path, 2)
 
     for name, settings in configs.items():
         one = run_case(settings | {"output_dir": str(tmp_path / "one" / name)}, fixed=True)

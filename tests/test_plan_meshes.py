@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 import transformers
 
+from ranks import run_ranks
 from tiny import make_config, make_tokenizer
-from two_ranks import fork_ranks
 from una_fast.capacity.fit import GIB, usable
 from una_fast.capacity.meshes import MeshPlan, best_mesh, meshes_of
 from una_fast.capacity.run_plan import mesh_lines
@@ -22,13 +22,11 @@ from una_fast.config import RunConfig
 from una_fast.parallel import Mesh, ParallelOptions
 from una_fast.resolved import find_facts
 
-WORKER = Path(__file__).with_name("plan_ranks.py")
-
 SMALL = {
     "vocab_size": 1500,
     "hidden_size": 64,
     "intermediate_size": 160,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "bos_token_id": 0,
@@ -44,13 +42,13 @@ MODELS = {
         **SMALL | {"vocab_size": 1501, "intermediate_size": 150}, head_dim=16
     ),
     "gemma3": transformers.Gemma3TextConfig(
-        **SMALL | {"num_hidden_layers": 2},
+        **SMALL,
         head_dim=16,
         sliding_window=100,
         query_pre_attn_scalar=16,
         layer_types=["sliding_attention", "full_attention"],
     ),
-    "deep": transformers.LlamaConfig(**SMALL | {"num_hidden_layers": 8, "vocab_size": 300}),
+    "deep": transformers.LlamaConfig(**SMALL | {"num_hidden_layers": 7, "vocab_size": 300}),
 }
 LORA = {"lora": {"r": 4, "alpha": 8}}
 CHECKPOINTING = {"gradient_checkpointing": True}
@@ -85,7 +83,7 @@ CASES = [
     Case("deep", 4, {"prefetch": 1}, BF16 | CHECKPOINTING),
     Case("deep", 4, {"split_vocabulary": True, "context": 2}, BF16),
     # More ranks than key heads: these are copied.
-    Case("deep", 4, {"context": 4, "reduce": "last"}, BF16, accumulate=True),
+    Case("llama", 4, {"context": 4, "reduce": "last"}, BF16, accumulate=True),
     Case("qwen3", 2, {"context": 2}, LORA | CHECKPOINTING, row=(331, [90])),
     Case("qwen3", 2, {"split_vocabulary": True}, LORA | BF16),
     Case("gemma3", 2, {}, {"packing": False}, records=3, accumulate=True),
@@ -122,7 +120,7 @@ def measured(models, tmp_path_factory):
             "accumulate": case.accumulate,
         }
     (root / "cases.json").write_text(json.dumps(cases))
-    fork_ranks(WORKER, root / "cases.json", root / "log", 4)
+    run_ranks("plan_ranks", root / "cases.json", root / "log", 4)
     return {name: json.loads((root / f"{name}.json").read_text()) for name in cases}
 
 

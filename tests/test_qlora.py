@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from families import build
 from fsdp_worker import run_case
+from ranks import run_cases, saved_weights, worst_error
 from runs import open_trainer
 from tiny import make_config, make_records, make_tokenizer, read_metrics, write_jsonl
-from two_ranks import run_two_ranks, saved_weights, worst_error
 from una_fast.capacity.trace import Row, StepTracer
 from una_fast.config import RunConfig
 from una_fast.counters import LiveBytes
@@ -327,7 +327,7 @@ def two_ranks(cases, root):
     todo = {}
     for name, settings in cases.items():
         todo[name] = {"config": settings | {"output_dir": str(root / "two" / name)}}
-    run_two_ranks(todo, root)
+    run_cases(todo, root, 2)
     return {name: root / "two" / name for name in todo}
 
 

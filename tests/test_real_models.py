@@ -7,6 +7,7 @@ UNA_FAST_GEMMA=FILE pytest -m real    gemma-3-270m too, from a GGUF file: the pa
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tiny import write_jsonl
 from una_fast.attention.probe import packing_refusal
@@ -106,23 +107,29 @@ def chat_pairs(count: int) -> list[dict[str, list[dict[str, str]]]]:
     return rows
 
 
+@pytest.fixture(scope="module")
+def loaded() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """SmolLM2 in float32, and its tokenizer: reading them takes longer than a step."""
+    path = smollm2()
+    return load_causal_lm(path, dtype=torch.float32), load_tokenizer(path)
+
+
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
-def test_trl_on_smollm2(lora, tmp_path):
+def test_trl_on_smollm2(lora, loaded, tmp_path):
     """TRL's DPOTrainer and ours: losses and gradient norms, unclipped steps of SGD in float32."""
     trl, peft = pytest.importorskip("trl"), pytest.importorskip("peft")
     datasets = pytest.importorskip("datasets")
     from una_fast.integrations.trl import UNADPOTrainer, una_calls
 
-    path = smollm2()
+    base, tokenizer = loaded
     logged = []
     for kind in (trl.DPOTrainer, UNADPOTrainer):
         options = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=8)
-        model = load_causal_lm(path, dtype=torch.float32)
         torch.manual_seed(0)
         before = una_calls()["packed"]
         trainer = kind(
-            model=model,
-            ref_model=None if lora else load_causal_lm(path, dtype=torch.float32),
+            model=copy.deepcopy(base),
+            ref_model=None if lora else copy.deepcopy(base),
             peft_config=options if lora else None,
             args=trl.DPOConfig(
                 output_dir=str(tmp_path),
@@ -140,7 +147,7 @@ def test_trl_on_smollm2(lora, tmp_path):
                 save_strategy="no",
             ),
             train_dataset=datasets.Dataset.from_list(chat_pairs(2)),
-            processing_class=load_tokenizer(path),
+            processing_class=copy.deepcopy(tokenizer),
         )
         trainer.train()
         logged.append([line for line in trainer.state.log_history if "loss" in line])

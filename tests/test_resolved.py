@@ -199,7 +199,9 @@ def test_lines_of_a_mesh(decide):
 
 
 def test_a_head_that_cannot_be_split_is_refused_before_the_load(tmp_path):
-    directory = save(build("LlamaConfig", SMALL | {"tie_word_embeddings": True}), tmp_path / "model")
+    directory = save(
+        build("LlamaConfig", SMALL | {"tie_word_embeddings": True}), tmp_path / "model"
+    )
     split = ParallelOptions(split_vocabulary=True)
     config = make_config(directory, "data.jsonl", tmp_path / "run", parallel=split)
     with pytest.raises(ValueError, match="head of LlamaForCausalLM is tied"):

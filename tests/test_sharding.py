@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fsdp_worker import run_case
+from ranks import metrics_of, run_cases, saved_weights, worst_error
 from tiny import make_records, read_metrics, write_jsonl
-from two_ranks import metrics_of, run_two_ranks, saved_weights, worst_error
 from una_fast.config import RunConfig
 from una_fast.data.examples import Example
 from una_fast.data.loader import Loader, hold_out, mixture_order, num_steps
@@ -248,7 +248,7 @@ def save_wider(model: str, directory: Path) -> str:
 
 @pytest.fixture(scope="module")
 def two_ranks(cases, root):
-    """Output directories of all cases, run by two ranks of one torchrun; and the output of both."""
+    """Output directories of all cases, run by two ranks of one launch; and the output of both."""
     todo = {}
 
     def add(name: str, settings: dict, die_at: int | None = None, **more: int) -> None:
@@ -267,7 +267,7 @@ def two_ranks(cases, root):
     settings = cases["adam"] | {"output_dir": str(root / "two" / "cli"), "max_steps": 2}
     RunConfig(**settings).save(root / "cli.yaml")
     todo["cli"] = {"argv": ["train", "--config", str(root / "cli.yaml")]}
-    output = run_two_ranks(todo, root)
+    output = run_cases(todo, root, 2)
     return {name: root / "two" / name for name in todo} | {"output": output}
 
 

@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import una_fast.resolved as resolved_module
 from fsdp_worker import run_case
+from ranks import saved_weights
 from runs import LORA, again, assert_same_weights, examples_of, metered, open_trainer
 from tiny import make_config, make_records, read_metrics, save_llama, write_jsonl
-from two_ranks import saved_weights
 from una_fast.config import RunConfig
 from una_fast.data.batch import collate, layout_tokens
 from una_fast.data.examples import Example

@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 
 import una_fast.online.server as server_module
 from fsdp_worker import run_case
+from ranks import run_cases
 from runs import assert_same_weights, open_trainer, settings_of
 from test_online import TIMES, completions_of, online
 from test_online import model as model
 from test_online import prompts as prompts
 from test_rollout import PROMPTS, flat, logps_of, perturb_adapters, scored
 from tiny import read_metrics
-from two_ranks import run_two_ranks
 from una_fast.config import RunConfig
 from una_fast.distributed import World
 from una_fast.generation_server import ServerOptions
@@ -524,7 +524,7 @@ def test_two_ranks_share_a_server(model, prompts, server, tmp_path):
     lora = settings_of(served(model, prompts, tmp_path / "lora", server, **adapter))
     lora |= {"generation_server": {"url": server.url}, "lora": {"r": 2}}
     todo["lora"] = {"config": lora}
-    run_two_ranks(todo, tmp_path)
+    run_cases(todo, tmp_path, 2)
     loaded = server.asked("/v1/load_lora_adapter")
     assert [payload["lora_name"].rpartition("-")[2] for payload in loaded] == ["0", "1", "2"]
     assert {line["policy_version"] for line in completions_of(tmp_path / "lora")} == {0, 1}

@@ -6,22 +6,17 @@ No rank gathers the weight of the head, and hidden gradients cross ranks once a 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from families import build
-from two_ranks import TIMEOUT
+from ranks import run_ranks
 from una_fast.head.traffic import head_traffic
 from una_fast.head.vocabulary import Round, make_rounds
 from una_fast.model.head_forward import head_to_split
-from vocabulary_ranks import CASES, LENGTHS, Case
+from vocabulary_ranks import CASES, LENGTHS, RANKS, Case
 
-WORKER = Path(__file__).with_name("vocabulary_ranks.py")
 ROWS = [sum(lengths) for lengths in LENGTHS]
 DIM = 24
 
@@ -33,10 +28,7 @@ def calls(tmp_path_factory):
     """{case: [results of a rank]}, and "refusals": [messages of a rank]."""
     pytest.importorskip("triton")
     out = tmp_path_factory.mktemp("vocabulary")
-    command = [sys.executable, str(WORKER), str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
-    assert done.returncode == 0, done.stderr[-6000:]
+    run_ranks("vocabulary_ranks", out, out / "log", RANKS)
     return {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
 
 

@@ -1,9 +1,7 @@
 """Calls of the fused head with a split vocabulary on four ranks, against the whole head in float64.
 
-    python tests/vocabulary_ranks.py OUT
-
-The ranks are forks of a process that has imported everything, which costs more than the calls.
-Writes OUT/<case>.json, a list by rank: the largest relative error of every result, and the
+A worker of ranks.py. Its argument is a directory OUT. Writes OUT/<case>.json, a list by rank: the
+largest relative error of every result, and the
 collectives of the call. The ranks of a case form groups of `ranks` neighbours; every rank has rows,
 responses and feedback of its own.
 """
@@ -12,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +22,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing import start_processes
 
 import interpreter
 from helpers import Problem, cast, errors, problem, relative_error
@@ -268,10 +264,10 @@ def refusals(group: Group) -> dict[str, str]:
     return messages
 
 
-def run_rank(rank: int, out: Path) -> None:
-    """Run all cases on a rank."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+def main() -> None:
+    """Run all cases on this rank."""
     torch.set_num_threads(1)
+    rank, out = int(os.environ["RANK"]), Path(sys.argv[1])
     world = start_world("cpu")
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     groups = {
@@ -295,16 +291,3 @@ def run_rank(rank: int, out: Path) -> None:
     if world.is_main:
         (out / "refusals.json").write_text(json.dumps(messages), encoding="utf-8")
     stop_world()
-
-
-def main() -> None:
-    """Start the ranks, and wait for all of them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(RANKS)}
-    start_processes(run_rank, (Path(sys.argv[1]),), nprocs=RANKS, start_method="fork")
-
-
-if __name__ == "__main__":
-    main()

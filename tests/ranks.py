@@ -1,10 +1,13 @@
-"""Shared by the tests of sharded runs: two ranks under torchrun, and how their results compare."""
+"""Shared by the tests of several ranks: how they are run, and how their results compare."""
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import math
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -16,43 +19,75 @@ from safetensors.torch import load_file
 
 from tiny import read_metrics
 
-WORKER = Path(__file__).with_name("fsdp_worker.py")
-FORK = Path(__file__).with_name("fork_ranks.py")
+HERE = Path(__file__).parent
 TIMEOUT = 600  # seconds; a missing collective hangs for ever
 
 
-def run_two_ranks(cases: dict[str, dict[str, Any]], root: Path) -> str:
-    """Run cases of fsdp_worker.py under one torchrun; return the output of both ranks."""
+def run_cases(cases: dict[str, dict[str, Any]], root: Path, ranks: int) -> str:
+    """Run cases of fsdp_worker.py on some ranks; return the output of all ranks."""
     (root / "cases.json").write_text(json.dumps(cases))
-    return torchrun(WORKER, root / "cases.json", root / "log")
+    return run_ranks("fsdp_worker", root / "cases.json", root / "log", ranks)
 
 
-def run_four_ranks(cases: dict[str, dict[str, Any]], root: Path) -> str:
-    """Run cases of fsdp_worker.py on four ranks of one import; return the output of all."""
-    (root / "cases.json").write_text(json.dumps(cases))
-    return fork_ranks(WORKER, root / "cases.json", root / "log", 4)
+def run_ranks(worker: str, argument: Path, log: Path, ranks: int) -> str:
+    """Run a worker on some ranks of one import; return the output of all ranks.
 
-
-def torchrun(worker: Path, argument: Path, log: Path) -> str:
-    """Run a worker on two ranks; return the output of both.
-
-    worker: Python file
+    worker: name of a file of this directory
     argument: of the worker
     log: file of the output
+    ranks: at least 1
+    """
+    job = {
+        "worker": str(HERE / f"{worker}.py"),
+        "argument": str(argument),
+        "log": str(log),
+        "ranks": ranks,
+        "env": {**os.environ, "OMP_NUM_THREADS": "1"},
+    }
+    server = _rank_server()
+    server.stdin.write(json.dumps(job) + "\n")
+    server.stdin.flush()
+    ready, _, _ = select.select([server.stdout], [], [], TIMEOUT)
+    status = server.stdout.readline().strip() if ready else "a timeout"
+    text = log.read_text() if log.exists() else ""
+    if not ready or not status:
+        _end(server)
+        _rank_server.cache_clear()
+    assert status == "0", f"the ranks ended with {status}:\n{text[-6000:]}"
+    return text
+
+
+@functools.cache
+def _rank_server() -> subprocess.Popen[str]:
+    """Start the server of this process's ranks, once."""
+    server = subprocess.Popen(
+        [sys.executable, str(HERE / "rank_server.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    atexit.register(_end, server)
+    return server
+
+
+def _end(server: subprocess.Popen[str]) -> None:
+    """End a server and its ranks."""
+    if server.poll() is None:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def torchrun(worker: str, argument: Path, log: Path) -> str:
+    """Run a worker on two ranks under torchrun; return the output of both.
+
+    worker, argument, log: as of `run_ranks`
     """
     launcher = Path(sys.executable).with_name("torchrun")
-    return _run([launcher, "--standalone", "--nproc-per-node", "2", worker, argument], log)
-
-
-def fork_ranks(worker: Path, argument: Path, log: Path, ranks: int) -> str:
-    """Run a worker on some ranks of one import; parameters as in `torchrun`."""
-    return _run([sys.executable, FORK, str(ranks), worker, argument], log)
-
-
-def _run(command: list[Any], log: Path) -> str:
+    words = ["--standalone", "--nproc-per-node", "2", HERE / f"{worker}.py", argument]
     with log.open("w") as output:
         process = subprocess.Popen(
-            list(map(str, command)),
+            list(map(str, [launcher, *words])),
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
