@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import io
 import logging
+import pickle
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
@@ -17,13 +22,14 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from embedded import RESPONSES, difference, eager_logps, gradients, make_batch, plain
 from families import FAMILIES, REFUSED, SMALL, UNPACKED, build
 from una_fast import Feedback, Layout, Objective, una_loss
 from una_fast.head import ops
 from una_fast.integrations.calls import una_calls
-from una_fast.integrations.hf import patch_model, unpatch_model
+from una_fast.integrations.hf import patch_model, remove_dropout, unpatch_model
 from una_fast.integrations.hf.scored import Uncast
 from una_fast.model.head_probe import probe_head, probe_reduced
 
@@ -220,7 +226,7 @@ def test_unpatching_leaves_no_trace():
     patch_model(model)  # a second time replaces the options
     assert model._una.packs
     unpatch_model(model)
-    assert set(model.__dict__) == names and model.forward == own
+    assert set(model.__dict__) == names and model.forward == own and not model._forward_hooks
     unpatch_model(model)
 
 
@@ -232,12 +238,15 @@ def test_unpatching_restores_a_forward_of_somebody_else():
 
 
 def test_a_forward_that_was_lost_is_patched_again(tmp_path):
-    """Loading a pickled model loses a forward of the instance; the mark of the patch stays."""
+    """Others may take a forward off; the mark of the patch stays."""
     model = patch_model(llama())
     batch = make_batch()
     truth = model(**batch, una="responses").logps
     del model.forward
     assert "_una" in model.__dict__
+    with pytest.raises(ValueError, match="the forward of patch_model is gone from LlamaForC"):
+        model(**batch, feedback=MIXED, ref_logps=[0.0] * 5)
+    assert model(**batch).logits is not None
     with pytest.raises(ValueError, match="was replaced after patch_model"):
         unpatch_model(model)
     assert torch.equal(patch_model(model)(**batch, una="responses").logps, truth)
@@ -250,10 +259,30 @@ def test_accelerate_takes_its_own_wrapper_off_and_leaves_ours():
     truth = model(**batch, una="responses").logps
     accelerate.state.AcceleratorState._reset_state(True)
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
-    prepared = accelerator.prepare_model(model)
+    prepared = patch_model(accelerator.prepare_model(model))  # a second time, below the wrapper
+    assert prepared(**batch).logits.shape[:2] == batch["input_ids"].shape
     plain_again = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
     accelerate.state.AcceleratorState._reset_state(True)  # the precision is of the process
     assert torch.equal(plain_again(**batch, una="responses").logps, truth)
+    assert inspect.signature(plain_again.forward) == inspect.signature(llama().forward)
+
+
+def test_a_head_on_the_disk(tmp_path):
+    """accelerate brings the weight within the forward that it has put on the module."""
+    accelerate = pytest.importorskip("accelerate")
+    model = patch_model(llama()).eval()
+    batch = make_batch()
+    rest = dict.fromkeys(("model.embed_tokens", "model.layers", "model.norm"), "cpu")
+    places = {**rest, "model.rotary_emb": "cpu", "lm_head": "disk"}
+    with torch.no_grad():
+        truth = model(**batch, una="responses").logps
+        placed = accelerate.dispatch_model(
+            model, device_map=places, main_device="cpu", offload_dir=tmp_path
+        )
+        assert placed.lm_head.weight.is_meta
+        assert torch.equal(placed(**batch, una="responses").logps, truth)
+        logits = placed(input_ids=batch["input_ids"]).logits
+    assert logits.shape[-1] == placed.config.vocab_size
 
 
 def test_a_deep_copy_runs_its_own_weights():
@@ -267,6 +296,27 @@ def test_a_deep_copy_runs_its_own_weights():
     assert torch.equal(frozen(**batch, una="responses").logps, before)
     logits = frozen(input_ids=batch["input_ids"]).logits
     assert not torch.equal(logits, model(input_ids=batch["input_ids"]).logits)
+
+
+def test_a_pickled_model_keeps_the_forward():
+    """A bound method is pickled by its name: the class's forward came back, without an error."""
+    model = patch_model(llama())
+    batch = make_batch()
+    call = {**batch, "feedback": MIXED, "ref_logps": [0.0] * 5}
+    truth = model(**call).loss
+    signature = inspect.signature(model.forward)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for loaded in (pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
+        assert torch.equal(loaded(**call).loss, truth)
+        assert inspect.signature(loaded.forward) == signature
+        with torch.no_grad():
+            loaded.lm_head.weight.mul_(1.5)
+        assert not torch.equal(loaded(**call).loss, truth)
+        assert unpatch_model(loaded).__dict__.keys() == llama().__dict__.keys()
+        assert not loaded._forward_hooks
+    assert signature == inspect.signature(unpatch_model(model).forward)
 
 
 # ---- wrappers ----
@@ -312,8 +362,26 @@ def test_prompt_tuning_runs_padded():
     logits = model(**inputs).logits[:, 3:-1]
     targets = batch["labels"][:, 1:]
     log_p = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
-    truth = torch.where(targets != -100, log_p, 0.0).sum(1)
-    assert torch.allclose(found, truth.double(), atol=1e-5)
+    truth = torch.where(targets != -100, log_p, 0.0)
+    assert torch.allclose(found, truth.sum(1).double(), atol=1e-5)
+    tokens = model(**batch, una="tokens").logps
+    assert torch.allclose(tokens[:, 3:], truth, atol=1e-5) and not tokens[:, :3].any()
+
+
+def test_an_adapter_per_row_runs_padded():
+    """peft tells the layers one name per batch row; a packed row is one row."""
+    peft = pytest.importorskip("peft")
+    options = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(patch_model(llama()), options).eval()
+    batch = make_batch()
+    adapted = model(**batch, una="responses").logps
+    with model.disable_adapter():
+        own = model(**batch, una="responses").logps
+    names = ["default", "__base__"]
+    found = model(**batch, una="responses", adapter_names=[names[row % 2] for row in range(5)])
+    truth = torch.where(torch.arange(5) % 2 == 0, adapted, own)
+    assert torch.allclose(found.logps, truth, atol=1e-5) and not torch.allclose(adapted, own)
+    assert torch.equal(model(**batch, una="responses").logps, adapted)  # packed again
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -420,6 +488,51 @@ def test_patching_needs_no_weights():
     assert model._una.logit_scale == 0.125 and model._una.packs
 
 
+@pytest.mark.parametrize("model_class", ["GPT2", "OPT"])
+def test_a_model_with_dropout_is_probed_without(model_class):
+    """The default of GPT-2 and OPT is dropout, and the probe compares in train mode."""
+    fields = {"vocab_size": 97, "bos_token_id": 1, "eos_token_id": 2, "num_attention_heads": 4}
+    config = getattr(transformers, f"{model_class}Config")
+    fields |= {"hidden_size": 32, "num_hidden_layers": 2, "word_embed_proj_dim": 32, "ffn_dim": 48}
+    model = AutoModelForCausalLM.from_config(config(**fields)).eval()
+    batch = make_batch()
+    for spec in (probe_head(model), probe_reduced(model)):
+        assert (spec.softcap, spec.logit_scale) == (None, 1.0)
+    found = patch_model(model)(**batch, una="tokens").logps
+    assert (found - eager_logps(model, batch)).abs().max() < 4e-6
+    assert not torch.equal(model.train()(**batch).logits, model(**batch).logits)
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_positions_that_depend_on_the_width_of_a_row_are_padded(kind):
+    """A padded row wider than the original positions has the long factors, a packed row has not."""
+    rope = {"rope_type": kind, "factor": 4.0, "rope_theta": 1e4}
+    if kind == "longrope":
+        factors = {"long_factor": [4.0] * 4, "short_factor": [1.0] * 4}
+        rope |= {**factors, "original_max_position_embeddings": 6}
+    model = patch_model(llama(max_position_embeddings=6, rope_parameters=rope)).eval()
+    assert not model._una.packs
+    batch = make_batch()
+    assert (model(**batch, una="tokens").logps - eager_logps(model, batch)).abs().max() < 4e-6
+    with pytest.raises(ValueError, match=f"pack=True, but .*rotary positions of type {kind}"):
+        patch_model(model, pack=True)
+
+
+def test_a_config_that_changed_is_refused_at_the_call():
+    """The constants of the head are those of the patch."""
+    model = patch_model(build("Gemma2Config"))
+    batch = make_batch()
+    model.config.final_logit_softcapping = None
+    message = "final_logit_softcapping .* was 7.0 when the model was patched, and is None; set it"
+    with pytest.raises(ValueError, match=message):
+        model(**batch, una="tokens")
+    found = patch_model(model)(**batch, una="tokens").logps
+    assert (found - eager_logps(model, batch)).abs().max() < 4e-6
+    model.config.final_logit_softcapping = 5.0
+    with pytest.raises(ValueError, match="was None when the model was patched, and is 5.0"):
+        model(**batch, una="tokens")
+
+
 class Cleverer(LlamaForCausalLM):
     """A model with a head that no form describes."""
 
@@ -451,6 +564,8 @@ def test_an_unknown_head_is_refused_by_the_class():
         ({"una": "tokens", "stats": "entropy"}, "stats='entropy' must be a tuple"),
         ({"una": "tokens", "output_hidden_states": True}, "output_hidden_states is not served"),
         ({"una": "tokens", "return_dict": False}, "return_dict=False is not served"),
+        ({"una": "tokens", "feedbak": MIXED}, "feedbak is no argument of LlamaForCausalLM, nor"),
+        ({"feedback": MIXED, "ref_logps": np.zeros(5, "float16")}, "rounds sums by whole nats"),
     ],
 )
 def test_impossible_requests_are_refused(request_, message):
@@ -473,21 +588,69 @@ def test_models_that_cannot_be_patched():
 
 def test_attention_dropout_keeps_batches_padded(caplog):
     model = patch_model(llama())
-    model.config.attention_dropout = 0.1
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
     before = una_calls()["padded"]
     with caplog.at_level(logging.WARNING):
         model.train()(**make_batch(), una="responses")
     assert una_calls()["padded"] == before + 1
     model.eval()(**make_batch(), una="responses")
     assert una_calls()["padded"] == before + 1
+    assert "batches stay padded: the model has attention dropout" in caplog.text
 
 
-def test_positions_of_the_caller_keep_batches_padded():
+@pytest.mark.parametrize("family", ["LlamaConfig", "GPT2Config", "OPTConfig"])
+def test_dropout_of_the_modules_counts(family):
+    """Modules keep the dropout that they were built with, whatever the config says later."""
+    dropouts = {"attention_dropout": 0.5, "attn_pdrop": 0.5, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+    fields = FAMILIES[family] | dropouts | {"dropout": 0.0}
+    config = getattr(transformers, family)(**fields)
+    model = patch_model(AutoModelForCausalLM.from_config(config)).train()
+    batch = make_batch()
+    for name in dropouts:
+        setattr(model.config, name, 0.0)
+    before = una_calls()
+    model(**batch, una="responses")
+    assert una_calls()["padded"] == before["padded"] + 1
+    remove_dropout(model)
+    found = model(**batch, una="tokens").logps
+    assert (found - eager_logps(model, batch)).abs().max() < 4e-6
+    # TRL and others set the modules to 0, and leave the config.
+    for name in dropouts:
+        setattr(model.config, name, 0.5)
+    assert torch.equal(model(**batch, una="tokens").logps, found)
+    assert una_calls()["packed"] == before["packed"] + 2 * model._una.packs
+
+
+class ConfigAttention(LlamaAttention):
+    """Attention that reads its dropout from the config in every call."""
+
+    @property
+    def attention_dropout(self):
+        return self.config.attention_dropout
+
+
+def test_dropout_that_is_read_from_the_config_counts():
+    model = patch_model(llama()).train()
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = ConfigAttention
+        del layer.self_attn.__dict__["attention_dropout"]
+    before = una_calls()
+    model(**make_batch(), una="responses")
+    model.config.attention_dropout = 0.5
+    model(**make_batch(), una="responses")
+    assert una_calls()["packed"] == before["packed"] + 1
+    assert una_calls()["padded"] == before["padded"] + 1
+
+
+def test_positions_of_the_caller_keep_batches_padded(caplog):
     model = patch_model(llama())
     batch = make_batch()
     positions = torch.arange(batch["input_ids"].shape[1]).expand(5, -1)
     before = una_calls()["padded"]
-    found = model(**batch, position_ids=positions, una="tokens").logps
+    with caplog.at_level(logging.WARNING):
+        found = model(**batch, position_ids=positions, una="tokens").logps
+    assert "batches stay padded: position_ids stands beside the tokens" in caplog.text
     assert una_calls()["padded"] == before + 1
     assert (found - eager_logps(model, batch)).abs().max() < 4e-6
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from embedded import eager_logps, make_batch
@@ -333,6 +336,39 @@ def test_a_deep_copy_runs_its_own_weights():
     assert torch.equal(other(**ids).logits, fresh(**ids).logits)
     found = other(**batch, fused_lm_head=True).log_probs
     assert torch.allclose(found, eager_logps(fresh, batch), atol=1e-5)
+
+
+def test_a_pickled_model_keeps_both_heads():
+    """A bound method is pickled by its name, and would be the class's forward: no log_probs."""
+    model = build("LlamaConfig")
+    add_una_head(model, temperature=0.7)
+    batch = make_batch()
+    truth = model(**batch, fused_lm_head=True).log_probs
+    loaded = pickle.loads(pickle.dumps(model))
+    assert torch.equal(loaded(**batch, fused_lm_head=True).log_probs, truth)
+    assert inspect.signature(loaded.forward) == inspect.signature(build("LlamaConfig").forward)
+    shifted = torch.nn.functional.pad(batch.pop("labels")[:, 1:], (0, 1), value=-100)
+    # TRL's head of the loaded model, of the loaded weights.
+    with torch.no_grad():
+        loaded.lm_head.weight.copy_(model.lm_head.weight.flip(0))
+        theirs = loaded(**batch, shift_labels=shifted, fused_lm_head=True).log_probs[:, :-1]
+    fresh = build("LlamaConfig")
+    fresh.load_state_dict(loaded.state_dict())
+    batch = make_batch()
+    assert torch.allclose(theirs, eager_logps(fresh, batch, temperature=0.7), atol=1e-5)
+
+
+def test_dropout_in_the_config_is_no_reason_for_their_head():
+    """GPT-2 comes with dropout; TRL sets the modules to 0, and the config stays."""
+    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=97)
+    model = transformers.GPT2LMHeadModel(config)
+    trl.trainer.utils.disable_dropout_in_model(model.train())
+    add_una_head(model)
+    before = una_calls()
+    batch = make_batch()
+    found = model(**batch, fused_lm_head=True).log_probs
+    assert una_calls()["packed"] == before["packed"] + 1
+    assert torch.allclose(found, eager_logps(model, batch), atol=1e-5)
 
 
 def test_their_function_is_back_after_a_trainer_is_built(directory, tmp_path):

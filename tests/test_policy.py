@@ -7,6 +7,7 @@ import inspect
 import json
 import logging
 import os
+import pickle
 import shutil
 from types import SimpleNamespace
 
@@ -35,7 +36,7 @@ from una_fast.data.examples import Example
 from una_fast.feedback import Feedback
 from una_fast.head.ops import token_logps
 from una_fast.model import loading
-from una_fast.model.dropout import remove_dropout
+from una_fast.model.dropout import remove_dropout, without_dropout
 from una_fast.model.export import save_merged, save_pretrained
 from una_fast.model.head_probe import probe_head
 from una_fast.model.loading import load_causal_lm, load_tokenizer
@@ -294,6 +295,8 @@ def test_a_deep_copy_scores_with_its_own_weights(batch):
     assert torch.equal(score(reference, batch), before)
     assert not torch.allclose(score(policy, batch), before)
     assert reference.head.weight is reference.causal_lm.lm_head.weight
+    loaded = pickle.loads(pickle.dumps(reference))
+    assert torch.equal(score(loaded, batch), before)
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
@@ -386,6 +389,8 @@ def test_dropout_is_removed():
     llama = LlamaForCausalLM(llama_config).train()
     ids = torch.arange(3, 12)[None]
     for model, names in ((gptj, drops), (llama, ["attention_dropout"])):
+        with without_dropout(model):
+            assert torch.equal(model(ids).logits, model(ids).logits)
         assert not torch.equal(model(ids).logits, model(ids).logits)
         remove_dropout(model)
         assert torch.equal(model(ids).logits, model(ids).logits)

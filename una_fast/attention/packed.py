@@ -158,8 +158,8 @@ def _check_scores(module: nn.Module, dropout: float, extra: dict[str, Any]) -> N
     name = type(module).__name__
     if dropout:
         raise ValueError(
-            f"{name} has attention dropout {dropout}; set attention_dropout (attn_pdrop) to 0 in "
-            "the config"
+            f"{name} has attention dropout {dropout}; load the model with attention_dropout=0 "
+            "(attn_pdrop=0), or call remove_dropout(model) of una_fast.integrations.hf"
         )
     unknown = sorted(k for k, v in extra.items() if k not in HARMLESS and v is not None)
     if unknown:

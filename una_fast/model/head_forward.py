@@ -84,15 +84,17 @@ def call_head(head: nn.Module, hidden: Tensor, scorer: Scorer) -> Any:
         weight, bias = _whole(inner.weight), _whole(getattr(inner, "bias", None))
         return scorer(rows.to(weight.device), weight, bias)
 
-    before = inner.__dict__.get("forward")
-    inner.forward = forward
+    # A hook of accelerate, which brings weights from another device, calls `_old_forward`.
+    name = "_old_forward" if hasattr(inner, "_hf_hook") else "forward"
+    before = inner.__dict__.get(name)
+    setattr(inner, name, forward)
     try:
         return head(hidden)
     finally:
         if before is None:
-            del inner.forward
+            delattr(inner, name)
         else:
-            inner.forward = before
+            setattr(inner, name, before)
 
 
 # --- a split vocabulary ---------------------------------------------------------------------------
@@ -185,19 +187,56 @@ def _whole(tensor: Tensor | None) -> Tensor | None:
     return tensor.full_tensor(grad_placements=[Partial()] * tensor.device_mesh.ndim)
 
 
-def with_signature_of(model: nn.Module) -> Callable[[Forward], Forward]:
-    """Give a new forward the signature of a model's own: transformers and peft read signatures.
+class ModelForward:
+    """A forward in place of a model's own: `model.forward = ModelForward(model, function)`.
 
-    The own forward is no `__wrapped__`: accelerate takes wrapped forwards off, ours among them.
+    Calls function(model, ...), with the signature of the class's forward, which transformers and
+    peft read. As a bound method, but for pickle: pickle finds a bound method again by the name
+    alone, and a loaded model would run the forward of the class without an error. A deep copy and
+    a loaded model run their own weights.
+
+    model: gets the forward
+    function: of a module, so that pickle finds the function again
     """
-    own = type(model).forward
 
-    def take(forward: Forward) -> Forward:
+    def __init__(self, model: nn.Module, function: Forward) -> None:
+        self._una_model = model
+        self._una_function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._una_function(self._una_model, *args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(types.MethodType(type(self._una_model).forward, self._una_model))
+
+    # accelerate wraps the function of a method, and binds the wrapper to the model.
+    @property
+    def __self__(self) -> nn.Module:
+        return self._una_model
+
+    @property
+    def __func__(self) -> Forward:
+        function, own = self._una_function, type(self._una_model).forward
+
+        def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return function(model, *args, **kwargs)
+
+        # The own forward is no `__wrapped__`: accelerate takes wrapped forwards off.
         forward.__signature__ = inspect.signature(own)
         forward.__name__, forward.__doc__ = own.__name__, own.__doc__
+        forward._una_function = function
         return forward
 
-    return take
+
+def runs_function(forward: Forward, function: Forward) -> bool:
+    """Return whether a forward is a ModelForward of a function, or a wrapper around such."""
+    while forward is not None:
+        inside = getattr(forward, "__func__", forward)
+        if getattr(inside, "_una_function", None) is function:
+            return True
+        forward = getattr(inside, "__wrapped__", None)
+    return False
 
 
 def install_scorer(causal_lm: PreTrainedModel) -> None:
@@ -209,20 +248,18 @@ def install_scorer(causal_lm: PreTrainedModel) -> None:
     """
     if hasattr(causal_lm, "_una_model_forward"):
         return
-
-    @with_signature_of(causal_lm)
-    def forward(
-        self: PreTrainedModel,
-        *args: Any,
-        scorer: Scorer | None = None,
-        rows: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        if scorer is None:
-            return self._una_model_forward(*args, **kwargs)
-        chosen = select_rows(hidden_states(self, **kwargs), rows)
-        return call_head(self.get_output_embeddings(), chosen, scorer)
-
     causal_lm._una_model_forward = causal_lm.forward
-    # A bound method, not a closure: a deep copy (the frozen reference) must run its own weights.
-    causal_lm.forward = types.MethodType(forward, causal_lm)
+    causal_lm.forward = ModelForward(causal_lm, _forward_to_scorer)
+
+
+def _forward_to_scorer(
+    causal_lm: PreTrainedModel,
+    *args: Any,
+    scorer: Scorer | None = None,
+    rows: Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
+    if scorer is None:
+        return causal_lm._una_model_forward(*args, **kwargs)
+    chosen = select_rows(hidden_states(causal_lm, **kwargs), rows)
+    return call_head(causal_lm.get_output_embeddings(), chosen, scorer)

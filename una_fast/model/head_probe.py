@@ -13,7 +13,7 @@ import math
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,11 +23,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from una_fast.attention.probe import reduced_copy
+from una_fast.model.dropout import is_number, without_dropout
 from una_fast.model.head_forward import backbone, hidden_states
 from una_fast.model.quantized import is_plain
 
 _SOFTCAP_NAME = re.compile(r"soft_?cap")
 _SCALE_NAME = re.compile(r"scal|multiplier|mup")
+_BASE_WIDTH = "dim_model_base"
 _PROBE_TOKENS = 16
 
 
@@ -100,7 +102,7 @@ def probe_head(causal_lm: PreTrainedModel) -> HeadSpec:
     Candidates are made from the numbers of the config. The model runs on 16 random tokens; the
     hidden states are stretched, in front of the head, to logits from 0.3 to 300, so that a softcap
     shows even in an untrained model, and a head bias is replaced by random numbers for the probe.
-    Weights, train/eval flags and random state are restored.
+    Weights, dropout, train/eval flags and random state are restored.
 
     ValueError, by the name of the class, when no candidate reproduces the logits.
     """
@@ -139,7 +141,10 @@ def _fitting_form(causal_lm: PreTrainedModel, head: nn.Module) -> str:
     """Return the name of the candidate that reproduces a model's logits; ValueError without any."""
     tolerance = max(1e-5, torch.finfo(head.weight.dtype).eps)
     devices = [head.weight.device] if head.weight.is_cuda else []
-    with torch.random.fork_rng(devices=devices), _evaluating(causal_lm), _random_bias(head):
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        for prepared in (_evaluating(causal_lm), without_dropout(causal_lm), _random_bias(head)):
+            stack.enter_context(prepared)
         hidden, logits, drift = _observe(causal_lm, head)
         _check_observed(causal_lm, head, logits, drift, tolerance)
         raw = F.linear(hidden, head.weight, getattr(head, "bias", None)).float()
@@ -180,7 +185,7 @@ def _check_observed(
         )
 
 
-def _is_adapted(module: nn.Module | None) -> bool:
+def is_adapted(module: nn.Module | None) -> bool:
     """Return whether peft has put an adapter, or a trained copy, around a module."""
     if "peft" not in sys.modules:
         return False
@@ -197,21 +202,21 @@ def plain_head(causal_lm: PreTrainedModel) -> nn.Module:
     """
     name = type(causal_lm).__name__
     head = causal_lm.get_output_embeddings()
-    if getattr(head, "weight", None) is None and not _is_adapted(head):
+    if getattr(head, "weight", None) is None and not is_adapted(head):
         raise ValueError(
             f"{name} has no output embedding (get_output_embeddings() is {head}); it cannot be "
             "scored"
         )
-    if not _is_adapted(head) and not is_plain(head.weight):
+    if not is_adapted(head) and not is_plain(head.weight):
         raise ValueError(
             f"{name} has a quantized output embedding, and the fused head needs plain numbers; "
             "leave it out of the quantization"
         )
     embedding = causal_lm.get_input_embeddings()
     adapted = None
-    if _is_adapted(head):
+    if is_adapted(head):
         adapted = type(head).__name__
-    if _is_adapted(embedding) and causal_lm.config.get_text_config().tie_word_embeddings:
+    if is_adapted(embedding) and causal_lm.config.get_text_config().tie_word_embeddings:
         adapted = f"{type(embedding).__name__}, tied"
     if adapted is not None:
         raise ValueError(
@@ -229,7 +234,7 @@ def _observe(causal_lm: PreTrainedModel, head: nn.Module) -> tuple[Tensor, Tenso
     states in scoring.
     """
     inputs = _probe_inputs(causal_lm, head.weight.device)
-    causal_lm.train()  # as it is trained; dropout is gone
+    causal_lm.train()  # as in training, where models may run other code
     scored = hidden_states(causal_lm, **inputs)
     causal_lm.eval()
     stretch = _Stretch(head.weight)
@@ -296,25 +301,36 @@ def _candidates(config: Any) -> dict[str, tuple[float | None, float]]:
     logits_scaling, HyperCLOVA X multiplies), so both are tried. MiniCPM divides the hidden state by
     hidden_size / dim_model_base.
     """
-    config = config.get_text_config()
     softcaps: dict[str, float | None] = {"plain": None}
     scales = {"": 1.0}
-    fields = config.to_dict()
+    fields = head_fields(config)
     for name, value in fields.items():
         if not _is_factor(value):
             continue
         if _SOFTCAP_NAME.search(name):
             softcaps[name] = float(value)
-        if _SCALE_NAME.search(name) or name == "logit_scale":
+        if _SCALE_NAME.search(name):
             scales[f" * {name}"] = float(value)
-    if _is_factor(fields.get("dim_model_base")):
-        scales[" * width"] = float(fields["dim_model_base"]) / config.hidden_size
+    if _is_factor(fields.get(_BASE_WIDTH)):
+        scales[" * width"] = float(fields[_BASE_WIDTH]) / config.get_text_config().hidden_size
     scales |= {f" /{name[2:]}": 1 / scale for name, scale in scales.items() if name}
     forms = {}
     for scale_name, scale in scales.items():
         for cap_name, cap in softcaps.items():
             forms[f"{cap_name}{scale_name}"] = (cap, scale)
     return forms
+
+
+def head_fields(config: Any) -> dict[str, Any]:
+    """Return the numbers of a config, by name, that the form of a head may depend on; or None."""
+    config = config.get_text_config()
+    found = {}
+    for name in config.to_dict():
+        value = getattr(config, name, None)
+        named = _SOFTCAP_NAME.search(name) or _SCALE_NAME.search(name) or name == _BASE_WIDTH
+        if named and (value is None or is_number(value)):
+            found[name] = value
+    return found
 
 
 def _is_factor(value: object) -> bool:
@@ -330,11 +346,6 @@ def _row_error(ours: Tensor, truth: Tensor) -> float:
     """Return the largest relative error of a row (2-norm); infinity for NaN."""
     error = (ours - truth).norm(dim=-1) / truth.norm(dim=-1)
     return float(error.nan_to_num(math.inf).max())
-
-
-def is_number(value: object) -> bool:
-    """Return whether a value is an int or a float, and no bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from una_fast.lazy import lazy_names
 _PUBLIC = {
     "patch_model": "patch",
     "unpatch_model": "patch",
+    "remove_dropout": "patch",
     "UnaModelOutput": "scored",
     "UNATrainer": "trainer",
     "FeedbackCollator": "collator",

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from una_fast.attention.probe import packing_refusal
 from una_fast.logs import say_once
-from una_fast.model.head_probe import NoSmallCopy, probe_head, probe_reduced
-from una_fast.model.positions import has_learned_positions, positions_of
+from una_fast.model.head_probe import NoSmallCopy, head_fields, probe_head, probe_reduced
+from una_fast.model.positions import has_learned_positions, positions_of, row_wide_rope
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,7 @@ class Patch:
     """How a patched model is scored; an attribute of the model, `_una`.
 
     softcap, logit_scale: of the head, see linear_una_loss
+    head_fields: name -> number of the config, behind softcap and logit_scale
     packs: batches are packed where they can be
     moves: rows padded on the left may begin at position 0: positions are rotary, and only
         differences of positions count
@@ -36,13 +37,29 @@ class Patch:
 
     softcap: float | None
     logit_scale: float
+    head_fields: dict[str, float | None]
     packs: bool
     moves: bool
     workspace_mb: float | None
     engine: str
 
-    def head_options(self, temperature: float) -> dict[str, Any]:
-        """Return the keyword arguments of the functions of head.ops."""
+    def head_options(self, causal_lm: PreTrainedModel, temperature: float) -> dict[str, Any]:
+        """Return the keyword arguments of the functions of head.ops.
+
+        causal_lm: the patched model
+        temperature: divisor of the logits
+
+        ValueError for a config that has changed since the patch.
+        """
+        config = causal_lm.config.get_text_config()
+        for name, before in self.head_fields.items():
+            now = getattr(config, name, None)
+            if now != before:
+                raise ValueError(
+                    f"{name} of the config of {type(causal_lm).__name__} was {before} when the "
+                    f"model was patched, and is {now}; set it back, or load the model with {now} "
+                    "and patch again"
+                )
         return {
             "softcap": self.softcap,
             "logit_scale": self.logit_scale,
@@ -90,13 +107,14 @@ def make_patch(
         )
     head = head_form(causal_lm)
     packs = pack is not False
-    refusal = packing_refusal(causal_lm) if packs else None
+    refusal = (row_wide_rope(causal_lm) or packing_refusal(causal_lm)) if packs else None
     if refusal is not None:
         if pack is True:
             raise ValueError(f"pack=True, but {refusal}")
         say_once(logging.INFO, f"batches stay padded: {refusal}", logger)
         packs = False
-    return Patch(*head, packs, _has_rotary_positions(causal_lm), workspace_mb, engine)
+    fields = head_fields(causal_lm.config)
+    return Patch(*head, fields, packs, _has_rotary_positions(causal_lm), workspace_mb, engine)
 
 
 def _has_rotary_positions(causal_lm: PreTrainedModel) -> bool:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import types
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from una_fast.integrations.hf.form import inner_model, make_patch
-from una_fast.integrations.hf.scored import scored_forward
+from una_fast.integrations.hf.scored import UnaModelOutput, scored_forward
 from una_fast.integrations.versions import check_version
-from una_fast.model.head_forward import with_signature_of
+from una_fast.model.dropout import remove_dropout
+from una_fast.model.head_forward import ModelForward, runs_function
 
-_OURS = "_una_forward"  # attribute of the forward of patch_model
+__all__ = ["patch_model", "remove_dropout", "unpatch_model"]
 
 
 def patch_model(
@@ -44,21 +44,44 @@ def patch_model(
     check_version("transformers", "5.6", "5.24", "5.6.2, 5.16.1, 5.23.0 and 5.24.0")
     causal_lm = inner_model(model)
     causal_lm._una = make_patch(causal_lm, pack, workspace_mb, engine)
-    if _is_ours(causal_lm.forward):
+    if "_una_guard" not in causal_lm.__dict__:
+        causal_lm._una_guard = causal_lm.register_forward_hook(
+            _refuse_other, prepend=True, with_kwargs=True
+        )
+    if runs_function(causal_lm.forward, _forward):
         return model
     causal_lm._una_own_forward = causal_lm.forward
     causal_lm._una_instance_forward = causal_lm.__dict__.get("forward")
-
-    @with_signature_of(causal_lm)
-    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("una") is None and kwargs.get("feedback") is None:
-            return self._una_own_forward(*args, **kwargs)
-        return scored_forward(self, *args, **kwargs)
-
-    setattr(forward, _OURS, True)
-    # A bound method, not a closure over the model: a deep copy must run its own weights.
-    causal_lm.forward = types.MethodType(forward, causal_lm)
+    causal_lm.forward = ModelForward(causal_lm, _forward)
     return model
+
+
+def _forward(causal_lm: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """Run a scored call, or the model's own forward."""
+    if _is_scored(kwargs):
+        return scored_forward(causal_lm, *args, **kwargs)
+    return causal_lm._una_own_forward(*args, **kwargs)
+
+
+def _is_scored(kwargs: dict[str, Any]) -> bool:
+    return kwargs.get("una") is not None or kwargs.get("feedback") is not None
+
+
+def _refuse_other(
+    causal_lm: PreTrainedModel,
+    args: tuple,
+    kwargs: dict[str, Any],
+    output: Any,
+) -> None:
+    """Raise ValueError for a scored call that another forward has answered: a forward hook.
+
+    The forward of the class ignores `feedback`, and returns the cross-entropy of the labels.
+    """
+    if _is_scored(kwargs) and not isinstance(output, UnaModelOutput):
+        raise ValueError(
+            f"the forward of patch_model is gone from {type(causal_lm).__name__} (it was replaced, "
+            "or lost when a model under mixed precision was pickled); call patch_model(model) again"
+        )
 
 
 def unpatch_model(model: nn.Module) -> nn.Module:
@@ -69,19 +92,20 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     causal_lm = inner_model(model)
     if "_una" not in causal_lm.__dict__:
         return model
-    if not _is_ours(causal_lm.forward):
+    if not _is_plainly_ours(causal_lm.forward):
         raise ValueError(
             f"the forward of {type(causal_lm).__name__} was replaced after patch_model; undo the "
             "later change first"
         )
     own = causal_lm._una_instance_forward
-    for name in ("forward", "_una", "_una_own_forward", "_una_instance_forward"):
+    causal_lm._una_guard.remove()
+    for name in ("forward", "_una", "_una_guard", "_una_own_forward", "_una_instance_forward"):
         delattr(causal_lm, name)
     if own is not None:
         causal_lm.forward = own
     return model
 
 
-def _is_ours(forward: Any) -> bool:
-    """Return whether a forward is that of patch_model: loading and unwrapping may lose it."""
-    return hasattr(getattr(forward, "__func__", forward), _OURS)
+def _is_plainly_ours(forward: Any) -> bool:
+    """Return whether a forward is of patch_model, with no wrapper around."""
+    return runs_function(forward, _forward) and not hasattr(forward, "__wrapped__")

@@ -6,6 +6,8 @@ the head module: weights are gathered for both, and gradients reduced after both
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, TransformersKwargs
 
 from una_fast.attention.packed import packed_attention
 from una_fast.feedback import Feedback
@@ -27,8 +29,9 @@ from una_fast.integrations.hf.router import router_loss
 from una_fast.layout import Layout
 from una_fast.logs import say_once
 from una_fast.losses import Objective
-from una_fast.model.head_forward import backbone_output, call_head, select_rows
-from una_fast.model.head_probe import plain_head
+from una_fast.model.dropout import attention_dropout
+from una_fast.model.head_forward import backbone, backbone_output, call_head, select_rows
+from una_fast.model.head_probe import is_adapted, plain_head
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +47,8 @@ class UnaModelOutput(ModelOutput):
     """The output of a patched model's call with `una` or `feedback`; unasked members are None.
 
     loss: [] float64
-    logps: [B] float64 sums over the scored tokens, or [B, T - 1] per token, 0 where none is scored
+    logps: [B] float64 sums over the scored tokens, or [B, T - 1] per token, 0 where none is
+        scored; T counts the virtual tokens of prompt tuning, which stand in front
     ref_logps: [B] float64
     rewards: [B] float64, beta * (logps - ref_logps) without any offset
     unit_losses: [U] float64, unweighted
@@ -105,7 +109,8 @@ def scored_forward(
     num_units: denominator of the loss; None: the units of this call
     temperature: divisor of the logits
     stats: names of row statistics, for una="tokens"
-    layout: of the labels, if the caller made it before (else labels are read from their device)
+    layout: of the labels, if the caller made it before (else labels are read from their device);
+        of a batch of the same shape it is trusted
     inputs: further arguments of the backbone
     """
     patch: Patch = causal_lm._una
@@ -113,6 +118,7 @@ def scored_forward(
     _check_request(una, feedback, of_loss, stats)
     inputs = {name: value for name, value in inputs.items() if value is not None}
     _check_outputs(inputs)
+    _check_names(causal_lm, inputs)
     for name in _OF_LOGITS:
         inputs.pop(name, None)
     inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
@@ -121,7 +127,7 @@ def scored_forward(
     else:
         _check_layout(causal_lm, layout, inputs, labels, patch)
     plain_head(causal_lm)  # an adapter may have come after the patch
-    options = patch.head_options(temperature)
+    options = patch.head_options(causal_lm, temperature)
     if feedback is not None:
         request = Loss(Feedback.of(feedback), _reference(ref_logps), objective, num_units)
     elif una == "responses":
@@ -155,6 +161,29 @@ def _check_request(una: Any, feedback: Any, of_loss: dict[str, Any], stats: Sequ
     check_stats(stats)
 
 
+@outside_compile
+def _check_names(causal_lm: PreTrainedModel, inputs: dict[str, Any]) -> None:
+    """Raise ValueError for an unknown keyword, such as `feedbak`: most forwards ignore unknowns.
+
+    causal_lm: the model
+    inputs: of the call
+    """
+    known = _arguments_of(type(causal_lm)) | _arguments_of(type(backbone(causal_lm)))
+    unknown = sorted(set(inputs) - known - _PACKABLE)
+    if unknown:
+        raise ValueError(
+            f"{unknown[0]} is no argument of {type(causal_lm).__name__}, nor of a call with una= "
+            "or feedback=; leave it out"
+        )
+
+
+@functools.cache
+def _arguments_of(model_class: type) -> frozenset[str]:
+    """Return the keywords that the forward of a class reads."""
+    parameters = inspect.signature(model_class.forward).parameters
+    return frozenset({*_OF_LOGITS, *TransformersKwargs.__annotations__, *parameters})
+
+
 def _check_outputs(inputs: dict[str, Any]) -> None:
     """Raise ValueError for outputs that a scored call does not have."""
     wrong = [name for name in ("output_hidden_states", "output_attentions") if inputs.get(name)]
@@ -185,8 +214,10 @@ def _check_layout(
     if ids is None or tuple(ids.shape) != layout.shape:
         shape = None if ids is None else tuple(ids.shape)
         raise ValueError(f"the layout is of a batch {layout.shape}, and input_ids are {shape}")
+    if layout.segments is None:
+        return
     packs = patch.packs and _can_pack(causal_lm, inputs) and (patch.moves or not layout.moved)
-    if layout.segments is not None and not packs:
+    if not packs:
         raise ValueError(
             "the layout is packed, and this call cannot be: the model, its dropout or other "
             "inputs forbid it; make the layout without input_ids"
@@ -197,9 +228,9 @@ def _reference(ref_logps: Tensor | Sequence[float] | Uncast) -> Tensor:
     """Return [B] float64 log-probs; ValueError for half precision, which loses whole nats."""
     if isinstance(ref_logps, Uncast):
         ref_logps = ref_logps.tensor
-    ref_logps = torch.as_tensor(
-        ref_logps, dtype=None if torch.is_tensor(ref_logps) else torch.double
-    )
+    # Lists of numbers have no dtype, and torch would make them float32.
+    dtype = None if hasattr(ref_logps, "dtype") else torch.double
+    ref_logps = torch.as_tensor(ref_logps, dtype=dtype)
     if ref_logps.dtype in (torch.bfloat16, torch.float16):
         raise ValueError(
             f"ref_logps are {ref_logps.dtype}, which rounds sums by whole nats; FSDP's mixed "
@@ -229,23 +260,37 @@ def layout_of(
     return Layout.from_labels(labels, mask)
 
 
+@outside_compile
 def _can_pack(causal_lm: PreTrainedModel, inputs: dict[str, Any]) -> bool:
-    """Return whether a call has nothing that a packed row would lose.
+    """Return whether a call can be packed, and say once why not.
 
-    Positions, images, embeddings and adapters per row stand beside the rows of a padded batch.
+    A packed row would lose positions, images, embeddings and adapters per batch row.
     """
-    if set(inputs) - _PACKABLE or inputs.get("input_ids") is None:
-        return False
-    if causal_lm.training and _attention_dropout(causal_lm):
-        say_once(logging.WARNING, "batches stay padded: the model has attention dropout", logger)
-        return False
-    return True
+    reason = None
+    beside = sorted(set(inputs) - _PACKABLE)
+    if inputs.get("input_ids") is None:
+        reason = "a call has no input_ids"
+    elif beside:
+        reason = f"{beside[0]} stands beside the tokens"
+    elif _has_adapters_per_row(causal_lm):
+        reason = "every row has an adapter of its own (adapter_names)"
+    elif causal_lm.training and attention_dropout(causal_lm):
+        reason = "the model has attention dropout (remove_dropout sets it to 0)"
+    if reason is not None:
+        say_once(logging.WARNING, f"batches stay padded: {reason}", logger)
+    return reason is None
 
 
-def _attention_dropout(causal_lm: PreTrainedModel) -> float:
-    config = causal_lm.config.get_text_config()
-    names = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
-    return max(getattr(config, name, None) or 0.0 for name in names)
+def _has_adapters_per_row(causal_lm: PreTrainedModel) -> bool:
+    """Return whether the running call of a PeftModel has adapter_names.
+
+    peft hands the names to its layers, by hooks for the time of the call.
+    """
+    if not hasattr(causal_lm, "peft_config"):
+        return False
+    adapted = next(filter(is_adapted, causal_lm.modules()), None)
+    hooks = () if adapted is None else adapted._forward_pre_hooks.values()
+    return any("adapter_names" in getattr(hook, "keywords", ()) for hook in hooks)
 
 
 def run_scorer(

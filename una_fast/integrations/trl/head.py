@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from una_fast.integrations.hf.requests import HeadRows, Tokens
 from una_fast.integrations.hf.router import router_coefficient
 from una_fast.integrations.hf.scored import layout_of, run_scorer
 from una_fast.integrations.versions import check_version
-from una_fast.model.head_forward import with_signature_of
+from una_fast.model.head_forward import ModelForward, runs_function
 from una_fast.model.head_probe import plain_head
 
 SEAM = "add_fused_lm_head"
@@ -27,7 +27,6 @@ if not hasattr(trl_utils, SEAM):
         "1.9 to 1.14 there is una_fast.integrations.trl_before_seam"
     )
 _TRL_HEAD = trl_utils.add_fused_lm_head
-_OURS = "_una_trl_head"  # attribute of the forward of add_una_head
 
 
 def add_una_head(
@@ -55,33 +54,43 @@ def add_una_head(
     """
     check_version("trl", "1.15", "1.16", "1.15.0 and 1.16.0")
     settings = _settings(model, temperature, cast_lm_head_to_fp32, outputs, pack, workspace_mb)
-    if not hasattr(model.forward, _OURS):
-        model._una_own_forward_trl = model.forward
-    # TRL's forward, for calls that the fused head does not serve, over the model's own again.
-    model.forward = model._una_own_forward_trl
-    _TRL_HEAD(model, temperature, cast_lm_head_to_fp32, outputs)
-    model._una_trl_forward = model.forward
     model._una_trl = settings
+    if runs_function(model.forward, _forward):
+        return
+    model._una_own_forward_trl = model.forward
+    model.forward = ModelForward(model, _forward)
 
-    @with_signature_of(model)
-    def forward(
-        self: PreTrainedModel,
-        *args: Any,
-        fused_lm_head: bool = False,
-        labels: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        if fused_lm_head and _is_served(self, args, labels, kwargs):
-            return _fused_output(self, labels, kwargs)
-        if labels is not None:
-            kwargs["labels"] = labels
-        if fused_lm_head:
-            return self._una_trl_forward(*args, fused_lm_head=True, **kwargs)
-        # TRL's forward would call the model that it was made for: in a deep copy, the original.
-        return self._una_own_forward_trl(*args, **kwargs)
 
-    setattr(forward, _OURS, True)
-    model.forward = types.MethodType(forward, model)
+def _forward(
+    model: PreTrainedModel,
+    *args: Any,
+    fused_lm_head: bool = False,
+    labels: Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Run a call of TRL's trainers through the fused head or TRL's, or the model's own forward."""
+    if fused_lm_head and _is_served(model, args, labels, kwargs):
+        return _fused_output(model, labels, kwargs)
+    if labels is not None:
+        kwargs["labels"] = labels
+    if fused_lm_head:
+        return _trl_forward(model)(*args, fused_lm_head=True, **kwargs)
+    return model._una_own_forward_trl(*args, **kwargs)
+
+
+def _trl_forward(model: PreTrainedModel) -> Callable[..., Any]:
+    """Return the forward that TRL's function puts on a model.
+
+    Made for each call: TRL's forward can neither be pickled nor be copied.
+    """
+    settings: _Settings = model._una_trl
+    before = model.__dict__["forward"]
+    outputs = ("log_probs", *settings.stats)
+    try:
+        _TRL_HEAD(model, settings.temperature, settings.cast_to_float32, outputs)
+        return model.forward
+    finally:
+        model.forward = before
 
 
 def _settings(
@@ -161,7 +170,7 @@ def _fused_output(model: PreTrainedModel, labels: Tensor, kwargs: dict[str, Any]
     if getattr(config, "output_router_logits", False):
         inputs.setdefault("output_router_logits", True)
     layout = layout_of(model, inputs, labels, settings.patch)
-    options = settings.patch.head_options(settings.temperature)
+    options = settings.patch.head_options(model, settings.temperature)
     request = _TokenFields(settings.stats, settings.cast_to_float32)
     found, aux_loss = run_scorer(model, layout, inputs, request, options)
     mask = labels[:, 1:] != -100
