@@ -1599,6 +1599,7 @@ REFUSED = {
     "workspace negative": ({}, {"workspace_mb": -1.5}, r"workspace_mb=-1\.5 must be positive"),
     "workspace NaN": ({}, {"workspace_mb": float("nan")}, r"workspace_mb=nan must be positive"),
     "workspace infinite": ({}, {"workspace_mb": float("inf")}, r"workspace_mb=inf"),
+    "workspace as text": ({}, {"workspace_mb": "8"}, r"workspace_mb='8' must be positive"),
     "engine unknown": (
         {},
         {"engine": "cuda"},
@@ -1637,6 +1638,7 @@ def test_refusals(case):
             r"stats=\('entropie',\) must be a tuple with some of \('entropy'",
         ),
         ({"stats": "entropy"}, r"stats='entropy' must be a tuple"),
+        ({"stats": None}, r"stats=None must be a tuple"),
     ],
 )
 def test_token_logps_refusals(arguments, message):
