@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from itertools import product
 
@@ -673,6 +674,17 @@ def test_a_graph_of_gradients_that_nobody_differentiates_is_harmless(op):
     found = torch.autograd.grad(SUMS[op](p), leaves, create_graph=True)
     for one, other in zip(found, expected, strict=True):
         assert one.requires_grad and not other.requires_grad and torch.equal(one, other)
+
+
+def test_a_loss_keeps_no_hidden_states():
+    """Not even for the error of a second derivative: the memory is free for the backbone."""
+    p = problem(0)
+    hidden = p.hidden.requires_grad_() * 1.0
+    memory = weakref.ref(hidden)
+    loss = call(replace(p, hidden=hidden), ref_logps=torch.zeros(8)).loss
+    del hidden
+    assert memory() is None and loss.requires_grad
+    assert all(joint.untyped_storage().nbytes() == 0 for joint in loss.grad_fn.origin.joints)
 
 
 @pytest.mark.parametrize("op", SUMS)

@@ -72,9 +72,9 @@ class Feedback:
     """A table of U feedback units over the responses of a call.
 
     Build a table with `pairs`, `binary`, `scores` and `merge`. Tables are constant, and equal if
-    their units are, in order. In batches that a trainer moves, casts or pins, carry the `to_dict`
-    of a table: wherever feedback is taken, such a dict is as good. A trainer that joins batches
-    joins the columns as they stand: each later table needs its `shift` first. All columns are CPU
+    their units are, in order. In batches for a trainer to move, cast or pin, carry the
+    `to_dict` of a table: wherever feedback is taken, such a dict is as good. A trainer that joins
+    batches joins the columns as they stand: `shift` every later table first. All columns are CPU
     tensors:
 
     kind: [U] int64, PAIR, BINARY or SCORE
@@ -227,7 +227,7 @@ class Feedback:
     def merge(parts: Sequence[Feedback | Mapping[str, Any]]) -> Feedback:
         """Join tables into one, in order. An empty list gives a table without units.
 
-        parts: tables over the same responses; those of other batches are moved by `shift` first
+        parts: tables over the responses of a call; `shift` moves the table of a later batch
         """
         tables = [Feedback.of(part) for part in parts] or [Feedback.pairs([], [])]
 

@@ -1,8 +1,8 @@
-"""Derivatives that the ops of the head have, and refusals of all others.
+"""First derivatives of the ops of the head, and refusals of all other derivatives.
 
 An op has first derivatives, by backward() and torch.autograd.grad. An op has no second derivative,
-no forward-mode derivative, and no rule for torch.func: without a refusal, they would be zero,
-silently, or fail far from the op.
+no forward-mode derivative, and no rule for torch.func. Without a refusal some of these would be
+zero, silently, and others would fail far from the op.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ def _is_wrapped(tensor: Tensor) -> bool:
 
 
 class Origin:
-    """Where the gradients of a call come from, for the error of a second derivative.
+    """The op of a call, and its leaves in the graph, for the error of a second derivative.
 
     op: name of the op
-    joints: empty tensors, joined to the graph of every leaf that wants a gradient; they hold no
-        memory of the leaves, and no kernel makes them
+    joints: [0, ...], an empty piece of every leaf with a gradient; a joint keeps the place of the
+        leaf in the graph, without the memory of the leaf, and costs no kernel
     """
 
     def __init__(self, op: str, leaves: Sequence[Tensor | None]) -> None:
-        """Join to the leaves of a call. leaves: as given to the op; None: no such leaf"""
+        """Make the joints. leaves: as given to the op; None: no such leaf"""
         self.op = op
         self.joints: list[Tensor] = []
         if torch.is_grad_enabled():
@@ -62,10 +62,10 @@ class Origin:
 
 
 def first_only(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
-    """Let the gradients of a backward be used, and refuse to differentiate them.
+    """Return a backward with gradients to use, and an error for a derivative of the gradients.
 
-    torch's once_differentiable refuses only where the upstream gradient requires a gradient; the
-    gradients of an op depend on its leaves, too. Nothing is added unless create_graph=True.
+    torch's once_differentiable raises only if the upstream gradient requires a gradient; gradients
+    of an op depend on the leaves, too. Without create_graph=True nothing is added.
 
     backward: of an autograd.Function whose forward sets ctx.origin
     """
@@ -84,7 +84,7 @@ def first_only(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """Give gradients a graph to all that they depend on, and raise in backward."""
+    """Pass gradients on with a graph to upstream gradients and leaves, and raise in backward."""
 
     @staticmethod
     def forward(ctx: Any, op: str, sources: int, *tensors: Tensor | None) -> Gradients:
