@@ -2,14 +2,16 @@
 
 Its argument is a directory OUT. Writes OUT/<wrapper>.pt: the gradients, whole, after four
 micro-batches per rank. Then trainers run on the model in OUT/model: OUT/<trainer>.json holds their
-logged steps, and OUT/una_trainer.pt the weights of UNATrainer.
+logged steps, OUT/una_trainer.pt the weights of UNATrainer, and OUT/evaluations.json its metrics.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import sys
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -166,7 +169,34 @@ def una_trainer(out: Path, ranks: int) -> UNATrainer:
         ref_model=load(out),
         per_device_train_batch_size=1,
         gradient_accumulation_steps=4 // ranks,
+        accelerator_config={"dispatch_batches": False},
+        dataloader_drop_last=True,
     )
+
+
+class Stream(IterableDataset):
+    """Records without a length."""
+
+    def __init__(self, records: list) -> None:
+        self.records = records
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.records)
+
+
+def evaluations(trainer: UNATrainer) -> list[dict[str, float]]:
+    """Return the metrics of seven records, and of one, in batches that no number of ranks fills."""
+    # A record has one unit, or three.
+    several, pairs = make_records("several", 4), make_records("pairs", 3)
+    records = [each for both in itertools.zip_longest(several, pairs) for each in both if each]
+    found = []
+    for size in (1, 2, 3):
+        trainer.args.per_device_eval_batch_size = size
+        for dataset in (records, Stream(records), records[:1]):
+            metrics = trainer.evaluate(dataset)
+            timed = ("runtime", "_per_second")
+            found.append({k: v for k, v in metrics.items() if not k.endswith(timed)})
+    return found
 
 
 def dpo_trainer(kind: type, out: Path) -> Any:
@@ -226,7 +256,9 @@ def run_trainers(out: Path, rank: int) -> None:
     found = {"una_trainer": una_trainer(out, RANKS)}
     for name, kind in (("trl", trl.DPOTrainer), ("ours", UNADPOTrainer)):
         found[name] = dpo_trainer(kind, out)
+    evaluated = evaluations(found["una_trainer"])
     if rank == 0:
+        (out / "evaluations.json").write_text(json.dumps(evaluated))
         for name, trainer in found.items():
             (out / f"{name}.json").write_text(json.dumps(logged(trainer)))
         trained = found["una_trainer"].accelerator.unwrap_model(found["una_trainer"].model)

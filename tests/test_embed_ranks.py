@@ -10,10 +10,11 @@ import torch
 
 pytest.importorskip("trl")
 
-from embed_ranks import WRAPPERS, logged, one_process, una_trainer
+from embed_ranks import WRAPPERS, evaluations, logged, one_process, una_trainer
 from embedded import difference
 from ranks import run_ranks
 from tiny import save_llama
+from una_fast.integrations.hf import UNATrainer
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +36,31 @@ def steps_of(ranks: Path, name: str) -> list[dict[str, float]]:
     return json.loads((ranks / f"{name}.json").read_text())
 
 
-def test_una_trainer_on_two_ranks_is_one_process(ranks):
+@pytest.fixture(scope="module")
+def alone(ranks) -> UNATrainer:
+    return una_trainer(ranks, 1)
+
+
+def test_una_trainer_on_two_ranks_is_one_process(ranks, alone):
     """Units are counted over the accumulated batches and over the ranks."""
-    alone = una_trainer(ranks, 1)
     for mine, truth in zip(steps_of(ranks, "una_trainer"), logged(alone), strict=True):
         for name in ("loss", "grad_norm", "units", "rewards/chosen", "una/implicit_mean"):
             assert mine.get(name) == pytest.approx(truth.get(name), rel=1e-6, abs=1e-6), name
     trained = torch.load(ranks / "una_trainer.pt", weights_only=True)
     assert difference(trained, alone.model.state_dict()) < 1e-6
+
+
+def test_evaluation_on_two_ranks_is_one_process(ranks, alone):
+    """Each record once: no repeats in the last batches, no mean of the means of batches."""
+    truth = evaluations(alone)
+    assert [metrics["eval_units"] for metrics in truth[:3]] == [10, 10, 1]
+    for metrics, other in zip(steps_of(ranks, "evaluations"), truth, strict=True):
+        assert metrics.keys() == other.keys()
+        for name in metrics.keys() - {"eval_padding", "eval_model_preparation_time"}:
+            assert metrics[name] == pytest.approx(other[name], rel=1e-6, abs=1e-6), name
+    for metrics in truth:
+        records = truth[2] if metrics["eval_units"] == 1 else truth[0]
+        assert metrics["eval_loss"] == pytest.approx(records["eval_loss"], abs=1e-6)
 
 
 def test_trl_on_two_ranks(ranks):

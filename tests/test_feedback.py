@@ -103,6 +103,22 @@ def test_check_names_the_unit(feedback, message):
 
 
 REFUSED = {
+    "no indices": (
+        lambda: Feedback.pairs(None, [1]),
+        r"chosen must be a list of response indices",
+    ),
+    "indices as text": (
+        lambda: Feedback.pairs([0], "ab"),
+        r"rejected must be a list of response indices",
+    ),
+    "ragged indices": (
+        lambda: Feedback.scores([[0], [1, 2]], [0.5]),
+        r"index must be a list of response indices",
+    ),
+    "merge of another kind": (
+        lambda: Feedback.merge([EVERY_KIND, 3]),
+        r"feedback must be a Feedback.* not int",
+    ),
     "pair with one side": (
         lambda: Feedback.pairs([0, 1], [2]),
         r"chosen has 2 indices and rejected 1",
@@ -223,6 +239,7 @@ def test_tables_are_constant_and_copied_as_such():
 def test_a_table_is_taken_as_it_is_and_a_dict_as_a_table():
     assert Feedback.of(EVERY_KIND) is EVERY_KIND
     assert Feedback.of(EVERY_KIND.to_dict()) == EVERY_KIND
+    assert Feedback.merge([EVERY_KIND.to_dict()]) == EVERY_KIND
     with pytest.raises(ValueError, match=r"feedback must be a Feedback.*not NoneType"):
         Feedback.of(None)
 

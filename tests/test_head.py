@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from itertools import product
 
@@ -630,19 +631,85 @@ def test_gradient_of_one_input_only_and_of_a_loss_used_twice():
         assert relative_error(grad, 4 * expected[f"grad {name}"]) <= 1e-10
 
 
-@pytest.mark.parametrize("op", ["una", "tokens", "gather"])
-def test_second_derivatives_raise(op):
-    """Better than silently zero."""
+SUMS = {
+    "linear_una_loss": lambda p: call(p, ref_hidden=p.ref_hidden).loss,
+    "token_logps": lambda p: token_logps(p.hidden, p.weight, p.targets).sum(),
+    "sequence_logps": lambda p: sequence_logps(p.hidden, p.weight, p.targets, p.cu_seqlens).sum(),
+    "gather_logps": lambda p: gather_logps(p.hidden, p.targets % 24).sum(),
+}
+
+
+@pytest.mark.parametrize("op", SUMS)
+@pytest.mark.parametrize("use", ["penalty", "gradient", "hessian", "jvp"])
+def test_second_derivatives_raise(op, use):
+    """Better than silently zero, also where the upstream gradient is a constant."""
     p = problem(0)
-    leaves = trained(p)
-    out = {
-        "una": lambda: call(p, ref_hidden=p.ref_hidden).loss,
-        "tokens": lambda: token_logps(*leaves, p.targets).sum(),
-        "gather": lambda: gather_logps(p.hidden, p.targets % 24).sum(),
-    }[op]()
-    (grad,) = torch.autograd.grad(out, p.hidden, create_graph=True)
-    with pytest.raises(RuntimeError):
-        grad.sum().backward()
+    p.weight.requires_grad_()
+
+    def of(hidden: Tensor) -> Tensor:
+        return SUMS[op](replace(p, hidden=hidden))
+
+    hidden = p.hidden.detach().clone().requires_grad_()
+    with pytest.raises(RuntimeError, match=f"{op} has no second derivative"):
+        if use == "hessian":
+            torch.autograd.functional.hessian(of, hidden)
+        elif use == "jvp":
+            torch.autograd.functional.jvp(of, hidden, torch.ones_like(hidden))
+        else:
+            out = of(hidden)
+            (grad,) = torch.autograd.grad(out, hidden, create_graph=True)
+            if use == "penalty":
+                (out + grad.pow(2).sum()).backward()
+            else:
+                leaf = hidden if op == "gather_logps" else p.weight
+                torch.autograd.grad(grad.sum(), leaf, allow_unused=True)
+
+
+@pytest.mark.parametrize("op", SUMS)
+def test_a_graph_of_gradients_that_nobody_differentiates_is_harmless(op):
+    p = problem(0)
+    leaves = [p.hidden] if op == "gather_logps" else trained(p)
+    p.hidden.requires_grad_()
+    expected = torch.autograd.grad(SUMS[op](p), leaves)
+    found = torch.autograd.grad(SUMS[op](p), leaves, create_graph=True)
+    for one, other in zip(found, expected, strict=True):
+        assert one.requires_grad and not other.requires_grad and torch.equal(one, other)
+
+
+def test_a_loss_keeps_no_hidden_states():
+    """Not even for the error of a second derivative: the memory is free for the backbone."""
+    p = problem(0)
+    hidden = p.hidden.requires_grad_() * 1.0
+    memory = weakref.ref(hidden)
+    loss = call(replace(p, hidden=hidden), ref_logps=torch.zeros(8)).loss
+    del hidden
+    assert memory() is None and loss.requires_grad
+    assert all(joint.untyped_storage().nbytes() == 0 for joint in loss.grad_fn.origin.joints)
+
+
+@pytest.mark.parametrize("op", SUMS)
+@pytest.mark.parametrize("transform", ["jvp", "vmap", "grad", "dual", "batched"])
+def test_other_derivatives_are_refused(op, transform):
+    """A tangent would be zero, silently."""
+    p = problem(0)
+
+    def of(hidden: Tensor) -> Tensor:
+        return SUMS[op](replace(p, hidden=hidden))
+
+    with pytest.raises(ValueError, match=f"{op} has first derivatives in backward mode alone"):
+        if transform == "jvp":
+            torch.func.jvp(of, (p.hidden,), (p.hidden,))
+        elif transform == "vmap":
+            torch.func.vmap(of)(p.hidden[None])
+        elif transform == "grad":
+            torch.func.grad(of)(p.hidden)
+        elif transform == "dual":
+            with torch.autograd.forward_ad.dual_level():
+                of(torch.autograd.forward_ad.make_dual(p.hidden, p.hidden))
+        else:
+            hidden = p.hidden.detach().clone().requires_grad_()
+            many = torch.ones(2, dtype=torch.float64)
+            torch.autograd.grad(of(hidden), hidden, many, is_grads_batched=True)
 
 
 def test_gradients_follow_the_weight_of_the_forward():
@@ -1544,6 +1611,7 @@ REFUSED = {
     "workspace negative": ({}, {"workspace_mb": -1.5}, r"workspace_mb=-1\.5 must be positive"),
     "workspace NaN": ({}, {"workspace_mb": float("nan")}, r"workspace_mb=nan must be positive"),
     "workspace infinite": ({}, {"workspace_mb": float("inf")}, r"workspace_mb=inf"),
+    "workspace as text": ({}, {"workspace_mb": "8"}, r"workspace_mb='8' must be positive"),
     "engine unknown": (
         {},
         {"engine": "cuda"},
@@ -1582,6 +1650,7 @@ def test_refusals(case):
             r"stats=\('entropie',\) must be a tuple with some of \('entropy'",
         ),
         ({"stats": "entropy"}, r"stats='entropy' must be a tuple"),
+        ({"stats": None}, r"stats=None must be a tuple"),
     ],
 )
 def test_token_logps_refusals(arguments, message):

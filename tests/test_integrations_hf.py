@@ -384,6 +384,24 @@ def test_an_adapter_per_row_runs_padded():
     assert torch.equal(model(**batch, una="responses").logps, adapted)  # packed again
 
 
+def test_prefix_tuning_runs_padded():
+    """peft's mask covers the keys of the prefix, which stand in no row of labels."""
+    peft = pytest.importorskip("peft")
+    options = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(patch_model(llama()), options)
+    nn.init.normal_(next(p for p in model.parameters() if p.requires_grad))
+    batch = make_batch()
+    found = model(**batch, una="responses").logps
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    logits = model(**inputs).logits[:, :-1]
+    targets = batch["labels"][:, 1:]
+    log_p = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
+    truth = torch.where(targets != -100, log_p, 0.0).sum(1)
+    assert torch.allclose(found, truth.double(), atol=1e-5)
+    with model.disable_adapter():
+        assert not torch.allclose(model(**batch, una="responses").logps, found, atol=1e-3)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(reentrant):
     model = patch_model(llama()).train()

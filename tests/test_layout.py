@@ -114,6 +114,9 @@ def test_scatter_and_sums_put_results_where_they_belong():
         (torch.zeros(2, 4), None, "must be .* integers"),
         (torch.zeros(1, 4, dtype=torch.int64), torch.ones(1, 3), "must have one shape"),
         (torch.tensor([[-100, 4, 5]]), torch.tensor([[1, 1, 0]]), r"labels\[0, 2\] is 5 where"),
+        ([[-100, 4]], None, r"labels must be a tensor \[B, T\], not list"),
+        (None, None, r"labels must be a tensor \[B, T\], not NoneType"),
+        (torch.tensor([[-100, 4]]), [[1, 1]], r"attention_mask must be a tensor"),
     ],
 )
 def test_wrong_labels_are_refused(labels, mask, message):

@@ -252,6 +252,7 @@ def test_objectives_reach_the_loss(directory, tokenizer, tmp_path):
         ({"compute_metrics": print}, "compute_metrics is not served"),
         ({"compute_loss_func": print}, "compute_loss_func is not served"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is not served"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha is not served"),
         (
             {
                 "use_liger_kernel": True,
@@ -313,7 +314,8 @@ class Stream(IterableDataset):
 def test_streams_are_not_cut_by_rows(directory, tokenizer, tmp_path, monkeypatch):
     """accelerate would join the batches of all ranks, and cut them by rows: feedback is no row."""
     records = Stream(make_records("pairs", 8))
-    make_trainer(directory, tokenizer, tmp_path, records).train()
+    trainer = make_trainer(directory, tokenizer, tmp_path, records)
+    trainer.train()
     from accelerate import Accelerator
 
     monkeypatch.setattr(Accelerator, "num_processes", 2)
@@ -322,3 +324,32 @@ def test_streams_are_not_cut_by_rows(directory, tokenizer, tmp_path, monkeypatch
     for given, changes in ((records, {}), (listed, joined), (listed, {"eval_dataset": records})):
         with pytest.raises(ValueError, match='"dispatch_batches": False'):
             make_trainer(directory, tokenizer, tmp_path, given, **changes)
+    with pytest.raises(ValueError, match='"dispatch_batches": False'):
+        trainer.evaluate(records)
+
+
+def test_lengths_of_records_are_read_or_asked_for(directory, tokenizer, tmp_path):
+    """The Trainer orders by the lengths of input_ids, which records have not."""
+    datasets = pytest.importorskip("datasets")
+    records = make_records("pairs", 8)
+    measured = [dict(record, length=len(record["prompt"])) for record in records]
+    dataset = datasets.Dataset.from_list(measured)
+    for strategy in ("group_by_length", "batch_rebalance"):
+        changes = {"train_sampling_strategy": strategy, "eval_dataset": records}
+        with pytest.raises(ValueError, match="needs the lengths of records: .*'length'"):
+            make_trainer(directory, tokenizer, tmp_path, records, **changes)
+        trainer = make_trainer(directory, tokenizer, tmp_path, dataset, **changes)
+        trainer.train()
+        assert trainer.evaluate()["eval_units"] == 8
+
+
+def test_evaluation_leaves_no_record_out(directory, tokenizer, tmp_path):
+    """A last batch that is not full is no reason to drop records."""
+    records = make_records("pairs", 5)
+    changes = {"eval_dataset": records, "per_device_eval_batch_size": 3}
+    trainer = make_trainer(
+        directory, tokenizer, tmp_path, records, dataloader_drop_last=True, **changes
+    )
+    assert trainer.evaluate()["eval_units"] == 5
+    assert trainer.predict(records[:2]).metrics["test_units"] == 2
+    assert trainer.evaluate([]).get("eval_units", 0) == 0

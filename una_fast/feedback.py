@@ -19,6 +19,8 @@ KIND_NAMES = ("pair", "binary", "score")
 NAMES = ("kind", "first", "second", "value", "margin", "weight", "offset")
 
 _HALF = (torch.float16, torch.bfloat16)
+# What torch raises for values that make no tensor.
+_NO_NUMBERS = (TypeError, ValueError, RuntimeError)
 
 Numbers = Sequence[float] | Tensor | float | None
 
@@ -36,7 +38,7 @@ def _column(name: str, values: Numbers, units: int, default: float | None = None
         values = default
     try:
         column = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
+    except _NO_NUMBERS as error:
         raise ValueError(f"{name} must be numbers, one per unit ({units} units): {error}") from None
     if column.dim() == 0:
         column = column.expand(units)
@@ -53,7 +55,10 @@ def _column(name: str, values: Numbers, units: int, default: float | None = None
 
 def _indices(name: str, values: Sequence[int] | Tensor) -> Tensor:
     """Return indices of responses, [U] int64; ValueError for anything but integers >= 0."""
-    column = torch.as_tensor(values).detach().cpu()
+    try:
+        column = torch.as_tensor(values).detach().cpu()
+    except _NO_NUMBERS as error:
+        raise ValueError(f"{name} must be a list of response indices (integers): {error}") from None
     if column.numel() == 0:
         return torch.empty(0, dtype=torch.int64)
     if column.dim() != 1 or column.is_floating_point() or column.dtype == torch.bool:
@@ -67,8 +72,10 @@ class Feedback:
     """A table of U feedback units over the responses of a call.
 
     Build a table with `pairs`, `binary`, `scores` and `merge`. Tables are constant, and equal if
-    their units are, in order. In batches that a trainer joins or pins, carry the `to_dict` of a
-    table: wherever feedback is taken, such a dict is as good. All columns are CPU tensors:
+    their units are, in order. In batches for a trainer to move, cast or pin, carry the
+    `to_dict` of a table: wherever feedback is taken, such a dict is as good. A trainer that joins
+    batches joins the columns as they stand: `shift` every later table first. All columns are CPU
+    tensors:
 
     kind: [U] int64, PAIR, BINARY or SCORE
     first: [U] int64, the chosen or the only response
@@ -217,9 +224,12 @@ class Feedback:
         )
 
     @staticmethod
-    def merge(parts: Sequence[Feedback]) -> Feedback:
-        """Join tables into one, in order. An empty list gives a table without units."""
-        tables = list(parts) or [Feedback.pairs([], [])]
+    def merge(parts: Sequence[Feedback | Mapping[str, Any]]) -> Feedback:
+        """Join tables into one, in order. An empty list gives a table without units.
+
+        parts: tables over the responses of a call; `shift` moves the table of a later batch
+        """
+        tables = [Feedback.of(part) for part in parts] or [Feedback.pairs([], [])]
 
         def joined(name: str) -> Tensor:
             return torch.cat([getattr(table, name) for table in tables])
@@ -255,7 +265,7 @@ class Feedback:
                 )
         try:
             units = torch.as_tensor(columns["kind"]).numel()
-        except (TypeError, ValueError, RuntimeError):
+        except _NO_NUMBERS:
             units = 0  # the column itself says what is wrong
         table = {name: _column(name, columns[name], units) for name in NAMES}
         for name in ("kind", "first", "second"):

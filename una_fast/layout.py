@@ -60,14 +60,14 @@ class Layout:
     ) -> Layout:
         """Return the layout of a batch: packed if input_ids are given and the batch can be packed.
 
-        labels: [B, T] integers, -100 for unscored tokens
+        labels: [B, T] integers, a tensor, -100 for unscored tokens
         attention_mask: [B, T], 0 for padding; None: no padding
         input_ids: [B, T]; rows with equal prompts share the prompt. None: padded
 
         A batch stays padded if a row has padding between tokens, or begins with a scored token, and
         without any scored token.
 
-        ValueError for shapes that differ, and for scored padding.
+        ValueError for anything but tensors, shapes that differ, and scored padding.
         """
         _check_shapes(labels, attention_mask, input_ids)
         labels = labels.detach().cpu().long()
@@ -131,15 +131,22 @@ class _Span(NamedTuple):
     stop: int
 
 
-def _check_shapes(labels: Tensor, *others: Tensor | None) -> None:
+def _check_shapes(labels: Tensor, attention_mask: Tensor | None, input_ids: Tensor | None) -> None:
+    """Raise ValueError unless all are tensors of one shape [B, T], and labels are integers."""
+    given = {"labels": labels}
+    others = {"attention_mask": attention_mask, "input_ids": input_ids}
+    given |= {name: tensor for name, tensor in others.items() if tensor is not None}
+    for name, tensor in given.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} must be a tensor [B, T], not {type(tensor).__name__}")
     if labels.dim() != 2 or labels.is_floating_point() or labels.shape[1] < 1:
         raise ValueError(
             f"labels {tuple(labels.shape)} must be [B, T] integers, -100 for tokens without a loss"
         )
-    for name, other in zip(("attention_mask", "input_ids"), others, strict=True):
-        if other is not None and other.shape != labels.shape:
+    for name, tensor in given.items():
+        if tensor.shape != labels.shape:
             raise ValueError(
-                f"{name} {tuple(other.shape)} and labels {tuple(labels.shape)} must have one shape"
+                f"{name} {tuple(tensor.shape)} and labels {tuple(labels.shape)} must have one shape"
             )
 
 

@@ -34,11 +34,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from una_fast.feedback import Feedback
 from una_fast.group import Group
 from una_fast.head.compiling import outside_compile
+from una_fast.head.derivatives import Origin, first_only, refuse_transforms
 from una_fast.head.engines import choose_engine
 from una_fast.head.passes import Head, LaterPass, OnePass
 from una_fast.head.row_stats import EntropyTerm, check_stats
@@ -120,6 +120,7 @@ def linear_una_loss(
     objective = objective or Objective()
     feedback = Feedback.of(feedback)
     leaves = (hidden, weight, bias)
+    refuse_transforms("linear_una_loss", *leaves, ref_hidden, ref_weight, ref_bias)
     hidden, weight, bias = _autocast(*leaves)
     transform = LogitTransform(softcap, logit_scale, temperature)
     targets = as_tensor("targets", targets, hidden.device)
@@ -166,16 +167,17 @@ def linear_una_loss(
                 logps, _ = head.logps(hidden, targets)
             return loss.output(logps)
     leaf = leaves[1].dtype
+    origin = Origin("linear_una_loss", leaves)
     if isinstance(head, SplitHead):
         del ref_head
         job = SplitPass(head, hidden, targets, loss, needs, leaf)
-        return UnaOutput(*_LinearUna.apply(*leaves, job))
+        return UnaOutput(*_LinearUna.apply(*leaves, job, origin))
     train_weight = leaf if needs[1] else None
     plan = head.plan(feedback, lengths, train_weight, needs[2], objective.length_normalize)
     if ref_head is not None:
         head.take_buffer(ref_head, plan.tile)
     job = OnePass(head, plan, hidden, targets, loss, needs, leaf)
-    return UnaOutput(*_LinearUna.apply(*leaves, job))
+    return UnaOutput(*_LinearUna.apply(*leaves, job, origin))
 
 
 @outside_compile
@@ -216,6 +218,7 @@ def sequence_logps(
     vocabulary: as in linear_una_loss, without gradients alone
     """
     leaves = (hidden, weight, bias)
+    refuse_transforms("sequence_logps", *leaves)
     transform = LogitTransform(softcap, logit_scale, temperature)
     head, hidden, targets = _token_call(
         leaves, targets, transform, workspace_mb, engine, vocabulary
@@ -267,6 +270,7 @@ def token_logps(
     With stats, returns (log-probs, {name: [N]}). Statistics are 0 where the target is -100.
     """
     leaves = (hidden, weight, bias)
+    refuse_transforms("token_logps", *leaves)
     stats = check_stats(stats)
     transform = LogitTransform(softcap, logit_scale, temperature)
     head, hidden, targets = _token_call(leaves, targets, transform, workspace_mb, engine)
@@ -295,6 +299,7 @@ def gather_logps(
     Returns [...] float32 (float64 for float64 logits). ValueError for targets of another shape, and
     for targets outside the vocabulary (on a GPU such targets give NaN instead).
     """
+    refuse_transforms("gather_logps", logits)
     targets = as_tensor("targets", targets, logits.device)
     if targets.shape != logits.shape[:-1]:
         raise ValueError(
@@ -303,7 +308,8 @@ def gather_logps(
         )
     targets = _int64_targets(targets, logits.shape[-1], ignore=True)
     transform = LogitTransform(temperature=temperature)
-    return _GatherLogps.apply(logits, targets, transform, inplace_backward)
+    origin = Origin("gather_logps", [logits])
+    return _GatherLogps.apply(logits, targets, transform, inplace_backward, origin)
 
 
 # --- input checks ---------------------------------------------------------------------------------
@@ -554,8 +560,14 @@ class _LinearUna(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: OnePass
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        job: OnePass,
+        origin: Origin,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        ctx.origin = origin
         out, grads = job.run()
         ctx.grads = (grads.hidden, grads.weight, grads.bias)
         ctx.missing = grads.missing
@@ -566,7 +578,7 @@ class _LinearUna(torch.autograd.Function):
         return tuple(out)
 
     @staticmethod
-    @once_differentiable
+    @first_only
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
             raise RuntimeError(
@@ -575,7 +587,7 @@ class _LinearUna(torch.autograd.Function):
             )
         grads, missing = ctx.grads, ctx.missing
         if upstream is None:
-            return None, None, None, None
+            return None, None, None, None, None
         keep = _graph_is_kept()
         if not keep:
             ctx.grads = ctx.missing = None
@@ -589,7 +601,7 @@ class _LinearUna(torch.autograd.Function):
         for k, grad in enumerate(grads):
             if grad is not None:
                 scaled[k] = ctx.engine.scaled(grad, factors[k], ctx.dtypes[k], keep)
-        return *scaled, None
+        return *scaled, None, None
 
 
 def _later_pass(
@@ -613,7 +625,8 @@ def _later_pass(
     needs = _needs(leaves)
     if any(needs):
         job = LaterPass(head, len(hidden), needs[1], stats, lengths)
-        return _LaterPass.apply(*leaves, hidden, targets, job)
+        origin = Origin("token_logps" if lengths is None else "sequence_logps", leaves)
+        return _LaterPass.apply(*leaves, hidden, targets, job, origin)
     with torch.no_grad():
         rows = head.rows(hidden, targets, head.forward_plan(len(hidden)), stats)
         logps = rows.logps if lengths is None else head.sums(lengths, rows.logps)
@@ -636,7 +649,9 @@ class _LaterPass(torch.autograd.Function):
         hidden: Tensor,
         targets: Tensor,
         job: LaterPass,
+        origin: Origin,
     ) -> tuple[Tensor, ...]:
+        ctx.origin = origin
         rows = job.run(hidden, targets)
         entropy = rows.stats.get("entropy")
         # The weight too, so that autograd sees it change; under autocast the head has a copy.
@@ -652,7 +667,7 @@ class _LaterPass(torch.autograd.Function):
         return logps, *rows.stats.values()
 
     @staticmethod
-    @once_differentiable
+    @first_only
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         *leaves, hidden, targets, lse, entropy, tail = ctx.saved_tensors
         job = ctx.job
@@ -667,7 +682,7 @@ class _LaterPass(torch.autograd.Function):
         found: list[Tensor | None] = []
         for grad, leaf in zip((grads.hidden, grads.weight, grads.bias), leaves, strict=True):
             found.append(None if grad is None else grad.to(leaf.dtype))
-        return *found, None, None, None
+        return *found, None, None, None, None
 
 
 def _matrices(logits: Tensor) -> Iterator[Tensor]:
@@ -704,8 +719,14 @@ class _GatherLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, transform: LogitTransform, inplace: bool
+        ctx: Any,
+        logits: Tensor,
+        targets: Tensor,
+        transform: LogitTransform,
+        inplace: bool,
+        origin: Origin,
     ) -> Tensor:
+        ctx.origin = origin
         engine = choose_engine("auto", logits.device, logits.dtype)
         labels = targets.reshape(-1)
         lse = torch.empty(labels.shape, dtype=accumulator_dtype(logits.dtype), device=logits.device)
@@ -718,8 +739,8 @@ class _GatherLogps(torch.autograd.Function):
         return logps.view(targets.shape)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None, None, None]:
+    @first_only
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         logits, targets, lse = ctx.saved_tensors
         labels = targets.reshape(-1)
         upstream = upstream.reshape(-1).to(lse.dtype)
@@ -735,4 +756,4 @@ class _GatherLogps(torch.autograd.Function):
             )
         if ctx.inplace:
             torch.autograd.graph.increment_version(logits)
-        return grad, None, None, None
+        return grad, None, None, None, None

@@ -38,6 +38,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
+from numbers import Real
 
 from una_fast.feedback import PAIR, Feedback
 
@@ -58,12 +59,12 @@ Span = tuple[int, int]  # rows [start, stop)
 def workspace_bytes(device: str, workspace_mb: float | None) -> int:
     """Return the bytes of the workspace: of a setting in MiB, or the default of a kind of device.
 
-    ValueError unless the setting is positive and finite.
+    ValueError unless the setting is a positive and finite number.
     """
     if workspace_mb is None:
         workspace_mb = DEFAULT_WORKSPACE_MB.get(device, DEFAULT_WORKSPACE_MB["cuda"])
-    if not 0 < workspace_mb < math.inf:
-        raise ValueError(f"workspace_mb={workspace_mb} must be positive and finite")
+    if not isinstance(workspace_mb, Real) or not 0 < workspace_mb < math.inf:
+        raise ValueError(f"workspace_mb={workspace_mb!r} must be positive and finite, in MiB")
     return int(workspace_mb * 2**20)
 
 

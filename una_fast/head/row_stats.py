@@ -31,7 +31,7 @@ row. Only the entropy's gradient needs it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -50,8 +50,9 @@ LOWEST = -3.0e38  # the top of a slice whose entries are all masked: finite, so 
 
 
 def check_stats(stats: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of wanted statistics, once each; ValueError for others, or for one text."""
-    if isinstance(stats, str) or not set(stats) <= set(STATS):
+    """Return the names of wanted statistics, once each; ValueError for anything else."""
+    is_list = isinstance(stats, Iterable) and not isinstance(stats, str)
+    if not is_list or not set(stats) <= set(STATS):
         raise ValueError(f"stats={stats!r} must be a tuple with some of {STATS}")
     return tuple(dict.fromkeys(stats))
 

@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 FORMS = ("responses", "tokens")
 # Arguments of a backbone that a packed row has, too.
 _PACKABLE = {"input_ids", "attention_mask", "output_router_logits", "return_dict", "use_cache"}
+# Names of cached keys, such as those of peft's prefix tuning.
+_CACHES = {"past_key_values", "cache"}
 # Arguments of a model's forward for its logits, or for its own loss.
 _OF_LOGITS = ("logits_to_keep", "num_logits_to_keep", "num_items_in_batch")
 
@@ -253,6 +255,8 @@ def layout_of(
     if labels is None:
         raise ValueError("una= and feedback= need labels=, -100 outside the responses")
     mask = inputs.get("attention_mask")
+    if mask is not None and not _CACHES.isdisjoint(inputs):
+        mask = mask[:, mask.shape[1] - labels.shape[1] :]  # its first columns are of cached keys
     if patch.packs and _can_pack(causal_lm, inputs):
         layout = Layout.from_labels(labels, mask, inputs["input_ids"])
         if patch.moves or not layout.moved:

@@ -6,18 +6,19 @@ any number of ranks, have the gradient of one batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 from transformers import Trainer, TrainingArguments
 
 from una_fast.distributed import World
 from una_fast.feedback import Feedback
 from una_fast.integrations.hf.collator import FeedbackCollator
+from una_fast.integrations.hf.evaluation import UNCOUNTED, Filled, RecordsAlone, filled
 from una_fast.integrations.hf.form import inner_model
 from una_fast.integrations.hf.patch import patch_model
 from una_fast.integrations.hf.router import router_coefficient
@@ -30,7 +31,9 @@ from una_fast.train.metrics import Meter
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_OF_LOSS = ("feedback", "ref_logps")
+_OF_LOSS = ("feedback", "ref_logps", UNCOUNTED)
+# Ways to order records by the lengths that the Trainer finds in them.
+_BY_LENGTH = ("group_by_length", "batch_rebalance")
 
 
 class UNATrainer(Trainer):
@@ -90,7 +93,9 @@ class UNATrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
-        self._refuse_joined_batches()
+        evaluated = self.eval_dataset
+        evaluated = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
+        self._refuse_joined_batches(self.train_dataset, *evaluated)
         # Which of the two says that a loss is divided already depends on the release.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self.can_return_loss = True
@@ -111,15 +116,11 @@ class UNATrainer(Trainer):
     def _new_meter(self) -> Meter:
         return Meter(self.objective, self.accelerator.device)
 
-    def _refuse_joined_batches(self) -> None:
+    def _refuse_joined_batches(self, *datasets: Any) -> None:
         """Refuse loaders that join the batches of all ranks, and cut the whole by rows."""
         if self.accelerator.num_processes == 1:
             return
         dispatch = self.args.accelerator_config.dispatch_batches
-        evaluated = (
-            self.eval_dataset if isinstance(self.eval_dataset, dict) else {0: self.eval_dataset}
-        )
-        datasets = [self.train_dataset, *evaluated.values()]
         streams = any(isinstance(dataset, IterableDataset) for dataset in datasets)
         if dispatch or (streams and dispatch is None):
             raise ValueError(
@@ -140,7 +141,20 @@ class UNATrainer(Trainer):
     def _get_collator_with_removed_columns(
         self, data_collator: Callable[..., Any], description: str | None = None
     ) -> Callable[..., Any]:
-        return data_collator
+        return RecordsAlone(data_collator)
+
+    def _get_dataloader(
+        self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any
+    ) -> DataLoader:
+        """Return the Trainer's loader; of evaluation, with fillers in the place of repeats."""
+        self._refuse_joined_batches(dataset)
+        if not is_training:
+            dataset = filled(dataset, self.args.eval_batch_size * self.accelerator.num_processes)
+        return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+
+    # The Trainer would order evaluation, too, by lengths that records need not have.
+    def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler:
+        return SequentialSampler(eval_dataset)
 
     # --- loss ---
 
@@ -188,7 +202,8 @@ class UNATrainer(Trainer):
             objective=self.objective,
             num_units=num_items_in_batch,
         )
-        self._meters[model.training].add(_Counted.of(tokens, feedback), out)
+        if not inputs.get(UNCOUNTED):
+            self._meters[model.training].add(_Counted.of(tokens, feedback), out)
         loss = out.loss
         if out.aux_loss is not None:
             loss = loss + self._share(feedback, num_items_in_batch) * self._router_loss(out)
@@ -252,19 +267,18 @@ class UNATrainer(Trainer):
             loss = self.compute_loss(model, inputs)
         return loss.detach().float(), None, None
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the Trainer's loop, and add the metrics over all units.
+    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
+        """Run the Trainer's loop, and add the metrics: means over all units of all ranks.
 
-        On several ranks accelerate repeats records to fill the last batches: the loss is the
-        Trainer's, which leaves repeated rows out, and the other metrics count them.
+        dataloader: of get_eval_dataloader or get_test_dataloader
+        args, kwargs: of the Trainer
         """
-        output = super().evaluation_loop(*args, **kwargs)
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        found = self._meters[False].take(self.world)
-        if self.world.size > 1:
-            found.pop("loss", None)
-        for name, value in found.items():
+        for name, value in self._meters[False].take(self.world).items():
             output.metrics[f"{prefix}_{name}"] = value
+        if isinstance(dataloader.dataset, Filled):
+            output = output._replace(num_samples=len(dataloader.dataset.records))
         return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -296,6 +310,13 @@ def _refuse_unread(args: TrainingArguments, kwargs: dict[str, Any]) -> None:
             raise ValueError(f"{name} is not served: there are no logits, and the loss is UNA's")
     if args.label_smoothing_factor:
         raise ValueError("label_smoothing_factor is not served: give pairs a target below 1")
+    if args.neftune_noise_alpha is not None:
+        raise ValueError(
+            "neftune_noise_alpha is not served: log-ratios compare deterministic log-probs, and "
+            "the noise would reach the policy alone"
+        )
+    if args.train_sampling_strategy in _BY_LENGTH:
+        _check_lengths(args, kwargs.get("train_dataset"))
     if args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs in one process would split batches by rows: start with torchrun, "
@@ -309,6 +330,25 @@ def _refuse_unread(args: TrainingArguments, kwargs: dict[str, Any]) -> None:
                 "gives log-probs; leave it out"
             )
         args.liger_kernel_config = {**liger, "fused_linear_cross_entropy": False}
+
+
+def _check_lengths(args: TrainingArguments, dataset: Any) -> None:
+    """Raise ValueError if the Trainer finds no lengths to order a dataset by.
+
+    args: of the Trainer
+    dataset: of training; of a stream, the Trainer says that it keeps the order
+    """
+    if dataset is None or isinstance(dataset, IterableDataset) or not len(dataset):
+        return
+    if args.length_column_name in getattr(dataset, "column_names", ()):
+        return
+    if isinstance(dataset[0], Mapping) and "input_ids" in dataset[0]:
+        return
+    raise ValueError(
+        f"train_sampling_strategy={args.train_sampling_strategy!r} needs the lengths of records: "
+        f"give a datasets.Dataset with a column {args.length_column_name!r} "
+        "(length_column_name) of their tokens, or leave it out"
+    )
 
 
 @dataclass(frozen=True)
