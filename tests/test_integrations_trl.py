@@ -7,6 +7,7 @@ import inspect
 import logging
 import pickle
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,10 @@ from una_fast.integrations.calls import una_calls
 
 trl = pytest.importorskip("trl")
 
+from accelerate.utils import convert_outputs_to_fp32  # noqa: E402
+from trl.trainer import utils as trl_utils  # noqa: E402
+
+from una_fast.integrations.hf import patch_model  # noqa: E402
 from una_fast.integrations.trl import (  # noqa: E402
     UNADPOTrainer,
     UNAGRPOTrainer,
@@ -320,6 +325,54 @@ def test_a_second_trainer_replaces_the_head_of_the_first():
     shifted = torch.nn.functional.pad(batch.pop("labels")[:, 1:], (0, 1), value=-100)
     theirs = model(**batch, shift_labels=shifted, fused_lm_head=True).log_probs[:, :-1]
     assert torch.allclose(theirs, truth, atol=1e-5)
+
+
+def mixed_precision(model) -> None:
+    """Wrap a model's forward as accelerate does under bf16."""
+    forward = convert_outputs_to_fp32(model.forward.__func__)
+    model.forward = types.MethodType(forward, model)
+
+
+LAYERS = {
+    "ours": add_una_head,
+    "theirs": trl_utils.add_fused_lm_head,
+    "patch": patch_model,
+    "accelerate": mixed_precision,
+}
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        ("ours", "accelerate", "ours", "accelerate"),
+        ("ours", "theirs", "ours"),
+        ("ours", "patch", "ours"),
+        ("patch", "ours", "patch", "accelerate", "ours"),
+        ("patch", "theirs", "patch", "ours"),
+    ],
+    ids="-".join,
+)
+def test_forwards_stand_over_each_other_in_any_order(order):
+    """Every layer calls the one underneath, and a copy runs its own weights."""
+    model = build("LlamaConfig")
+    batch = make_batch()
+    logits = model(input_ids=batch["input_ids"]).logits
+    truth = eager_logps(model, batch)
+    for layer in order:
+        LAYERS[layer](model)
+    assert torch.equal(model(input_ids=batch["input_ids"]).logits, logits)
+    assert torch.allclose(model(**batch, fused_lm_head=True).log_probs, truth, atol=1e-5)
+    if "patch" in order:
+        assert torch.allclose(model(**batch, una="tokens").logps, truth, atol=1e-5)
+    if "theirs" in order:
+        return  # TRL's forward would run the weights of the original in a copy
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    other_truth = eager_logps(other, batch)
+    assert not torch.allclose(other_truth, truth, atol=1e-3)
+    assert torch.allclose(other(**batch, fused_lm_head=True).log_probs, other_truth, atol=1e-5)
 
 
 def test_a_deep_copy_runs_its_own_weights():

@@ -188,23 +188,27 @@ def _whole(tensor: Tensor | None) -> Tensor | None:
 
 
 class ModelForward:
-    """A forward in place of a model's own: `model.forward = ModelForward(model, function)`.
+    """A forward over the one that a model has: `model.forward = ModelForward(model, function)`.
 
-    Calls function(model, ...), with the signature of the class's forward, which transformers and
-    peft read. As a bound method, but for pickle: pickle finds a bound method again by the name
-    alone, and a loaded model would run the forward of the class without an error. A deep copy and
-    a loaded model run their own weights.
+    Calls function(model, under, ...), `under` being the forward that the model had before, with the
+    signature of the class's forward, which transformers and peft read. As a bound method, but for
+    pickle: pickle finds a bound method again by the name alone, and a loaded model would run the
+    forward of the class without an error. A deep copy and a loaded model run their own weights.
 
-    model: gets the forward
+    model: gets the forward; keeps the forwards underneath, in the order of their making, and each
+        ModelForward its place among them: others may stand between two of ours
     function: of a module, so that pickle finds the function again
     """
 
     def __init__(self, model: nn.Module, function: Forward) -> None:
+        under = model.__dict__.setdefault("_una_under", [])
         self._una_model = model
         self._una_function = function
+        self._una_place = len(under)
+        under.append(model.__dict__.get("forward"))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._una_function(self._una_model, *args, **kwargs)
+        return self.__func__(self._una_model, *args, **kwargs)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -217,26 +221,55 @@ class ModelForward:
 
     @property
     def __func__(self) -> Forward:
-        function, own = self._una_function, type(self._una_model).forward
+        function, place = self._una_function, self._una_place
+        own = type(self._una_model).forward
 
         def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return function(model, *args, **kwargs)
+            return function(model, _under(model, place), *args, **kwargs)
 
         # The own forward is no `__wrapped__`: accelerate takes wrapped forwards off.
         forward.__signature__ = inspect.signature(own)
         forward.__name__, forward.__doc__ = own.__name__, own.__doc__
-        forward._una_function = function
+        forward._una_function, forward._una_place = function, place
         return forward
 
 
-def runs_function(forward: Forward, function: Forward) -> bool:
-    """Return whether a forward is a ModelForward of a function, or a wrapper around such."""
+def runs_function(model: nn.Module, function: Forward) -> bool:
+    """Return whether a model's forward is a ModelForward of a function, or stands over such.
+
+    What stands over a forward shows it as `__wrapped__`, or is a ModelForward too. Others hide it.
+    """
+    forward = model.forward
     while forward is not None:
-        inside = getattr(forward, "__func__", forward)
-        if getattr(inside, "_una_function", None) is function:
+        if is_forward_of(forward, function):
             return True
-        forward = getattr(inside, "__wrapped__", None)
+        inside = getattr(forward, "__func__", forward)
+        place = getattr(inside, "_una_place", None)
+        hidden = None if place is None else _under(model, place)
+        forward = getattr(inside, "__wrapped__", hidden)
     return False
+
+
+def is_forward_of(forward: Forward, function: Forward) -> bool:
+    """Return whether a forward is a ModelForward of a function, and nothing around it."""
+    inside = getattr(forward, "__func__", forward)
+    return getattr(inside, "_una_function", None) is function
+
+
+def take_off(model: nn.Module) -> None:
+    """Give a model the forward under its forward, a ModelForward."""
+    under = model._una_under.pop()
+    if not model._una_under:
+        del model._una_under
+    del model.forward
+    if under is not None:
+        model.forward = under
+
+
+def _under(model: nn.Module, place: int) -> Forward:
+    """Return the forward under the ModelForward of a place; without one, that of the class."""
+    under = model._una_under[place]
+    return types.MethodType(type(model).forward, model) if under is None else under
 
 
 def install_scorer(causal_lm: PreTrainedModel) -> None:
@@ -246,20 +279,20 @@ def install_scorer(causal_lm: PreTrainedModel) -> None:
     indices into the flattened [B * T] positions. Without `scorer` the model's own forward runs.
     Idempotent; survives copy.deepcopy and fully_shard.
     """
-    if hasattr(causal_lm, "_una_model_forward"):
+    if runs_function(causal_lm, _forward_to_scorer):
         return
-    causal_lm._una_model_forward = causal_lm.forward
     causal_lm.forward = ModelForward(causal_lm, _forward_to_scorer)
 
 
 def _forward_to_scorer(
     causal_lm: PreTrainedModel,
+    under: Forward,
     *args: Any,
     scorer: Scorer | None = None,
     rows: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
     if scorer is None:
-        return causal_lm._una_model_forward(*args, **kwargs)
+        return under(*args, **kwargs)
     chosen = select_rows(hidden_states(causal_lm, **kwargs), rows)
     return call_head(causal_lm.get_output_embeddings(), chosen, scorer)

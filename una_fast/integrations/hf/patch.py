@@ -11,7 +11,13 @@ from una_fast.integrations.hf.form import inner_model, make_patch
 from una_fast.integrations.hf.scored import UnaModelOutput, scored_forward
 from una_fast.integrations.versions import check_version
 from una_fast.model.dropout import remove_dropout
-from una_fast.model.head_forward import ModelForward, runs_function
+from una_fast.model.head_forward import (
+    Forward,
+    ModelForward,
+    is_forward_of,
+    runs_function,
+    take_off,
+)
 
 __all__ = ["patch_model", "remove_dropout", "unpatch_model"]
 
@@ -48,19 +54,16 @@ def patch_model(
         causal_lm._una_guard = causal_lm.register_forward_hook(
             _refuse_other, prepend=True, with_kwargs=True
         )
-    if runs_function(causal_lm.forward, _forward):
-        return model
-    causal_lm._una_own_forward = causal_lm.forward
-    causal_lm._una_instance_forward = causal_lm.__dict__.get("forward")
-    causal_lm.forward = ModelForward(causal_lm, _forward)
+    if not runs_function(causal_lm, _forward):
+        causal_lm.forward = ModelForward(causal_lm, _forward)
     return model
 
 
-def _forward(causal_lm: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-    """Run a scored call, or the model's own forward."""
+def _forward(causal_lm: PreTrainedModel, under: Forward, *args: Any, **kwargs: Any) -> Any:
+    """Run a scored call, or the forward underneath."""
     if _is_scored(kwargs):
         return scored_forward(causal_lm, *args, **kwargs)
-    return causal_lm._una_own_forward(*args, **kwargs)
+    return under(*args, **kwargs)
 
 
 def _is_scored(kwargs: dict[str, Any]) -> bool:
@@ -92,20 +95,12 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     causal_lm = inner_model(model)
     if "_una" not in causal_lm.__dict__:
         return model
-    if not _is_plainly_ours(causal_lm.forward):
+    if not is_forward_of(causal_lm.forward, _forward):
         raise ValueError(
             f"the forward of {type(causal_lm).__name__} was replaced after patch_model; undo the "
             "later change first"
         )
-    own = causal_lm._una_instance_forward
+    take_off(causal_lm)
     causal_lm._una_guard.remove()
-    for name in ("forward", "_una", "_una_guard", "_una_own_forward", "_una_instance_forward"):
-        delattr(causal_lm, name)
-    if own is not None:
-        causal_lm.forward = own
+    del causal_lm._una, causal_lm._una_guard
     return model
-
-
-def _is_plainly_ours(forward: Any) -> bool:
-    """Return whether a forward is of patch_model, with no wrapper around."""
-    return runs_function(forward, _forward) and not hasattr(forward, "__wrapped__")

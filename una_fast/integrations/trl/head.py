@@ -17,7 +17,7 @@ from una_fast.integrations.hf.requests import HeadRows, Tokens
 from una_fast.integrations.hf.router import router_coefficient
 from una_fast.integrations.hf.scored import layout_of, run_scorer
 from una_fast.integrations.versions import check_version
-from una_fast.model.head_forward import ModelForward, runs_function
+from una_fast.model.head_forward import Forward, ModelForward, runs_function
 from una_fast.model.head_probe import plain_head
 
 SEAM = "add_fused_lm_head"
@@ -55,27 +55,26 @@ def add_una_head(
     check_version("trl", "1.15", "1.16", "1.15.0 and 1.16.0")
     settings = _settings(model, temperature, cast_lm_head_to_fp32, outputs, pack, workspace_mb)
     model._una_trl = settings
-    if runs_function(model.forward, _forward):
-        return
-    model._una_own_forward_trl = model.forward
-    model.forward = ModelForward(model, _forward)
+    if not runs_function(model, _forward):
+        model.forward = ModelForward(model, _forward)
 
 
 def _forward(
     model: PreTrainedModel,
+    under: Forward,
     *args: Any,
     fused_lm_head: bool = False,
     labels: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Run a call of TRL's trainers through the fused head or TRL's, or the model's own forward."""
+    """Run a call of TRL's trainers through the fused head or TRL's, or the forward underneath."""
     if fused_lm_head and _is_served(model, args, labels, kwargs):
         return _fused_output(model, labels, kwargs)
     if labels is not None:
         kwargs["labels"] = labels
     if fused_lm_head:
         return _trl_forward(model)(*args, fused_lm_head=True, **kwargs)
-    return model._una_own_forward_trl(*args, **kwargs)
+    return under(*args, **kwargs)
 
 
 def _trl_forward(model: PreTrainedModel) -> Callable[..., Any]:
