@@ -14,9 +14,10 @@ import torch
 from una_fast.bench import contenders, longest, run
 from una_fast.bench.attempts import DeviceLost, attempt
 from una_fast.bench.contenders import Eager, Liger, Trl, Una
-from una_fast.bench.inputs import HEADS, Form, Inputs
+from una_fast.bench.inputs import HEADS, PLAIN, Form, Inputs
 from una_fast.bench.longest import Line, line_of, search
 from una_fast.bench.measuring import extra_bytes
+from una_fast.bench.picture import draw
 from una_fast.bench.run import PICTURE, RESULT
 from una_fast.bench.settings import BenchConfig
 from una_fast.bench.truth import check, logp_errors, logp_truth, truth
@@ -141,6 +142,25 @@ def test_without_weights_or_matplotlib_the_rest_is_measured(bench, llamas, monke
     assert "no picture: matplotlib is not installed: pip install matplotlib" in said
     assert "no errors on real hidden states: the weights are not in a directory" in said
     assert "seconds" in stored["table"][0] and "real_ratio_error" not in stored["table"][0]
+
+
+def test_a_picture_that_fails_is_a_note(tmp_path, capsys):
+    """The table is printed and the numbers are stored before, for the note once more."""
+    (tmp_path / PICTURE).mkdir()
+    row = {"name": "una_fast", "seconds": 1.0}
+    environment = {"machine": "a machine", "threads": 1}
+    result = {"environment": environment, "table": [row], "notes": [], "ratios": {}}
+    work = run.Work("random numbers", 8, 4, 30, PLAIN, CPU, torch.float32)
+    told = run._tell(result, work, BenchConfig(), tmp_path)
+    assert told["files"] == [RESULT] and "una_fast" in lines_of(capsys.readouterr().out)
+    (note,) = json.loads((tmp_path / RESULT).read_text())["notes"]
+    assert note.startswith("no picture: IsADirectoryError")
+
+
+def test_a_name_in_the_title_is_no_formula(tmp_path):
+    file = tmp_path / PICTURE
+    row = {"name": "una_fast", "seconds": 1.0}
+    assert draw([row], r"./a_$b_$c and m$\frac$", file) is None and file.exists()
 
 
 @pytest.mark.parametrize(

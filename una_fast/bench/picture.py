@@ -25,22 +25,27 @@ def draw(table: Sequence[Mapping[str, Any]], title: str, file: Path) -> str | No
     file: to write
     """
     try:
-        import matplotlib
-    except ImportError:
-        return "matplotlib is not installed: pip install matplotlib"
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+        _draw(table, title, file)
+    # Of any kind: the measurement before it is complete without a picture.
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "matplotlib":
+            return "matplotlib is not installed: pip install matplotlib"
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _draw(table: Sequence[Mapping[str, Any]], title: str, file: Path) -> None:
+    from matplotlib.figure import Figure
 
     keys = set().union(*table)
     panels = [panel for panel in PANELS if panel[0] in keys]
-    figure = plt.figure(figsize=(PANEL_WIDTH * len(panels), PANEL_HEIGHT), layout="constrained")
+    figure = Figure(figsize=(PANEL_WIDTH * len(panels), PANEL_HEIGHT), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)
     for panel, ax in zip(panels, axes.flat, strict=True):
         _draw_panel(ax, table, panel)
-    figure.suptitle("\n".join(textwrap.wrap(title, 110)), fontsize=9)
+    # Paths of models hold what matplotlib would read as formulas.
+    figure.suptitle("\n".join(textwrap.wrap(title, 110)), fontsize=9, parse_math=False)
     figure.savefig(file, dpi=130, metadata={"Software": None})
-    plt.close(figure)
-    return None
 
 
 def _label(value: float) -> str:

@@ -1,7 +1,7 @@
 """`una-fast bench`: a call of the fused head on the user's machine, beside eager PyTorch and peers.
 
 sizes -> free memory -> inputs -> errors against float64 -> memory -> longest call
-      -> timed rounds in turns -> table, picture, JSON
+      -> timed rounds in turns -> table, JSON, picture
 
 A missing, wrong, slow or large contender is a row with the reason.
 """
@@ -414,11 +414,12 @@ def _tell(result: dict[str, Any], work: Work, settings: BenchConfig, out: Path) 
     for row in result["table"]:
         if "longest_note" in row:
             result["notes"].append(f"{row['name']}: longest call: {row['longest_note']}")
+    print(*table_lines(COLUMNS, result["table"], CELL), sep="\n")
+    write_json(out / RESULT, result)
     missing = draw(result["table"], f"{title}; {machine}", out / PICTURE)
     if missing:
         result["notes"].append(f"no picture: {missing}")
-    write_json(out / RESULT, result)
-    print(*table_lines(COLUMNS, result["table"], CELL), sep="\n")
+        write_json(out / RESULT, result)
     print(LEGEND + LONGEST[work.device.type], *result["notes"], sep="\n")
     files = [RESULT] if missing else [RESULT, PICTURE]
     print(f"wrote {' and '.join(str(out / name) for name in files)}")
