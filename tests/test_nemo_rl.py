@@ -111,8 +111,11 @@ def test_the_loss_is_una_loss_of_the_sums(protocol, kind, normalize, rolled):
     labels = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 0.0])
     scores = torch.tensor([2.0, -1.0, 0.3, 0.0, 5.0, 1.0])
     offset = torch.linspace(-1, 1, 6)
-    data |= {"una_offset": offset, "una_margin": offset.abs(), "una_weight": 1 + offset.abs()}
-    data["una_value"] = labels if kind == "binary" else scores
+    data["una_weight"] = 1 + offset.abs()
+    if kind == "pairs":
+        data["una_margin"] = offset.abs()
+    else:
+        data |= {"una_offset": offset, "una_value": labels if kind == "binary" else scores}
     rows, weight = torch.arange(6), 1 + offset.abs()
     feedback = {
         "pairs": Feedback.pairs(
@@ -175,13 +178,12 @@ def test_padding_may_hold_anything_and_no_valid_row_gives_zero(protocol):
 def test_scores_may_be_advantages_per_token(protocol):
     policy, data = micro_batch(rolled=False)
     score = torch.tensor([0.5, -2.0, 1.0, 0.0, 3.0, -0.1])
-    data["advantages"] = score[:, None] * data["token_mask"]
-    data["una_value"] = score
+    columns = {"una_value": score, "advantages": score[:, None] * data["token_mask"]}
     objective = Objective(beta=BETA, score="reward_mse")
     losses = []
-    for column in ("una_value", "advantages"):
+    for column, values in columns.items():
         loss_fn = UNALoss(objective, "scores", column=column, rolled_reference=False)
-        losses.append(loss_fn(policy, data, torch.tensor(6), None)[0])
+        losses.append(loss_fn(policy, data | {column: values}, torch.tensor(6), None)[0])
     torch.testing.assert_close(*losses)
     data["advantages"] = data["token_mask"].cumsum(1)
     with pytest.raises(ValueError, match="advantages of response 0 lie between"):
@@ -198,6 +200,32 @@ def test_what_the_loss_refuses(protocol):
         UNALoss(kind="scores")(policy, data, torch.tensor(4), None)
     with pytest.raises(ValueError, match=r"log-probs \(5, 7\) and their mask \(5, 8\)"):
         UNALoss(kind="binary")(policy[:, 1:], data | {"una_value": data["sample_mask"]}, 5, None)
+
+
+@pytest.mark.parametrize("name", ["token_mask", "sample_mask", "reference_policy_logprobs"])
+def test_a_missing_column_of_theirs_is_named(protocol, name):
+    policy, data = micro_batch()
+    del data[name]
+    with pytest.raises(ValueError, match=f"no column '{name}'"):
+        UNALoss()(policy, data, torch.tensor(6), None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("pairs", "una_offset"),
+        ("pairs", "una_value"),
+        ("binary", "una_target"),
+        ("scores", "una_margin"),
+        ("scores", "una_wieght"),
+    ],
+)
+def test_columns_that_the_kind_does_not_read_are_refused(protocol, kind, name):
+    policy, data = micro_batch()
+    zeros = torch.zeros(6)
+    data |= {name: zeros} if kind == "pairs" else {name: zeros, "una_value": zeros}
+    with pytest.raises(ValueError, match=f"kind='{kind}' does not read the column '{name}'"):
+        UNALoss(kind=kind)(policy, data, torch.tensor(6), None)
 
 
 def test_the_loss_travels_to_workers(protocol):

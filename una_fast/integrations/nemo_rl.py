@@ -30,6 +30,13 @@ from una_fast.losses import Objective, UnaOutput, una_loss
 
 TESTED = "0.6.0, 0.7.0"
 KINDS = ("pairs", "binary", "scores")
+# Columns of a micro-batch: NeMo-RL's, and by kind ours.
+_THEIRS = ("token_mask", "sample_mask", "reference_policy_logprobs")
+_OPTIONAL = {
+    "pairs": ("una_weight", "una_margin", "una_target"),
+    "binary": ("una_weight", "una_offset"),
+    "scores": ("una_weight", "una_offset"),
+}
 _INTERFACES = "nemo_rl.algorithms.loss.interfaces"
 
 
@@ -38,8 +45,9 @@ class UNALoss:
 
     Columns of a micro-batch of B rows: `token_mask` [B, T], `sample_mask` [B],
     `reference_policy_logprobs` [B, T], and for labels and scores the column named by `column`, [B]
-    or [B, T] with the same number for all tokens of a response. `una_weight`, `una_offset` and, for
-    pairs, `una_margin` and `una_target` are optional columns, [B]; pairs read the chosen row.
+    or [B, T] with the same number for all tokens of a response. Optional columns, [B], are
+    `una_weight`, for pairs `una_margin` and `una_target`, for labels and scores `una_offset`; pairs
+    read the chosen row. A further column with a name una_... is an error.
     """
 
     def __init__(
@@ -87,8 +95,10 @@ class UNALoss:
         global_valid_seqs: [] rows of the global batch with a sample mask
         global_valid_toks: [] tokens of the global batch, which no loss of sequences is divided by
 
-        ValueError for a missing column, shapes that differ, and an odd number of rows of pairs.
+        ValueError for a missing column, a column una_... left unread, different shapes, and an odd
+        number of rows of pairs.
         """
+        self._check_columns(data)
         mask = data["token_mask"][:, 1:]
         reference = data["reference_policy_logprobs"]
         reference = reference[:, :-1] if self.rolled_reference else reference[:, 1:]
@@ -105,6 +115,28 @@ class UNALoss:
         )
         metrics = self._metrics(out, feedback, units)
         return out.loss.to(next_token_logprobs.dtype), metrics
+
+    def _check_columns(self, data: Mapping[str, Any]) -> None:
+        """Raise ValueError for missing columns, and for columns una_... left unread."""
+        has_values = self.kind != "pairs"
+        missing = [name for name in _THEIRS if name not in data]
+        if missing:
+            raise ValueError(
+                f"the data has no column {missing[0]!r}, of the loop of NeMo-RL; it has "
+                f"{', '.join(sorted(data))}"
+            )
+        if has_values and self.column not in data:
+            raise ValueError(
+                f"the data has no column {self.column!r} with the {self.kind}; set column to one "
+                f"of {', '.join(sorted(data))}"
+            )
+        read = {*_OPTIONAL[self.kind], *([self.column] if has_values else [])}
+        unread = sorted(name for name in data if name.startswith("una_") and name not in read)
+        if unread:
+            raise ValueError(
+                f"kind={self.kind!r} does not read the column {unread[0]!r}, only "
+                f"{', '.join(sorted(read))}; leave the column out, or set kind or column"
+            )
 
     def _feedback(self, data: Mapping[str, Any], mask: Tensor) -> Feedback:
         """Return the units of a micro-batch."""
@@ -131,11 +163,6 @@ class UNALoss:
 
     def _values(self, data: Mapping[str, Any], mask: Tensor) -> Tensor:
         """Return the labels or scores, [B]."""
-        if self.column not in data:
-            raise ValueError(
-                f"the data has no column {self.column!r} with the {self.kind}; set column to one "
-                f"of {', '.join(sorted(data))}"
-            )
         values = torch.as_tensor(data[self.column])
         if values.dim() == 1:
             return values
