@@ -33,11 +33,15 @@ Forward = Callable[..., Any]
 _INSIDE = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
+class CannotBeScored(ValueError):
+    """A model has no true score by the fused head; the message names the class and the reason."""
+
+
 def backbone(causal_lm: PreTrainedModel) -> nn.Module:
-    """Return the model under the head; ValueError for a model class without one."""
+    """Return the model under the head; CannotBeScored for a model class without one."""
     found = getattr(causal_lm, causal_lm.base_model_prefix or "_none", None)
     if not isinstance(found, nn.Module):
-        raise ValueError(
+        raise CannotBeScored(
             f"{type(causal_lm).__name__} has no backbone (base_model_prefix is "
             f"{causal_lm.base_model_prefix!r}); it cannot be scored"
         )

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from una_fast.attention.probe import reduced_copy
 from una_fast.model.dropout import is_number, without_dropout
-from una_fast.model.head_forward import backbone, hidden_states
+from una_fast.model.head_forward import CannotBeScored, backbone, hidden_states
 from una_fast.model.quantized import is_plain
 
 _SOFTCAP_NAME = re.compile(r"soft_?cap")
@@ -68,7 +68,7 @@ def freeze_outside_text(causal_lm: PreTrainedModel) -> None:
             parameter.requires_grad_(False)
 
 
-class NoSmallCopy(ValueError):
+class NoSmallCopy(CannotBeScored):
     """A model has no small copy of the same class."""
 
 
@@ -104,7 +104,7 @@ def probe_head(causal_lm: PreTrainedModel) -> HeadSpec:
     shows even in an untrained model, and a head bias is replaced by random numbers for the probe.
     Weights, dropout, train/eval flags and random state are restored.
 
-    ValueError, by the name of the class, when no candidate reproduces the logits.
+    CannotBeScored, by the name of the class, when no candidate reproduces the logits.
     """
     head = plain_head(causal_lm)
     form = _fitting_form(causal_lm, head)
@@ -120,7 +120,7 @@ def probe_reduced(causal_lm: PreTrainedModel) -> HeadSpec:
 
     causal_lm: the model, on any device, before it is wrapped
 
-    ValueError as of `probe_head`; NoSmallCopy where none can be built.
+    CannotBeScored as of `probe_head`; NoSmallCopy where none can be built.
     """
     plain_head(causal_lm)
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
@@ -138,7 +138,7 @@ def probe_reduced(causal_lm: PreTrainedModel) -> HeadSpec:
 
 
 def _fitting_form(causal_lm: PreTrainedModel, head: nn.Module) -> str:
-    """Return the name of the candidate that reproduces a model's logits; ValueError without any."""
+    """Return the name of the candidate that reproduces the logits, or raise CannotBeScored."""
     tolerance = max(1e-5, torch.finfo(head.weight.dtype).eps)
     devices = [head.weight.device] if head.weight.is_cuda else []
     with ExitStack() as stack:
@@ -155,7 +155,7 @@ def _fitting_form(causal_lm: PreTrainedModel, head: nn.Module) -> str:
     best = min(errors, key=errors.get)
     if errors[best] > tolerance:
         softcap, logit_scale = candidates[best]
-        raise ValueError(
+        raise CannotBeScored(
             f"{type(causal_lm).__name__} computes its logits in an unknown way: the closest of "
             f"{len(errors)} forms, softcap={softcap} and logit_scale={logit_scale:g}, is off by "
             f"{errors[best]:.1e} (relative, allowed {tolerance:.0e}); this model class cannot be "
@@ -174,12 +174,12 @@ def _check_observed(
     """Check the number of logits, and the hidden states of the model's own forward."""
     name = type(causal_lm).__name__
     if logits.shape[-1] != head.weight.shape[0]:
-        raise ValueError(
+        raise CannotBeScored(
             f"{name} gives {logits.shape[-1]} logits from a head of {head.weight.shape[0]} rows "
             "(a trimmed or padded vocabulary); this model class cannot be scored"
         )
     if not drift <= tolerance:
-        raise ValueError(
+        raise CannotBeScored(
             f"{name} does not give its backbone the plain inputs: hidden states differ by "
             f"{drift:.1e} (relative, allowed {tolerance:.0e}); this model class cannot be scored"
         )
@@ -198,17 +198,17 @@ def is_adapted(module: nn.Module | None) -> bool:
 def plain_head(causal_lm: PreTrainedModel) -> nn.Module:
     """Return the output embedding.
 
-    ValueError for a model without one, and for an adapter on it or on a tied input embedding.
+    CannotBeScored for a model without one, and for an adapter on it or on a tied input embedding.
     """
     name = type(causal_lm).__name__
     head = causal_lm.get_output_embeddings()
     if getattr(head, "weight", None) is None and not is_adapted(head):
-        raise ValueError(
+        raise CannotBeScored(
             f"{name} has no output embedding (get_output_embeddings() is {head}); it cannot be "
             "scored"
         )
     if not is_adapted(head) and not is_plain(head.weight):
-        raise ValueError(
+        raise CannotBeScored(
             f"{name} has a quantized output embedding, and the fused head needs plain numbers; "
             "leave it out of the quantization"
         )
@@ -219,7 +219,7 @@ def plain_head(causal_lm: PreTrainedModel) -> nn.Module:
     if is_adapted(embedding) and causal_lm.config.get_text_config().tie_word_embeddings:
         adapted = f"{type(embedding).__name__}, tied"
     if adapted is not None:
-        raise ValueError(
+        raise CannotBeScored(
             f"{name} has an adapted head ({adapted}); leave the output embedding, and an input "
             "embedding tied to it, out of target_modules and modules_to_save"
         )
@@ -247,7 +247,7 @@ def _observe(causal_lm: PreTrainedModel, head: nn.Module) -> tuple[Tensor, Tenso
         for handle in handles:
             handle.remove()
     if stretch.seen is None:
-        raise ValueError(
+        raise CannotBeScored(
             f"{type(causal_lm).__name__} does not call its {causal_lm.base_model_prefix}; it "
             "cannot be scored"
         )

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from una_fast.attention.probe import packing_refusal
 from una_fast.logs import say_once
+from una_fast.model.head_forward import CannotBeScored
 from una_fast.model.head_probe import NoSmallCopy, head_fields, probe_head, probe_reduced
 from una_fast.model.positions import has_learned_positions, positions_of, row_wide_rope
 
@@ -72,20 +73,22 @@ class Patch:
 def inner_model(model: nn.Module) -> PreTrainedModel:
     """Return the causal language model inside a PeftModel, or the model itself.
 
-    ValueError for other wrappers, and for a model that is no causal language model.
+    CannotBeScored for any wrapper but PeftModel, and for a model of another kind.
     """
     # Without an import of peft, which need not be installed.
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     name = type(base).__name__
     if isinstance(base, nn.DataParallel):
-        raise ValueError("nn.DataParallel splits lists and labels; use DistributedDataParallel")
+        raise CannotBeScored("nn.DataParallel splits lists and labels; use DistributedDataParallel")
     if not isinstance(base, PreTrainedModel):
-        raise ValueError(
+        raise CannotBeScored(
             f"{name} is no model of transformers; patch the model before DDP, FSDP, DeepSpeed or "
             "torch.compile wrap it"
         )
     if base.config.is_encoder_decoder:
-        raise ValueError(f"{name} is an encoder-decoder model; only causal models can be scored")
+        raise CannotBeScored(
+            f"{name} is an encoder-decoder model; only causal models can be scored"
+        )
     return base
 
 
@@ -97,12 +100,12 @@ def make_patch(
     causal_lm: not wrapped yet
     pack, workspace_mb, engine: as of patch_model
 
-    ValueError as of patch_model.
+    ValueError for pack=, and CannotBeScored, as of patch_model.
     """
     if pack not in PACK:
         raise ValueError(f'pack={pack!r} is not one of "auto", True and False')
     if any(isinstance(parameter, DTensor) for parameter in causal_lm.parameters()):
-        raise ValueError(
+        raise CannotBeScored(
             f"{type(causal_lm).__name__} is sharded already; patch it before fully_shard"
         )
     head = head_form(causal_lm)
@@ -125,7 +128,8 @@ def _has_rotary_positions(causal_lm: PreTrainedModel) -> bool:
 def head_form(causal_lm: PreTrainedModel) -> tuple[float | None, float]:
     """Return (softcap, logit_scale) of a model whose weights may be anywhere.
 
-    ValueError by the class where neither a small copy of the model nor the model itself shows them.
+    CannotBeScored by the class if neither a small copy of the model nor the model itself shows
+    softcap and scale.
     """
     try:
         spec = probe_reduced(causal_lm)

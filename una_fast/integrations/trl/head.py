@@ -17,7 +17,7 @@ from una_fast.integrations.hf.requests import HeadRows, Tokens
 from una_fast.integrations.hf.router import router_coefficient
 from una_fast.integrations.hf.scored import layout_of, run_scorer
 from una_fast.integrations.versions import check_version
-from una_fast.model.head_forward import Forward, ModelForward, runs_function
+from una_fast.model.head_forward import CannotBeScored, Forward, ModelForward, runs_function
 from una_fast.model.head_probe import plain_head
 
 SEAM = "add_fused_lm_head"
@@ -68,6 +68,8 @@ def _forward(
     **kwargs: Any,
 ) -> Any:
     """Run a call of TRL's trainers through the fused head or TRL's, or the forward underneath."""
+    if fused_lm_head and labels is None and kwargs.get("shift_labels") is None:
+        raise ValueError("fused_lm_head=True scores targets: give labels= or shift_labels=")
     if fused_lm_head and _is_served(model, args, labels, kwargs):
         return _fused_output(model, labels, kwargs)
     if labels is not None:
@@ -104,7 +106,7 @@ def _settings(
     stats = tuple(name for name in outputs if name != "log_probs")
     try:
         patch, refusal = make_patch(model, pack, workspace_mb, "auto"), None
-    except ValueError as error:
+    except CannotBeScored as error:
         if pack is True:
             raise
         patch, refusal = None, str(error)
@@ -147,13 +149,13 @@ def _why_not(
         return model._una_trl.refusal
     if args:
         return "it has positional arguments"
-    if labels is None or kwargs.get("shift_labels") is not None:
+    if kwargs.get("shift_labels") is not None:
         return "its labels are shifted already"
     if kwargs.get("past_key_values") is not None:
         return "it has a prefix of keys"
     try:
         plain_head(model)
-    except ValueError as refusal:
+    except CannotBeScored as refusal:
         return str(refusal)
     return None
 
