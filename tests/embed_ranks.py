@@ -34,6 +34,7 @@ from embedded import make_batch
 from families import build
 from tiny import make_records
 from una_fast import Feedback, Objective
+from una_fast.attention.probe import randomize_weights
 from una_fast.integrations.hf import UNATrainer, patch_model
 from una_fast.integrations.trl import UNADPOTrainer
 
@@ -213,6 +214,32 @@ def dpo_trainer(kind: type, out: Path) -> Any:
     )
 
 
+def objective_trainer(out: Path, ranks: int) -> UNADPOTrainer:
+    """Train TRL's DPOTrainer on an objective, in steps of four pairs; every third has a score.
+
+    out: with the model
+    ranks: of the run
+    """
+    records = Dataset.from_list(make_records("pairs", 12))
+    scores = [0.9 if number % 3 == 0 else None for number in range(12)]
+    records = records.add_column("chosen_score", scores)
+    torch.manual_seed(1)
+    return train(
+        UNADPOTrainer,
+        functools.partial(trl.DPOConfig, bf16=False),
+        out,
+        records,
+        processing_class=AutoTokenizer.from_pretrained(out / "model"),
+        ref_model=randomize_weights(load(out)),
+        objective=Objective(beta=0.1),
+        eval_dataset=records.select(range(5)),
+        per_device_train_batch_size=2,
+        per_device_eval_batch_size=2,
+        gradient_accumulation_steps=2 // ranks,
+        eval_strategy="epoch",
+    )
+
+
 def load(out: Path) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32)
 
@@ -226,7 +253,8 @@ def train(kind: type, config: Any, out: Path, records: Any, **options: Any) -> A
     records: the dataset
     options: of the trainer, and of its arguments
     """
-    of_trainer = {name: options.pop(name) for name in ("processing_class", "ref_model")}
+    names = ("processing_class", "ref_model", "objective", "eval_dataset")
+    of_trainer = {name: options.pop(name) for name in names if name in options}
     arguments = config(
         output_dir=str(out / "trained"),
         max_steps=3,
@@ -246,9 +274,9 @@ def train(kind: type, config: Any, out: Path, records: Any, **options: Any) -> A
     return trainer
 
 
-def logged(trainer: Any) -> list[dict[str, float]]:
-    """Return the logged steps of a trainer."""
-    return [line for line in trainer.state.log_history if "loss" in line]
+def logged(trainer: Any, name: str = "loss") -> list[dict[str, float]]:
+    """Return the lines of a trainer's log with a name: steps, or evaluations."""
+    return [line for line in trainer.state.log_history if name in line]
 
 
 def run_trainers(out: Path, rank: int) -> None:
@@ -256,9 +284,12 @@ def run_trainers(out: Path, rank: int) -> None:
     found = {"una_trainer": una_trainer(out, RANKS)}
     for name, kind in (("trl", trl.DPOTrainer), ("ours", UNADPOTrainer)):
         found[name] = dpo_trainer(kind, out)
+    found["objective"] = objective_trainer(out, RANKS)
     evaluated = evaluations(found["una_trainer"])
     if rank == 0:
         (out / "evaluations.json").write_text(json.dumps(evaluated))
+        of_objective = logged(found["objective"], "eval_loss")
+        (out / "of_objective.json").write_text(json.dumps(of_objective))
         for name, trainer in found.items():
             (out / f"{name}.json").write_text(json.dumps(logged(trainer)))
         trained = found["una_trainer"].accelerator.unwrap_model(found["una_trainer"].model)

@@ -10,7 +10,14 @@ import torch
 
 pytest.importorskip("trl")
 
-from embed_ranks import WRAPPERS, evaluations, logged, one_process, una_trainer
+from embed_ranks import (
+    WRAPPERS,
+    evaluations,
+    logged,
+    objective_trainer,
+    one_process,
+    una_trainer,
+)
 from embedded import difference
 from ranks import run_ranks
 from tiny import save_llama
@@ -68,3 +75,13 @@ def test_trl_on_two_ranks(ranks):
         assert mine.keys() == truth.keys()
         for name in ("loss", "grad_norm", "entropy", "logps/chosen", "rewards/accuracies"):
             assert mine[name] == pytest.approx(truth[name], rel=1e-5), name
+
+
+def test_an_objective_in_trl_on_two_ranks_is_one_process(ranks):
+    """Units of a step, and of an evaluation whose last batches are filled with its first record."""
+    alone = objective_trainer(ranks, 1)
+    for mine, truth in zip(steps_of(ranks, "objective"), logged(alone), strict=True):
+        for name in ("loss", "grad_norm"):
+            assert mine[name] == pytest.approx(truth[name], rel=1e-5), name
+    (mine,), (truth,) = steps_of(ranks, "of_objective"), logged(alone, "eval_loss")
+    assert mine["eval_loss"] == pytest.approx(truth["eval_loss"], rel=1e-5)

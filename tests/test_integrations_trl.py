@@ -7,6 +7,7 @@ import inspect
 import logging
 import pickle
 import sys
+import threading
 import types
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from embedded import eager_logps, make_batch
 from families import SMALL, build
 from tiny import WORDS, save_llama
 from una_fast import Feedback, Objective, una_loss
+from una_fast.attention.probe import randomize_weights
 from una_fast.integrations.calls import una_calls
 
 trl = pytest.importorskip("trl")
@@ -35,6 +37,8 @@ from una_fast.integrations.trl import (  # noqa: E402
     UNARLOOTrainer,
     add_una_head,
 )
+from una_fast.integrations.trl.points import POINT_COLUMNS, FeedbackOfPairs  # noqa: E402
+from una_fast.integrations.trl.trainers import _una_head_in  # noqa: E402
 
 # Every loss of TRL's DPOTrainer, with settings that it needs.
 LOSSES = {
@@ -105,7 +109,18 @@ def settings(out: Path, **changes: Any) -> dict[str, Any]:
 def run(
     trainer: type, config: type, directory: str, rows: list, out: Path, **changes: Any
 ) -> tuple[list[dict[str, float]], PreTrainedModel]:
-    """Train; return the logged steps, and the model.
+    """Train; return the logged steps, and the model. The arguments are those of `make`."""
+    made = make(trainer, config, directory, rows, out, **changes)
+    made.train()
+    return logged(made), made.model
+
+
+def logged(trainer: Any) -> list[dict[str, float]]:
+    return [line for line in trainer.state.log_history if "loss" in line]
+
+
+def make(trainer: type, config: type, directory: str, rows: list, out: Path, **changes: Any) -> Any:
+    """Build a trainer.
 
     trainer, config: of TRL, or ours
     directory: of the model
@@ -117,15 +132,13 @@ def run(
     given = changes.pop("given", {})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    made = trainer(
+    return trainer(
         model=model,
         args=config(**settings(out, **changes)),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(directory),
         **copy.deepcopy(given),
     )
-    made.train()
-    return [line for line in made.state.log_history if "loss" in line], made.model
 
 
 def assert_same_steps(ours: list[dict], theirs: list[dict], tolerance: float) -> None:
@@ -312,6 +325,22 @@ def test_a_model_that_cannot_be_scored_keeps_their_head():
         add_una_head(model, pack=True)
 
 
+def test_a_wrong_pack_is_no_refusal_of_the_model():
+    """It would train on TRL's head, with a line in the log."""
+    for pack in ("x", None):
+        with pytest.raises(ValueError, match=f"pack={pack!r} is not one of"):
+            add_una_head(build("LlamaConfig"), pack=pack)
+
+
+def test_a_fused_call_needs_targets():
+    model = build("LlamaConfig")
+    add_una_head(model)
+    before = una_calls()
+    with pytest.raises(ValueError, match="give labels= or shift_labels="):
+        model(input_ids=torch.tensor([[5, 6, 7]]), fused_lm_head=True)
+    assert una_calls() == before
+
+
 def test_a_second_trainer_replaces_the_head_of_the_first():
     model = build("LlamaConfig")
     batch = make_batch()
@@ -425,10 +454,29 @@ def test_dropout_in_the_config_is_no_reason_for_their_head():
 
 
 def test_their_function_is_back_after_a_trainer_is_built(directory, tmp_path):
+    """After an error, too: TRL refuses this loss in its `__init__`."""
     own = sys.modules["trl.trainer.dpo_trainer"].add_fused_lm_head
-    with pytest.raises(ValueError):
-        run(UNADPOTrainer, trl.DPOConfig, directory, preference_rows(), tmp_path, loss_type=["no"])
+    changes = {"loss_type": ["exo_pair"], "label_smoothing": 0.0}
+    with pytest.raises(ValueError, match="exo_pair"):
+        make(UNADPOTrainer, trl.DPOConfig, directory, preference_rows(), tmp_path, **changes)
     assert sys.modules["trl.trainer.dpo_trainer"].add_fused_lm_head is own
+
+
+def test_threads_build_trainers_in_turns():
+    """Or else the second would take the head of the first for TRL's, and put it back last."""
+    module = types.SimpleNamespace(add_fused_lm_head="theirs")
+    inside = threading.Event()
+
+    def second() -> None:
+        with _una_head_in([module]):
+            inside.set()
+
+    thread = threading.Thread(target=second)
+    with _una_head_in([module]):
+        thread.start()
+        assert not inside.wait(0.1)
+    thread.join()
+    assert inside.is_set() and module.add_fused_lm_head == "theirs"
 
 
 # ---- an objective beside their pairs ----
@@ -477,6 +525,75 @@ def test_labels_and_scores_join_the_pairs(directory, tmp_path):
     )
 
 
+NOTHING = dict.fromkeys(POINT_COLUMNS)  # datasets reads the columns off the first record
+RAGGED = {0: {"chosen_score": 0.9, "rejected_score": 0.2}, 2: {"rejected_label": False}}
+
+
+def una_truth(
+    policy: PreTrainedModel, reference: PreTrainedModel, batch: dict, objective: Objective
+) -> torch.Tensor:
+    """Return the loss of 4 pairs with the feedback of RAGGED, from logits.
+
+    batch: rows [chosen | rejected] of TRL's collator
+    """
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    mask = batch["completion_mask"][:, 1:]
+    sums = []
+    for model in (policy, reference):
+        log_probs = model(**inputs).logits[:, :-1].double().log_softmax(-1)
+        picked = log_probs.gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
+        sums.append((picked * mask).sum(1))
+    units = [Feedback.pairs(range(4), range(4, 8)), Feedback.binary([6], [False])]
+    units.append(Feedback.scores([0, 4], [0.9, 0.2]))
+    lengths = mask.sum(1)
+    return una_loss(*sums, Feedback.merge(units), objective=objective, lengths=lengths).loss
+
+
+@pytest.mark.parametrize("split", [(4, 1), (1, 4), (2, 2)], ids=["whole", "single", "halves"])
+def test_a_step_is_that_of_all_its_units_however_they_are_split(directory, tmp_path, split):
+    """Loss, gradient and evaluation, with a policy that differs from its reference.
+
+    7 units in 4 records: the mean over batches of their means is another number.
+    """
+    objective = Objective(beta=0.3, length_normalize=split[0] == 2)
+    rows = [row | NOTHING | RAGGED.get(i, {}) for i, row in enumerate(preference_rows(4))]
+    load = AutoModelForCausalLM.from_pretrained
+    torch.manual_seed(1)
+    reference = randomize_weights(load(directory, dtype=torch.float32))
+    asked = []
+    trainer = make(
+        UNADPOTrainer,
+        trl.DPOConfig,
+        directory,
+        rows,
+        tmp_path,
+        beta=0.3,
+        max_steps=1,
+        per_device_train_batch_size=split[0],
+        gradient_accumulation_steps=split[1],
+        per_device_eval_batch_size=3,
+        given={"objective": objective, "ref_model": reference},
+    )
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    policy = load(directory, dtype=torch.float32)
+    truth = una_truth(policy, reference, batch, objective)
+    truth.backward()
+    trainer.compute_metrics = lambda found: asked.append(found) or {"x": 1.0}
+    with pytest.warns(FutureWarning, match="return_outputs"):
+        evaluated = trainer.predict(trainer.train_dataset).metrics
+    assert asked and evaluated["test_x"] == 1.0
+    assert evaluated["test_loss"] == pytest.approx(truth.item(), rel=1e-5)
+    trainer.train()
+    assert logged(trainer)[0]["loss"] == pytest.approx(truth.item(), rel=1e-5)
+    steps = (
+        (before.data - after.data) / 0.05
+        for before, after in zip(policy.parameters(), trainer.model.parameters(), strict=True)
+    )
+    for step, parameter in zip(steps, policy.parameters(), strict=True):
+        size = parameter.grad.norm()
+        assert (step - parameter.grad).norm() <= 1e-3 * size + 1e-6
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -484,10 +601,29 @@ def test_labels_and_scores_join_the_pairs(directory, tmp_path):
         ({"loss_type": ["ipo"]}, "loss_type belongs to"),
     ],
 )
-def test_settings_that_an_objective_replaces_are_refused(directory, tmp_path, changes, message):
-    changes["given"] = {"objective": Objective(beta=0.1)}
-    with pytest.raises(ValueError, match=message):
-        run(UNADPOTrainer, trl.DPOConfig, directory, preference_rows(), tmp_path, **changes)
+def test_settings_that_an_objective_replaces_are_refused(tmp_path, changes, message):
+    """Before the model is loaded, and before references are computed."""
+    args = trl.DPOConfig(**settings(tmp_path, **changes))
+    for given in ((None, args), ()):
+        named = {} if given else {"args": args}
+        with pytest.raises(ValueError, match=message):
+            UNADPOTrainer("no/model", *given, una_pack=False, objective=Objective(), **named)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "reason"),
+    [
+        ("chosen_label", "good", "must be numbers"),
+        ("rejected_label", 0.5, "True or False"),
+        ("chosen_score", float("nan"), "finite"),
+        ("rejected_score", 7.0, "outside"),
+    ],
+)
+def test_wrong_feedback_is_named_by_column_value_and_record(column, value, reason):
+    collate = FeedbackOfPairs(lambda examples: {}, Objective())
+    right = {"chosen_score": 0.5, "rejected_score": 0.5, "chosen_label": True}
+    with pytest.raises(ValueError, match=rf"{column}={value!r} of record 1 .*{reason}"):
+        collate([right, right | {column: value}, {}])
 
 
 def test_precomputed_references_of_an_objective(directory, tmp_path):

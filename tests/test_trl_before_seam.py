@@ -21,12 +21,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig  # n
 from trl.trainer import utils as trl_utils  # noqa: E402
 
 from tiny import make_records  # noqa: E402
-from una_fast import Objective  # noqa: E402
+from una_fast import Feedback, Objective  # noqa: E402
 from una_fast.integrations.trl_before_seam import (  # noqa: E402
     READERS,
     LabelLogProbs,
     Logits,
     PairLogProbs,
+    ScoredOutput,
+    _read,
     una_calls,
 )
 from una_fast.logs import say_once  # noqa: E402
@@ -95,28 +97,78 @@ def test_the_stand_in_answers_as_the_logits_would(both):
         )
 
 
-@pytest.mark.parametrize("cut", [(..., slice(None, -1), slice(None)), (slice(None),) * 2])
-def test_only_the_cut_of_the_last_position_is_taken_for_granted(both, cut):
-    if cut[0] is ...:
-        assert both[-1][cut] is both[-1]
-    else:
+def test_only_the_cut_of_the_last_position_is_taken_for_granted(both):
+    """Once, and before anything else: a second cut would drop a position that is there."""
+    logits = both[-1]
+    output = ScoredOutput(logits.log_probs, logits.targets)
+    for cut in ((..., slice(None, -1), slice(None)), (slice(None), slice(None, -1), slice(None))):
+        found = output.logits[cut]
+        assert torch.equal(found.log_probs, logits.log_probs)
         with pytest.raises(NotImplementedError, match="una_head: false"):
-            both[-1][cut]
+            found[cut]
+    for ask in (lambda z: z[:, :-1], lambda z: z.size(1), lambda z: torch.logsumexp(z, -1)):
+        with pytest.raises(NotImplementedError, match="una_head: false"):
+            ask(output.logits)
 
 
-@pytest.mark.parametrize(
-    "ask",
-    [
-        lambda logits: logits.softmax(-1),
-        lambda logits: torch.softmax(logits, -1),
-        lambda logits: 3.0 * logits,
-        lambda logits: logits[0],
-    ],
-    ids=["method", "function", "factor", "row"],
-)
-def test_what_the_stand_in_does_not_know_is_refused_by_name(both, ask):
+def asked_of_rows(mask: Tensor, targets: Tensor) -> dict[str, Any]:
+    """Return questions on rows of logits, [rows, V], with targets of theirs, and of others."""
+    mine, others = targets[mask], (targets[mask] + 1) % 9
+    return {
+        "sum": lambda z: F.cross_entropy(z[mask], mine, reduction="sum"),
+        "smoothed": lambda z: F.cross_entropy(z[mask], mine, label_smoothing=0.1),
+        "other targets": lambda z: F.cross_entropy(z[mask], others),
+        "fewer targets": lambda z: F.cross_entropy(z[mask], mine[1:]),
+        "unflattened": lambda z: F.cross_entropy(z, targets),
+    }
+
+
+ASKED = {
+    "method": lambda z: z.softmax(-1),
+    "function": lambda z: torch.softmax(z, -1),
+    "second argument": lambda z: torch.where(torch.ones(4, 6, 9) > 0, z, 0.0),
+    "factor": lambda z: 3.0 * z,
+    "row": lambda z: z[0],
+    "size of the vocabulary": lambda z: z.size(-1),
+    "all sizes": lambda z: z.size(),
+    "mean over rows": lambda z: z.mean(0),
+    "mean of all": lambda z: z.mean(),
+    "kept dimension": lambda z: z.mean(-1, keepdim=True),
+    "argmax over rows": lambda z: z.argmax(dim=1),
+    "chunk of the vocabulary": lambda z: z.chunk(2, dim=-1),
+    "columns": lambda z: z.index_select(2, torch.tensor([0])),
+    "logsumexp over rows": lambda z: torch.logsumexp(z, 0),
+    "doubled logsumexp over rows": lambda z: torch.logsumexp(2.0 * z, 0),
+    "doubled mean": lambda z: (2.0 * z).mean(-1),
+    "doubled softmax": lambda z: torch.softmax(2.0 * z, -1),
+}
+
+
+@pytest.mark.parametrize("asked", [*ASKED, *asked_of_rows(torch.tensor([0]), torch.tensor([0]))])
+def test_what_the_stand_in_does_not_know_is_refused_by_name(both, asked):
+    _, targets, mask, stand_in = both
+    ask = (ASKED | asked_of_rows(mask, targets))[asked]
     with pytest.raises(NotImplementedError, match="this TRL asks the logits for"):
-        ask(both[-1])
+        ask(stand_in)
+
+
+def test_rows_are_parted_along_any_of_their_dimensions(both):
+    logits, *_, stand_in = both
+    for dim in (0, 1, -2, -3):
+        parts, truth = stand_in.chunk(2, dim=dim), logits.chunk(2, dim=dim)
+        assert [part.log_probs.shape for part in parts] == [part.shape[:-1] for part in truth]
+        assert stand_in.size(dim) == logits.size(dim)
+
+
+@pytest.mark.parametrize("name", ["selective_log_softmax", "selective_log_softmax_and_entropy"])
+def test_log_probs_of_other_targets_are_refused(both, name):
+    """TRL reads its ids [B, T - 1]; those outside the scored tokens may be anything."""
+    _, targets, mask, stand_in = both
+    read = _read(name, None)
+    ids = targets.masked_fill(~mask, 7)
+    assert read(stand_in, ids)[0].shape[-1] == 6
+    with pytest.raises(NotImplementedError, match=f"{name} of other targets"):
+        read(stand_in, torch.where(mask, (ids + 1) % 9, ids))
 
 
 @pytest.mark.skipif(not HAS_SEAM, reason=f"TRL {trl.__version__} has no seam")
@@ -154,6 +206,7 @@ def build(
     *,
     adapters: LoraConfig | None = None,
     options: dict[str, Any] | None = None,
+    rows: Dataset | None = None,
     **settings: Any,
 ) -> Any:
     """Build TRL's trainer, or ours.
@@ -162,6 +215,7 @@ def build(
     model: a directory, or a model
     tokenizer_of: directory of the tokenizer
     options: arguments of our trainer
+    rows: the dataset; None: `rows_of` the method
     settings: of the DPOConfig or KTOConfig
     """
     theirs = {"dpo": trl.DPOTrainer, "kto": trl.KTOTrainer}[method]
@@ -169,9 +223,8 @@ def build(
     config = {"dpo": trl.DPOConfig, "kto": trl.KTOConfig}[method]
     args = config(
         output_dir=str(output_dir),
-        per_device_train_batch_size=2,
         max_steps=STEPS,
-        **{"learning_rate": 0.01, **settings},
+        **{"per_device_train_batch_size": 2, "learning_rate": 0.01, **settings},
         lr_scheduler_type="constant",
         optim="sgd",
         max_grad_norm=1e9,
@@ -185,7 +238,7 @@ def build(
     torch.manual_seed(0)
     if isinstance(model, str):
         model = AutoModelForCausalLM.from_pretrained(model)
-    data = rows_of("pairs" if method == "dpo" else "labels")
+    data = rows or rows_of("pairs" if method == "dpo" else "labels")
     trainer = type("UNA", (mixin, theirs), {}) if ours else theirs
     return trainer(
         model,
@@ -390,6 +443,29 @@ def test_an_objective_of_pairs_is_the_loss(llamas, tmp_path):
 
 
 @before_seam
+def test_labels_and_scores_join_the_pairs(llamas, tmp_path):
+    """From the columns that the trainers of newer TRL read; a step counts all its units."""
+    directory = llamas["untied"]
+    columns = {"chosen_score": 0.9, "rejected_label": False}
+    nothing = dict.fromkeys(columns)
+    rows = [row | (columns if i == 1 else nothing) for i, row in enumerate(rows_of("pairs"))]
+    given = {
+        "adapters": lora("q_proj", "v_proj"),
+        "options": {"objective": Objective(beta=0.1)},
+        "rows": Dataset.from_list(rows[:4]),
+    }
+    steps = []
+    for size in (4, 1):
+        split = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
+        trainer = build("dpo", True, directory, directory, tmp_path, **given, **split)
+        steps.append(history(trainer))
+    check_equal(*[[{n: line[n] for n in ("loss", "grad_norm")} for line in run] for run in steps])
+    feedback = trainer.data_collator(list(trainer.train_dataset))["feedback"]
+    units = [Feedback.pairs(range(4), range(4, 8)), Feedback.binary([5], [False])]
+    assert feedback == Feedback.merge([*units, Feedback.scores([1], [0.9])])
+
+
+@before_seam
 def test_an_objective_of_labels_is_the_loss(llamas, tmp_path):
     directory = llamas["untied"]
     objective = Objective(beta=0.1, binary="mse")
@@ -430,8 +506,9 @@ def test_an_objective_of_labels_is_the_loss(llamas, tmp_path):
         ({"use_liger_kernel": True}, {}, "use_liger_kernel"),
         ({"loss_type": ["ipo"]}, {"objective": Objective(beta=0.1)}, "loss_type"),
         ({"beta": 0.2}, {"objective": Objective(beta=0.1)}, "beta"),
+        ({}, {"una_pack": "x"}, "pack='x' is not one of"),
     ],
-    ids=["liger", "loss_type", "beta"],
+    ids=["liger", "loss_type", "beta", "pack"],
 )
 def test_refusals_name_the_setting(llamas, tmp_path, settings, options, named):
     if "use_liger_kernel" in settings:

@@ -7,7 +7,7 @@ sum of squared probabilities. TRL's method runs unchanged; three of its inputs a
 
     model(...)         a hook adds labels and `una="tokens"` to the call; the head of
                        `una_fast.integrations.hf` answers with one number per scored token
-    outputs.logits     a `Logits`: holds these numbers and answers from them
+    outputs.logits     a stand-in, `Logits`: holds these numbers and answers from them
     selective_log_softmax, entropy_from_logits, selective_log_softmax_and_entropy
                        read a `Logits` too
 
@@ -20,8 +20,9 @@ gives the reason once, and `una_calls()` counts the calls.
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -36,9 +37,17 @@ from trl.trainer import utils as trl_utils
 from una_fast.feedback import Feedback
 from una_fast.integrations.calls import fall_back, una_calls
 from una_fast.integrations.hf import patch_model
-from una_fast.integrations.trl.points import check_objective
+from una_fast.integrations.trl.points import (
+    FeedbackOfPairs,
+    OnFeedback,
+    OnPairs,
+    check_objective,
+    without_feedback,
+)
 from una_fast.integrations.versions import check_version
-from una_fast.losses import Objective, una_loss
+from una_fast.layout import IGNORED
+from una_fast.losses import Objective
+from una_fast.model.head_forward import CannotBeScored
 
 __all__ = ["UNADPOTrainer", "UNAKTOTrainer", "una_calls"]
 TESTED = ("trl", "1.9", "1.14", "1.9.0, 1.12.0 and 1.14.2")
@@ -48,67 +57,11 @@ READERS = ("selective_log_softmax", "entropy_from_logits", "selective_log_softma
 # What TRL's methods ask of a model beside log-probs, by the member of its output.
 _OF_TOKENS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 
+_WITHOUT_LAST = [(rows, slice(None, -1), slice(None)) for rows in (..., slice(None))]
 
-class Logits:
-    """Stands for logits [..., V] without having them, and answers TRL's questions.
 
-    log_probs: [...] float32, log-probs of the targets; carry the gradient
-    targets: [...] int64, -100 where no token is scored
-    stats: {name: [...]}, the statistics of METRICS, and "log_sum_sq_probs" under WPO
-
-    Logits are defined up to a constant per row. `torch.logsumexp` answers for normalised logits:
-    0, and log sum p^2 for doubled logits.
-    """
-
-    def __init__(self, log_probs: Tensor, targets: Tensor, stats: dict[str, Tensor]) -> None:
-        self.log_probs = log_probs
-        self.targets = targets
-        self.stats = stats
-        self.doubled = False
-
-    def _each(self, take: Callable[[Tensor], Tensor]) -> Logits:
-        """Return a part of the rows: `take` applied to every tensor."""
-        stats = {name: take(values) for name, values in self.stats.items()}
-        return Logits(take(self.log_probs), take(self.targets), stats)
-
-    def __getitem__(self, key: Any) -> Logits:
-        # The numbers are those of positions 0 .. T - 2, so `[..., :-1, :]` has nothing to drop.
-        if isinstance(key, tuple) and key[-2:] == (slice(None, -1), slice(None)):
-            return self
-        if not isinstance(key, Tensor):
-            _refuse(f"[{key}]")
-        return self._each(lambda values: values[key])
-
-    def detach(self) -> Logits:
-        return self._each(Tensor.detach)
-
-    def chunk(self, chunks: int, dim: int = 0) -> tuple[Logits, ...]:
-        parts = torch.arange(self.size(0), device=self.device).chunk(chunks)
-        return tuple(self.index_select(dim, part) for part in parts)
-
-    def index_select(self, dim: int, index: Tensor) -> Logits:
-        return self._each(lambda values: values.index_select(dim, index))
-
-    def size(self, dim: int) -> int:
-        return self.log_probs.size(dim)
-
-    def mean(self, dim: int) -> Tensor:
-        return self.stats["mean_logits"]
-
-    def argmax(self, dim: int) -> Tensor:
-        """Return the target where the target is the most likely token, and -1 elsewhere."""
-        return torch.where(self.stats["is_top1"].bool(), self.targets, -1)
-
-    def __rmul__(self, factor: float) -> Logits:
-        if factor != 2.0:
-            _refuse(f"{factor} *")
-        twice = self._each(lambda values: values)
-        twice.doubled = True
-        return twice
-
-    @property
-    def device(self) -> torch.device:
-        return self.log_probs.device
+class _StandIn:
+    """Stands for logits, and refuses by name every question without an answer."""
 
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__"):
@@ -119,14 +72,167 @@ class Logits:
     def __torch_function__(
         cls, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Tensor:
-        """Answer the functions of torch called by TRL's losses on logits."""
-        logits = args[0]
-        if func is F.cross_entropy:
-            return -logits.log_probs.mean()
+        """Answer a function of torch on logits, the first argument."""
+        name = getattr(func, "__name__", repr(func))
+        if not args or not isinstance(args[0], _StandIn):
+            _refuse(name)
+        return args[0]._answer(func, name, args[1:], kwargs or {})
+
+    def _answer(self, func: Callable, name: str, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        _refuse(name)
+
+
+class WholeLogits(_StandIn):
+    """Stands for the logits of all positions, [B, T, V]; the last is never computed."""
+
+    def __init__(self, logits: Logits) -> None:
+        """Take the logits of the positions 0 .. T - 2."""
+        self.logits = logits
+
+    def __getitem__(self, key: Any) -> Logits:
+        if key not in _WITHOUT_LAST:
+            _refuse(f"[{key}]")
+        return self.logits
+
+    @property
+    def device(self) -> torch.device:
+        return self.logits.device
+
+
+class Logits(_StandIn):
+    """Stands for logits [..., V] without having them, and answers TRL's questions.
+
+    log_probs: [...] float32, log-probs of the targets; carry the gradient
+    targets: [...] int64, -100 where no token is scored
+    stats: {name: [...]}, the statistics of METRICS, and "log_sum_sq_probs" under WPO
+
+    Logits are defined up to a constant per row. `torch.logsumexp` answers for normalised logits:
+    0, and log sum p^2 for doubled logits.
+
+    NotImplementedError for any further question: about different targets, along another dimension,
+    or with more arguments.
+    """
+
+    def __init__(self, log_probs: Tensor, targets: Tensor, stats: dict[str, Tensor]) -> None:
+        self.log_probs = log_probs
+        self.targets = targets
+        self.stats = stats
+
+    def _each(self, take: Callable[[Tensor], Tensor]) -> Logits:
+        """Return a part of the rows: `take` applied to every tensor."""
+        stats = {name: take(values) for name, values in self.stats.items()}
+        return Logits(take(self.log_probs), take(self.targets), stats)
+
+    def __getitem__(self, key: Any) -> Logits:
+        # The numbers are those of positions 0 .. T - 2, so `[..., :-1, :]` has nothing to drop.
+        if not isinstance(key, Tensor):
+            _refuse(f"[{key}]")
+        return self._each(lambda values: values[key])
+
+    def detach(self) -> Logits:
+        return self._each(Tensor.detach)
+
+    def chunk(self, chunks: int, dim: int = 0) -> tuple[Logits, ...]:
+        dim = self._of_rows("chunk", dim)
+        parts = torch.arange(self.size(dim), device=self.device).chunk(chunks)
+        return tuple(self.index_select(dim, part) for part in parts)
+
+    def index_select(self, dim: int, index: Tensor) -> Logits:
+        dim = self._of_rows("index_select", dim)
+        return self._each(lambda values: values.index_select(dim, index))
+
+    def size(self, dim: int | None = None) -> int:
+        return self.log_probs.size(self._of_rows("size", dim))
+
+    def mean(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.check_vocabulary("mean", args, kwargs)
+        return self.stats["mean_logits"]
+
+    def argmax(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the target where the target is the most likely token, and -1 elsewhere."""
+        self.check_vocabulary("argmax", args, kwargs)
+        return torch.where(self.stats["is_top1"].bool(), self.targets, -1)
+
+    def __rmul__(self, factor: float) -> DoubledLogits:
+        if factor != 2.0:
+            _refuse(f"{factor} *")
+        return DoubledLogits(self)
+
+    @property
+    def device(self) -> torch.device:
+        return self.log_probs.device
+
+    def _answer(self, func: Callable, name: str, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         if func is torch.logsumexp:
-            doubled = logits.stats.get("log_sum_sq_probs")
-            return doubled if logits.doubled else torch.zeros_like(logits.log_probs)
-        _refuse(getattr(func, "__name__", repr(func)))
+            self.check_vocabulary(name, args, kwargs)
+            return torch.zeros_like(self.log_probs)
+        if func is F.cross_entropy:
+            return self._cross_entropy(*args, **kwargs)
+        _refuse(name)
+
+    def _cross_entropy(self, target: Tensor, **settings: Any) -> Tensor:
+        """Return the mean over the scored rows of [rows, V].
+
+        target: [rows]
+        settings: of F.cross_entropy; refused unless equal to the defaults
+        """
+        defaults = inspect.signature(F.cross_entropy).parameters
+        changed = [name for name, value in settings.items() if value != defaults[name].default]
+        # Of more dimensions torch takes the second for the vocabulary.
+        if changed or self.log_probs.dim() != 1:
+            _refuse(f"cross_entropy({', '.join(changed)})")
+        self.check_targets("cross_entropy", target)
+        return -self.log_probs[target != IGNORED].mean()
+
+    def check_targets(self, what: str, targets: Tensor) -> None:
+        """Refuse targets of scored tokens, if they differ from the targets of the log-probs.
+
+        what: asked for
+        targets: [...]
+        """
+        if targets.shape == self.targets.shape:
+            other = (targets != self.targets) & (self.targets != IGNORED)
+            if not other.any():
+                return
+        _refuse(f"{what} of other targets")
+
+    def check_vocabulary(self, what: str, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """Refuse every question but the plain question along the vocabulary.
+
+        what: asked for
+        args, kwargs: of the question, beside the logits
+        """
+        last = self.log_probs.dim()
+        if [*args, *kwargs.values()] not in ([-1], [last]) or set(kwargs) - {"dim"}:
+            words = [repr(value) for value in args]
+            words += [f"{name}={value!r}" for name, value in kwargs.items()]
+            _refuse(f"{what}({', '.join(words)})")
+
+    def _of_rows(self, what: str, dim: int | None) -> int:
+        """Return the number of a dimension of the log-probs; refuse the vocabulary.
+
+        what: asked for
+        dim: of the logits
+        """
+        rows = self.log_probs.dim()
+        if dim in range(rows):
+            return dim
+        if dim in range(-rows - 1, -1):
+            return dim + rows + 1
+        _refuse(f"{what}({dim})")
+
+
+class DoubledLogits(_StandIn):
+    """Stands for 2 * logits, and answers `torch.logsumexp` alone: log sum p^2."""
+
+    def __init__(self, logits: Logits) -> None:
+        self.logits = logits
+
+    def _answer(self, func: Callable, name: str, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        if func is not torch.logsumexp:
+            _refuse(name)
+        self.logits.check_vocabulary(name, args, kwargs)
+        return self.logits.stats["log_sum_sq_probs"]
 
 
 def _refuse(what: str) -> NoReturn:
@@ -155,9 +261,9 @@ class ScoredOutput(ModelOutput):
     aux_loss: Tensor | None = None
 
     @property
-    def logits(self) -> Logits:
+    def logits(self) -> WholeLogits:
         stats = {name: self[name] for name in _OF_TOKENS if name in self}
-        return Logits(self.log_probs, self.targets, stats)
+        return WholeLogits(Logits(self.log_probs, self.targets, stats))
 
 
 class Scoring:
@@ -253,12 +359,13 @@ def _read(name: str, theirs: Callable) -> Callable:
     def read(logits: Tensor | Logits, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(logits, Logits):
             return theirs(logits, *args, **kwargs)
+        if name == "entropy_from_logits":
+            return logits.stats["entropy"].detach()
+        index = args[0] if args else kwargs["index"]
+        logits.check_targets(name, index)
         if name == "selective_log_softmax":
             return logits.log_probs
-        entropy = logits.stats["entropy"].detach()
-        if name == "entropy_from_logits":
-            return entropy
-        return logits.log_probs, entropy
+        return logits.log_probs, logits.stats["entropy"].detach()
 
     return read
 
@@ -287,7 +394,7 @@ def _reading(trainer: object) -> Iterator[None]:
             setattr(module, name, function)
 
 
-class UnaLogProbs:
+class UnaLogProbs(OnFeedback):
     """Stands before a DPO or KTO trainer of TRL 1.9 to 1.14: its log-probs come from una_fast.
 
     una_pack, una_workspace_mb: as of patch_model
@@ -313,6 +420,8 @@ class UnaLogProbs:
         self._una_scoring: Scoring | None = None
         self._una_reference: nn.Module | None = None
         super().__init__(*args, **kwargs)
+        if objective is not None:
+            self._take_feedback(self._una_collator())
 
     @property
     def ref_model(self) -> nn.Module | None:
@@ -352,7 +461,9 @@ class UnaLogProbs:
         try:
             for model in models:
                 patch_model(model, **self.una_options)
-        except ValueError as refusal:
+        except CannotBeScored as refusal:
+            if self.una_options["pack"] is True:
+                raise
             return str(refusal)
         for model in models:
             self._una_scoring.watch(model)
@@ -382,8 +493,9 @@ class UnaLogProbs:
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         weighted = getattr(self, "use_weighting", False)
         stats = (*METRICS, "log_sum_sq_probs") if weighted else METRICS
-        with self._una_scored(inputs, stats):
-            result = super()._compute_loss(model, inputs, return_outputs)
+        own = without_feedback(inputs)
+        with self._una_scored(own, stats):
+            result = super()._compute_loss(model, own, return_outputs)
         if self.objective is None:
             return result
         loss = self._una_loss(inputs)
@@ -397,17 +509,7 @@ class UnaLogProbs:
         scored = self._una_scoring
         policy, *reference = (values.double().sum(1) for values in scored.seen)
         ref_logps = reference[0] if reference else self._una_precomputed(inputs)
-        scored_tokens = inputs["completion_mask"][:, 1:] != 0
-        out = una_loss(
-            policy,
-            ref_logps,
-            self._una_feedback(inputs),
-            objective=self.objective,
-            lengths=scored_tokens.sum(1).clamp(min=1),
-        )
-        if scored.aux_loss is None:
-            return out.loss
-        return out.loss + self.router_aux_loss_coef * scored.aux_loss
+        return self._loss_of_units(policy, ref_logps, inputs, scored.aux_loss)
 
     def prediction_step(
         self,
@@ -428,7 +530,7 @@ class UnaLogProbs:
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
 
-class PairLogProbs(UnaLogProbs):
+class PairLogProbs(OnPairs, UnaLogProbs):
     """Reads DPO's batches: the chosen half, then the rejected half."""
 
     def _una_check_objective(self) -> None:
@@ -437,9 +539,8 @@ class PairLogProbs(UnaLogProbs):
     def _una_precomputed(self, inputs: dict[str, Any]) -> Tensor:
         return torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
 
-    def _una_feedback(self, inputs: dict[str, Any]) -> Feedback:
-        pairs = len(inputs["input_ids"]) // 2
-        return Feedback.pairs(range(pairs), range(pairs, 2 * pairs))
+    def _una_collator(self) -> FeedbackOfPairs:
+        return FeedbackOfPairs(self.data_collator, self.objective)
 
 
 class LabelLogProbs(UnaLogProbs):
@@ -457,10 +558,24 @@ class LabelLogProbs(UnaLogProbs):
     def _una_precomputed(self, inputs: dict[str, Any]) -> Tensor:
         return inputs["ref_logps"]
 
-    def _una_feedback(self, inputs: dict[str, Any]) -> Feedback:
-        good = torch.as_tensor(inputs["label"]).bool()
-        weight = torch.where(good.cpu(), self.desirable_weight, self.undesirable_weight)
-        return Feedback.binary(range(len(good)), good, weight=weight)
+    def _una_collator(self) -> FeedbackOfLabels:
+        weights = (self.undesirable_weight, self.desirable_weight)
+        return FeedbackOfLabels(self.data_collator, weights)
+
+
+class FeedbackOfLabels:
+    """A collator of KTO's batches, with the labels as feedback beside."""
+
+    def __init__(self, collator: Any, weights: tuple[float, float]) -> None:
+        """Take TRL's collator, and the weights of bad and of good completions."""
+        self.collator = collator
+        self.weights = weights
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collator(examples)
+        good = [bool(label) for label in batch["label"]]
+        weight = [self.weights[label] for label in good]
+        return {**batch, "feedback": Feedback.binary(range(len(good)), good, weight=weight)}
 
 
 class UNADPOTrainer(PairLogProbs, DPOTrainer):

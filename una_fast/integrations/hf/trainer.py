@@ -23,6 +23,7 @@ from una_fast.integrations.hf.form import inner_model
 from una_fast.integrations.hf.patch import patch_model
 from una_fast.integrations.hf.router import router_coefficient
 from una_fast.integrations.hf.scored import UnaModelOutput, Uncast
+from una_fast.integrations.hf.units import DividesByUnits, feedback_of
 from una_fast.layout import IGNORED
 from una_fast.losses import Objective
 from una_fast.model.dropout import remove_dropout
@@ -36,7 +37,7 @@ _OF_LOSS = ("feedback", "ref_logps", UNCOUNTED)
 _BY_LENGTH = ("group_by_length", "batch_rebalance")
 
 
-class UNATrainer(Trainer):
+class UNATrainer(DividesByUnits, Trainer):
     """Train a causal language model on pairs, labels and scores, with transformers' Trainer.
 
         UNATrainer(model, args, ref_model=reference, train_dataset=records,
@@ -96,8 +97,7 @@ class UNATrainer(Trainer):
         evaluated = self.eval_dataset
         evaluated = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
         self._refuse_joined_batches(self.train_dataset, *evaluated)
-        # Which of the two says that a loss is divided already depends on the release.
-        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
+        self._say_divided()
         self.can_return_loss = True
         self.ref_model = None
         if ref_model is not None:
@@ -158,24 +158,6 @@ class UNATrainer(Trainer):
 
     # --- loss ---
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
-        """Return the units of all batches of a step, on all ranks; at least 1."""
-        units = sum(_feedback_of(batch).num_units for batch in batch_samples)
-        total = self.world.sum(torch.tensor(units, dtype=torch.int64, device=device))
-        return total.clamp(min=1)
-
-    def get_batch_samples(
-        self, epoch_iterator: Any, num_batches: int, device: torch.device
-    ) -> tuple[list, Tensor]:
-        """Collect the batches of a step, and count their units.
-
-        epoch_iterator: yields batches
-        num_batches: batches of a step, at most
-        device: of the count
-        """
-        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        return batches, self._get_num_items_in_batch(batches, device)
-
     def compute_loss(
         self,
         model: nn.Module,
@@ -191,7 +173,7 @@ class UNATrainer(Trainer):
         num_items_in_batch: units of the step; None: those of the batch
         """
         tokens = {name: value for name, value in inputs.items() if name not in _OF_LOSS}
-        feedback = _feedback_of(inputs)
+        feedback = feedback_of(inputs)
         ref_logps = inputs.get("ref_logps")
         if ref_logps is None:
             ref_logps = self.reference_logps(model, tokens)
@@ -204,12 +186,8 @@ class UNATrainer(Trainer):
         )
         if not inputs.get(UNCOUNTED):
             self._meters[model.training].add(_Counted.of(tokens, feedback), out)
-        loss = out.loss
-        if out.aux_loss is not None:
-            loss = loss + self._share(feedback, num_items_in_batch) * self._router_loss(out)
-        if num_items_in_batch is not None:
-            # DDP and FSDP average the gradients of ranks, which are parts of one sum.
-            loss = loss * self.accelerator.num_processes
+        router_loss = None if out.aux_loss is None else self._router_loss(out)
+        loss = self._part_of_step(out.loss, router_loss, feedback.num_units, num_items_in_batch)
         return (loss, out) if return_outputs else loss
 
     def _router_loss(self, out: UnaModelOutput) -> Tensor:
@@ -222,10 +200,6 @@ class UNATrainer(Trainer):
                 "loss; set router_aux_loss_coef in it, or output_router_logits=False"
             )
         return coefficient * out.aux_loss
-
-    def _share(self, feedback: Feedback, num_items: Tensor | int | None) -> Tensor | float:
-        """Return the share of a batch in its step, by units."""
-        return 1.0 if num_items is None else feedback.num_units / num_items
 
     @torch.no_grad()
     def reference_logps(self, model: nn.Module, tokens: dict[str, Any]) -> Tensor:
@@ -287,16 +261,6 @@ class UNATrainer(Trainer):
             found = self._meters[True].take(self.world)
             logs = {**logs, **{name: value for name, value in found.items() if name != "loss"}}
         super().log(logs, *args, **kwargs)
-
-
-def _feedback_of(batch: dict[str, Any]) -> Feedback:
-    """Return the feedback of a batch; ValueError without any."""
-    if batch.get("feedback") is None:
-        raise ValueError(
-            "a batch has no feedback: a data_collator returns input_ids, attention_mask, labels "
-            "and feedback, as FeedbackCollator does"
-        )
-    return Feedback.of(batch["feedback"])
 
 
 def _refuse_unread(args: TrainingArguments, kwargs: dict[str, Any]) -> None:

@@ -4,32 +4,41 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
-from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer
+from trl import DPOConfig, DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer
 
-from una_fast.feedback import Feedback
 from una_fast.integrations.trl.head import SEAM, add_una_head
-from una_fast.integrations.trl.points import POINT_COLUMNS, FeedbackOfPairs, check_objective
-from una_fast.losses import Objective, una_loss
+from una_fast.integrations.trl.points import (
+    FeedbackOfPairs,
+    OnPairs,
+    check_objective,
+    without_feedback,
+)
+from una_fast.losses import Objective
+
+# TRL's modules are shared by the threads of a process.
+_swapping = threading.RLock()
 
 
 @contextmanager
 def _una_head_in(modules: Sequence[ModuleType], **options: Any) -> Iterator[None]:
     """Let modules of TRL find add_una_head under the name of their own function."""
-    before = [getattr(module, SEAM) for module in modules]
-    for module in modules:
-        setattr(module, SEAM, functools.partial(add_una_head, **options))
-    try:
-        yield
-    finally:
-        for module, own in zip(modules, before, strict=True):
-            setattr(module, SEAM, own)
+    with _swapping:
+        before = [getattr(module, SEAM) for module in modules]
+        for module in modules:
+            setattr(module, SEAM, functools.partial(add_una_head, **options))
+        try:
+            yield
+        finally:
+            for module, own in zip(modules, before, strict=True):
+                setattr(module, SEAM, own)
 
 
 class _UnaHead:
@@ -65,7 +74,7 @@ class UNARLOOTrainer(_UnaHead, RLOOTrainer):
     """TRL's RLOOTrainer on the fused head."""
 
 
-class UNADPOTrainer(_UnaHead, DPOTrainer):
+class UNADPOTrainer(_UnaHead, OnPairs, DPOTrainer):
     """TRL's DPOTrainer on the fused head; with an objective, on its pairs, labels and scores.
 
     objective: losses of pairs, labels and scores, in place of args.loss_type; labels and scores are
@@ -76,60 +85,53 @@ class UNADPOTrainer(_UnaHead, DPOTrainer):
 
     def __init__(self, *args: Any, objective: Objective | None = None, **kwargs: Any) -> None:
         self.objective = objective
+        if objective is None:
+            super().__init__(*args, **kwargs)
+            return
+        # Before anything is loaded, and references are computed.
+        given = inspect.signature(DPOTrainer).bind_partial(*args, **_theirs(kwargs)).arguments
+        check_objective(objective, given.get("args") or DPOConfig())
         super().__init__(*args, **kwargs)
-        if objective is not None:
-            check_objective(objective, self.args)
-            self.data_collator = FeedbackOfPairs(self.data_collator)
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        for column in POINT_COLUMNS:
-            if column not in self._signature_columns:
-                self._signature_columns.append(column)
-
-    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
-        """Compute TRL's reference log-probs, of a batch that may hold feedback."""
-        own = {name: value for name, value in inputs.items() if name != "feedback"}
-        return super().compute_ref_log_probs(model, own)
+        self._take_feedback(FeedbackOfPairs(self.data_collator, objective))
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         if self.objective is None:
             return super()._compute_loss(model, inputs, return_outputs)
-        feedback = inputs["feedback"]
-        inputs = {name: value for name, value in inputs.items() if name != "feedback"}
+        own = without_feedback(inputs)
         cached = self.precompute_ref_logps
         if not cached:
             reference = self.model if self.ref_model is None else self.ref_model
-            chosen, rejected = self.compute_ref_log_probs(reference, inputs)
-            inputs |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+            chosen, rejected = self.compute_ref_log_probs(reference, own)
+            own |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
         recorder = _Recorder(model)
         # TRL's method computes its metrics, from the log-probs that the loss is then made of.
         self.precompute_ref_logps = True
         try:
-            super()._compute_loss(recorder, inputs, False)
+            result = super()._compute_loss(recorder, own, return_outputs)
         finally:
             self.precompute_ref_logps = cached
-        outputs = recorder.outputs
-        loss = self._objective_loss(outputs, inputs, feedback)
-        return (loss, outputs) if return_outputs else loss
-
-    def _objective_loss(self, outputs: Any, inputs: dict[str, Any], feedback: Feedback) -> Tensor:
+        scored = recorder.first
         mask = inputs["completion_mask"][:, 1:]
-        logps = outputs.log_probs[:, -mask.shape[1] :].double().sum(1)
-        ref_logps = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
-        lengths = mask.sum(1).clamp(min=1)
-        out = una_loss(logps, ref_logps, feedback, objective=self.objective, lengths=lengths)
-        if self.aux_loss_enabled:
-            return out.loss + self.router_aux_loss_coef * outputs.aux_loss
-        return out.loss
+        logps = scored.log_probs[:, -mask.shape[1] :].double().sum(1)
+        ref_logps = torch.cat([own["ref_chosen_logps"], own["ref_rejected_logps"]])
+        aux_loss = scored.aux_loss if self.aux_loss_enabled else None
+        loss = self._loss_of_units(logps, ref_logps, inputs, aux_loss)
+        return (loss, result[1]) if return_outputs else loss
+
+
+def _theirs(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments for TRL's trainer, among further arguments of ours."""
+    return {name: value for name, value in kwargs.items() if not name.startswith("una_")}
 
 
 class _Recorder:
-    """A model that keeps the output of its last call."""
+    """A model with a memory of the first call: TRL asks a second time for logits."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        self.first: Any = None
 
     def __call__(self, **kwargs: Any) -> Any:
-        self.outputs = self.model(**kwargs)
-        return self.outputs
+        outputs = self.model(**kwargs)
+        self.first = outputs if self.first is None else self.first
+        return outputs
