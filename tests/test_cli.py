@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import yaml
@@ -277,22 +276,6 @@ def test_help_shows_every_setting_in_groups(capsys):
     assert flags[:3] == ["--model", "--data", "--output_dir"]
 
 
-def test_a_command_says_nothing_of_other_packages(llamas, tmp_path):
-    """In a process of its own, since packages warn when they are imported."""
-    data = write_jsonl(tmp_path / "x.jsonl", make_records("mixed", 6))
-    words = ["--model", llamas["untied"], "--data", data, "--device", "cpu", "--batch_size", "1"]
-    quiet = ["--loggers", "[]", "--progress", "false", "--output_dir"]
-    commands = [
-        ["train", *words, *quiet, str(tmp_path / "run"), "--max_steps", "1", "--save_every", "1"],
-        ["precompute-ref", *words, *quiet, str(tmp_path / "cache")],
-        ["plan", *words, "--lora.r", "4"],
-        ["check", "--model", llamas["untied"]],
-    ]
-    code = f"from una_fast.cli import main\nassert not any(main(c) for c in {commands!r})"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert run.returncode == 0 and run.stderr == ""
-
-
 def warn_of_everything(parsed) -> None:
     """A command: warnings of una_fast, of a package, and of a user's module."""
     logging.getLogger("una_fast.somewhere").warning("ours")
@@ -445,14 +428,6 @@ sys.exit(command.main())
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     message = r"una-fast: ended without waiting for the threads '\x1b[2J'"
     assert (run.returncode, run.stderr) == (3, message + "\n")
-
-
-def test_mutated_settings():
-    """The short form of the trial: no traceback, no hang, no accepted nonsense."""
-    trial = Path(__file__).parent / "trials" / "settings.py"
-    words = [sys.executable, trial, "--short", "--seed", "11"]
-    run = subprocess.run(words, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
 
 
 def test_words_without_a_flag_stand_anywhere(capsys):

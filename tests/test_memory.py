@@ -15,6 +15,7 @@ from families import FAMILIES, GPTJ, SMALL, build
 from una_fast.counters import LiveBytes, memory_category
 from una_fast.model import activations
 from una_fast.model.activations import apply_liger, decoder_layers, find_mlps, switch_on, tile_mlps
+from una_fast.model.head_forward import _forward_to_scorer, runs_function
 from una_fast.model.head_probe import HeadSpec
 from una_fast.model.lora import add_lora
 from una_fast.model.policy import make_policy
@@ -303,9 +304,7 @@ def liger(monkeypatch):
 def test_liger_patches_layers_and_leaves_the_head(liger):
     model = llama()
     policy = make_policy(model, HeadSpec(model), MemoryOptions(liger=True, mlp_tile=TILE))
-    assert "scorer" in policy.causal_lm.forward.__code__.co_varnames, (
-        "scoring runs inside this forward"
-    )
+    assert runs_function(policy.causal_lm, _forward_to_scorer), "scoring runs inside this forward"
     layer = decoder_layers(model)[0]
     assert "liger" in layer.input_layernorm.forward.__func__.__module__
     assert "liger" in layer.mlp.forward.run.__func__.__module__, "tiles are those of liger's MLP"

@@ -40,7 +40,8 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 MODELS = {
     "llama": transformers.LlamaConfig(**SMALL),
     # FSDP2 gathers layers ahead, and more layers are traced.
-    "deep": transformers.LlamaConfig(**SMALL | {"num_hidden_layers": 9}),
+    "deep": transformers.LlamaConfig(**SMALL | {"num_hidden_layers": 7}),
+    "deeper": transformers.LlamaConfig(**SMALL | {"num_hidden_layers": 9}),
     "tied": transformers.LlamaConfig(**SMALL | {"tie_word_embeddings": True}),
     "gemma3": transformers.Gemma3TextConfig(
         **SMALL | MIXED_WINDOWS, query_pre_attn_scalar=8, final_logit_softcapping=9.0
@@ -101,14 +102,14 @@ class Case:
 CASES = [
     Case("llama", {}),
     Case("llama", BF16 | {"master_weights": True}, MIXED),
-    Case("llama", CHECKPOINTING | {"mlp_tile": 64}, MIXED, accumulate=True),
+    Case("llama", CHECKPOINTING | {"mlp_tile": 64}, accumulate=True),
     Case("llama", OFFLOADED | {"offload_optimizer": True}, MIXED, "cuda"),
     Case("deep", BF16 | LORA, MIXED, "cuda", ranks=2, accumulate=True),
     Case("deep", BF16 | COPIES | CHECKPOINTING, ranks=4, accumulate=True),
-    Case("deep", AHEAD | PADDED, ranks=8),
+    Case("deeper", AHEAD | PADDED, ranks=8),
     Case("deep", ON_HOST | OFFLOADED | EVERYWHERE, ranks=8),
-    Case("llama", EVERYWHERE | BF16 | CHECKPOINTING, MIXED),
-    Case("tied", LORA | OFFLOADED | {"mlp_tile": 64}, MIXED, accumulate=True),
+    Case("llama", EVERYWHERE | BF16 | CHECKPOINTING),
+    Case("tied", LORA | OFFLOADED | {"mlp_tile": 32}, accumulate=True),
     Case("qwen2", PADDED | CHECKPOINTING | {"attn_implementation": "eager"}, MIXED),
     Case("gemma3", {}, MIXED),
     Case("gemma3", PADDED | OFFLOADED | BF16, MIXED, accumulate=True),

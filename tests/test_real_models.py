@@ -52,11 +52,20 @@ def gemma() -> str:
     return find(file, "model")
 
 
-def example_of(path: str, prompt: object, answers: list, tmp_path: Path) -> Example:
+@pytest.fixture(scope="module")
+def loaded() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """SmolLM2 in float32, and its tokenizer: reading them takes longer than a step."""
+    path = smollm2()
+    return load_causal_lm(path, dtype=torch.float32), load_tokenizer(path)
+
+
+def example_of(
+    tokenizer: PreTrainedTokenizerBase, prompt: object, answers: list, tmp_path: Path
+) -> Example:
     """Return the record of a prompt and several answers, as a run reads it."""
     record = {"prompt": prompt, "completions": answers, "scores": [0.5] * len(answers)}
     source = Source(write_jsonl(tmp_path / "record.jsonl", [record]))
-    examples, _ = load_examples(source, load_tokenizer(path), require_unit_scores=True)
+    examples, _ = load_examples(source, tokenizer, require_unit_scores=True)
     return examples[0]
 
 
@@ -74,9 +83,9 @@ def plain_logps(model: PreTrainedModel, example: Example) -> Tensor:
     return torch.stack(sums)
 
 
-def assert_same(path: str, example: Example) -> None:
-    """Compare a packed row in float32 with separate sequences in float64, of the same weights."""
-    model = load_causal_lm(path, dtype=torch.float32).eval()
+def assert_same(model: PreTrainedModel, example: Example) -> None:
+    """Compare a packed row with separate sequences in float64, of the same float32 weights."""
+    model.eval()
     theirs = plain_logps(model.double(), example)
     assert packing_refusal(model.float()) is None  # and the weights are the float32 ones again
     policy = make_policy(model, probe_head(model), packed=True)
@@ -85,12 +94,12 @@ def assert_same(path: str, example: Example) -> None:
     assert (ours - theirs).abs().max() <= NATS
 
 
-def test_smollm2(tmp_path):
-    path = smollm2()
+def test_smollm2(loaded, tmp_path):
+    model, tokenizer = loaded
     question = "What does the Python function os.path.join do? Answer in one sentence."
     prompt = [{"role": "user", "content": question}]
     answers = [[{"role": "assistant", "content": answer}] for answer in ANSWERS]
-    assert_same(path, example_of(path, prompt, answers, tmp_path))
+    assert_same(copy.deepcopy(model), example_of(tokenizer, prompt, answers, tmp_path))
 
 
 def chat_pairs(count: int) -> list[dict[str, list[dict[str, str]]]]:
@@ -105,13 +114,6 @@ def chat_pairs(count: int) -> list[dict[str, list[dict[str, str]]]]:
             turns[column] = [{"role": "assistant", "content": answer}]
         rows.append(turns)
     return rows
-
-
-@pytest.fixture(scope="module")
-def loaded() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """SmolLM2 in float32, and its tokenizer: reading them takes longer than a step."""
-    path = smollm2()
-    return load_causal_lm(path, dtype=torch.float32), load_tokenizer(path)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
@@ -161,6 +163,6 @@ def test_trl_on_smollm2(lora, loaded, tmp_path):
 def test_gemma_beyond_its_window(tmp_path):
     path = gemma()
     prompt = "A path names a file, and a directory holds paths. " * 70
-    example = example_of(path, prompt, ANSWERS, tmp_path)
+    example = example_of(load_tokenizer(path), prompt, ANSWERS, tmp_path)
     assert len(example.prompt_ids) > 1.2 * load_config(path).sliding_window
-    assert_same(path, example)
+    assert_same(load_causal_lm(path, dtype=torch.float32), example)

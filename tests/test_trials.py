@@ -13,7 +13,7 @@ import pytest
 TRIALS = Path(__file__).parent / "trials"
 
 
-@pytest.mark.parametrize("name", ["damage", "kills"])
+@pytest.mark.parametrize("name", ["damage", "kills", "settings"])
 def test_short_form(name, monkeypatch, tmp_path):
     """Children are forked from this process: nothing is imported twice."""
     monkeypatch.syspath_prepend(TRIALS)
