@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import io
 import logging
@@ -237,6 +238,40 @@ def test_unpatching_restores_a_forward_of_somebody_else():
     assert model.__dict__["forward"] is theirs
 
 
+def test_a_wrapper_over_the_patch_is_not_taken_off():
+    """A wrapper by functools.wraps looks like the forward inside."""
+    model = patch_model(llama())
+    batch, calls, ours = make_batch(), [], model.forward
+    truth = model(**batch, una="responses").logps
+
+    @functools.wraps(ours)
+    def wrapper(*args, **kwargs):
+        calls.append(1)
+        return ours(*args, **kwargs)
+
+    model.forward = wrapper
+    with pytest.raises(ValueError, match="was replaced after patch_model"):
+        unpatch_model(model)
+    assert torch.equal(patch_model(model)(**batch, una="responses").logps, truth) and calls
+    model.forward = ours
+    assert torch.equal(patch_model(model)(**batch, una="responses").logps, truth)
+    assert "forward" not in unpatch_model(model).__dict__
+
+
+def test_a_patched_model_is_one_graph():
+    """Of torch.compile and of torch.export, in calls of its own."""
+    model = llama()
+    ids = make_batch()["input_ids"]
+    truth = model(input_ids=ids, use_cache=False).logits
+    patch_model(model)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(input_ids=ids, use_cache=False).logits, truth)
+    inputs = {"input_ids": ids, "use_cache": False}
+    exported = torch.export.export(model, (), inputs, strict=False).module()
+    assert torch.allclose(exported(**inputs).logits, truth, atol=1e-6)
+
+
 def test_a_forward_that_was_lost_is_patched_again(tmp_path):
     """Others may take a forward off; the mark of the patch stays."""
     model = patch_model(llama())
@@ -382,6 +417,33 @@ def test_an_adapter_per_row_runs_padded():
     truth = torch.where(torch.arange(5) % 2 == 0, adapted, own)
     assert torch.allclose(found.logps, truth, atol=1e-5) and not torch.allclose(adapted, own)
     assert torch.equal(model(**batch, una="responses").logps, adapted)  # packed again
+
+
+def test_adapters_from_a_token_on_run_padded():
+    """aLoRA is active from its tokens on, at another place of every batch row."""
+    peft = pytest.importorskip("peft")
+    options = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        target_modules=["q_proj"],
+        init_lora_weights=False,
+        alora_invocation_tokens=[7],
+    )
+    model = peft.get_peft_model(patch_model(llama()), options).eval()
+    batch = make_batch()
+    batch["input_ids"][:, 3] = 7
+    assert torch.allclose(model(**batch, una="tokens").logps, eager_logps(model, batch), atol=1e-5)
+
+
+@pytest.mark.parametrize("column", ["token_type_ids", "special_tokens_mask", "length", "label"])
+def test_what_tokenizers_put_into_a_batch_is_no_error(column, caplog):
+    model = patch_model(llama())
+    batch = make_batch()
+    beside = {column: torch.zeros_like(batch["input_ids"])}
+    before = una_calls()["padded"]
+    assert torch.allclose(
+        model(**batch, **beside, una="tokens").logps, eager_logps(model, batch), atol=1e-5
+    )
+    assert una_calls()["padded"] == before + 1
 
 
 def test_prefix_tuning_runs_padded():
@@ -582,7 +644,8 @@ def test_an_unknown_head_is_refused_by_the_class():
         ({"una": "tokens", "stats": "entropy"}, "stats='entropy' must be a tuple"),
         ({"una": "tokens", "output_hidden_states": True}, "output_hidden_states is not served"),
         ({"una": "tokens", "return_dict": False}, "return_dict=False is not served"),
-        ({"una": "tokens", "feedbak": MIXED}, "feedbak is no argument of LlamaForCausalLM, nor"),
+        ({"una": "tokens", "feedbak": MIXED}, "feedbak is no .* did you mean feedback"),
+        ({"una": "tokens", "temprature": 0.5}, "did you mean temperature"),
         ({"feedback": MIXED, "ref_logps": np.zeros(5, "float16")}, "rounds sums by whole nats"),
     ],
 )

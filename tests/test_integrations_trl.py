@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import os
 import pickle
 import sys
 import threading
 import types
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -22,7 +23,9 @@ from families import SMALL, build
 from tiny import WORDS, save_llama
 from una_fast import Feedback, Objective, una_loss
 from una_fast.attention.probe import randomize_weights
+from una_fast.demo.smollm2 import find_smollm2
 from una_fast.integrations.calls import una_calls
+from una_fast.model.loading import load_causal_lm, load_tokenizer
 
 trl = pytest.importorskip("trl")
 
@@ -73,6 +76,30 @@ ABSOLUTE = ("rewards/", "logits/", "kl", "objective/kl")
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory) -> str:
     return save_llama(tmp_path_factory.mktemp("llama"))
+
+
+class Compared(NamedTuple):
+    """A model of the comparisons with TRL.
+
+    directory: of the model
+    rate: factor of the learning rates: a trained model has larger gradients
+    """
+
+    directory: str
+    rate: float
+
+
+@pytest.fixture(scope="module", params=["tiny", "smollm2"])
+def compared(request, tmp_path_factory) -> Compared:
+    if request.param == "tiny":
+        return Compared(request.getfixturevalue("directory"), 1.0)
+    if not os.environ.get("UNA_FAST_LONG"):
+        pytest.skip("UNA_FAST_LONG=1 compares on SmolLM2 too, in half an hour")
+    found = find_smollm2()
+    saved = str(tmp_path_factory.mktemp("smollm2"))
+    load_causal_lm(found, dtype=torch.float32).save_pretrained(saved)
+    load_tokenizer(found).save_pretrained(saved)
+    return Compared(saved, 0.01)
 
 
 def preference_rows(count: int = 8) -> list[dict[str, str]]:
@@ -156,10 +183,13 @@ def assert_same_steps(ours: list[dict], theirs: list[dict], tolerance: float) ->
 
 
 @pytest.fixture
-def both(directory, tmp_path):
+def both(compared, tmp_path):
     """Return a function that runs both trainers, and checks that ours reached the fused head."""
+    directory = compared.directory
 
     def compare(ours: type, theirs: type, config: type, rows: list, tolerance: float, **changes):
+        usual = settings(tmp_path)["learning_rate"]
+        changes["learning_rate"] = compared.rate * changes.get("learning_rate", usual)
         truth, their_model = run(theirs, config, directory, rows, tmp_path / "theirs", **changes)
         before = una_calls()
         found, our_model = run(ours, config, directory, rows, tmp_path / "ours", **changes)

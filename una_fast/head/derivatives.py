@@ -28,7 +28,7 @@ def refuse_transforms(op: str, *tensors: Tensor | None) -> None:
     tensors: inputs of the op, or upstream gradients
     """
     for tensor in tensors:
-        if tensor is None:
+        if not isinstance(tensor, Tensor):
             continue
         if _is_wrapped(tensor) or forward_ad.unpack_dual(tensor).tangent is not None:
             raise ValueError(

@@ -53,28 +53,26 @@ def _dropouts(model: nn.Module) -> Iterator[tuple[Any, str, float]]:
             yield holder, "p", holder.p
 
 
-def attention_dropout(model: nn.Module) -> float:
-    """Return the largest dropout of attention in a model.
+def attention_dropouts(model: nn.Module) -> list[tuple[Any, str]]:
+    """Return the places of the dropouts of attention, (module or config, name): see dropout_rate.
 
     Modules keep the numbers that they were built with, and the config may say otherwise. A module
     without a number reads the config in every call.
     """
-    found = [0.0]
+    found: list[tuple[Any, str]] = []
     for module in model.modules():
-        # In the dictionaries: this runs in every call, and a module's getattr is slow.
-        members = vars(module)
-        children = members["_modules"]
-        names = _OF_ATTENTION
-        if "Attention" in type(module).__name__:
-            names = (*_OF_ATTENTION, "dropout")  # OPT's plain name
-        own = [members.get(name, children.get(name)) for name in names]
-        if names is not _OF_ATTENTION and own.count(None) == len(own):
-            own = [getattr(members.get("config"), name, None) for name in _OF_ATTENTION]
-        found += map(_rate, own)
-    return max(found)
+        is_attention = "Attention" in type(module).__name__
+        names = (*_OF_ATTENTION, "dropout") if is_attention else _OF_ATTENTION  # OPT's plain name
+        own = [(module, name) for name in names if hasattr(module, name)]
+        if is_attention and not own:
+            config = getattr(module, "config", None)
+            own = [(config, name) for name in _OF_ATTENTION if hasattr(config, name)]
+        found += own
+    return found
 
 
-def _rate(dropout: object) -> float:
+def dropout_rate(holder: Any, name: str) -> float:
     """Return the rate of a dropout, a number or a module; 0 for anything else."""
+    dropout = getattr(holder, name, None)
     rate = getattr(dropout, "p", dropout)
     return float(rate) if is_number(rate) else 0.0

@@ -9,6 +9,7 @@ were read within them alone. Needs transformers, and neither peft nor datasets.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import types
 from collections.abc import Callable
@@ -195,12 +196,14 @@ class ModelForward:
     """A forward over the one that a model has: `model.forward = ModelForward(model, function)`.
 
     Calls function(model, under, ...), `under` being the forward that the model had before, with the
-    signature of the class's forward, which transformers and peft read. As a bound method, but for
-    pickle: pickle finds a bound method again by the name alone, and a loaded model would run the
-    forward of the class without an error. A deep copy and a loaded model run their own weights.
+    signature of the class's forward, which transformers and peft read. No bound method: pickle
+    finds a bound method again by the name alone, and a loaded model would run the forward of the
+    class without an error. A deep copy and a loaded model run their own weights.
 
-    model: gets the forward; keeps the forwards underneath, in the order of their making, and each
-        ModelForward its place among them: others may stand between two of ours
+    The model keeps the forwards underneath: model._una_under[k] is the one below the ModelForward
+    of place k, or None for that of the class. Forwards of others may stand between two of ours.
+
+    model: gets the forward
     function: of a module, so that pickle finds the function again
     """
 
@@ -212,7 +215,17 @@ class ModelForward:
         under.append(model.__dict__.get("forward"))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.__func__(self._una_model, *args, **kwargs)
+        under = _under(self._una_model, self._una_place)
+        return self._una_function(self._una_model, under, *args, **kwargs)
+
+    @property
+    def __name__(self) -> str:
+        return self.__func__.__name__
+
+    # torch.export reads the code of a forward.
+    @property
+    def __code__(self) -> types.CodeType:
+        return self.__func__.__code__
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -255,14 +268,20 @@ def runs_function(model: nn.Module, function: Forward) -> bool:
 
 
 def is_forward_of(forward: Forward, function: Forward) -> bool:
-    """Return whether a forward is a ModelForward of a function, and nothing around it."""
+    """Return whether a forward is a ModelForward of a function, and no wrapper around one.
+
+    A wrapper by functools.wraps has our attributes, and `__wrapped__` beside them.
+    """
     inside = getattr(forward, "__func__", forward)
-    return getattr(inside, "_una_function", None) is function
+    is_ours = getattr(inside, "_una_function", None) is function
+    return is_ours and not hasattr(inside, "__wrapped__")
 
 
 def take_off(model: nn.Module) -> None:
     """Give a model the forward under its forward, a ModelForward."""
-    under = model._una_under.pop()
+    place = getattr(model.forward, "__func__", model.forward)._una_place
+    under = model._una_under[place]
+    del model._una_under[place:]
     if not model._una_under:
         del model._una_under
     del model.forward
@@ -273,7 +292,8 @@ def take_off(model: nn.Module) -> None:
 def _under(model: nn.Module, place: int) -> Forward:
     """Return the forward under the ModelForward of a place; without one, that of the class."""
     under = model._una_under[place]
-    return types.MethodType(type(model).forward, model) if under is None else under
+    # torch.compile looks into a partial function, and not into a method made in a call.
+    return functools.partial(type(model).forward, model) if under is None else under
 
 
 def install_scorer(causal_lm: PreTrainedModel) -> None:

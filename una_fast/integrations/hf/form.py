@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from una_fast.attention.probe import packing_refusal
 from una_fast.logs import say_once
+from una_fast.model.dropout import attention_dropouts, dropout_rate
 from una_fast.model.head_forward import CannotBeScored
 from una_fast.model.head_probe import NoSmallCopy, head_fields, probe_head, probe_reduced
 from una_fast.model.positions import has_learned_positions, positions_of, row_wide_rope
@@ -33,6 +34,7 @@ class Patch:
     packs: batches are packed where they can be
     moves: rows padded on the left may begin at position 0: positions are rotary, and only
         differences of positions count
+    dropouts: of attention, see attention_dropouts
     workspace_mb, engine: of the fused head
     """
 
@@ -41,8 +43,13 @@ class Patch:
     head_fields: dict[str, float | None]
     packs: bool
     moves: bool
+    dropouts: list[tuple[Any, str]]
     workspace_mb: float | None
     engine: str
+
+    def attention_dropout(self) -> float:
+        """Return the largest dropout of attention in the model, now."""
+        return max((dropout_rate(*place) for place in self.dropouts), default=0.0)
 
     def head_options(self, causal_lm: PreTrainedModel, temperature: float) -> dict[str, Any]:
         """Return the keyword arguments of the functions of head.ops.
@@ -117,7 +124,8 @@ def make_patch(
         say_once(logging.INFO, f"batches stay padded: {refusal}", logger)
         packs = False
     fields = head_fields(causal_lm.config)
-    return Patch(*head, fields, packs, _has_rotary_positions(causal_lm), workspace_mb, engine)
+    moves, dropouts = _has_rotary_positions(causal_lm), attention_dropouts(causal_lm)
+    return Patch(*head, fields, packs, moves, dropouts, workspace_mb, engine)
 
 
 def _has_rotary_positions(causal_lm: PreTrainedModel) -> bool:

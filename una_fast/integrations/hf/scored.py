@@ -6,6 +6,7 @@ the head module: weights are gathered for both, and gradients reduced after both
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
 import logging
@@ -29,7 +30,6 @@ from una_fast.integrations.hf.router import router_loss
 from una_fast.layout import Layout
 from una_fast.logs import say_once
 from una_fast.losses import Objective
-from una_fast.model.dropout import attention_dropout
 from una_fast.model.head_forward import backbone, backbone_output, call_head, select_rows
 from una_fast.model.head_probe import is_adapted, plain_head
 
@@ -40,6 +40,9 @@ FORMS = ("responses", "tokens")
 _PACKABLE = {"input_ids", "attention_mask", "output_router_logits", "return_dict", "use_cache"}
 # Names of cached keys, such as those of peft's prefix tuning.
 _CACHES = {"past_key_values", "cache"}
+# Arguments of peft's layers: adapters by name, activated from a token on (aLoRA), or mixed (Poly).
+_ADAPTERS_PER_ROW = {"adapter_names", "alora_offsets", "task_ids"}
+_ALIKE = 0.85  # likeness of a keyword to one of ours from which it is taken for an error
 # Arguments of a model's forward for its logits, or for its own loss.
 _OF_LOGITS = ("logits_to_keep", "num_logits_to_keep", "num_items_in_batch")
 
@@ -165,18 +168,29 @@ def _check_request(una: Any, feedback: Any, of_loss: dict[str, Any], stats: Sequ
 
 @outside_compile
 def _check_names(causal_lm: PreTrainedModel, inputs: dict[str, Any]) -> None:
-    """Raise ValueError for an unknown keyword, such as `feedbak`: most forwards ignore unknowns.
+    """Raise ValueError for a keyword that was meant to be one of ours, such as `temprature`.
+
+    Most forwards ignore keywords that they do not know, and batches bring some: token_type_ids.
 
     causal_lm: the model
-    inputs: of the call
+    inputs: of the call, besides our keywords
     """
     known = _arguments_of(type(causal_lm)) | _arguments_of(type(backbone(causal_lm)))
-    unknown = sorted(set(inputs) - known - _PACKABLE)
-    if unknown:
-        raise ValueError(
-            f"{unknown[0]} is no argument of {type(causal_lm).__name__}, nor of a call with una= "
-            "or feedback=; leave it out"
-        )
+    for name in sorted(set(inputs) - known - _PACKABLE):
+        meant = difflib.get_close_matches(name, _keywords(), 1, _ALIKE)
+        if meant:
+            raise ValueError(
+                f"{name} is no argument of {type(causal_lm).__name__}, nor of a call with una= or "
+                f"feedback=; did you mean {meant[0]}? Rename it, or leave it out"
+            )
+
+
+@functools.cache
+def _keywords() -> list[str]:
+    """Return the keywords of a scored call but labels: `label` is a column of KTO's records."""
+    parameters = inspect.signature(scored_forward).parameters.values()
+    names = [one.name for one in parameters if one.kind is one.KEYWORD_ONLY]
+    return [name for name in names if name != "labels"]
 
 
 @functools.cache
@@ -218,7 +232,9 @@ def _check_layout(
         raise ValueError(f"the layout is of a batch {layout.shape}, and input_ids are {shape}")
     if layout.segments is None:
         return
-    packs = patch.packs and _can_pack(causal_lm, inputs) and (patch.moves or not layout.moved)
+    packs = (
+        patch.packs and _can_pack(causal_lm, inputs, patch) and (patch.moves or not layout.moved)
+    )
     if not packs:
         raise ValueError(
             "the layout is packed, and this call cannot be: the model, its dropout or other "
@@ -257,7 +273,7 @@ def layout_of(
     mask = inputs.get("attention_mask")
     if mask is not None and not _CACHES.isdisjoint(inputs):
         mask = mask[:, mask.shape[1] - labels.shape[1] :]  # its first columns are of cached keys
-    if patch.packs and _can_pack(causal_lm, inputs):
+    if patch.packs and _can_pack(causal_lm, inputs, patch):
         layout = Layout.from_labels(labels, mask, inputs["input_ids"])
         if patch.moves or not layout.moved:
             return layout
@@ -265,10 +281,14 @@ def layout_of(
 
 
 @outside_compile
-def _can_pack(causal_lm: PreTrainedModel, inputs: dict[str, Any]) -> bool:
+def _can_pack(causal_lm: PreTrainedModel, inputs: dict[str, Any], patch: Patch) -> bool:
     """Return whether a call can be packed, and say once why not.
 
     A packed row would lose positions, images, embeddings and adapters per batch row.
+
+    causal_lm: the model
+    inputs: of the backbone
+    patch: of the model
     """
     reason = None
     beside = sorted(set(inputs) - _PACKABLE)
@@ -276,25 +296,26 @@ def _can_pack(causal_lm: PreTrainedModel, inputs: dict[str, Any]) -> bool:
         reason = "a call has no input_ids"
     elif beside:
         reason = f"{beside[0]} stands beside the tokens"
-    elif _has_adapters_per_row(causal_lm):
-        reason = "every row has an adapter of its own (adapter_names)"
-    elif causal_lm.training and attention_dropout(causal_lm):
+    elif of_rows := _adapters_per_row(causal_lm):
+        reason = f"every row has an adapter of its own ({of_rows})"
+    elif causal_lm.training and patch.attention_dropout():
         reason = "the model has attention dropout (remove_dropout sets it to 0)"
     if reason is not None:
         say_once(logging.WARNING, f"batches stay padded: {reason}", logger)
     return reason is None
 
 
-def _has_adapters_per_row(causal_lm: PreTrainedModel) -> bool:
-    """Return whether the running call of a PeftModel has adapter_names.
+def _adapters_per_row(causal_lm: PreTrainedModel) -> str | None:
+    """Return the argument with an adapter per row in the running call of a PeftModel, if any.
 
-    peft hands the names to its layers, by hooks for the time of the call.
+    peft hands the argument to its layers, by hooks for the time of the call.
     """
     if not hasattr(causal_lm, "peft_config"):
-        return False
+        return None
     adapted = next(filter(is_adapted, causal_lm.modules()), None)
     hooks = () if adapted is None else adapted._forward_pre_hooks.values()
-    return any("adapter_names" in getattr(hook, "keywords", ()) for hook in hooks)
+    given = {name for hook in hooks for name in getattr(hook, "keywords", ())}
+    return min(given & _ADAPTERS_PER_ROW, default=None)
 
 
 def run_scorer(

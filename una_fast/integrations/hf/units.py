@@ -6,7 +6,6 @@ step, on all ranks, N batches have the gradient of one batch, however the units 
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import torch
@@ -36,18 +35,6 @@ class DividesByUnits:
         units = sum(feedback_of(batch).num_units for batch in batch_samples)
         here = torch.tensor(units, dtype=torch.int64, device=device)
         return self.accelerator.reduce(here, reduction="sum").clamp(min=1)
-
-    def get_batch_samples(
-        self, epoch_iterator: Any, num_batches: int, device: torch.device
-    ) -> tuple[list, Any]:
-        """Collect the batches of a step, and count their units.
-
-        epoch_iterator: yields batches
-        num_batches: batches of a step, at most
-        device: of the count
-        """
-        batches = list(itertools.islice(epoch_iterator, num_batches))
-        return batches, self._get_num_items_in_batch(batches, device)
 
     def _part_of_step(
         self,
