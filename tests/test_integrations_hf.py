@@ -435,7 +435,7 @@ def test_adapters_from_a_token_on_run_padded():
 
 
 @pytest.mark.parametrize("column", ["token_type_ids", "special_tokens_mask", "length", "label"])
-def test_what_tokenizers_put_into_a_batch_is_no_error(column, caplog):
+def test_what_tokenizers_put_into_a_batch_is_no_error(column):
     model = patch_model(llama())
     batch = make_batch()
     beside = {column: torch.zeros_like(batch["input_ids"])}

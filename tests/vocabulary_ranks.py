@@ -1,9 +1,8 @@
 """Calls of the fused head with a split vocabulary on four ranks, against the whole head in float64.
 
 A worker of ranks.py. Its argument is a directory OUT. Writes OUT/<case>.json, a list by rank: the
-largest relative error of every result, and the
-collectives of the call. The ranks of a case form groups of `ranks` neighbours; every rank has rows,
-responses and feedback of its own.
+largest relative error of every result, and the collectives of the call. The ranks of a case form
+groups of `ranks` neighbours; every rank has rows, responses and feedback of its own.
 """
 
 from __future__ import annotations

@@ -193,15 +193,18 @@ def _whole(tensor: Tensor | None) -> Tensor | None:
 
 
 class ModelForward:
-    """A forward over the one that a model has: `model.forward = ModelForward(model, function)`.
+    """Stand over the forward of a model: `model.forward = ModelForward(model, function)`.
 
-    Calls function(model, under, ...), `under` being the forward that the model had before, with the
-    signature of the class's forward, which transformers and peft read. No bound method: pickle
-    finds a bound method again by the name alone, and a loaded model would run the forward of the
-    class without an error. A deep copy and a loaded model run their own weights.
+    A call runs function(model, under, ...), where `under` is the forward that the model had before.
+    The signature is the signature of the class's forward, which transformers and peft read.
 
-    The model keeps the forwards underneath: model._una_under[k] is the one below the ModelForward
-    of place k, or None for that of the class. Forwards of others may stand between two of ours.
+    A bound method would not do. Pickle finds a bound method again by its name alone, and a loaded
+    model would run the forward of the class, without an error. A deep copy and a loaded model run
+    their own weights.
+
+    The model keeps the forwards underneath. model._una_under[k] is the forward under the
+    ModelForward of place k, or None for the forward of the class. A forward of another package may
+    stand between two ModelForwards.
 
     model: gets the forward
     function: of a module, so that pickle finds the function again
