@@ -23,15 +23,14 @@ from families import SMALL, build
 from tiny import WORDS, save_llama
 from una_fast import Feedback, Objective, una_loss
 from una_fast.attention.probe import randomize_weights
-from una_fast.demo.smollm2 import find_smollm2
 from una_fast.integrations.calls import una_calls
-from una_fast.model.loading import load_causal_lm, load_tokenizer
 
 trl = pytest.importorskip("trl")
 
 from accelerate.utils import convert_outputs_to_fp32  # noqa: E402
 from trl.trainer import utils as trl_utils  # noqa: E402
 
+from una_fast.demo.smollm2 import find_smollm2  # noqa: E402
 from una_fast.integrations.hf import patch_model  # noqa: E402
 from una_fast.integrations.trl import (  # noqa: E402
     UNADPOTrainer,
@@ -42,6 +41,7 @@ from una_fast.integrations.trl import (  # noqa: E402
 )
 from una_fast.integrations.trl.points import POINT_COLUMNS, FeedbackOfPairs  # noqa: E402
 from una_fast.integrations.trl.trainers import _una_head_in  # noqa: E402
+from una_fast.model.loading import load_causal_lm, load_tokenizer  # noqa: E402
 
 # Every loss of TRL's DPOTrainer, with settings that it needs.
 LOSSES = {
