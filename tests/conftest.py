@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 
 # Small operations on several threads mostly wait for each other, and sums then have one order.
 # Processes that a test starts inherit the setting; it must be set before torch is imported.
@@ -14,6 +15,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+
+# A shell starts background jobs with interrupts ignored, and tests send them to their children.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
