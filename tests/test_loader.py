@@ -107,6 +107,24 @@ def test_batches_of_a_step():
         check_steps(ragged(count, 0), limits, packed, world_size, where)
 
 
+@LAYOUTS
+def test_records_on_both_sides_of_a_rotary_limit_never_meet(packed):
+    """Every record once, all the same, and as few batches as those of either side alone."""
+    examples = ragged(60, 0)
+    limits = (100, 600)
+    options = {"packed": packed, "max_tokens": 3000, "max_records": None}
+    batches = pack_batches(examples, rope_limits=limits, **options)
+    assert sorted(sum(origins(batches), [])) == sorted(example.origin for example in examples)
+    sides = [{sum(one.longest > limit for limit in limits) for one in batch} for batch in batches]
+    assert all(len(side) == 1 for side in sides)
+    assert set.union(*sides) == {0, 1, 2}
+    least = 0
+    for passed in range(3):
+        own = [one for one in examples if sum(one.longest > limit for limit in limits) == passed]
+        least += len(pack_batches(own, **options))
+    assert len(batches) == least
+
+
 def check_steps(examples, limits, packed, world_size, where):
     tokens, records = limits
     options = {

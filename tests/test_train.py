@@ -16,7 +16,7 @@ import yaml
 from peft import AutoPeftModelForCausalLM
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import una_fast.resolved as resolved_module
 from fsdp_worker import run_case
@@ -29,6 +29,7 @@ from una_fast.data.examples import Example
 from una_fast.data.loader import pack_batches
 from una_fast.feedback import PAIR, Feedback
 from una_fast.losses import Objective, una_loss
+from una_fast.resolved import find_facts, resolve
 from una_fast.train import loop
 from una_fast.train.build import rate_factor
 from una_fast.train.checkpoint import complete_checkpoints
@@ -496,6 +497,35 @@ def test_precomputed_logps_do_not_depend_on_the_batches(llamas, mixed, own_logps
     way = {"max_tokens_per_batch": 150, "packing": False, "batch_size": 7}
     entries = precompute_reference(make_config(llamas["untied"], mixed, tmp_path / "out", **way))
     assert ref_logps_in(entries["data"][0]["path"]) == pytest.approx(own_logps.tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+def test_rows_with_other_rotary_factors_hold_no_short_records(mixed, tmp_path, packing):
+    """Long rows have other factors: log-probs of a record must not depend on its neighbours."""
+    model = save_llama(tmp_path / "model")
+    lengths = sorted(example.longest for example in examples_of(mixed, model))
+    limit = lengths[len(lengths) // 2]
+    assert lengths[0] <= limit < lengths[-1]
+    config = AutoConfig.from_pretrained(model)
+    config.rope_parameters = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "factor": 4.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": limit,
+    }
+    config.save_pretrained(model)
+    found = []
+    for records in (1, 36):
+        settings = {"micro_batch_size": records, "batch_size": 36, "packing": packing}
+        config = make_config(model, mixed, tmp_path / str(records), **settings)
+        entries = precompute_reference(config)
+        found.append(ref_logps_in(entries["data"][0]["path"]))
+    alone, together = found
+    assert together == pytest.approx(alone, rel=1e-5)
+    told = resolve(config, find_facts(config, [], device="cpu")).lines()
+    assert any(line.startswith(f"rotary     rows of more than {limit} tokens") for line in told)
 
 
 def test_precomputed_columns_keep_their_names(llamas, tmp_path):

@@ -10,6 +10,7 @@ Trainer, planner, precompute and bench read the decisions here, and derive no de
     autocast    dtype that operands are cast to, if trained weights are wider than `compute`
     reference   frozen (a copy of the model) | adapter (LoRA off) | cached (column ref_logps)
     packed      rows with a shared prompt, or padded batches
+    rope_limits lengths of records that no micro-batch mixes (model/positions.py)
     mesh        sizes of the groups of ranks (parallel.py)
     parallel    how the ranks share the work; `reduce` is "each" or "last"
     workspace   bytes of the fused head
@@ -40,7 +41,12 @@ from una_fast.model.head_forward import head_to_split
 from una_fast.model.head_probe import outside_text
 from una_fast.model.loading import is_flash, model_and_adapter, sized_outline
 from una_fast.model.policy import Policy, load_policy
-from una_fast.model.positions import longer_records, positions_of, row_wide_rope
+from una_fast.model.positions import (
+    longer_records,
+    positions_of,
+    rope_limits,
+    row_wide_rope,
+)
 from una_fast.model.quantized import quantized_weight, refuse_quantized
 from una_fast.model.reference import has_cached_logps
 from una_fast.model.scoring import Scoring, match_autocast
@@ -75,6 +81,8 @@ class Facts:
     """Records with more tokens than positions, in words."""
     towers: list[str] = field(default_factory=list)
     """Modules of the model that text does not run through."""
+    rope_limits: tuple[int, ...] = ()
+    """Tokens beyond which a row of the model has other rotary factors."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,7 @@ class ResolvedRun:
     autocast: torch.dtype | None
     reference: str
     packed: bool
+    rope_limits: tuple[int, ...]
     workspace: int
     engine: str
     sources: dict[str, str] = field(default_factory=dict)
@@ -134,6 +143,7 @@ class ResolvedRun:
         plain = asdict(self)
         for name in ("compute", "weights", "trained", "autocast"):
             plain[name] = _name(plain[name])
+        plain["rope_limits"] = list(self.rope_limits)
         return plain
 
 
@@ -159,7 +169,7 @@ def find_facts(
     """
     keeps_float32 = False
     context = 1 if config.parallel is None else config.parallel.context
-    router_loss, positions, longer = 0.0, None, None
+    router_loss, positions, longer, limits = 0.0, None, None, ()
     towers: list[str] = []
     unsplit = None
     try:
@@ -170,6 +180,7 @@ def find_facts(
         router_loss = _router_loss(model.config)
         towers = outside_text(model)
         positions, longer = positions_of(model), longer_records(records, model)
+        limits = rope_limits(model)
         if config.parallel is not None and config.parallel.split_vocabulary:
             head_to_split(model)
         refusal = packing_refusal(model) if config.packing else None
@@ -196,6 +207,7 @@ def find_facts(
         positions=positions,
         longer_records=longer,
         towers=towers,
+        rope_limits=limits,
     )
 
 
@@ -299,6 +311,7 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
         autocast=autocast,
         reference=_reference(config, facts),
         packed=config.packing and facts.packing_refusal is None,
+        rope_limits=facts.rope_limits,
         workspace=workspace_bytes(facts.device, config.workspace_mb),
         engine=_engine(config, facts.device, compute),
         quantize_base=config.quantize_base,
@@ -361,7 +374,7 @@ def _sources(config: RunConfig, facts: Facts, run: ResolvedRun) -> dict[str, str
 
 
 def _notes(facts: Facts) -> list[str]:
-    """Return lines on the auxiliary loss, and on records beyond the model's positions."""
+    """Return lines on the auxiliary loss, and on positions of long records."""
     notes = []
     if facts.router_loss:
         notes.append(
@@ -371,6 +384,12 @@ def _notes(facts: Facts) -> list[str]:
     if facts.towers:
         names = ", ".join(map(printable, facts.towers))
         notes.append(f"frozen     {names}: text does not run through; saved as it came")
+    if facts.rope_limits:
+        lengths = ", ".join(map(str, facts.rope_limits))
+        notes.append(
+            f"rotary     rows of more than {lengths} tokens have other factors; records on either "
+            "side are in batches of their own"
+        )
     if facts.longer_records:
         notes.append(
             f"positions  {facts.positions}, as the model was made for; {facts.longer_records}  "

@@ -53,6 +53,11 @@ class Example:
     origin: str
     scored: tuple[np.ndarray, ...] = field(default=(), kw_only=True)
 
+    @property
+    def longest(self) -> int:
+        """Return the tokens of the prompt with the longest response."""
+        return len(self.prompt_ids) + max(map(len, self.responses), default=0)
+
     def scored_tokens(self) -> list[np.ndarray]:
         """Return, for every response, the indices of the tokens whose log-probs are summed."""
         if self.scored:

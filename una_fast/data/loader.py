@@ -13,10 +13,15 @@ the same rule serves both layouts:
     packed   rows add up tokens and width is 1: no padding, every micro-batch is nearly full
     padded   widths descend, and a micro-batch holds neighbours in width; a bin stays closed to a
              record with more padding than another micro-batch costs
+
+Some models have other rotary factors in long rows (model/positions.py): records on either side of
+such a length never share a micro-batch, for then the neighbours of a record would change its
+log-probs.
 """
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import itertools
 import logging
@@ -68,6 +73,7 @@ class Loader:
         micro_batch_size: int | None,
         max_tokens_per_batch: int | None,
         packed: bool,
+        rope_limits: Sequence[int] = (),
         seed: int,
         rank: int = 0,
         world_size: int = 1,
@@ -81,6 +87,7 @@ class Loader:
         max_tokens_per_batch: tokens per micro-batch at most, padding included; a longer record runs
             alone
         packed: the layout of the micro-batches
+        rope_limits: lengths in tokens; a micro-batch has no records on both sides of one
         seed: of the order
         rank, world_size: of the process
         """
@@ -92,6 +99,7 @@ class Loader:
         self.rank = rank
         self.world_size = world_size
         self.packed = packed
+        self.rope_limits = rope_limits
         self.max_tokens = max_tokens_per_batch
         self.max_records = micro_batch_size
         if micro_batch_size is None and max_tokens_per_batch is None:
@@ -160,6 +168,7 @@ class Loader:
         micro_batches = pack_batches(
             batch,
             packed=self.packed,
+            rope_limits=self.rope_limits,
             max_tokens=self.max_tokens,
             max_records=self.max_records,
             world_size=self.world_size,
@@ -176,11 +185,13 @@ class _Bin:
     """A micro-batch in the making, of rows * width tokens.
 
     width: of the first example, the widest
+    passed: rotary limits that every example is longer than
     rows: of all examples
     unpadded: tokens of all examples, laid out alone
     """
 
     width: int
+    passed: int
     rows: int = 0
     unpadded: int = 0
     examples: list[Example] = field(default_factory=list)
@@ -188,10 +199,11 @@ class _Bin:
 
 @dataclass(frozen=True)
 class _Sized:
-    """An example and the footprint of the example."""
+    """An example, its footprint, and the number of rotary limits that it is longer than."""
 
     rows: int
     width: int
+    passed: int
     example: Example
 
 
@@ -201,6 +213,7 @@ def pack_batches(
     packed: bool,
     max_tokens: int | None,
     max_records: int | None,
+    rope_limits: Sequence[int] = (),
     world_size: int = 1,
 ) -> list[list[Example]]:
     """Return every example once, in the few and even micro-batches of MULTIFIT.
@@ -209,10 +222,15 @@ def pack_batches(
     packed: the layout
     max_tokens: tokens per micro-batch at most, padding included; a longer example is alone
     max_records: examples per micro-batch at most
+    rope_limits: lengths in tokens; a micro-batch has no examples on both sides of one
     world_size: micro-batches r, r + world_size, ... belong to rank r; the micro-batches of a round
         are of similar size
     """
-    sized = [_Sized(*footprint(example, packed=packed), example) for example in examples]
+    sized = []
+    for example in examples:
+        rows, width = footprint(example, packed=packed)
+        passed = bisect.bisect_left(rope_limits, example.longest)
+        sized.append(_Sized(rows, width, passed, example))
     sized.sort(key=lambda item: (item.width, item.rows), reverse=True)
     whole = sum(item.rows for item in sized) * sized[0].width
     capacity = min(whole, max_tokens or whole)
@@ -249,10 +267,11 @@ def _first_fit(sized: Sequence[_Sized], capacity: int, max_records: int | None) 
         for target in unfilled:
             tokens = (target.rows + item.rows) * target.width
             padding = tokens - target.unpadded - alone
-            if tokens <= capacity and padding <= MAX_PADDING:
+            fits = tokens <= capacity and padding <= MAX_PADDING
+            if fits and target.passed == item.passed:
                 break
         else:  # no bin has room
-            target = _Bin(item.width)
+            target = _Bin(item.width, item.passed)
             bins.append(target)
             unfilled.append(target)
         target.rows += item.rows

@@ -282,10 +282,7 @@ def _planned(settings: InitConfig, proposal: Proposal) -> RunPlanConfig:
 def _fit_positions(config: RunPlanConfig, proposal: Proposal, examples: Sequence[Example]) -> None:
     """Leave out the oldest part of prompts that are longer than the model was made for."""
     positions = positions_of(outline_of(config))
-    longest = 0
-    for example in examples:
-        response = max(map(len, example.responses), default=0)
-        longest = max(longest, len(example.prompt_ids) + response)
+    longest = max((example.longest for example in examples), default=0)
     if positions is None or longest <= positions:
         return
     proposal.put("max_tokens", positions, f"Of the model; the longest record has {longest}.")

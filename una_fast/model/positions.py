@@ -50,14 +50,34 @@ def row_wide_rope(causal_lm: PreTrainedModel) -> str | None:
 
     Such kinds look at the largest position of the tokens at hand: a part of a row has another one.
     """
-    for rope in _ropes(causal_lm.config.get_text_config()):
-        kind = str(rope.get("rope_type", rope.get("type")))
-        if "dynamic" in kind or kind == "longrope":
-            return (
-                f"{type(causal_lm).__name__} has rotary positions of type {kind}, which depend on "
-                "the largest position of the row"
-            )
+    for kind, _ in _row_wide(causal_lm):
+        return (
+            f"{type(causal_lm).__name__} has rotary positions of type {kind}, which depend on "
+            "the largest position of the row"
+        )
     return None
+
+
+def rope_limits(causal_lm: PreTrainedModel) -> tuple[int, ...]:
+    """Return the lengths, ascending, beyond which a row has other rotary factors; mostly ().
+
+    A record up to a limit must not share a row, or a padded batch, with one beyond the limit: the
+    longer one would change the log-probs of the shorter one.
+    """
+    return tuple(sorted({limit for _, limit in _row_wide(causal_lm)}))
+
+
+def _row_wide(causal_lm: PreTrainedModel) -> Iterator[tuple[str, int]]:
+    """Yield (kind, length) of rotary embeddings whose factors change beyond a length of the row."""
+    config = causal_lm.config.get_text_config()
+    for rope in _ropes(config):
+        kind = str(rope.get("rope_type", rope.get("type")))
+        positions = config.max_position_embeddings
+        if kind == "longrope":
+            own = getattr(config, "original_max_position_embeddings", None)
+            yield kind, rope.get("original_max_position_embeddings") or own or positions
+        elif "dynamic" in kind:
+            yield kind, positions
 
 
 def longer_records(records: Sequence[Example], causal_lm: PreTrainedModel) -> str | None:
@@ -73,17 +93,13 @@ def longer_records(records: Sequence[Example], causal_lm: PreTrainedModel) -> st
     positions = positions_of(causal_lm)
     if positions is None:
         return None
-    longest, count = None, 0
-    for record in records:
-        tokens = _tokens(record)
-        count += tokens > positions
-        if longest is None or tokens > _tokens(longest):
-            longest = record
+    count = sum(record.longest > positions for record in records)
     if not count:
         return None
+    longest = max(records, key=lambda record: record.longest)
     told = (
         f"{count} of {len(records)} records have more tokens; the longest, "
-        f"{printable(longest.origin)}, has {_tokens(longest)}"
+        f"{printable(longest.origin)}, has {longest.longest}"
     )
     if has_learned_positions(causal_lm, positions):
         raise ValueError(
@@ -91,10 +107,6 @@ def longer_records(records: Sequence[Example], causal_lm: PreTrainedModel) -> st
             f"max_tokens={positions} (prompt_overflow: truncate_left cuts prompts), or remove them"
         )
     return told
-
-
-def _tokens(record: Example) -> int:
-    return len(record.prompt_ids) + max(map(len, record.responses), default=0)
 
 
 def has_learned_positions(causal_lm: PreTrainedModel, positions: int) -> bool:

@@ -147,7 +147,7 @@ def open_run(
         data = data.without_cached_logps()
     largest = records + longest_rollouts(prompts, config)
     memory = world.on_main(lambda: refuse_too_large(config, facts, largest))
-    loaders = _make_loaders(config, world, data, packed=run.packed)
+    loaders = _make_loaders(config, world, data, run)
     state = _open_state(config, world, run, loaders, checkpoint)
     total_steps = num_steps(loaders.steps_per_epoch(config), config.epochs, config.max_steps)
     if config.max_steps is not None and total_steps < config.max_steps:
@@ -333,7 +333,7 @@ class _Loaders:
         return steps * (1 if config.mode == "offline" else config.inner_epochs)
 
 
-def _make_loaders(config: RunConfig, world: World, data: RunData, *, packed: bool) -> _Loaders:
+def _make_loaders(config: RunConfig, world: World, data: RunData, run: ResolvedRun) -> _Loaders:
     def loader(
         sources: Sequence[Sequence[Example]], weights: Sequence[float], batch_size: int
     ) -> Loader | None:
@@ -345,7 +345,8 @@ def _make_loaders(config: RunConfig, world: World, data: RunData, *, packed: boo
             batch_size=batch_size,
             micro_batch_size=config.micro_batch_size,
             max_tokens_per_batch=config.max_tokens_per_batch,
-            packed=packed,
+            packed=run.packed,
+            rope_limits=run.rope_limits,
             seed=config.seed,
             rank=world.data_rank,
             world_size=world.data_size,

@@ -217,6 +217,7 @@ class _Writer:
             micro_batch_size=self.config.micro_batch_size,
             max_tokens_per_batch=self.config.max_tokens_per_batch,
             packed=self.reference.packed,
+            rope_limits=self.run.rope_limits,
             seed=self.config.seed,
         )
         micro_batches: list[list[Example]] = []
