@@ -131,7 +131,7 @@ def test_the_group_loop_takes_eager_steps(directory):
     optimizer = sgd(truth)
     by_group = rewards.view(2, 4)
     means, spreads = by_group.mean(1, keepdim=True), by_group.std(1, keepdim=True)
-    lead = ((by_group - means) / (spreads + 1e-4)).view(8, 1)
+    advantages = ((by_group - means) / (spreads + 1e-4)).view(8, 1)
     scored = tokens["labels"][:, 1:] != -100
     old = eager_logps(truth, tokens).detach()
     clipped = []
@@ -142,7 +142,8 @@ def test_the_group_loop_takes_eager_steps(directory):
         ratio = (eager_logps(truth, tokens) - old).exp()
         bounded = ratio.clamp(0.8, 1.2)
         clipped.append(bool(((ratio != bounded) & scored).any()))
-        gain = torch.where(ratio * lead < bounded * lead, ratio * lead, bounded * lead)
+        free, held = ratio * advantages, bounded * advantages
+        gain = torch.where(free < held, free, held)
         loss = -(gain + 0.01 * entropy)[scored].mean()
         loss.backward()
         optimizer.step()
@@ -173,6 +174,18 @@ def test_a_model_of_ones_own_has_the_shift_and_the_gradients():
     loss = model(ids, labels, feedback, ref_logps=ref_logps, num_units=7)
     assert loss.item() == pytest.approx(truth.item(), rel=CLOSE)
     assert difference(gradients(loss, model), gradients(truth, model)) < CLOSE
+
+
+def test_a_model_of_ones_own_refuses_a_row_without_a_response():
+    """Else `Feedback.pairs([0], [1])` would score the rows 1 and 2, and nothing would say so."""
+    names = run("own-model", Path("unused"))
+    model = names["WithLoss"](nn.Embedding(97, 16), nn.Parameter(torch.randn(97, 16)))
+    batch = make_batch()
+    ids, labels = batch["input_ids"], batch["labels"].clone()
+    labels[0] = -100
+    for feedback in (None, Feedback.pairs([0], [1])):
+        with pytest.raises(ValueError, match="a row has no response"):
+            model(ids, labels, feedback, ref_logps=torch.zeros(4))
 
 
 # ---- Accelerate and Fabric ----
@@ -449,3 +462,30 @@ def test_the_table_names_the_versions_of_the_adapters():
     pins = (DOCS.parent / "constraints.txt").read_text(encoding="utf-8")
     (accelerate,) = re.findall(r"^accelerate==(.+)$", pins, re.MULTILINE)
     assert f"| accelerate {accelerate}," in text
+
+
+def pinned(package: str, *files: Path) -> set[str]:
+    """Return the versions of a package in files of pins."""
+    pin = re.compile(rf"^{package}==(\S+)$", re.MULTILINE)
+    return {found for path in files for found in pin.findall(path.read_text(encoding="utf-8"))}
+
+
+def row_of(page: Path, start: str) -> str:
+    """Return the one line of a page that begins with a text."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    (found,) = [line for line in lines if line.startswith(start)]
+    return found
+
+
+def test_the_pages_name_every_transformers_that_is_tested():
+    """Those of tests/versions.sh and of constraints.txt, no more and no fewer."""
+    root = DOCS.parent
+    versions = root / "tests" / "versions"
+    hosts = pinned("transformers", *versions.glob("hosts-*.txt"))
+    ends = pinned("transformers", versions / "floor.txt", versions / "ceiling.txt")
+    tested = hosts | ends | pinned("transformers", root / "constraints.txt")
+    assert len(hosts) >= 4 and len(ends) == 2
+    row = row_of(EMBED / "README.md", "| [plain PyTorch](pytorch.md) |")
+    assert set(NUMBER.findall(row)) == tested
+    row = row_of(README, "| beside other trainers |")
+    assert set(NUMBER.findall(row)) == {version.rpartition(".")[0] for version in hosts}
