@@ -39,7 +39,11 @@ from una_fast.integrations.trl import (  # noqa: E402
     UNARLOOTrainer,
     add_una_head,
 )
-from una_fast.integrations.trl.points import POINT_COLUMNS, FeedbackOfPairs  # noqa: E402
+from una_fast.integrations.trl.objective import (  # noqa: E402
+    POINT_COLUMNS,
+    FeedbackOfPairs,
+    OnFeedback,
+)
 from una_fast.integrations.trl.trainers import _una_head_in  # noqa: E402
 from una_fast.model.loading import load_causal_lm, load_tokenizer  # noqa: E402
 
@@ -126,6 +130,16 @@ def preference_rows(count: int = 8) -> list[dict[str, str]]:
         prompt = " ".join(WORDS[i : i + 4]) + " "
         chosen, rejected = WORDS[: 2 + i % 5], WORDS[6 : 8 + (3 * i) % 4]
         rows.append({"prompt": prompt, "chosen": " ".join(chosen), "rejected": " ".join(rejected)})
+    return rows
+
+
+def label_rows() -> list[dict[str, Any]]:
+    """Return rows for KTO, every other one good."""
+    rows = []
+    for i, row in enumerate(preference_rows()):
+        label = i % 2 == 0
+        completion = row["chosen" if label else "rejected"]
+        rows.append({"prompt": row["prompt"], "completion": completion, "label": label})
     return rows
 
 
@@ -294,12 +308,7 @@ def test_adapters(both):
 
 
 def test_kto(both):
-    rows = []
-    for i, row in enumerate(preference_rows()):
-        label = i % 2 == 0
-        completion = row["chosen" if label else "rejected"]
-        rows.append({"prompt": row["prompt"], "completion": completion, "label": label})
-    both(UNAKTOTrainer, trl.KTOTrainer, trl.KTOConfig, rows, 1e-4)
+    both(UNAKTOTrainer, trl.KTOTrainer, trl.KTOConfig, label_rows(), 1e-4)
 
 
 def count_letters(completions: list[str], **_: Any) -> list[float]:
@@ -386,7 +395,7 @@ def test_calls_that_are_not_served_run_their_head_and_are_counted(caplog):
         found = model(**batch, shift_labels=shifted, fused_lm_head=True).log_probs
     assert torch.allclose(found[:, :-1], truth, atol=1e-5)
     assert una_calls()["fell_back"] == before + 1
-    assert "una_fast leaves this call to TRL's head: its labels are shifted" in caplog.text
+    assert "una_fast leaves this call to TRL's head: it gives shift_labels" in caplog.text
 
 
 def test_a_model_that_cannot_be_scored_keeps_their_head():
@@ -712,6 +721,86 @@ def test_precomputed_references_of_an_objective(directory, tmp_path):
         steps, _ = run(UNADPOTrainer, trl.DPOConfig, directory, scored_rows(), tmp_path, **changes)
         logged.append(steps)
     assert_same_steps(logged[1], logged[0], 1e-5)
+
+
+@pytest.mark.parametrize("precompute", [False, True], ids=["", "precomputed"])
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_an_untrained_policy_has_log_ratios_of_zero(kind, precompute, tmp_path, monkeypatch):
+    """Exactly: both sums are in float64, at lengths whose sums in float32 would differ."""
+    directory = save_llama(tmp_path / "llama")
+    seen = []
+    monkeypatch.setattr(
+        f"{OnFeedback.__module__}.una_loss",
+        lambda logps, ref_logps, *args, **kwargs: (
+            seen.append((logps.detach(), ref_logps)) or una_loss(logps, ref_logps, *args, **kwargs)
+        ),
+    )
+    ours, config, rows = {
+        "dpo": (UNADPOTrainer, trl.DPOConfig, preference_rows(4)),
+        "kto": (UNAKTOTrainer, trl.KTOConfig, label_rows()[:4]),
+    }[kind]
+    for row in rows:
+        for column in {"chosen", "rejected", "completion"} & row.keys():
+            row[column] = " ".join([row[column]] * 30)
+    changes = {"precompute_ref_log_probs": precompute, "max_steps": 1, "learning_rate": 0.0}
+    run(ours, config, directory, rows, tmp_path, given={"objective": Objective()}, **changes)
+    assert len(seen) == 2
+    for logps, ref_logps in seen:
+        assert logps.dtype == ref_logps.dtype == torch.float64
+        assert torch.equal(logps, ref_logps)
+        assert (logps.float().double() != logps).any()
+
+
+def test_an_objective_of_labels_is_the_loss(directory, tmp_path):
+    """Of the first step, on a policy that differs from its reference; its gradient, too."""
+    objective = Objective(beta=0.3, binary="mse")
+    torch.manual_seed(1)
+    load = AutoModelForCausalLM.from_pretrained
+    reference = randomize_weights(load(directory, dtype=torch.float32))
+    given = {"objective": objective, "ref_model": reference}
+    changes = {"beta": 0.3, "undesirable_weight": 3.0, "max_steps": 1, "given": given}
+    changes |= {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+    trainer = make(UNAKTOTrainer, trl.KTOConfig, directory, label_rows(), tmp_path, **changes)
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    policy = load(directory, dtype=torch.float32)
+    logps = [
+        eager_logps(model, completions(batch)).double().sum(1) for model in (policy, reference)
+    ]
+    rewards = 0.3 * (logps[0] - logps[1].detach())
+    label = torch.as_tensor(batch["label"]).double()
+    weight = torch.where(label > 0, 1.0, 3.0).double()
+    truth = (weight * (torch.sigmoid(rewards) - label) ** 2).mean()
+    truth.backward()
+    trainer.train()
+    (step,) = logged(trainer)
+    assert step["loss"] == pytest.approx(truth.item(), rel=1e-5)
+    norm = torch.stack([p.grad.norm() for p in policy.parameters()]).norm()
+    assert step["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    with pytest.raises(ValueError, match="loss_type belongs to TRL's losses.*leave loss_type at"):
+        changes = {"loss_type": "apo_zero_unpaired", "given": {"objective": Objective()}}
+        make(UNAKTOTrainer, trl.KTOConfig, directory, label_rows(), tmp_path, **changes)
+
+
+def completions(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return the inputs of a model that scores the completions of TRL's batch."""
+    ids = batch["input_ids"]
+    labels = ids.masked_fill(batch["completion_mask"] == 0, -100)
+    return {"input_ids": ids, "attention_mask": batch["attention_mask"], "labels": labels}
+
+
+def test_trainers_with_trls_losses_alone_refuse_an_objective(directory, tmp_path):
+    given = {"objective": Objective(), "reward_funcs": count_letters}
+    rows = [{"prompt": "a"}]
+    with pytest.raises(ValueError, match="UNAGRPOTrainer keeps TRL's losses; objective= is for"):
+        make(
+            UNAGRPOTrainer,
+            trl.GRPOConfig,
+            directory,
+            rows,
+            tmp_path,
+            given=given,
+            num_generations=2,
+        )
 
 
 def test_eager_truth_of_the_tests():

@@ -200,8 +200,13 @@ def test_adapters_need_no_reference(directory, tokenizer, tmp_path):
 
 
 def test_a_full_model_without_reference_is_refused(directory, tokenizer, tmp_path):
-    trainer = make_trainer(directory, tokenizer, tmp_path, ref_model=None)
-    with pytest.raises(ValueError, match="give ref_model=, or ref_logps in every record"):
+    """Before the first step, where records are at hand; a collator may bring references."""
+    message = "give ref_model=, or ref_logps in every record"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(directory, tokenizer, tmp_path, ref_model=None)
+    given = {"ref_model": None, "data_collator": FeedbackCollator(tokenizer)}
+    trainer = make_trainer(directory, tokenizer, tmp_path, **given)
+    with pytest.raises(ValueError, match=message):
         trainer.train()
 
 

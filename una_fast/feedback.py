@@ -317,7 +317,8 @@ class Feedback:
             kind = KIND_NAMES[int(self.kind[unit])]
             raise ValueError(
                 f"unit {unit} ({kind}) names response {int(column[unit])}, but the call has "
-                f"{num_responses} responses (cu_seqlens has one more entry than responses)"
+                f"{num_responses} responses, counted from 0: rows of the batch, or ranges of "
+                "cu_seqlens"
             )
 
 

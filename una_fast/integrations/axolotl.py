@@ -54,7 +54,9 @@ class UNAArgs(BaseModel):
     """
 
     una_head: bool = _described(True, "Take log-probs from una_fast's head, without logits")
-    una_pack: bool | Literal["auto"] = _described("auto", "Share the prompt of neighbouring rows")
+    una_pack: bool | Literal["auto"] = _described(
+        "auto", "Compute a prompt once for the rows that share it"
+    )
     una_workspace_mb: float | None = _described(None, "Logits held at a time, in MiB")
     una_objective: dict[str, Any] | None = _described(None, "Fields of una_fast.Objective")
 

@@ -73,7 +73,13 @@ class UNALoss:
         self.kind = kind
         self.column = column
         self.rolled_reference = rolled_reference
-        interfaces = importlib.import_module(_INTERFACES)
+        try:
+            interfaces = importlib.import_module(_INTERFACES)
+        except ImportError as error:
+            raise ImportError(
+                f"this NeMo-RL has no {_INTERFACES}; install one that una_fast was tested with: "
+                f"{TESTED}"
+            ) from error
         self.loss_type = interfaces.LossType.SEQUENCE_LEVEL
         self.input_type = interfaces.LossInputType.LOGPROB
         normalizer = getattr(interfaces, "MetricNormalizer", None)

@@ -34,12 +34,11 @@ from transformers.utils import ModelOutput
 from trl import DPOTrainer, KTOTrainer
 from trl.trainer import utils as trl_utils
 
-from una_fast.feedback import Feedback
 from una_fast.integrations.calls import fall_back, una_calls
 from una_fast.integrations.hf import patch_model
-from una_fast.integrations.trl.points import (
-    FeedbackOfPairs,
+from una_fast.integrations.trl.objective import (
     OnFeedback,
+    OnLabels,
     OnPairs,
     check_objective,
     without_feedback,
@@ -269,13 +268,15 @@ class ScoredOutput(ModelOutput):
 class Scoring:
     """Scores the calls of a model on given input ids.
 
+    dtype: of log-probs; sums of float64 are exact
     asked: [(input_ids [B, T], labels [B, T])], of the batch and, for KTO, of mismatched pairs
     stats: names of the policy's statistics
     seen: log-probs [B, T - 1] of the calls on the first of `asked`: policy, then reference
     aux_loss: [] of the policy's call, for a mixture of experts
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
         self.asked: list[tuple[Tensor, Tensor]] = []
         self.stats: tuple[str, ...] = ()
         self.seen: list[Tensor] = []
@@ -320,7 +321,7 @@ class Scoring:
                 if not self.seen:
                     self.aux_loss = out.aux_loss
                 self.seen.append(out.logps)
-            log_probs = out.logps.clone()  # TRL writes zeros into it
+            log_probs = out.logps.to(self.dtype, copy=True)  # TRL writes zeros into it
             stats = {name: out[name] for name in kwargs["stats"]}
             targets = kwargs["labels"][:, 1:]
             return ScoredOutput(log_probs, targets, **stats, aux_loss=out.aux_loss)
@@ -395,7 +396,7 @@ def _reading(trainer: object) -> Iterator[None]:
 
 
 class UnaLogProbs(OnFeedback):
-    """Stands before a DPO or KTO trainer of TRL 1.9 to 1.14: its log-probs come from una_fast.
+    """Mixin, listed before TRL's trainer: its log-probs come from una_fast.
 
     una_pack, una_workspace_mb: as of patch_model
     objective: losses in place of args.loss_type, on DPO's pairs or KTO's labels; None: TRL's own
@@ -421,7 +422,7 @@ class UnaLogProbs(OnFeedback):
         self._una_reference: nn.Module | None = None
         super().__init__(*args, **kwargs)
         if objective is not None:
-            self._take_feedback(self._una_collator())
+            self._take_feedback()
 
     @property
     def ref_model(self) -> nn.Module | None:
@@ -434,7 +435,8 @@ class UnaLogProbs(OnFeedback):
         # are wrapped: the one moment at which both can be patched. Later settings are wrapped ones.
         self._una_reference = reference
         if self._una_scoring is None:
-            self._una_scoring = Scoring()
+            of_objective = self.objective is not None
+            self._una_scoring = Scoring(torch.float64 if of_objective else torch.float32)
             self._una_check()
             self.una_refusal = self._una_patch(reference)
             if self.una_refusal and self.objective is not None:
@@ -448,7 +450,7 @@ class UnaLogProbs(OnFeedback):
                 "use_liger_kernel=False (axolotl: dpo_use_liger_kernel: false)"
             )
         if self.objective is not None:
-            self._una_check_objective()
+            check_objective(self.objective, self.args, self.settings)
 
     def _una_patch(self, reference: nn.Module | None) -> str | None:
         """Patch and watch both models; return why not, or None."""
@@ -486,7 +488,7 @@ class UnaLogProbs(OnFeedback):
             fall_back("TRL's head", "the model was called on other ids than those of the batch")
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
-        """Compute TRL's reference log-probs."""
+        """Compute TRL's reference log-probs; with an objective, sums in float64."""
         with self._una_scored(inputs, ()):
             return super().compute_ref_log_probs(model, inputs)
 
@@ -508,7 +510,7 @@ class UnaLogProbs(OnFeedback):
         """
         scored = self._una_scoring
         policy, *reference = (values.double().sum(1) for values in scored.seen)
-        ref_logps = reference[0] if reference else self._una_precomputed(inputs)
+        ref_logps = reference[0] if reference else self._ref_logps(inputs)
         return self._loss_of_units(policy, ref_logps, inputs, scored.aux_loss)
 
     def prediction_step(
@@ -530,52 +532,12 @@ class UnaLogProbs(OnFeedback):
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
 
-class PairLogProbs(OnPairs, UnaLogProbs):
+class PairLogProbs(UnaLogProbs, OnPairs):
     """Reads DPO's batches: the chosen half, then the rejected half."""
 
-    def _una_check_objective(self) -> None:
-        check_objective(self.objective, self.args)
 
-    def _una_precomputed(self, inputs: dict[str, Any]) -> Tensor:
-        return torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
-
-    def _una_collator(self) -> FeedbackOfPairs:
-        return FeedbackOfPairs(self.data_collator, self.objective)
-
-
-class LabelLogProbs(UnaLogProbs):
+class LabelLogProbs(UnaLogProbs, OnLabels):
     """Reads KTO's batches: a completion and its label."""
-
-    def _una_check_objective(self) -> None:
-        if self.args.beta != self.objective.beta:
-            raise ValueError(
-                f"beta={self.args.beta} of the KTOConfig and beta={self.objective.beta} of the "
-                "objective differ; give both the same"
-            )
-        if self.args.loss_type != "kto":
-            raise ValueError("loss_type belongs to TRL's losses, which objective= replaces")
-
-    def _una_precomputed(self, inputs: dict[str, Any]) -> Tensor:
-        return inputs["ref_logps"]
-
-    def _una_collator(self) -> FeedbackOfLabels:
-        weights = (self.undesirable_weight, self.desirable_weight)
-        return FeedbackOfLabels(self.data_collator, weights)
-
-
-class FeedbackOfLabels:
-    """A collator of KTO's batches, with the labels as feedback beside."""
-
-    def __init__(self, collator: Any, weights: tuple[float, float]) -> None:
-        """Take TRL's collator, and the weights of bad and of good completions."""
-        self.collator = collator
-        self.weights = weights
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = self.collator(examples)
-        good = [bool(label) for label in batch["label"]]
-        weight = [self.weights[label] for label in good]
-        return {**batch, "feedback": Feedback.binary(range(len(good)), good, weight=weight)}
 
 
 class UNADPOTrainer(PairLogProbs, DPOTrainer):
@@ -584,3 +546,11 @@ class UNADPOTrainer(PairLogProbs, DPOTrainer):
 
 class UNAKTOTrainer(LabelLogProbs, KTOTrainer):
     """TRL's KTOTrainer without logits, for TRL 1.9 to 1.14."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("UNAGRPOTrainer", "UNARLOOTrainer"):
+        raise ImportError(
+            f"{name} needs TRL 1.15 or newer: from una_fast.integrations.trl import {name}"
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

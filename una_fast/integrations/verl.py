@@ -36,6 +36,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ from torch import Tensor, nn
 
 from una_fast.feedback import Feedback
 from una_fast.head.ops import token_logps
+from una_fast.integrations.calls import count_call
 from una_fast.integrations.responses import one_per_response, response_sums
 from una_fast.integrations.versions import check_version
 from una_fast.logs import say_once
@@ -60,6 +62,7 @@ MODES = (
     "seq-mean-token-sum-norm",
 )
 
+_REGISTER = ("verl.trainer.ppo.core_algos", "register_policy_loss")
 _HEAD = ("verl.utils.experimental.torch_functional", "FusedLinearForPPO")
 _PATCH = ("verl.models.transformers.monkey_patch", "patch_forward_with_backends")
 
@@ -67,14 +70,26 @@ _PATCH = ("verl.models.transformers.monkey_patch", "patch_forward_with_backends"
 def install() -> None:
     """Register the policy loss and serve the fused head, in this process; once is enough."""
     check_version("verl", "0.9", "0.9", TESTED)
-    algorithms = importlib.import_module("verl.trainer.ppo.core_algos")
-    algorithms.register_policy_loss(NAME)(una_policy_loss)
-    heads = importlib.import_module(_HEAD[0])
+    # All of them, before anything of verl is changed.
+    _, register = _found(*_REGISTER)
+    heads, _ = _found(*_HEAD)
+    patches, theirs = _found(*_PATCH)
+    register(NAME)(una_policy_loss)
     setattr(heads, _HEAD[1], UnaLinearForPPO)
-    patches = importlib.import_module(_PATCH[0])
-    theirs = getattr(patches, _PATCH[1])
     if not isinstance(theirs, _PatchForward):
         setattr(patches, _PATCH[1], _PatchForward(theirs))
+
+
+def _found(module: str, name: str) -> tuple[ModuleType, Any]:
+    """Return a module of verl, and what it calls `name`; ImportError where verl has no such."""
+    try:
+        holder = importlib.import_module(module)
+        return holder, getattr(holder, name)
+    except (ImportError, AttributeError) as error:
+        raise ImportError(
+            f"this verl has no {module}.{name}, which una_fast replaces; install verl {TESTED}, or "
+            "unset VERL_USE_EXTERNAL_MODULES"
+        ) from error
 
 
 # ---- the policy loss ---------------------------------------------------------------------------
@@ -208,6 +223,7 @@ class UnaLinearForPPO(nn.Module):
                 f"input_ids {tuple(input_ids.shape)} must have the shape of hidden_states "
                 f"{tuple(hidden_states.shape)} without the last dimension"
             )
+        count_call("padded")
         logps, stats = token_logps(
             hidden_states.flatten(0, -2),
             vocab_weights,

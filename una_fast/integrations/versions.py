@@ -26,8 +26,8 @@ def check_version(package: str, low: str, high: str, tested: str) -> None:
     if _numbers(low) <= _numbers(installed)[:2] <= _numbers(high):
         return
     message = (
-        f"una_fast's adapter for {package} was tested with {tested}; {package} {installed} is "
-        "installed, and may call it in another way"
+        f"una_fast was tested with {package} {tested}, and {package} {installed} is installed: "
+        "compare the first losses with a run without una_fast, or install a tested version"
     )
     say_once(logging.WARNING, message, logger)
 

@@ -35,7 +35,7 @@ _INSIDE = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 class CannotBeScored(ValueError):
-    """A model has no true score by the fused head; the message names the class and the reason."""
+    """The fused head cannot reproduce a model's logits; the message names class and reason."""
 
 
 def backbone(causal_lm: PreTrainedModel) -> nn.Module:
@@ -255,9 +255,10 @@ class ModelForward:
 
 
 def runs_function(model: nn.Module, function: Forward) -> bool:
-    """Return whether a model's forward is a ModelForward of a function, or stands over such.
+    """Return whether a model's forward is a ModelForward of a function, or wraps one.
 
-    What stands over a forward shows it as `__wrapped__`, or is a ModelForward too. Others hide it.
+    Wrappers are looked through if they are a ModelForward or have a `__wrapped__`; others hide what
+    is below them.
     """
     forward = model.forward
     while forward is not None:

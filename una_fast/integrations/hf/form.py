@@ -120,8 +120,8 @@ def make_patch(
     refusal = (row_wide_rope(causal_lm) or packing_refusal(causal_lm)) if packs else None
     if refusal is not None:
         if pack is True:
-            raise ValueError(f"pack=True, but {refusal}")
-        say_once(logging.INFO, f"batches stay padded: {refusal}", logger)
+            raise ValueError(f'pack=True, but {refusal}; give pack="auto", which pads')
+        say_once(logging.WARNING, f"batches stay padded: {refusal}", logger)
         packs = False
     fields = head_fields(causal_lm.config)
     moves, dropouts = _has_rotary_positions(causal_lm), attention_dropouts(causal_lm)

@@ -37,7 +37,8 @@ def patch_model(
     labels: [B, T], -100 outside the responses, not shifted; each batch row is one response, which
     feedback names by its row. The result is a UnaModelOutput. Any other call (generate,
     save_pretrained, logits) is the model's own. Patch before DDP, FSDP or ZeRO wrap the model, and
-    call the wrapped model. Idempotent; unpatch_model undoes it.
+    call the wrapped model. A second call takes its own options, in place of the first's;
+    unpatch_model undoes both.
 
     model: causal language model of transformers, or a PeftModel of one
     pack: "auto": a prompt is computed once for the rows that share it, and padding not at all,
@@ -45,7 +46,8 @@ def patch_model(
     workspace_mb: MiB of the fused head, see linear_una_loss
     engine: of the fused head, see linear_una_loss
 
-    ValueError for a model that cannot be scored truly, by its class, and for a wrapped one.
+    ValueError for a wrapped model, and for one whose logits the fused head cannot reproduce, naming
+    the class.
     """
     check_version("transformers", "5.6", "5.24", "5.6.2, 5.16.1, 5.23.0 and 5.24.0")
     causal_lm = inner_model(model)
@@ -57,6 +59,12 @@ def patch_model(
     if not runs_function(causal_lm, _forward):
         causal_lm.forward = ModelForward(causal_lm, _forward)
     return model
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Return whether a call of the model reaches the fused head."""
+    causal_lm = inner_model(model)
+    return "_una" in causal_lm.__dict__ and runs_function(causal_lm, _forward)
 
 
 def _forward(causal_lm: PreTrainedModel, under: Forward, *args: Any, **kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,8 +11,12 @@ from torch import Tensor
 
 from una_fast.feedback import Feedback
 from una_fast.head import ops
+from una_fast.head.compiling import outside_compile
 from una_fast.layout import Layout
+from una_fast.logs import say_once
 from una_fast.losses import Objective, una_loss
+
+logger = logging.getLogger(__name__)
 
 
 class HeadRows(NamedTuple):
@@ -62,6 +67,7 @@ class Loss:
             return out._asdict()
         # A response that was cut to nothing has a log-ratio of 0, and no row: the one pass does
         # not take it, and the loss of the sums does.
+        _say_empty()
         logps = Responses()(rows)["logps"]
         lengths = layout.lengths()
         empty = (lengths == 0).to(logps.device)
@@ -69,6 +75,16 @@ class Loss:
         lengths = lengths.clamp(min=1)
         out = una_loss(logps, ref_logps, self.feedback, lengths=lengths, **common)
         return out._asdict()
+
+
+@outside_compile
+def _say_empty() -> None:
+    say_once(
+        logging.WARNING,
+        "a row of a batch has no scored token: its log-ratio is taken as 0, and its batch needs "
+        "one more product over the head; leave such records out, or cut them at a greater length",
+        logger,
+    )
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ _OF_LOGITS = ("logits_to_keep", "num_logits_to_keep", "num_items_in_batch")
 
 @dataclass
 class UnaModelOutput(ModelOutput):
-    """The output of a patched model's call with `una` or `feedback`; unasked members are None.
+    """The output of a patched model's call with `una` or `feedback`; other members are None.
 
     loss: [] float64
     logps: [B] float64 sums over the scored tokens, or [B, T - 1] per token, 0 where none is
@@ -57,10 +57,9 @@ class UnaModelOutput(ModelOutput):
     ref_logps: [B] float64
     rewards: [B] float64, beta * (logps - ref_logps) without any offset
     unit_losses: [U] float64, unweighted
-    entropy: [B, T - 1], with gradient, as the next three by name in `stats`
-    log_sum_sq_probs: [B, T - 1]
-    mean_logits: [B, T - 1]
-    is_top1: [B, T - 1] bool
+    entropy: [B, T - 1], if named in `stats`; carries a gradient
+    log_sum_sq_probs, mean_logits: [B, T - 1], if named in `stats`; without a gradient
+    is_top1: [B, T - 1] bool, if named in `stats`
     aux_loss: [] load balancing of a mixture of experts, if the model's config or the call asks for
         router logits; not part of `loss`
 

@@ -20,7 +20,7 @@ from una_fast.feedback import Feedback
 from una_fast.integrations.hf.collator import FeedbackCollator
 from una_fast.integrations.hf.evaluation import UNCOUNTED, Filled, RecordsAlone, filled
 from una_fast.integrations.hf.form import inner_model
-from una_fast.integrations.hf.patch import patch_model
+from una_fast.integrations.hf.patch import is_patched, patch_model
 from una_fast.integrations.hf.router import router_coefficient
 from una_fast.integrations.hf.scored import UnaModelOutput, Uncast
 from una_fast.integrations.hf.units import DividesByUnits, feedback_of
@@ -35,6 +35,11 @@ if TYPE_CHECKING:
 _OF_LOSS = ("feedback", "ref_logps", UNCOUNTED)
 # Ways to order records by the lengths that the Trainer finds in them.
 _BY_LENGTH = ("group_by_length", "batch_rebalance")
+
+
+_NO_REFERENCE = (
+    "a fully trained model needs its reference: give ref_model=, or ref_logps in every record"
+)
 
 
 class UNATrainer(DividesByUnits, Trainer):
@@ -54,7 +59,7 @@ class UNATrainer(DividesByUnits, Trainer):
         *,
         ref_model: nn.Module | None = None,
         objective: Objective | None = None,
-        pack: str | bool = "auto",
+        pack: str | bool | None = None,
         workspace_mb: float | None = None,
         data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
@@ -68,12 +73,13 @@ class UNATrainer(DividesByUnits, Trainer):
         ref_model: frozen reference; None: the model with its adapter off, or ref_logps of the
             batches
         objective: forms of the losses; None: Objective()
-        pack, workspace_mb: as of patch_model
+        pack, workspace_mb: as of patch_model; with neither, a model that is patched already keeps
+            its options
         data_collator: makes the batches; None: FeedbackCollator of the tokenizer
         processing_class: tokenizer, saved with the model
         kwargs: of transformers.Trainer: datasets, callbacks, optimizers
 
-        ValueError for what cannot be trained truly, by the argument.
+        ValueError, naming the argument, for settings that would give a wrong loss.
         """
         self.objective = objective or Objective()
         if not isinstance(model, nn.Module):
@@ -86,9 +92,11 @@ class UNATrainer(DividesByUnits, Trainer):
             if processing_class is None:
                 raise ValueError("give processing_class= (a tokenizer), or a data_collator=")
             data_collator = FeedbackCollator(processing_class, objective=self.objective)
+            if ref_model is None and not hasattr(model, "disable_adapter"):
+                _refuse_uncached(kwargs.get("train_dataset"))
         remove_dropout(model)
         super().__init__(
-            patch_model(model, pack=pack, workspace_mb=workspace_mb),
+            _patched(model, pack, workspace_mb),
             args,
             data_collator=data_collator,
             processing_class=processing_class,
@@ -106,8 +114,7 @@ class UNATrainer(DividesByUnits, Trainer):
                     "a ref_model is not sharded by DeepSpeed here: give ref_logps in every "
                     "record, or train an adapter"
                 )
-            patched = patch_model(ref_model, pack=pack, workspace_mb=workspace_mb)
-            frozen = patched.eval().requires_grad_(False)
+            frozen = _patched(ref_model, pack, workspace_mb).eval().requires_grad_(False)
             self.ref_model = self.accelerator.prepare_model(frozen, evaluation_mode=True)
         accelerator = self.accelerator
         self.world = World(accelerator.process_index, accelerator.num_processes, accelerator.device)
@@ -214,10 +221,7 @@ class UNATrainer(DividesByUnits, Trainer):
             return self.ref_model(**tokens, una="responses").logps
         inside = self.accelerator.unwrap_model(model)
         if not hasattr(inside, "disable_adapter"):
-            raise ValueError(
-                "a fully trained model needs its reference: give ref_model=, or ref_logps in every "
-                "record"
-            )
+            raise ValueError(_NO_REFERENCE)
         with inside.disable_adapter():
             return model(**tokens, una="responses").logps
 
@@ -263,6 +267,16 @@ class UNATrainer(DividesByUnits, Trainer):
         super().log(logs, *args, **kwargs)
 
 
+def _patched(model: nn.Module, pack: str | bool | None, workspace_mb: float | None) -> nn.Module:
+    """Return a patched model; without options, one that was patched before keeps its own.
+
+    model, pack, workspace_mb: as of UNATrainer
+    """
+    if pack is None and workspace_mb is None and is_patched(model):
+        return model
+    return patch_model(model, pack="auto" if pack is None else pack, workspace_mb=workspace_mb)
+
+
 def _refuse_unread(args: TrainingArguments, kwargs: dict[str, Any]) -> None:
     """Raise ValueError for arguments of the Trainer that this trainer would not read.
 
@@ -294,6 +308,14 @@ def _refuse_unread(args: TrainingArguments, kwargs: dict[str, Any]) -> None:
                 "gives log-probs; leave it out"
             )
         args.liger_kernel_config = {**liger, "fused_linear_cross_entropy": False}
+
+
+def _refuse_uncached(dataset: Any) -> None:
+    """Raise ValueError if the first record has no ref_logps. dataset: of training; not a stream"""
+    if dataset is None or isinstance(dataset, IterableDataset) or not len(dataset):
+        return
+    if isinstance(dataset[0], Mapping) and "ref_logps" not in dataset[0]:
+        raise ValueError(_NO_REFERENCE)
 
 
 def _check_lengths(args: TrainingArguments, dataset: Any) -> None:

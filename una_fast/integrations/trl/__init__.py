@@ -4,7 +4,8 @@
 
 From 1.15 on TRL computes every log-prob through one function, `add_fused_lm_head`, and
 `model(..., labels=, fused_lm_head=True)`. `add_una_head` has its signature, and puts our head, our
-packed rows and row statistics behind the same call. `una_calls()` counts the calls that reached it.
+packed rows and row statistics behind the same call. `una_calls()` counts the calls of the process:
+packed, padded, and left to TRL's head.
 """
 
 from __future__ import annotations

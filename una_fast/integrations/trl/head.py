@@ -40,9 +40,9 @@ def add_una_head(
 ) -> None:
     """Let `model(..., labels=, fused_lm_head=True)` return TRL's output from the fused head.
 
-    In place of trl.trainer.utils.add_fused_lm_head, before PEFT and FSDP wrap the model. A model
-    that cannot be scored truly gets TRL's head, and a call that the fused head does not serve
-    (pre-shifted labels, a prefix of keys) runs it; both are logged once, and counted.
+    In place of trl.trainer.utils.add_fused_lm_head, before PEFT and FSDP wrap the model. TRL's head
+    serves a model whose logits the fused head cannot reproduce, and calls out of its reach
+    (pre-shifted labels, a prefix of keys); both are logged once, and counted.
 
     model: causal language model
     temperature: divisor of the logits
@@ -150,9 +150,9 @@ def _why_not(
     if args:
         return "it has positional arguments"
     if kwargs.get("shift_labels") is not None:
-        return "its labels are shifted already"
+        return "it gives shift_labels, labels that are shifted already"
     if kwargs.get("past_key_values") is not None:
-        return "it has a prefix of keys"
+        return "it has past_key_values, as in prefix tuning"
     try:
         plain_head(model)
     except CannotBeScored as refusal:
@@ -167,9 +167,6 @@ def _fused_output(model: PreTrainedModel, labels: Tensor, kwargs: dict[str, Any]
     kwargs.pop("shift_labels", None)
     inputs = {name: value for name, value in kwargs.items() if value is not None}
     inputs.pop("logits_to_keep", None)
-    config = model.config.get_text_config()
-    if getattr(config, "output_router_logits", False):
-        inputs.setdefault("output_router_logits", True)
     layout = layout_of(model, inputs, labels, settings.patch)
     options = settings.patch.head_options(model, settings.temperature)
     request = _TokenFields(settings.stats, settings.cast_to_float32)

@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-import torch
-from trl import DPOConfig, DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer
+from trl import DPOConfig, DPOTrainer, GRPOTrainer, KTOConfig, KTOTrainer, RLOOTrainer
 
 from una_fast.integrations.trl.head import SEAM, add_una_head
-from una_fast.integrations.trl.points import (
-    FeedbackOfPairs,
+from una_fast.integrations.trl.objective import (
+    OnFeedback,
+    OnLabels,
     OnPairs,
     check_objective,
     without_feedback,
@@ -55,15 +55,16 @@ class _UnaHead:
         una_workspace_mb: float | None = None,
         **kwargs: Any,
     ) -> None:
+        if "objective" in kwargs:
+            raise ValueError(
+                f"{type(self).__name__} keeps TRL's losses; objective= is for UNADPOTrainer and "
+                "UNAKTOTrainer"
+            )
         names = {kind.__module__ for kind in type(self).__mro__}
         loaded = [importlib.import_module(name) for name in names if name.startswith("trl.")]
         modules = [module for module in loaded if hasattr(module, SEAM)]
         with _una_head_in(modules, pack=una_pack, workspace_mb=una_workspace_mb):
             super().__init__(*args, **kwargs)
-
-
-class UNAKTOTrainer(_UnaHead, KTOTrainer):
-    """TRL's KTOTrainer on the fused head."""
 
 
 class UNAGRPOTrainer(_UnaHead, GRPOTrainer):
@@ -74,25 +75,24 @@ class UNARLOOTrainer(_UnaHead, RLOOTrainer):
     """TRL's RLOOTrainer on the fused head."""
 
 
-class UNADPOTrainer(_UnaHead, OnPairs, DPOTrainer):
-    """TRL's DPOTrainer on the fused head; with an objective, on its pairs, labels and scores.
-
-    objective: losses of pairs, labels and scores, in place of args.loss_type; labels and scores are
-        read from the columns chosen_label, rejected_label, chosen_score and rejected_score, each of
-        which may be missing, or None in a record. None: TRL's own losses
-    una_pack, una_workspace_mb: as of patch_model
-    """
+class _OnObjective(_UnaHead, OnFeedback):
+    """A trainer of TRL that is built with our head, and may have an objective for its loss."""
 
     def __init__(self, *args: Any, objective: Objective | None = None, **kwargs: Any) -> None:
         self.objective = objective
-        if objective is None:
-            super().__init__(*args, **kwargs)
-            return
-        # Before anything is loaded, and references are computed.
-        given = inspect.signature(DPOTrainer).bind_partial(*args, **_theirs(kwargs)).arguments
-        check_objective(objective, given.get("args") or DPOConfig())
+        if objective is not None:
+            # Before anything is loaded, and references are computed.
+            given = inspect.signature(self.theirs).bind_partial(*args, **_theirs(kwargs)).arguments
+            check_objective(objective, given.get("args") or self.config(), self.settings)
         super().__init__(*args, **kwargs)
-        self._take_feedback(FeedbackOfPairs(self.data_collator, objective))
+        if objective is not None:
+            self._take_feedback()
+
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
+        """Compute TRL's reference log-probs; with an objective, sums in float64."""
+        if self.objective is not None:
+            model = _Exact(model)
+        return super().compute_ref_log_probs(model, inputs)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         if self.objective is None:
@@ -101,22 +101,50 @@ class UNADPOTrainer(_UnaHead, OnPairs, DPOTrainer):
         cached = self.precompute_ref_logps
         if not cached:
             reference = self.model if self.ref_model is None else self.ref_model
-            chosen, rejected = self.compute_ref_log_probs(reference, own)
-            own |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
-        recorder = _Recorder(model)
+            own |= zip(self.references, self.compute_ref_log_probs(reference, own), strict=True)
+        exact = _Exact(model)
         # TRL's method computes its metrics, from the log-probs that the loss is then made of.
         self.precompute_ref_logps = True
         try:
-            result = super()._compute_loss(recorder, own, return_outputs)
+            result = super()._compute_loss(exact, own, return_outputs)
         finally:
             self.precompute_ref_logps = cached
-        scored = recorder.first
-        mask = inputs["completion_mask"][:, 1:]
-        logps = scored.log_probs[:, -mask.shape[1] :].double().sum(1)
-        ref_logps = torch.cat([own["ref_chosen_logps"], own["ref_rejected_logps"]])
+        scored = exact.outputs[self._calls_before()]
+        # Without the virtual tokens in front.
+        logps = scored.log_probs[:, 1 - inputs["input_ids"].shape[1] :].sum(1)
         aux_loss = scored.aux_loss if self.aux_loss_enabled else None
-        loss = self._loss_of_units(logps, ref_logps, inputs, aux_loss)
+        loss = self._loss_of_units(logps, self._ref_logps(own), inputs, aux_loss)
         return (loss, result[1]) if return_outputs else loss
+
+    def _calls_before(self) -> int:
+        """Return how often TRL's loss calls the policy before it scores the completions."""
+        return 0
+
+
+class UNADPOTrainer(_OnObjective, OnPairs, DPOTrainer):
+    """TRL's DPOTrainer on the fused head; with an objective, on its pairs, labels and scores.
+
+    objective: losses of pairs, labels and scores, in place of args.loss_type; labels and scores are
+        read from the columns chosen_label, rejected_label, chosen_score and rejected_score, each of
+        which may be missing, or None in a record. None: TRL's own losses
+    una_pack, una_workspace_mb: as of patch_model
+    """
+
+    theirs, config = DPOTrainer, DPOConfig
+
+
+class UNAKTOTrainer(_OnObjective, OnLabels, KTOTrainer):
+    """TRL's KTOTrainer on the fused head; with an objective, on its labels.
+
+    objective: loss of labels, in place of args.loss_type, with the weights desirable_weight and
+        undesirable_weight. None: TRL's own losses
+    una_pack, una_workspace_mb: as of patch_model
+    """
+
+    theirs, config = KTOTrainer, KTOConfig
+
+    def _calls_before(self) -> int:
+        return 1 if self.calculate_KL else 0  # other completions, for the estimate of the KL
 
 
 def _theirs(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -124,14 +152,16 @@ def _theirs(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if not name.startswith("una_")}
 
 
-class _Recorder:
-    """A model with a memory of the first call: TRL asks a second time for logits."""
+class _Exact:
+    """A model whose log-probs are float64, for sums without rounding; remembers its outputs."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.first: Any = None
+        self.outputs: list[Any] = []
 
     def __call__(self, **kwargs: Any) -> Any:
-        outputs = self.model(**kwargs)
-        self.first = outputs if self.first is None else self.first
-        return outputs
+        output = self.model(**kwargs)
+        if kwargs.get("fused_lm_head"):  # and no call for logits, for compute_metrics
+            output.log_probs = output.log_probs.double()
+        self.outputs.append(output)
+        return output

@@ -1,4 +1,4 @@
-"""An Objective in the place of TRL's losses: on pairs, and on labels and scores of a response."""
+"""An Objective in the place of TRL's losses: on DPO's pairs, labels and scores, or KTO's labels."""
 
 from __future__ import annotations
 
@@ -12,8 +12,55 @@ from una_fast.integrations.hf.units import DividesByUnits
 from una_fast.losses import Objective, UnaOutput, check_units, una_loss
 
 POINT_COLUMNS = ("chosen_label", "rejected_label", "chosen_score", "rejected_score")
+# Cached reference log-probs of records.
+PAIR_REFERENCES = ("ref_chosen_logps", "ref_rejected_logps")
+LABEL_REFERENCES = ("ref_logps", "ref_KL_logps")
 # Members of a batch that TRL's methods would hand on to the model.
 _OF_LOSS = ("feedback", "num_units")
+
+# Settings of TRL's losses, with the values that say nothing; the first is the default.
+PAIR_SETTINGS = {
+    "loss_type": ("sigmoid", ["sigmoid"]),
+    "f_divergence_type": ("reverse_kl",),
+    "loss_weights": (None,),
+    "ld_alpha": (None,),
+    "use_weighting": (False,),
+    "label_smoothing": (0.0, None),
+}
+LABEL_SETTINGS = {"loss_type": ("kto",)}
+
+
+def check_objective(objective: Objective, args: Any, settings: dict[str, tuple]) -> None:
+    """Raise ValueError for settings of TRL's losses that an objective replaces.
+
+    objective: of the run
+    args: config of TRL's trainer
+    settings: PAIR_SETTINGS or LABEL_SETTINGS
+    """
+    if args.beta != objective.beta:
+        raise ValueError(
+            f"beta={args.beta} of the {type(args).__name__} and beta={objective.beta} of the "
+            "objective differ: the rewards in TRL's metrics are made with the first; give both the "
+            "same"
+        )
+    for name, neutral in settings.items():
+        if getattr(args, name) not in neutral:
+            raise ValueError(
+                f"{name} belongs to TRL's losses, which objective= replaces: leave {name} at "
+                f"{neutral[0]!r}, or leave objective= out"
+            )
+
+
+def _with_references(
+    batch: dict[str, Any], examples: list[dict[str, Any]], columns: tuple[str, ...]
+) -> dict[str, Any]:
+    """Return a batch with the cached reference log-probs in float64; TRL's collators round them."""
+    given = [column for column in columns if column in examples[0]]
+    exact = {
+        column: torch.tensor([example[column] for example in examples], dtype=torch.float64)
+        for column in given
+    }
+    return {**batch, **exact}
 
 
 class FeedbackOfPairs:
@@ -30,9 +77,10 @@ class FeedbackOfPairs:
             given = [i for i, example in enumerate(examples) if example.get(column) is not None]
             values = [examples[i][column] for i in given]
             units.append(self._of_column(column, given, values, count))
-        return {**self.collator(examples), "feedback": Feedback.merge(units)}
+        batch = _with_references(self.collator(examples), examples, PAIR_REFERENCES)
+        return {**batch, "feedback": Feedback.merge(units)}
 
-    def _of_column(self, column: str, given: list[int], values: list, count: int) -> Feedback:
+    def _of_column(self, column: str, given: list[int], values: list[Any], count: int) -> Feedback:
         """Return the units of a column; ValueError by the column, the value and the record.
 
         column: of POINT_COLUMNS
@@ -56,53 +104,56 @@ class FeedbackOfPairs:
                 f"{column}={value!r} of record {record} of a batch, counted from 0: {error}"
             ) from error
 
-    def _units(self, column: str, index: list[int], values: list) -> Feedback:
+    def _units(self, column: str, index: list[int], values: list[Any]) -> Feedback:
         make = Feedback.binary if column.endswith("label") else Feedback.scores
         units = make(index, values)
         check_units(units, self.objective, 1 + max(index, default=0))
         return units
 
 
-def check_objective(objective: Objective, args: Any) -> None:
-    """Raise ValueError for settings of TRL's losses that an objective replaces."""
-    if args.beta != objective.beta:
-        raise ValueError(
-            f"beta={args.beta} of the DPOConfig and beta={objective.beta} of the objective differ: "
-            "the rewards in TRL's metrics are made with the first; give both the same"
-        )
-    replaced = {
-        "loss_type": args.loss_type in ("sigmoid", ["sigmoid"]),
-        "f_divergence_type": args.f_divergence_type == "reverse_kl",
-        "loss_weights": args.loss_weights is None,
-        "ld_alpha": args.ld_alpha is None,
-        "use_weighting": not args.use_weighting,
-        "label_smoothing": not args.label_smoothing,
-    }
-    set_too = [name for name, is_default in replaced.items() if not is_default]
-    if set_too:
-        raise ValueError(
-            f"{set_too[0]} belongs to TRL's losses, which objective= replaces; leave one out"
-        )
+class FeedbackOfLabels:
+    """A collator of KTO's batches, with the labels as feedback beside."""
+
+    def __init__(self, collator: Any, weights: tuple[float, float]) -> None:
+        """Take TRL's collator, and the weights of bad and of good completions."""
+        self.collator = collator
+        self.weights = weights
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = _with_references(self.collator(examples), examples, LABEL_REFERENCES)
+        good = [bool(label) for label in batch["label"]]
+        weight = [self.weights[label] for label in good]
+        return {**batch, "feedback": Feedback.binary(range(len(good)), good, weight=weight)}
 
 
 class OnFeedback(DividesByUnits):
-    """Stands before a trainer of TRL: the loss is an objective's, on `feedback` of a batch.
+    """Mixin, listed before a trainer of TRL: the loss is an objective's, on `feedback` of a batch.
 
     objective: None: TRL's own loss
     rows_per_example: rows of a batch for a record, 2 for pairs
+    settings: of TRL's losses, which an objective replaces
+    references: columns of cached reference log-probs, which compute_ref_log_probs returns
     """
 
-    rows_per_example = 1
+    objective: Objective | None
+    rows_per_example: int
+    settings: dict[str, tuple]
+    references: tuple[str, ...]
     # [2] sums of the losses, and the number, of all units of an evaluation under way.
     _evaluated: Tensor | None = None
 
-    def _take_feedback(self, collator: Any) -> None:
-        """Take the place of TRL's loss; after TRL's `__init__`.
-
-        collator: makes batches with feedback
-        """
-        self.data_collator = collator
+    def _take_feedback(self) -> None:
+        """Take the place of TRL's loss; after TRL's `__init__`."""
+        self.data_collator = self._feedback_collator()
         self._say_divided()
+
+    def _feedback_collator(self) -> Any:
+        """Return a collator that puts feedback beside the batches of TRL's."""
+        raise NotImplementedError
+
+    def _ref_logps(self, inputs: dict[str, Any]) -> Tensor:
+        """Return the [rows] reference log-probs of a batch, from the columns `references`."""
+        raise NotImplementedError
 
     def compute_loss(
         self,
@@ -180,12 +231,35 @@ class OnPairs(OnFeedback):
     """Reads the labels and scores beside TRL's pairs, batches [chosen | rejected]."""
 
     rows_per_example = 2
+    settings = PAIR_SETTINGS
+    references = PAIR_REFERENCES
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         for column in POINT_COLUMNS:
             if column not in self._signature_columns:
                 self._signature_columns.append(column)
+
+    def _feedback_collator(self) -> FeedbackOfPairs:
+        return FeedbackOfPairs(self.data_collator, self.objective)
+
+    def _ref_logps(self, inputs: dict[str, Any]) -> Tensor:
+        return torch.cat([inputs[column] for column in PAIR_REFERENCES])
+
+
+class OnLabels(OnFeedback):
+    """Reads KTO's batches: a completion and its label."""
+
+    rows_per_example = 1
+    settings = LABEL_SETTINGS
+    references = LABEL_REFERENCES
+
+    def _feedback_collator(self) -> FeedbackOfLabels:
+        weights = (self.undesirable_weight, self.desirable_weight)
+        return FeedbackOfLabels(self.data_collator, weights)
+
+    def _ref_logps(self, inputs: dict[str, Any]) -> Tensor:
+        return inputs["ref_logps"]
 
 
 def without_feedback(inputs: dict[str, Any]) -> dict[str, Any]:
