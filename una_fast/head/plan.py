@@ -88,6 +88,9 @@ class Machine:
 
 # Between an H100 and an H200; the choices below depend on the quotient alone.
 HOPPER = Machine(700e12, 4e12)
+# Of the Triton engine:
+GPU_ALIGN = 64  # 16-byte loads of any row, and of the narrower gradient over it, whatever V is
+GPU_QUANTUM = 128  # rows of a GEMM tile
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,15 @@ def head_size(
     """
     if device == "cpu":
         return HeadSize(vocab, hidden, cast=operand_bytes < 4, leaf_bytes=leaf_bytes)
-    return HeadSize(vocab, hidden, 4, operand_bytes, False, 64, 128, HOPPER, leaf_bytes)
+    return HeadSize(
+        vocab,
+        hidden,
+        operand_bytes=operand_bytes,
+        align=GPU_ALIGN,
+        quantum=GPU_QUANTUM,
+        machine=HOPPER,
+        leaf_bytes=leaf_bytes,
+    )
 
 
 # --- components -----------------------------------------------------------------------------------
