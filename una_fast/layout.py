@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from una_fast.attention.rows import Segment, Segments
-
-IGNORED = -100
+from una_fast.losses import IGNORED
 
 
 @dataclass(frozen=True)

@@ -43,9 +43,9 @@ from una_fast.head.engines import choose_engine
 from una_fast.head.passes import Head, LaterPass, OnePass
 from una_fast.head.row_stats import EntropyTerm, check_stats
 from una_fast.head.segment_loss import Lengths
-from una_fast.head.torch_engine import IGNORE, LogitTransform, accumulator_dtype
+from una_fast.head.torch_engine import LogitTransform, accumulator_dtype
 from una_fast.head.vocabulary import Shares, SplitHead, SplitPass, agreed, find_shares
-from una_fast.losses import Objective, UnaOutput, as_tensor, check_units, denominator
+from una_fast.losses import IGNORED, Objective, UnaOutput, as_tensor, check_units, denominator
 
 # --- public functions -----------------------------------------------------------------------------
 
@@ -468,12 +468,12 @@ def _int64_targets(targets: Tensor, vocab: int, ignore: bool = False) -> Tensor:
     if targets.device.type == "cpu":
         wrong = (targets < 0) | (targets >= vocab)
         if ignore:
-            wrong &= targets != IGNORE
+            wrong &= targets != IGNORED
         if wrong.any():
             bad = int(wrong.flatten().nonzero()[0])
             value = int(targets.flatten()[bad])
             hint = ""
-            if value == IGNORE:
+            if value == IGNORED:
                 hint = "; leave rows without a target out where length_normalize=True"
             raise ValueError(
                 f"targets[{bad}] is {value}, outside the vocabulary [0, {vocab}){hint}"

@@ -38,7 +38,6 @@ from una_fast.head.plan import (
 from una_fast.head.row_stats import EntropyTerm, RowSums
 from una_fast.head.segment_loss import Lengths, SegmentLoss
 from una_fast.head.torch_engine import (
-    IGNORE,
     LogitTransform,
     TorchEngine,
     leaf_bytes,
@@ -46,7 +45,7 @@ from una_fast.head.torch_engine import (
     where_known,
 )
 from una_fast.logs import say_once
-from una_fast.losses import UnaOutput
+from una_fast.losses import IGNORED, UnaOutput
 
 logger = logging.getLogger(__name__)
 
@@ -307,7 +306,7 @@ class Head:
                 numbers_of = dict(zip(numbers, self.chunk_stats(*chunk), strict=True))
             for name, values in numbers_of.items():
                 found[name][rows] = values
-        ignored = targets == IGNORE
+        ignored = targets == IGNORED
         logps = log_probs(found["target_logit"], found["lse"], targets, self.vocab)
         wanted = {name: found[name].masked_fill_(ignored, 0) for name in stats}
         return Rows(logps, found["lse"], wanted, found.get("tail"))
@@ -647,7 +646,7 @@ class LaterPass:
         if upstream is not None and self.lengths is not None:
             coef = self.lengths.per_row(coef)
         # An ignored row may have an upstream gradient of NaN.
-        ignored = targets == IGNORE
+        ignored = targets == IGNORED
         coef = coef.masked_fill(ignored, 0.0)
         if entropy is not None:
             entropy = entropy.take(lambda x: x.masked_fill(ignored, 0.0))
@@ -757,7 +756,7 @@ class OnePass:
             return scores
 
         scores = self.head.gradients(hidden, self.whole, self.plan.tile, replace_)
-        factors.masked_fill_(targets == IGNORE, 0.0)
+        factors.masked_fill_(targets == IGNORED, 0.0)
         put(self.logps, spans, where_known(logps, targets, self.head.vocab))
         return hidden, scores, factors
 
@@ -831,7 +830,7 @@ class OnePass:
             _, _, lse = self._forward(spans)
             put(self.lse, spans, lse)
         coef = self._per_row(self.loss.coefficients(self.logps))
-        coef.masked_fill_(self.targets == IGNORE, 0.0)
+        coef.masked_fill_(self.targets == IGNORED, 0.0)
         recompute(
             self.head,
             self.plan.tile,

@@ -49,8 +49,8 @@ from una_fast.group import Group
 from una_fast.head.passes import Grads, Head, empty_hidden_grad, put, recompute, take
 from una_fast.head.plan import Span, Tile, chunks, forward_plan, kept_plan, workspace_bytes
 from una_fast.head.segment_loss import SegmentLoss
-from una_fast.head.torch_engine import IGNORE, LogitTransform, leaf_bytes, where_known
-from una_fast.losses import UnaOutput
+from una_fast.head.torch_engine import LogitTransform, leaf_bytes, where_known
+from una_fast.losses import IGNORED, UnaOutput
 
 ROW_BYTES = 64  # of numbers of a gathered row beside hidden states and their gradient
 NOWHERE = -1  # a target among the entries of another rank
@@ -472,7 +472,7 @@ class SplitPass:
         coef = torch.zeros_like(scored.logps)
         if loss.feedback.num_units:
             coef = loss.lengths.per_row(loss.coefficients(scored.logps).to(coef.dtype))
-            coef.masked_fill_(self.targets == IGNORE, 0.0)
+            coef.masked_fill_(self.targets == IGNORED, 0.0)
         logps = scored.logps
         grads = head.gradients_of(scored, self.hidden, coef, self.needs, self.weight_dtype)
         if grads.of_head:
