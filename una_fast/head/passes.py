@@ -139,6 +139,16 @@ class Head:
             )
         return plan
 
+    def direct_dtype(self, leaf: torch.dtype, tile: Tile, chunks: int) -> torch.dtype | None:
+        """Return the dtype of a weight gradient that is written once; None: the accumulator's.
+
+        leaf: dtype of the leaf of the weight
+        tile: logits in memory at once
+        chunks: of all rows of the call
+        """
+        is_single = chunks == 1 and tile.vocab == self.vocab
+        return leaf if is_single and leaf_bytes(leaf) else None
+
     # --- logits ---
 
     def drop_buffer(self) -> Head:
@@ -652,8 +662,7 @@ class LaterPass:
             entropy = entropy.take(lambda x: x.masked_fill(ignored, 0.0))
         need_hidden, need_weight, need_bias = needs
         rows = empty_hidden_grad(hidden, head, all_rows=True) if need_hidden else None
-        is_single = len(plan.cuts) == 1 and plan.tile.vocab == head.vocab
-        direct = weight_dtype if is_single and leaf_bytes(weight_dtype) else None
+        direct = head.direct_dtype(weight_dtype, plan.tile, len(plan.cuts))
         grads = Grads(head, plan.tile, need_weight, need_bias, rows, direct)
         cuts = [[span] for span in plan.backward_cuts]
         kept = [plan.kept] if self.is_kept else None

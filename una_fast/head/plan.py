@@ -430,6 +430,13 @@ class ForwardPlan:
         return self.cuts[-1:] + self.cuts[:-1]
 
 
+def kept_cuts(rows: int, tile: Tile, quantum: int = 1) -> tuple[Span, ...]:
+    """Cut contiguous rows into chunks, the last as large as the tile: its logits may be kept."""
+    before = max(rows - tile.rows, 0)
+    spans = chain.from_iterable(chunks([0], [0, before], tile.rows, quantum))
+    return (*spans, (before, rows))
+
+
 def forward_plan(size: HeadSize, rows: int, budget: int) -> ForwardPlan:
     """Plan a pass without gradients: whole rows of logits, or cheaper slices.
 
@@ -462,11 +469,9 @@ def kept_plan(size: HeadSize, rows: int, budget: int, accumulator_width: int) ->
     whole = fit_tile(size, rows, budget, gathered=False)
     if whole.vocab < size.vocab or not rows:
         return forward_plan(size, rows, budget)
-    before = rows - whole.rows
-    spans = chain.from_iterable(chunks([0], [0, before], whole.rows, size.quantum))
-    last = (before, rows)
-    plan = ForwardPlan(whole, (*spans, last), kept=last)
-    if size.machine is None or not before:
+    spans = kept_cuts(rows, whole, size.quantum)
+    plan = ForwardPlan(whole, spans, kept=spans[-1])
+    if size.machine is None or len(spans) == 1:
         return plan
     sliced = sliced_tile(size, rows, budget, gathered=False)
     cuts = chain.from_iterable(chunks([0], [0, rows], sliced.rows, size.quantum))
