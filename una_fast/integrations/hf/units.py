@@ -28,7 +28,9 @@ class DividesByUnits:
         # Which of the two is read depends on the release.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+    def _get_num_items_in_batch(
+        self, batch_samples: list[dict[str, Any]], device: torch.device
+    ) -> Any:
         """Return the units of all batches of a step, on all ranks; at least 1."""
         if self.objective is None:
             return super()._get_num_items_in_batch(batch_samples, device)

@@ -32,7 +32,7 @@ class FeedbackOfPairs:
             units.append(self._of_column(column, given, values, count))
         return {**self.collator(examples), "feedback": Feedback.merge(units)}
 
-    def _of_column(self, column: str, given: list[int], values: list, count: int) -> Feedback:
+    def _of_column(self, column: str, given: list[int], values: list[Any], count: int) -> Feedback:
         """Return the units of a column; ValueError by the column, the value and the record.
 
         column: of POINT_COLUMNS
@@ -56,7 +56,7 @@ class FeedbackOfPairs:
                 f"{column}={value!r} of record {record} of a batch, counted from 0: {error}"
             ) from error
 
-    def _units(self, column: str, index: list[int], values: list) -> Feedback:
+    def _units(self, column: str, index: list[int], values: list[Any]) -> Feedback:
         make = Feedback.binary if column.endswith("label") else Feedback.scores
         units = make(index, values)
         check_units(units, self.objective, 1 + max(index, default=0))
