@@ -53,7 +53,6 @@ class Contender:
     install: str | None = None
     needs_cuda = False
     passes = {"trained": 4, "frozen": 3}
-    minimal = {"trained": 4, "frozen": 3}
     takes: frozenset[str] = frozenset()
     rounds_logits = False
     same_work = True
