@@ -390,7 +390,7 @@ def longest(
         try:
             search(runs, options.start, options.grain)
         except OutOfTime:
-            row["unfinished"] = True  # what ran is a lower bound
+            row["unfinished"] = "out of time"  # what ran is a lower bound
         except WrongResult as error:
             row["unfinished"] = str(error)
         row |= best or {"reason": "nothing ran"}

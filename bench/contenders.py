@@ -162,7 +162,7 @@ class Quack(Contender):
     name = "quack ce"
     module = "quack.linear_cross_entropy"
     needs_cuda = True
-    passes = minimal = {"trained": 3, "frozen": 2}
+    passes = {"trained": 3, "frozen": 2}
     rounds_logits = True
     same_work = False
 

@@ -76,7 +76,9 @@ def test_a_row_without_scored_tokens_is_no_response():
 def test_nothing_scored_is_a_padded_layout_without_rows():
     labels = torch.full((2, 4), IGNORED)
     layout = Layout.from_labels(labels, None, torch.ones(2, 4, dtype=torch.int64))
-    assert layout.segments is None and layout.scored == 0 and layout.cu_seqlens.tolist() == [0]
+    assert (
+        layout.segments is None and len(layout.targets) == 0 and layout.cu_seqlens.tolist() == [0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -89,22 +91,19 @@ def test_nothing_scored_is_a_padded_layout_without_rows():
 def test_a_batch_that_cannot_be_packed_stays_padded(mask, labels):
     mask, labels = torch.tensor(mask), torch.tensor(labels)
     layout = Layout.from_labels(labels, mask, torch.ones_like(mask))
-    assert layout.segments is None and layout.scored
+    assert layout.segments is None and len(layout.targets)
 
 
-def test_scatter_and_sums_put_results_where_they_belong():
+def test_scatter_puts_results_where_they_belong():
     batch = make_batch()
     layout = Layout.from_labels(batch["labels"], batch["attention_mask"], batch["input_ids"])
-    values = torch.arange(1.0, layout.scored + 1, requires_grad=True)
+    values = torch.arange(1.0, len(layout.targets) + 1, requires_grad=True)
     spread = layout.scatter(values)
     assert spread.shape == (5, batch["labels"].shape[1] - 1)
     assert spread[batch["labels"][:, 1:] != IGNORED].tolist() == values.tolist()
-    sums = layout.sums(values)
-    assert torch.equal(sums, spread.double().sum(1)) and sums.dtype == torch.float64
-    upstream = torch.randn(5, dtype=torch.float64)
-    (sums * upstream).sum().backward()
-    lengths = layout.lengths()
-    assert torch.allclose(values.grad, upstream.repeat_interleave(lengths).float())
+    upstream = torch.randn(5)
+    (spread.sum(1) * upstream).sum().backward()
+    assert torch.equal(values.grad, upstream.repeat_interleave(layout.lengths()))
 
 
 @pytest.mark.parametrize(

@@ -207,7 +207,7 @@ def run_case(case: Case, group: Group) -> dict[str, Any]:
         "errors": errors(found, expected),
         "collectives": seen,
         "rounds": len(policy.rounds),
-        "chunks": sum(len(policy.cuts(number)) for number in range(len(policy.rounds))),
+        "chunks": sum(len(plan.cuts) for plan in policy.plans),
         "sliced": policy.tile.vocab < policy.vocab,
         "passes": passes,
         "largest": memory.largest(excluding=found.values()),

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from una_fast.attention.rows import Segment, Segments
-
-IGNORED = -100
+from una_fast.losses import IGNORED
 
 
 @dataclass(frozen=True)
@@ -78,11 +77,6 @@ class Layout:
             return _packed(labels, input_ids.detach().cpu(), spans)
         return _padded(labels)
 
-    @property
-    def scored(self) -> int:
-        """Return N."""
-        return self.targets.numel()
-
     def to(self, device: torch.device | str) -> Layout:
         """Return the layout with all tensors but cu_seqlens on a device."""
         moved = {}
@@ -99,15 +93,6 @@ class Layout:
         batch, width = self.shape
         places = values.new_zeros(batch * (width - 1)).index_put((self.places,), values)
         return places.view(batch, width - 1)
-
-    def sums(self, values: Tensor) -> Tensor:
-        """Return the [B] float64 sums of per-token results, 0 for a batch row without any.
-
-        values: [N], on the device of the layout; carries a gradient
-        """
-        rows = torch.div(self.places, self.shape[1] - 1, rounding_mode="floor")
-        empty = values.new_zeros(self.shape[0], dtype=torch.float64)
-        return empty.index_add(0, rows, values.double())
 
     def spread(self, per_response: Tensor) -> Tensor:
         """Return [B] from [S]: 0 for a batch row without scored tokens."""

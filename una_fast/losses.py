@@ -53,6 +53,7 @@ SCORE_FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "reward_mse": lambda x, reward: (x - reward) ** 2,
 }
 REDUCTIONS = ("mean", "sum")
+IGNORED = -100  # the target, or the label, of a token that is not scored
 
 
 @dataclass(frozen=True)

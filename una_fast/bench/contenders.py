@@ -53,7 +53,6 @@ class Contender:
     install: str | None = None
     needs_cuda = False
     passes = {"trained": 4, "frozen": 3}
-    minimal = {"trained": 4, "frozen": 3}
     takes: frozenset[str] = frozenset()
     rounds_logits = False
     same_work = True
@@ -139,7 +138,6 @@ class Una(Contender):
             ref_hidden=x.ref_hidden,
             ref_weight=x.ref_weight,
             ref_bias=x.ref_bias,
-            workspace_mb=self.workspace_mb,
             **self._head(x),
         ).loss
 
@@ -147,13 +145,13 @@ class Una(Contender):
         return token_logps(x.hidden, x.weight, x.targets, **self._head(x))
 
     def sums(self, x: Inputs) -> Tensor:
-        options = {"workspace_mb": self.workspace_mb, **self._head(x)}
-        return sequence_logps(x.hidden, x.weight, x.targets, x.cu_seqlens, **options)
+        return sequence_logps(x.hidden, x.weight, x.targets, x.cu_seqlens, **self._head(x))
 
     def _head(self, x: Inputs) -> dict[str, Any]:
-        """Return the keywords of bias, form and engine."""
+        """Return the keywords of bias, form, engine and workspace."""
         form = {"softcap": x.form.softcap, "logit_scale": x.form.logit_scale}
-        return {"bias": x.bias, **form, "engine": self.engine}
+        options = {"engine": self.engine, "workspace_mb": self.workspace_mb}
+        return {"bias": x.bias, **form, **options}
 
 
 class PerToken(Contender):

@@ -41,11 +41,12 @@ from una_fast.head.compiling import outside_compile
 from una_fast.head.derivatives import Origin, first_only, refuse_transforms
 from una_fast.head.engines import choose_engine
 from una_fast.head.passes import Head, LaterPass, OnePass
+from una_fast.head.plan import Plan
 from una_fast.head.row_stats import EntropyTerm, check_stats
 from una_fast.head.segment_loss import Lengths
-from una_fast.head.torch_engine import IGNORE, LogitTransform, accumulator_dtype
+from una_fast.head.torch_engine import LogitTransform, accumulator_dtype
 from una_fast.head.vocabulary import Shares, SplitHead, SplitPass, agreed, find_shares
-from una_fast.losses import Objective, UnaOutput, as_tensor, check_units, denominator
+from una_fast.losses import IGNORED, Objective, UnaOutput, as_tensor, check_units, denominator
 
 # --- public functions -----------------------------------------------------------------------------
 
@@ -137,46 +138,33 @@ def linear_una_loss(
     vocab = weight.shape[0] if shares is None else shares.vocab
     # A mean over tokens would count the rows without a target.
     targets = _int64_targets(targets, vocab, ignore=not objective.length_normalize)
-    options = (transform, workspace_mb, engine)
-    head = _make_head(weight, bias, *options, shares, needs)
+    options = (transform, workspace_mb, engine, shares)
+    head = _make_head(weight, bias, *options, needs)
+    leaf, plan = leaves[1].dtype, None
+    if any(needs) and shares is None:
+        train_weight = leaf if needs[1] else None
+        plan = head.plan(feedback, lengths, train_weight, needs[2], objective.length_normalize)
 
-    logps = ref_head = None  # logps: of the policy, where one pass without gradients gives both
+    logps = None  # of the policy, where one pass without gradients gives both
     if ref_logps is not None:
         others = {"ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
         ref_logps = _cached_reference(ref_logps, responses, hidden.device, others)
     else:
-        if ref_weight is None:
-            ref_weight = weight
-            ref_bias = bias if ref_bias is None else ref_bias
-        _check_vocabularies(ref_weight, weight)
-        ref_hidden, ref_weight, ref_bias = _autocast(ref_hidden, ref_weight, ref_bias)
-        _check_head("ref_", ref_hidden, ref_weight, targets, ref_bias)
-        with torch.no_grad():
-            if not any(needs) and ref_weight is weight and ref_bias is bias:
-                logps, ref_tokens = head.logps_of_both(hidden, ref_hidden, targets)
-            else:
-                ref_head = _make_head(ref_weight, ref_bias, *options, shares)
-                ref_tokens, _ = ref_head.logps(ref_hidden, targets)
-            ref_logps = head.sums(lengths, ref_tokens)
+        policy, reference = (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias)
+        tokens, logps = _reference(head, policy, reference, targets, needs, plan, options)
+        ref_logps = head.sums(lengths, tokens)
 
     loss = head.engine.segment_loss(lengths, ref_logps, feedback, objective, reduction, num_units)
     if not any(needs):
         with torch.no_grad():
             if logps is None:
-                del ref_head  # frees its logits buffer
                 logps, _ = head.logps(hidden, targets)
             return loss.output(logps)
-    leaf = leaves[1].dtype
-    origin = Origin("linear_una_loss", leaves)
-    if isinstance(head, SplitHead):
-        del ref_head
+    if plan is None:
         job = SplitPass(head, hidden, targets, loss, needs, leaf)
-        return UnaOutput(*_LinearUna.apply(*leaves, job, origin))
-    train_weight = leaf if needs[1] else None
-    plan = head.plan(feedback, lengths, train_weight, needs[2], objective.length_normalize)
-    if ref_head is not None:
-        head.take_buffer(ref_head, plan.tile)
-    job = OnePass(head, plan, hidden, targets, loss, needs, leaf)
+    else:
+        job = OnePass(head, plan, hidden, targets, loss, needs, leaf)
+    origin = Origin("linear_una_loss", leaves)
     return UnaOutput(*_LinearUna.apply(*leaves, job, origin))
 
 
@@ -418,6 +406,44 @@ def _make_head(
     return Head(*options) if shares is None else SplitHead(*options, shares, needs=needs)
 
 
+@torch.no_grad()
+def _reference(
+    head: Head,
+    policy: Sequence[Tensor | None],
+    reference: Sequence[Tensor | None],
+    targets: Tensor,
+    needs: Sequence[bool],
+    plan: Plan | None,
+    options: tuple[Any, ...],
+) -> tuple[Tensor, Tensor | None]:
+    """Return the [N] log-probs of the reference, and of the policy if one pass gives both.
+
+    head: of the policy
+    policy: hidden, weight and bias
+    reference: hidden, weight and bias as given
+    targets: [N]
+    needs: whether hidden, weight and bias want a gradient
+    plan: of the pass that takes the logits buffer of the reference; None: the buffer is freed
+    options: of every head, see _make_head
+    """
+    hidden, weight, bias = policy
+    ref_hidden, ref_weight, ref_bias = reference
+    if ref_weight is None:
+        ref_weight = weight
+        ref_bias = bias if ref_bias is None else ref_bias
+    _check_vocabularies(ref_weight, weight)
+    ref_hidden, ref_weight, ref_bias = _autocast(ref_hidden, ref_weight, ref_bias)
+    _check_head("ref_", ref_hidden, ref_weight, targets, ref_bias)
+    if not any(needs) and ref_weight is weight and ref_bias is bias:
+        logps, ref_logps = head.logps_of_both(hidden, ref_hidden, targets)
+        return ref_logps, logps
+    ref_head = _make_head(ref_weight, ref_bias, *options)
+    ref_logps, _ = ref_head.logps(ref_hidden, targets)
+    if plan is not None:
+        head.take_buffer(ref_head, plan.tile)
+    return ref_logps, None
+
+
 def _check_vocabularies(ref_weight: Tensor, weight: Tensor) -> None:
     if ref_weight.shape[:1] != weight.shape[:1]:
         raise ValueError(
@@ -468,12 +494,12 @@ def _int64_targets(targets: Tensor, vocab: int, ignore: bool = False) -> Tensor:
     if targets.device.type == "cpu":
         wrong = (targets < 0) | (targets >= vocab)
         if ignore:
-            wrong &= targets != IGNORE
+            wrong &= targets != IGNORED
         if wrong.any():
             bad = int(wrong.flatten().nonzero()[0])
             value = int(targets.flatten()[bad])
             hint = ""
-            if value == IGNORE:
+            if value == IGNORED:
                 hint = "; leave rows without a target out where length_normalize=True"
             raise ValueError(
                 f"targets[{bad}] is {value}, outside the vocabulary [0, {vocab}){hint}"

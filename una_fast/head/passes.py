@@ -38,15 +38,15 @@ from una_fast.head.plan import (
 from una_fast.head.row_stats import EntropyTerm, RowSums
 from una_fast.head.segment_loss import Lengths, SegmentLoss
 from una_fast.head.torch_engine import (
-    IGNORE,
     LogitTransform,
     TorchEngine,
+    Vocab,
     leaf_bytes,
     log_probs,
     where_known,
 )
 from una_fast.logs import say_once
-from una_fast.losses import UnaOutput
+from una_fast.losses import IGNORED, UnaOutput
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +140,16 @@ class Head:
             )
         return plan
 
+    def direct_dtype(self, leaf: torch.dtype, tile: Tile, chunks: int) -> torch.dtype | None:
+        """Return the dtype of a weight gradient that is written once; None: the accumulator's.
+
+        leaf: dtype of the leaf of the weight
+        tile: logits in memory at once
+        chunks: of all rows of the call
+        """
+        is_single = chunks == 1 and tile.vocab == self.vocab
+        return leaf if is_single and leaf_bytes(leaf) else None
+
     # --- logits ---
 
     def drop_buffer(self) -> Head:
@@ -196,7 +206,7 @@ class Head:
     def gradients(
         self,
         hidden: Tensor,
-        vocab: Span,
+        vocab: Vocab,
         tile: Tile,
         replace_: Callable[[slice, Tensor, Tensor | None], Tensor],
         *,
@@ -223,12 +233,12 @@ class Head:
             replace_(piece, self.logits(hidden[piece], vocab, tile), gradients[piece])
         return gradients
 
-    def slices(self, tile: Tile) -> list[Span]:
+    def slices(self, tile: Tile) -> list[Vocab]:
         """Return the vocabulary ranges of the tiles of a row."""
         starts = range(0, self.vocab, tile.vocab)
         return [(start, min(start + tile.vocab, self.vocab)) for start in starts]
 
-    def logits(self, hidden: Tensor, vocab: Span, tile: Tile) -> Tensor:
+    def logits(self, hidden: Tensor, vocab: Vocab, tile: Tile) -> Tensor:
         """Return the raw logits of a chunk, in the buffer: valid until the next call."""
         u = self.buffer(tile, hidden.shape[0], vocab[1] - vocab[0])
         self.engine.logits(hidden, vocab, u)
@@ -239,19 +249,25 @@ class Head:
     def chunk_stats(self, hidden: Tensor, targets: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
         """Return ([C] logsumexp, [C] target logit) of a chunk."""
         if tile.logit_rows is not None and len(hidden) > tile.logit_rows:
-            parts = [
-                self.chunk_stats(hidden[p], targets[p], tile) for p in _pieces(len(hidden), tile)
-            ]
+            pieces = _pieces(len(hidden), tile)
+            parts = [self._stats_of_tiles(hidden[p], targets[p], tile) for p in pieces]
             lse, target_logit = zip(*parts, strict=True)
             return torch.cat(lse), torch.cat(target_logit)
+        stats = None
         # Where whole rows fit, the plan chose slices for the modelled time of plain products: the
         # kernel without logits, which no GPU has timed, serves only where whole rows do not fit.
-        whole_rows_fit = fit_tile(self.size, 1, self.budget, gathered=False).vocab == self.vocab
-        if tile.vocab < self.vocab and not whole_rows_fit:
+        if tile.vocab < self.vocab and not self._whole_rows_fit:
             self.drop_buffer()  # makes room for partial sums
             stats = self.engine.linear_logps(hidden, targets, self.budget)
-            if stats is not None:
-                return stats
+        return stats or self._stats_of_tiles(hidden, targets, tile)
+
+    @property
+    def _whole_rows_fit(self) -> bool:
+        """Return whether the budget holds a row of logits."""
+        return fit_tile(self.size, 1, self.budget, gathered=False).vocab == self.vocab
+
+    def _stats_of_tiles(self, hidden: Tensor, targets: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+        """Return ([C] logsumexp, [C] target logit) of rows in the buffer, slice after slice."""
         lse = target_logit = None
         for vocab in self.slices(tile):
             u = self.logits(hidden, vocab, tile)
@@ -307,7 +323,7 @@ class Head:
                 numbers_of = dict(zip(numbers, self.chunk_stats(*chunk), strict=True))
             for name, values in numbers_of.items():
                 found[name][rows] = values
-        ignored = targets == IGNORE
+        ignored = targets == IGNORED
         logps = log_probs(found["target_logit"], found["lse"], targets, self.vocab)
         wanted = {name: found[name].masked_fill_(ignored, 0) for name in stats}
         return Rows(logps, found["lse"], wanted, found.get("tail"))
@@ -407,7 +423,7 @@ class Grads:
         self,
         spans: Sequence[Span],
         hidden: Tensor,
-        tiles: Iterable[tuple[Span, Tensor]],
+        tiles: Iterable[tuple[Vocab, Tensor]],
         factors: Tensor | None = None,
         *,
         scale_rows: bool = True,
@@ -446,7 +462,7 @@ class Grads:
         if not in_place:
             put(self.hidden, spans, rows)
 
-    def _add_bias(self, vocab: Span, du: Tensor, factors: Tensor | None) -> None:
+    def _add_bias(self, vocab: Vocab, du: Tensor, factors: Tensor | None) -> None:
         bias = self.bias[slice(*vocab)]
         if factors is None:
             total = du.sum(0, dtype=bias.dtype)
@@ -538,12 +554,12 @@ def recompute(
     kept: spans of the first chunk, where the buffer of the head still holds its logits
     """
 
-    def tiles(rows: Tensor, spans: Sequence[Span]) -> Iterator[tuple[Span, Tensor]]:
+    def tiles(rows: Tensor, spans: Sequence[Span]) -> Iterator[tuple[Vocab, Tensor]]:
         labels, factors, sums = (take(x, spans) for x in (targets, coef, lse))
         term = None if entropy is None else entropy.take(lambda x: take(x, spans))
         for vocab in head.slices(tile):
 
-            def replace_(p: slice, u: Tensor, out: Tensor | None, vocab: Span = vocab) -> Tensor:
+            def replace_(p: slice, u: Tensor, out: Tensor | None, vocab: Vocab = vocab) -> Tensor:
                 part = None if term is None else term.take(lambda x: x[p])
                 return head.engine.row_grad_(u, labels[p], vocab, factors[p], sums[p], out, part)
 
@@ -647,14 +663,13 @@ class LaterPass:
         if upstream is not None and self.lengths is not None:
             coef = self.lengths.per_row(coef)
         # An ignored row may have an upstream gradient of NaN.
-        ignored = targets == IGNORE
+        ignored = targets == IGNORED
         coef = coef.masked_fill(ignored, 0.0)
         if entropy is not None:
             entropy = entropy.take(lambda x: x.masked_fill(ignored, 0.0))
         need_hidden, need_weight, need_bias = needs
         rows = empty_hidden_grad(hidden, head, all_rows=True) if need_hidden else None
-        is_single = len(plan.cuts) == 1 and plan.tile.vocab == head.vocab
-        direct = weight_dtype if is_single and leaf_bytes(weight_dtype) else None
+        direct = head.direct_dtype(weight_dtype, plan.tile, len(plan.cuts))
         grads = Grads(head, plan.tile, need_weight, need_bias, rows, direct)
         cuts = [[span] for span in plan.backward_cuts]
         kept = [plan.kept] if self.is_kept else None
@@ -757,7 +772,7 @@ class OnePass:
             return scores
 
         scores = self.head.gradients(hidden, self.whole, self.plan.tile, replace_)
-        factors.masked_fill_(targets == IGNORE, 0.0)
+        factors.masked_fill_(targets == IGNORED, 0.0)
         put(self.logps, spans, where_known(logps, targets, self.head.vocab))
         return hidden, scores, factors
 
@@ -831,7 +846,7 @@ class OnePass:
             _, _, lse = self._forward(spans)
             put(self.lse, spans, lse)
         coef = self._per_row(self.loss.coefficients(self.logps))
-        coef.masked_fill_(self.targets == IGNORE, 0.0)
+        coef.masked_fill_(self.targets == IGNORED, 0.0)
         recompute(
             self.head,
             self.plan.tile,

@@ -88,6 +88,9 @@ class Machine:
 
 # Between an H100 and an H200; the choices below depend on the quotient alone.
 HOPPER = Machine(700e12, 4e12)
+# Of the Triton engine:
+GPU_ALIGN = 64  # 16-byte loads of any row, and of the narrower gradient over it, whatever V is
+GPU_QUANTUM = 128  # rows of a GEMM tile
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,15 @@ def head_size(
     """
     if device == "cpu":
         return HeadSize(vocab, hidden, cast=operand_bytes < 4, leaf_bytes=leaf_bytes)
-    return HeadSize(vocab, hidden, 4, operand_bytes, False, 64, 128, HOPPER, leaf_bytes)
+    return HeadSize(
+        vocab,
+        hidden,
+        operand_bytes=operand_bytes,
+        align=GPU_ALIGN,
+        quantum=GPU_QUANTUM,
+        machine=HOPPER,
+        leaf_bytes=leaf_bytes,
+    )
 
 
 # --- components -----------------------------------------------------------------------------------
@@ -419,6 +430,13 @@ class ForwardPlan:
         return self.cuts[-1:] + self.cuts[:-1]
 
 
+def kept_cuts(rows: int, tile: Tile, quantum: int = 1) -> tuple[Span, ...]:
+    """Cut contiguous rows into chunks, the last as large as the tile: its logits may be kept."""
+    before = max(rows - tile.rows, 0)
+    spans = chain.from_iterable(chunks([0], [0, before], tile.rows, quantum))
+    return (*spans, (before, rows))
+
+
 def forward_plan(size: HeadSize, rows: int, budget: int) -> ForwardPlan:
     """Plan a pass without gradients: whole rows of logits, or cheaper slices.
 
@@ -451,11 +469,9 @@ def kept_plan(size: HeadSize, rows: int, budget: int, accumulator_width: int) ->
     whole = fit_tile(size, rows, budget, gathered=False)
     if whole.vocab < size.vocab or not rows:
         return forward_plan(size, rows, budget)
-    before = rows - whole.rows
-    spans = chain.from_iterable(chunks([0], [0, before], whole.rows, size.quantum))
-    last = (before, rows)
-    plan = ForwardPlan(whole, (*spans, last), kept=last)
-    if size.machine is None or not before:
+    spans = kept_cuts(rows, whole, size.quantum)
+    plan = ForwardPlan(whole, spans, kept=spans[-1])
+    if size.machine is None or len(spans) == 1:
         return plan
     sliced = sliced_tile(size, rows, budget, gathered=False)
     cuts = chain.from_iterable(chunks([0], [0, rows], sliced.rows, size.quantum))

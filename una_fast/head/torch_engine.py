@@ -29,8 +29,7 @@ from una_fast.head.plan import HeadSize, Machine
 from una_fast.head.row_stats import LOWEST, EntropyTerm, RowSums
 from una_fast.head.segment_loss import SegmentLoss
 from una_fast.head.threads import share
-
-IGNORE = -100  # the target of a row without one
+from una_fast.losses import IGNORED
 
 CACHE_BLOCK_BYTES = 1 << 20
 GPU_BLOCK_BYTES = 8 << 20
@@ -333,7 +332,7 @@ def where_known(logps: Tensor, targets: Tensor, vocab: int) -> Tensor:
     On a GPU targets are not checked beforehand: a check would wait for the device.
     """
     outside = (targets < 0) | (targets >= vocab)
-    return torch.where(targets == IGNORE, 0.0, torch.where(outside, math.nan, logps))
+    return torch.where(targets == IGNORED, 0.0, torch.where(outside, math.nan, logps))
 
 
 # --- the engine -----------------------------------------------------------------------------------
@@ -539,7 +538,7 @@ class TorchEngine:
         transform: as in `gather`
         out: [M, V]; may be the logits
         """
-        coef = torch.where(targets == IGNORE, 0.0, upstream)
+        coef = torch.where(targets == IGNORED, 0.0, upstream)
         rows, vocab = logits.shape
 
         def work(block: slice) -> None:

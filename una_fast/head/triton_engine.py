@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from una_fast.head.constants import kept_on_device
-from una_fast.head.plan import HOPPER
+from una_fast.head.plan import GPU_ALIGN, GPU_QUANTUM, HOPPER
 from una_fast.head.row_stats import EntropyTerm, RowSums, needed_sums
 from una_fast.head.segment_loss import Lengths, SegmentLoss
 from una_fast.head.torch_engine import LogitTransform, TorchEngine, Vocab
@@ -122,8 +122,8 @@ class TritonEngine(TorchEngine):
 
     name = "triton"
     segment_loss = TritonSegmentLoss
-    align = 64  # 16-byte loads of any row, and of the narrower gradient over it, whatever V is
-    quantum = 128  # rows of a GEMM tile
+    align = GPU_ALIGN
+    quantum = GPU_QUANTUM
     machine = HOPPER
 
     def _native(self) -> bool:

@@ -39,7 +39,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, chain
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -47,10 +47,18 @@ from torch import Tensor
 
 from una_fast.group import Group
 from una_fast.head.passes import Grads, Head, empty_hidden_grad, put, recompute, take
-from una_fast.head.plan import Span, Tile, chunks, forward_plan, kept_plan, workspace_bytes
+from una_fast.head.plan import (
+    ForwardPlan,
+    Span,
+    Tile,
+    forward_plan,
+    kept_cuts,
+    kept_plan,
+    workspace_bytes,
+)
 from una_fast.head.segment_loss import SegmentLoss
-from una_fast.head.torch_engine import IGNORE, LogitTransform, leaf_bytes, where_known
-from una_fast.losses import UnaOutput
+from una_fast.head.torch_engine import LogitTransform, where_known
+from una_fast.losses import IGNORED, UnaOutput
 
 ROW_BYTES = 64  # of numbers of a gathered row beside hidden states and their gradient
 NOWHERE = -1  # a target among the entries of another rank
@@ -251,6 +259,7 @@ class SplitHead(Head):
             gathered = self.group.size * self.rounds[0].width * row_bytes
             self.budget = max(self.budget - gathered, self.budget // 2)
         self.tile = self._fit(needs)
+        self.plans = [self._plan_of(chosen) for chosen in self.rounds]
 
     def _fit(self, needs: Sequence[bool]) -> Tile:
         """Return the tile of all rounds: the first has the most rows."""
@@ -263,14 +272,12 @@ class SplitHead(Head):
         width = self.dim if weight else int(bias)
         return kept_plan(self.size, rows, self.budget, width).tile
 
-    def cuts(self, number: int) -> list[list[Span]]:
-        """Return the spans of every chunk of a round; the last chunk is as large as possible."""
+    def _plan_of(self, chosen: Round) -> ForwardPlan:
+        """Return the chunks of a round, of rows counted without padding; none without entries."""
         if not self.vocab:
-            return []
-        chosen = self.rounds[number]
-        before = max(chosen.rows - self.tile.rows, 0)
-        spans = chain.from_iterable(chunks([0], [0, before], self.tile.rows))
-        return [chosen.spans(cut) for cut in (*spans, (before, chosen.rows))]
+            return ForwardPlan(self.tile, ())
+        cuts = kept_cuts(chosen.rows, self.tile)
+        return ForwardPlan(self.tile, cuts, cuts[-1] if self.tile.vocab == self.vocab else None)
 
     def gather(self, own: Tensor, chosen: Round) -> Tensor:
         """Return the rows of all ranks in a round, [G * width, ...].
@@ -336,7 +343,8 @@ class SplitHead(Head):
         # Without entries a sum of exponentials is 0; rows of padding may have any number.
         lse = torch.full(labels.shape, 0.0 if self.vocab else -math.inf, **options)
         target_logit = torch.zeros(labels.shape, **options)
-        for spans in self.cuts(number):
+        for cut in self.plans[number].cuts:
+            spans = self.rounds[number].spans(cut)
             stats = self.chunk_stats(take(hidden, spans), take(labels, spans), self.tile)
             put(lse, spans, stats[0])
             put(target_logit, spans, stats[1])
@@ -382,9 +390,8 @@ class SplitHead(Head):
         """
         rank = self.group.rank
         need_hidden, need_weight, need_bias = needs
-        direct = None
-        if leaf_bytes(weight_dtype) and self._has_one_chunk():
-            direct = weight_dtype
+        chunks = sum(len(plan.cuts) for plan in self.plans)
+        direct = self.direct_dtype(weight_dtype, self.tile, chunks)
         grads = Grads(self, self.tile, need_weight, need_bias, weight_dtype=direct)
         own = empty_hidden_grad(hidden, self, all_rows=True) if need_hidden else None
         coefs = self.gather_all(coef)
@@ -404,11 +411,6 @@ class SplitHead(Head):
         grads.hidden = own
         self.drop_buffer()
         return grads
-
-    def _has_one_chunk(self) -> bool:
-        """Return whether a single chunk over all own entries holds the rows of the call."""
-        is_whole = self.tile.vocab == self.vocab
-        return is_whole and len(self.rounds) == 1 and len(self.cuts(0)) == 1
 
     def _partial_sums(self, rows: Tensor, chosen: Round) -> Tensor:
         """Return [G * width, D] for the gradients of gathered rows by the own entries."""
@@ -431,14 +433,12 @@ class SplitHead(Head):
         rows: [G * width, D]
         numbers: [G * width] labels, coefficients and logsumexps
         grads: gradients to add to
-        is_last: the buffer holds logits of the last chunk, unless slices followed each other
+        is_last: the buffer holds the logits that the plan keeps
         """
-        cuts = self.cuts(number)
-        kept = None
-        if is_last and cuts and self.tile.vocab == self.vocab:
-            kept = cuts[-1]
-        order = [*cuts[-1:], *cuts[:-1]]
-        recompute(self, self.tile, order, rows, *numbers, grads, kept=kept)
+        plan, spans = self.plans[number], self.rounds[number].spans
+        kept = spans(plan.kept) if is_last and plan.kept else None
+        cuts = map(spans, plan.backward_cuts)
+        recompute(self, self.tile, cuts, rows, *numbers, grads, kept=kept)
 
 
 class SplitPass:
@@ -472,7 +472,7 @@ class SplitPass:
         coef = torch.zeros_like(scored.logps)
         if loss.feedback.num_units:
             coef = loss.lengths.per_row(loss.coefficients(scored.logps).to(coef.dtype))
-            coef.masked_fill_(self.targets == IGNORE, 0.0)
+            coef.masked_fill_(self.targets == IGNORED, 0.0)
         logps = scored.logps
         grads = head.gradients_of(scored, self.hidden, coef, self.needs, self.weight_dtype)
         if grads.of_head:

@@ -351,7 +351,7 @@ def _ids_and_labels(batch: dict[str, Any], kind: str) -> tuple[Tensor, Tensor]:
     """
     ids = batch[f"{kind}input_ids"]
     mask = batch[f"{kind}completion_mask"] != 0
-    return ids, ids.masked_fill(~mask, -100)
+    return ids, ids.masked_fill(~mask, IGNORED)
 
 
 def _read(name: str, theirs: Callable) -> Callable:

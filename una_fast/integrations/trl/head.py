@@ -17,6 +17,7 @@ from una_fast.integrations.hf.requests import HeadRows, Tokens
 from una_fast.integrations.hf.router import router_coefficient
 from una_fast.integrations.hf.scored import layout_of, run_scorer
 from una_fast.integrations.versions import check_version
+from una_fast.layout import IGNORED
 from una_fast.model.head_forward import CannotBeScored, Forward, ModelForward, runs_function
 from una_fast.model.head_probe import plain_head
 
@@ -171,7 +172,7 @@ def _fused_output(model: PreTrainedModel, labels: Tensor, kwargs: dict[str, Any]
     options = settings.patch.head_options(model, settings.temperature)
     request = _TokenFields(settings.stats, settings.cast_to_float32)
     found, aux_loss = run_scorer(model, layout, inputs, request, options)
-    mask = labels[:, 1:] != -100
+    mask = labels[:, 1:] != IGNORED
     log_probs = found.pop("logps")
     total = mask.sum().clamp(min=1) if items is None else items
     loss = -log_probs.sum() / total
