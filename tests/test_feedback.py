@@ -71,6 +71,8 @@ def test_merge_keeps_order_and_shift_leaves_missing_responses_missing():
     moved = merged.shift(10)
     assert moved.first.tolist() == [10, 11, 12] and moved.second.tolist() == [-1, 10, -1]
     assert merged.first.tolist() == [0, 1, 2], "shift must not change its table"
+    with pytest.raises(ValueError, match="by=-1 would move response 0 below 0"):
+        merged.shift(-1)
 
 
 @pytest.mark.parametrize("empty", [lambda: Feedback.merge([]), lambda: Feedback.pairs([], [])])

@@ -182,6 +182,8 @@ def test_an_empty_response_has_a_log_ratio_of_zero():
         truth = una_loss(logps, reference, MIXED, objective=objective, lengths=lengths)
         assert torch.allclose(out.loss, truth.loss, atol=1e-6) and out.logps[1] == 0
         assert difference(gradients(out.loss, model), gradients(truth.loss, model)) < 1e-5
+    with pytest.raises(ValueError, match=r"ref_logps \(1,\) must be \[5\], a sum for each row"):
+        model(**batch, feedback=MIXED, ref_logps=[-1.0])
 
 
 def test_a_batch_without_any_response_joins_the_graph():

@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils.data import IterableDataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from families import FAMILIES, SMALL, build
 from tiny import make_records, save_llama
@@ -199,6 +205,107 @@ def test_adapters_need_no_reference(directory, tokenizer, tmp_path):
     assert (tmp_path / "saved" / "adapter_model.safetensors").exists()
 
 
+def lora(model, **changes):
+    peft = pytest.importorskip("peft")
+    changes = {"target_modules": ["q_proj", "down_proj"], **changes}
+    return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **changes))
+
+
+def test_frozen_adapters_stay_frozen(directory, tokenizer, tmp_path):
+    """Where the adapter is switched off for the reference, peft alone would make all trainable."""
+    model = lora(load(directory))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_B" in name)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    records = make_records("mixed", 8)
+    given = {"ref_model": None, "eval_dataset": records, "learning_rate": 1.0}
+    trainer = make_trainer(directory, tokenizer, tmp_path, records, model, **given)
+    trainer.evaluate()
+    trainer.train()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name in before if "lora_B" in name}
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == trained
+
+
+def with_trained_norm(model):
+    model = lora(model)
+    model.base_model.model.model.norm.weight.requires_grad_(True)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (with_trained_norm, "model.norm.weight is trained, and stays as trained"),
+        (lambda model: lora(model, bias="all"), "bias is trained, and stays as trained"),
+        (lambda model: lora(model, init_lora_weights="pissa"), "'pissa' changes the weights"),
+    ],
+    ids=["norm", "bias", "pissa"],
+)
+def test_an_adapter_that_is_not_all_is_no_reference(tokenizer, tmp_path, make, reason):
+    """Such a model with its adapter off is not the policy before training."""
+    directory = save_llama(tmp_path / "biased")
+    config = AutoConfig.from_pretrained(directory, attention_bias=True)
+    model = make(AutoModelForCausalLM.from_config(config))
+    trainer = make_trainer(directory, tokenizer, tmp_path, model=model, ref_model=None)
+    with pytest.raises(ValueError, match=f"is no reference: .*{reason}.* give ref_model="):
+        trainer.train()
+
+
+def test_parameters_must_be_trained_and_not_the_references(directory, tokenizer, tmp_path):
+    peft = pytest.importorskip("peft")
+    with pytest.raises(ValueError, match="no parameter of the model requires a gradient"):
+        frozen = load(directory).requires_grad_(False)
+        make_trainer(directory, tokenizer, tmp_path, model=frozen)
+    base = load(directory)
+    adapted = lora(base)
+    with pytest.raises(ValueError, match="ref_model shares .*lora_A.* for an adapter leave"):
+        make_trainer(directory, tokenizer, tmp_path, model=adapted, ref_model=base)
+    model, reference = load(directory), load(directory)
+    reference.lm_head = model.lm_head
+    with pytest.raises(ValueError, match="ref_model shares lm_head.weight"):
+        make_trainer(directory, tokenizer, tmp_path, model=model, ref_model=reference)
+    options = peft.AdaLoraConfig(target_modules=["q_proj"], total_step=4)
+    with pytest.raises(ValueError, match="AdaLoRA adds its penalty"):
+        model = peft.get_peft_model(load(directory), options)
+        make_trainer(directory, tokenizer, tmp_path, model=model)
+
+
+def test_an_evaluation_before_training_has_the_precision_of_training(
+    directory, tokenizer, tmp_path
+):
+    """Policy and reference are equal, and both are under autocast."""
+    records = make_records("pairs", 6)
+    changes = {"eval_dataset": records, "bf16": True}
+    trainer = make_trainer(directory, tokenizer, tmp_path, records, **changes)
+    assert trainer.evaluate()["eval_log_ratio"] == 0.0
+    with pytest.raises(ValueError, match="bf16_full_eval casts the model .* use bf16=True"):
+        make_trainer(directory, tokenizer, tmp_path, bf16_full_eval=True)
+
+
+def test_metrics_are_those_of_the_call(directory, tokenizer, tmp_path):
+    """Nothing is left of a call that failed, or of an earlier start."""
+    records = make_records("mixed", 8)
+    given = {"eval_dataset": records, "per_device_eval_batch_size": 2, "learning_rate": 0.0}
+    trainer = make_trainer(directory, tokenizer, tmp_path, records, **given)
+    expected = trainer.evaluate()
+    with pytest.raises(ValueError, match="broken"):
+        trainer.evaluate([*records[:4], {"broken": 1}])
+    again = trainer.evaluate()
+    names = ("eval_loss", "eval_units", "eval_log_ratio")
+    assert {name: again[name] for name in names} == {name: expected[name] for name in names}
+    loader = trainer.get_eval_dataloader()
+    found = trainer.evaluation_loop(loader, "Evaluation", None, None, "valid").metrics
+    assert found["valid_units"] == expected["eval_units"]
+    trainer.train()
+    units = trainer.state.log_history[0]["units"]
+    trainer.compute_loss(trainer.model.train(), next(iter(trainer.get_train_dataloader())))
+    trainer.train()
+    steps = [line for line in trainer.state.log_history if "units" in line]
+    assert steps[-2]["units"] == units
+
+
 def test_a_full_model_without_reference_is_refused(directory, tokenizer, tmp_path):
     """Before the first step, where records are at hand; a collator may bring references."""
     message = "give ref_model=, or ref_logps in every record"
@@ -274,7 +381,7 @@ def test_what_would_not_be_read_is_refused(directory, tokenizer, tmp_path, chang
 
 def test_models_that_cannot_be_trained_are_refused(directory, tokenizer, tmp_path):
     model = load(directory)
-    with pytest.raises(ValueError, match="ref_model is the model itself"):
+    with pytest.raises(ValueError, match="ref_model shares model.embed_tokens.weight with"):
         make_trainer(directory, tokenizer, tmp_path, model=model, ref_model=model)
     with pytest.raises(ValueError, match="give model=, a loaded model"):
         UNATrainer(None, arguments(tmp_path), processing_class=tokenizer)

@@ -300,7 +300,12 @@ class Feedback:
         return self.kind.numel()
 
     def shift(self, by: int) -> Feedback:
-        """Return the units with every response index moved up by `by`: records join in a batch."""
+        """Return the units with every response index moved up by `by`: records join in a batch.
+
+        ValueError for an index that would fall below 0.
+        """
+        if self.first.numel() and int(self.first.min()) + by < 0:
+            raise ValueError(f"by={by} would move response {int(self.first.min())} below 0")
         second = torch.where(self.second < 0, self.second, self.second + by)
         return self.replaced(first=self.first + by, second=second)
 

@@ -29,10 +29,10 @@ def group_offset(residuals: Tensor, group: Tensor) -> Tensor:
         shapes = f"residuals {tuple(residuals.shape)} and integer group {tuple(group.shape)}"
         raise ValueError(f"{shapes} must both be [S]")
     residuals = residuals.detach().double()
-    same = (group[:, None] == group[None, :]).double().fill_diagonal_(0.0)
-    others = same.sum(1)
-    # A row of zeros for a lone sample, whatever its own residual is.
-    return torch.where(others > 0, -(same @ residuals) / others.clamp_min(1.0), 0.0)
+    same = (group[:, None] == group[None, :]).fill_diagonal_(False)
+    # Of the others alone: a residual that is not finite stays in its group.
+    sums = torch.where(same, residuals, 0.0).sum(1)
+    return -sums / same.sum(1).clamp_min(1)
 
 
 class EmaOffset:

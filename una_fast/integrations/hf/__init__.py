@@ -14,6 +14,7 @@ _PUBLIC = {
     "patch_model": "patch",
     "unpatch_model": "patch",
     "remove_dropout": "patch",
+    "adapter_off": "patch",
     "UnaModelOutput": "scored",
     "UNATrainer": "trainer",
     "FeedbackCollator": "collator",

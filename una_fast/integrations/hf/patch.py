@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from una_fast.integrations.hf.form import inner_model, make_patch
 from una_fast.integrations.hf.scored import UnaModelOutput, scored_forward
 from una_fast.integrations.versions import check_version
+from una_fast.model.adapter import adapter_off
 from una_fast.model.dropout import remove_dropout
 from una_fast.model.head_forward import (
     Forward,
@@ -19,7 +20,7 @@ from una_fast.model.head_forward import (
     take_off,
 )
 
-__all__ = ["patch_model", "remove_dropout", "unpatch_model"]
+__all__ = ["adapter_off", "patch_model", "remove_dropout", "unpatch_model"]
 
 
 def patch_model(

@@ -69,6 +69,11 @@ class Loss:
         # not take it, and the loss of the sums does.
         _say_empty()
         logps = Responses()(rows)["logps"]
+        if self.ref_logps.shape != logps.shape:
+            raise ValueError(
+                f"ref_logps {tuple(self.ref_logps.shape)} must be [{len(logps)}], a sum for each "
+                "row of the batch"
+            )
         lengths = layout.lengths()
         empty = (lengths == 0).to(logps.device)
         ref_logps = self.ref_logps.to(logps.device).masked_fill(empty, 0.0)

@@ -155,7 +155,7 @@ def _check_request(una: Any, feedback: Any, of_loss: dict[str, Any], stats: Sequ
     if feedback is not None and of_loss["ref_logps"] is None:
         raise ValueError(
             'feedback needs ref_logps=: reference(**batch, una="responses").logps, under '
-            "torch.no_grad(), of a frozen copy, or of this model within model.disable_adapter()"
+            "torch.no_grad(), of a frozen copy, or of this model within adapter_off(model)"
         )
     unused = [name for name, value in of_loss.items() if value is not None]
     if feedback is None and unused:

@@ -6,6 +6,7 @@ any number of ranks, have the gradient of one batch.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from una_fast.integrations.hf.scored import UnaModelOutput, Uncast
 from una_fast.integrations.hf.units import DividesByUnits, feedback_of
 from una_fast.layout import IGNORED
 from una_fast.losses import Objective
+from una_fast.model.adapter import adapter_off, no_reference
 from una_fast.model.dropout import remove_dropout
 from una_fast.train.metrics import Meter
 
@@ -84,10 +86,11 @@ class UNATrainer(DividesByUnits, Trainer):
         self.objective = objective or Objective()
         if not isinstance(model, nn.Module):
             raise ValueError("give model=, a loaded model: model_init is not served")
-        if ref_model is model:
-            raise ValueError("ref_model is the model itself, which is trained: give a copy of it")
         args = args or TrainingArguments()
         _refuse_unread(args, kwargs)
+        _check_trained(model)
+        if ref_model is not None:
+            _check_reference(ref_model, model, args)
         if data_collator is None:
             if processing_class is None:
                 raise ValueError("give processing_class= (a tokenizer), or a data_collator=")
@@ -108,6 +111,7 @@ class UNATrainer(DividesByUnits, Trainer):
         self._say_divided()
         self.can_return_loss = True
         self.ref_model = None
+        self._is_checked = False
         if ref_model is not None:
             if self.is_deepspeed_enabled:
                 raise ValueError(
@@ -116,6 +120,8 @@ class UNATrainer(DividesByUnits, Trainer):
                 )
             frozen = _patched(ref_model, pack, workspace_mb).eval().requires_grad_(False)
             self.ref_model = self.accelerator.prepare_model(frozen, evaluation_mode=True)
+            # The Trainer takes any model here for its own, and would evaluate without preparing it.
+            self.accelerator._models.remove(self.ref_model)
         accelerator = self.accelerator
         self.world = World(accelerator.process_index, accelerator.num_processes, accelerator.device)
         self._meters = {True: self._new_meter(), False: self._new_meter()}
@@ -222,10 +228,26 @@ class UNATrainer(DividesByUnits, Trainer):
         inside = self.accelerator.unwrap_model(model)
         if not hasattr(inside, "disable_adapter"):
             raise ValueError(_NO_REFERENCE)
-        with inside.disable_adapter():
+        if not self._is_checked:
+            self._check_adapter(inside)
+        with adapter_off(inside):
             return model(**tokens, una="responses").logps
 
+    def _check_adapter(self, model: nn.Module) -> None:
+        """Raise ValueError for a PeftModel that is no reference where its adapter is off."""
+        reason = no_reference(model)
+        if reason is not None:
+            raise ValueError(
+                f"the model without its adapter is no reference: {reason}; give ref_model=, or "
+                "ref_logps in every record"
+            )
+        self._is_checked = True
+
     # --- evaluation and metrics ---
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._meters[True] = self._new_meter()  # of this start, and of no earlier one
+        return super()._inner_training_loop(*args, **kwargs)
 
     def prediction_step(
         self,
@@ -251,8 +273,10 @@ class UNATrainer(DividesByUnits, Trainer):
         dataloader: of get_eval_dataloader or get_test_dataloader
         args, kwargs: of the Trainer
         """
+        self._meters[False] = self._new_meter()
         output = super().evaluation_loop(dataloader, *args, **kwargs)
-        prefix = kwargs.get("metric_key_prefix", "eval")
+        given = inspect.signature(super().evaluation_loop).bind(dataloader, *args, **kwargs)
+        prefix = given.arguments.get("metric_key_prefix", "eval")
         for name, value in self._meters[False].take(self.world).items():
             output.metrics[f"{prefix}_{name}"] = value
         if isinstance(dataloader.dataset, Filled):
@@ -310,6 +334,43 @@ def _refuse_unread(args: TrainingArguments, kwargs: dict[str, Any]) -> None:
         args.liger_kernel_config = {**liger, "fused_linear_cross_entropy": False}
 
 
+def _check_trained(model: nn.Module) -> None:
+    """Raise ValueError for a model that no step would change, or none as of one batch."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "no parameter of the model requires a gradient; load an adapter with "
+            "is_trainable=True, or set requires_grad"
+        )
+    adapters = getattr(model, "peft_config", None) or {}
+    if any(config.peft_type == "ADALORA" for config in adapters.values()):
+        raise ValueError(
+            "AdaLoRA adds its penalty to the loss of every micro-batch, and steps would depend on "
+            "how they are split; use another adapter"
+        )
+
+
+def _check_reference(reference: nn.Module, model: nn.Module, args: TrainingArguments) -> None:
+    """Raise ValueError for a reference that is trained, or that computes in another precision.
+
+    reference: as given
+    model: to be trained
+    args: of the Trainer
+    """
+    own = {id(parameter) for parameter in reference.parameters()}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) in own:
+            raise ValueError(
+                f"ref_model shares {name} with the model, which is trained: give a copy of it "
+                "(copy.deepcopy); for an adapter leave ref_model out"
+            )
+    for name in ("bf16_full_eval", "fp16_full_eval"):
+        if getattr(args, name):
+            raise ValueError(
+                f"{name} casts the model for an evaluation, and not its reference; use "
+                f"{name[:4]}=True"
+            )
+
+
 def _refuse_uncached(dataset: Any) -> None:
     """Raise ValueError if the first record has no ref_logps. dataset: of training; not a stream"""
     if dataset is None or isinstance(dataset, IterableDataset) or not len(dataset):
@@ -349,6 +410,8 @@ class _Counted:
     @staticmethod
     def of(tokens: dict[str, Any], feedback: Feedback) -> _Counted:
         """Count the tokens of a batch."""
-        ids, mask, labels = tokens["input_ids"], tokens.get("attention_mask"), tokens["labels"]
+        mask, labels = tokens.get("attention_mask"), tokens["labels"]
         scored = labels[labels != IGNORED]
-        return _Counted(feedback, ids, scored, ids.numel() if mask is None else int(mask.sum()))
+        # Labels stand for the ids, which are counted alone: a batch may have inputs_embeds.
+        num_tokens = labels.numel() if mask is None else int(mask.sum())
+        return _Counted(feedback, labels, scored, num_tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -222,7 +223,8 @@ class OnFeedback(DividesByUnits):
             losses, units = self._evaluated.tolist()
         finally:
             self._evaluated = None
-        prefix = kwargs.get("metric_key_prefix", "eval")
+        given = inspect.signature(super().evaluation_loop).bind(*args, **kwargs).arguments
+        prefix = given.get("metric_key_prefix", "eval")
         output.metrics[f"{prefix}_loss"] = losses / max(units, 1.0)
         return output
 
