@@ -295,6 +295,9 @@ def _patch_module(patch: pytest.MonkeyPatch, recorded: Recorded) -> None:
         def synchronize(self) -> None:
             recorded.waits.append(place())
 
+        def is_capturing(self) -> bool:
+            return False
+
     values = {
         "is_available": True,
         "is_bf16_supported": True,
@@ -314,6 +317,7 @@ def _patch_module(patch: pytest.MonkeyPatch, recorded: Recorded) -> None:
     }
     for name, value in values.items():
         patch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
+    patch.setattr(torch.accelerator, "current_stream", lambda *_: Stream())  # from torch 2.15 on
     patch.setattr(torch, "Generator", Generator)
     patch.setattr(torch.cuda, "Stream", Stream)
     patch.setattr(torch.cuda, "synchronize", lambda *_: recorded.waits.append(place()))
