@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import copy
 import re
 from dataclasses import fields
@@ -36,6 +35,7 @@ from una_fast.config import RunConfig
 from una_fast.data.settings import FIELDS
 from una_fast.integrations.calls import una_calls
 from una_fast.integrations.hf import FeedbackCollator
+from una_fast.integrations.versions import TESTED
 from una_fast.model.settings import LoraOptions
 from una_fast.parallel import ParallelOptions
 
@@ -428,39 +428,28 @@ def test_losses_of_trl_are_those_of_the_settings_beside_them():
 NUMBER = re.compile(r"\d+(?:\.\d+)+")
 
 
-def versions_of(path: Path) -> list[str]:
-    """Return the last arguments of check_version in a module: texts, or constants of the module."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    constants = {}
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant | ast.Tuple):
-            constants[ast.unparse(node.targets[0])] = node.value
-    found = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "check_version":
-            name = ast.unparse(node.args[-1]).lstrip("*")
-            given = ast.literal_eval(constants.get(name, node.args[-1]))
-            found.append(given[-1] if isinstance(given, tuple) else given)
-    return found
-
-
-def test_the_table_names_the_versions_of_the_adapters():
-    """The last argument of check_version, as a text or as a constant of the module."""
+@pytest.mark.parametrize("adapter", TESTED)
+def test_the_table_names_the_versions_of_an_adapter(adapter):
     text = (EMBED / "README.md").read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if line.startswith("| ")]
+    pattern = re.compile(rf"una_fast\.integrations\.{adapter}(_plugin)?\b")
+    row = next(row for row in rows if pattern.search(row))
+    numbers = set(NUMBER.findall(TESTED[adapter].releases))
+    assert numbers and numbers <= set(NUMBER.findall(row))
+
+
+def test_every_adapter_checks_its_host():
     root = DOCS.parent / "una_fast" / "integrations"
-    adapters = set()
-    for path in sorted(root.rglob("*.py")):
-        for versions in versions_of(path):
-            adapter = path.relative_to(root).with_suffix("").parts[0]
-            adapters.add(adapter)
-            pattern = re.compile(rf"una_fast\.integrations\.{adapter}(_plugin)?\b")
-            row = next(row for row in rows if pattern.search(row))
-            numbers = set(NUMBER.findall(versions))
-            assert numbers and numbers <= set(NUMBER.findall(row)), adapter
-    assert {"hf", "trl"} <= adapters
-    pins = (DOCS.parent / "constraints.txt").read_text(encoding="utf-8")
-    (accelerate,) = re.findall(r"^accelerate==(.+)$", pins, re.MULTILINE)
+    found = [
+        re.findall(r'check_version\("(\w+)"\)', path.read_text(encoding="utf-8"))
+        for path in sorted(root.rglob("*.py"))
+    ]
+    assert sorted(sum(found, [])) == sorted(TESTED)
+
+
+def test_the_table_names_the_accelerate_of_the_pins():
+    text = (EMBED / "README.md").read_text(encoding="utf-8")
+    (accelerate,) = pinned("accelerate", DOCS.parent / "constraints.txt")
     assert f"| accelerate {accelerate}," in text
 
 
@@ -486,6 +475,6 @@ def test_the_pages_name_every_transformers_that_is_tested():
     tested = hosts | ends | pinned("transformers", root / "constraints.txt")
     assert len(hosts) >= 4 and len(ends) == 2
     row = row_of(EMBED / "README.md", "| [plain PyTorch](pytorch.md) |")
-    assert set(NUMBER.findall(row)) == tested
+    assert set(NUMBER.findall(row)) == set(NUMBER.findall(TESTED["hf"].releases)) == tested
     row = row_of(README, "| beside other trainers |")
     assert set(NUMBER.findall(row)) == {version.rpartition(".")[0] for version in hosts}

@@ -21,7 +21,9 @@ def test_group_offset_leaves_the_sample_out():
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 def test_a_residual_that_is_not_finite_stays_in_its_group(wrong):
-    offset = group_offset(torch.tensor([1.0, 2.0, wrong, 3.0, wrong]), torch.tensor([0, 0, 1, 2, 2]))
+    offset = group_offset(
+        torch.tensor([1.0, 2.0, wrong, 3.0, wrong]), torch.tensor([0, 0, 1, 2, 2])
+    )
     assert offset[:3].tolist() == [-2.0, -1.0, 0.0]
     assert not offset[3].isfinite() and offset[4] == -3.0
 

@@ -22,11 +22,10 @@ from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel, Field
 
 from una_fast.integrations.calls import una_calls
-from una_fast.integrations.versions import check_version
+from una_fast.integrations.versions import TESTED, check_version
 from una_fast.logs import say_once
 from una_fast.losses import Objective
 
-TESTED = ("axolotl", "0.19", "0.19", "0.19.0 (TRL 1.9.0, transformers 5.16.1)")
 TRAINERS = {"dpo": "UNADPOTrainer", "ipo": "UNADPOTrainer", "kto": "UNAKTOTrainer"}
 INSTEAD = {
     "orpo": "it has no reference model",
@@ -70,7 +69,7 @@ class UNAPlugin(BasePlugin):
     def register(self, cfg: Any) -> None:
         """Refuse configs out of reach of una_fast, before anything is loaded."""
         if _is_wanted(cfg):
-            check_version(*TESTED)
+            check_version("axolotl")
             _check(cfg)
             _load_trainers()
 
@@ -170,7 +169,7 @@ def _load_trainers() -> None:
     except ImportError as error:
         raise RuntimeError(
             f"una_fast's trainers cannot be imported beside this axolotl: {error}. "
-            f"They were tested with {TESTED[-1]}. {_WAY_OUT}"
+            f"They were tested with {TESTED['axolotl'].releases}. {_WAY_OUT}"
         ) from error
     from una_fast.integrations.trl_before_seam import check_no_seam
 

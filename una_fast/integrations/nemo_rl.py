@@ -25,10 +25,9 @@ from torch import Tensor
 
 from una_fast.feedback import Feedback
 from una_fast.integrations.responses import one_per_response, response_sums
-from una_fast.integrations.versions import check_version
+from una_fast.integrations.versions import TESTED, check_version
 from una_fast.losses import Objective, UnaOutput, una_loss
 
-TESTED = "0.6.0, 0.7.0"
 KINDS = ("pairs", "binary", "scores")
 # Columns of a micro-batch: NeMo-RL's, and by kind ours.
 _THEIRS = ("token_mask", "sample_mask", "reference_policy_logprobs")
@@ -68,7 +67,7 @@ class UNALoss:
         """
         if kind not in KINDS:
             raise ValueError(f"kind={kind!r} is not one of {', '.join(KINDS)}")
-        check_version("nemo-rl", "0.6", "0.7", TESTED)
+        check_version("nemo_rl")
         self.objective = objective or Objective()
         self.kind = kind
         self.column = column
@@ -78,7 +77,7 @@ class UNALoss:
         except ImportError as error:
             raise ImportError(
                 f"this NeMo-RL has no {_INTERFACES}; install one that una_fast was tested with: "
-                f"{TESTED}"
+                f"{TESTED['nemo_rl'].releases}"
             ) from error
         self.loss_type = interfaces.LossType.SEQUENCE_LEVEL
         self.input_type = interfaces.LossInputType.LOGPROB

@@ -43,13 +43,12 @@ from una_fast.integrations.trl.objective import (
     check_objective,
     without_feedback,
 )
-from una_fast.integrations.versions import check_version
+from una_fast.integrations.versions import TESTED, check_version
 from una_fast.layout import IGNORED
 from una_fast.losses import Objective
 from una_fast.model.head_forward import CannotBeScored
 
 __all__ = ["UNADPOTrainer", "UNAKTOTrainer", "una_calls"]
-TESTED = ("trl", "1.9", "1.14", "1.9.0, 1.12.0 and 1.14.2")
 
 METRICS = ("entropy", "mean_logits", "is_top1")  # TRL logs them for the policy at every step
 READERS = ("selective_log_softmax", "entropy_from_logits", "selective_log_softmax_and_entropy")
@@ -235,9 +234,10 @@ class DoubledLogits(_StandIn):
 
 
 def _refuse(what: str) -> NoReturn:
+    releases = TESTED["trl_before_seam"].releases
     raise NotImplementedError(
         f"this TRL asks the logits for `{what}`, which una_fast does not compute; "
-        f"it was tested with TRL {TESTED[-1]}. Use TRL's own trainer (axolotl: una_head: false)"
+        f"it was tested with TRL {releases}. Use TRL's own trainer (axolotl: una_head: false)"
     )
 
 
@@ -414,7 +414,7 @@ class UnaLogProbs(OnFeedback):
         **kwargs: Any,
     ) -> None:
         check_no_seam()
-        check_version(*TESTED)
+        check_version("trl_before_seam")
         self.una_options = {"pack": una_pack, "workspace_mb": una_workspace_mb}
         self.objective = objective
         self.una_refusal: str | None = None

@@ -46,13 +46,12 @@ from una_fast.feedback import Feedback
 from una_fast.head.ops import token_logps
 from una_fast.integrations.calls import count_call
 from una_fast.integrations.responses import one_per_response, response_sums
-from una_fast.integrations.versions import check_version
+from una_fast.integrations.versions import TESTED, check_version
 from una_fast.logs import say_once
 from una_fast.losses import Objective, una_loss
 
 logger = logging.getLogger(__name__)
 
-TESTED = "0.9.1"
 NAME = "una"
 MODES = (
     "token-mean",
@@ -69,7 +68,7 @@ _PATCH = ("verl.models.transformers.monkey_patch", "patch_forward_with_backends"
 
 def install() -> None:
     """Register the policy loss and serve the fused head, in this process; once is enough."""
-    check_version("verl", "0.9", "0.9", TESTED)
+    check_version("verl")
     # All of them, before anything of verl is changed.
     _, register = _found(*_REGISTER)
     heads, _ = _found(*_HEAD)
@@ -87,8 +86,8 @@ def _found(module: str, name: str) -> tuple[ModuleType, Any]:
         return holder, getattr(holder, name)
     except (ImportError, AttributeError) as error:
         raise ImportError(
-            f"this verl has no {module}.{name}, which una_fast replaces; install verl {TESTED}, or "
-            "unset VERL_USE_EXTERNAL_MODULES"
+            f"this verl has no {module}.{name}, which una_fast replaces; install verl "
+            f"{TESTED['verl'].releases}, or unset VERL_USE_EXTERNAL_MODULES"
         ) from error
 
 

@@ -50,7 +50,7 @@ def patch_model(
     ValueError for a wrapped model, and for one whose logits the fused head cannot reproduce, naming
     the class.
     """
-    check_version("transformers", "5.6", "5.24", "5.6.2, 5.16.1, 5.23.0 and 5.24.0")
+    check_version("hf")
     causal_lm = inner_model(model)
     causal_lm._una = make_patch(causal_lm, pack, workspace_mb, engine)
     if "_una_guard" not in causal_lm.__dict__:

@@ -53,7 +53,7 @@ def add_una_head(
     pack: as of patch_model
     workspace_mb: MiB of the fused head, see linear_una_loss
     """
-    check_version("trl", "1.15", "1.16", "1.15.0 and 1.16.0")
+    check_version("trl")
     settings = _settings(model, temperature, cast_lm_head_to_fp32, outputs, pack, workspace_mb)
     model._una_trl = settings
     if not runs_function(model, _forward):
