@@ -228,6 +228,24 @@ def test_frozen_adapters_stay_frozen(directory, tokenizer, tmp_path):
     assert moved == trained
 
 
+def test_adapters_of_transformers_need_no_reference(directory, tokenizer, tmp_path):
+    """Those of `add_adapter`: the same steps as those of a PeftModel."""
+    peft = pytest.importorskip("peft")
+    options = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"])
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(load(directory), options)
+    torch.manual_seed(0)
+    native = load(directory)
+    native.add_adapter(options)
+    given = {"ref_model": None, "learning_rate": 1.0}
+    runs = []
+    for model in (adapted, native):
+        trainer = make_trainer(directory, tokenizer, tmp_path, model=model, **given)
+        trainer.train()
+        runs.append(losses(trainer))
+    assert runs[0] == pytest.approx(runs[1], rel=1e-6) and runs[0][0] != runs[0][1]
+
+
 def with_trained_norm(model):
     model = lora(model)
     model.base_model.model.model.norm.weight.requires_grad_(True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import nn
@@ -21,15 +21,35 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
     peft's own disable_adapter ends with every active adapter trainable, frozen ones too. Here each
     parameter stays trained or frozen, within the block and after it.
 
-    model: PeftModel; under a wrapper, the one inside
+    model: with an adapter, see has_adapter; under a wrapper, the one inside
     """
     asked = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    off = model.disable_adapter if hasattr(model, "disable_adapter") else _native_off(model)
     try:
-        with model.disable_adapter():
+        with off():
             _restore(asked)
             yield
     finally:
         _restore(asked)
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """Return whether a model is a PeftModel, or has adapters by transformers' add_adapter."""
+    return hasattr(model, "disable_adapter") or getattr(model, "_hf_peft_config_loaded", False)
+
+
+def _native_off(model: Any) -> Callable[[], AbstractContextManager[None]]:
+    """Return a disable_adapter for a model of transformers with adapters."""
+
+    @contextmanager
+    def disable_adapter() -> Iterator[None]:
+        model.disable_adapters()
+        try:
+            yield
+        finally:
+            model.enable_adapters()
+
+    return disable_adapter
 
 
 def _restore(asked: list[tuple[nn.Parameter, bool]]) -> None:
@@ -40,11 +60,12 @@ def _restore(asked: list[tuple[nn.Parameter, bool]]) -> None:
 
 
 def no_reference(model: Any) -> str | None:
-    """Return why a PeftModel with its adapters off is not the policy before training, or None.
+    """Return why a model with its adapters off is not the policy before training, or None.
 
-    model: PeftModel
+    model: with an adapter, see has_adapter
     """
-    prefix = getattr(model.base_model, "prefix", None)
+    is_native = not hasattr(model, "disable_adapter")
+    prefix = "lora_" if is_native else getattr(model.base_model, "prefix", None)
     if prefix is not None:  # of the names of the adapters' parameters
         switched = (prefix, *_SWITCHED)
         for name, parameter in model.named_parameters():

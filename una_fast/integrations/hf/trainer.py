@@ -27,7 +27,7 @@ from una_fast.integrations.hf.scored import UnaModelOutput, Uncast
 from una_fast.integrations.hf.units import DividesByUnits, feedback_of
 from una_fast.layout import IGNORED
 from una_fast.losses import Objective
-from una_fast.model.adapter import adapter_off, no_reference
+from una_fast.model.adapter import adapter_off, has_adapter, no_reference
 from una_fast.model.dropout import remove_dropout
 from una_fast.train.metrics import Meter
 
@@ -95,7 +95,7 @@ class UNATrainer(DividesByUnits, Trainer):
             if processing_class is None:
                 raise ValueError("give processing_class= (a tokenizer), or a data_collator=")
             data_collator = FeedbackCollator(processing_class, objective=self.objective)
-            if ref_model is None and not hasattr(model, "disable_adapter"):
+            if ref_model is None and not has_adapter(model):
                 _refuse_uncached(kwargs.get("train_dataset"))
         remove_dropout(model)
         super().__init__(
@@ -197,6 +197,10 @@ class UNATrainer(DividesByUnits, Trainer):
             objective=self.objective,
             num_units=num_items_in_batch,
         )
+        if not isinstance(out, UnaModelOutput):
+            raise ValueError(
+                "the model's forward gives no UNA loss any more; call patch_model on it again"
+            )
         if not inputs.get(UNCOUNTED):
             self._meters[model.training].add(_Counted.of(tokens, feedback), out)
         router_loss = None if out.aux_loss is None else self._router_loss(out)
@@ -226,7 +230,7 @@ class UNATrainer(DividesByUnits, Trainer):
         if self.ref_model is not None:
             return self.ref_model(**tokens, una="responses").logps
         inside = self.accelerator.unwrap_model(model)
-        if not hasattr(inside, "disable_adapter"):
+        if not has_adapter(inside):
             raise ValueError(_NO_REFERENCE)
         if not self._is_checked:
             self._check_adapter(inside)
