@@ -14,12 +14,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from tiny import read_metrics
+from una_fast.distributed import SHARDS_INTEGERS
 
 HERE = Path(__file__).parent
+needs_sharded_integers = pytest.mark.skipif(
+    not SHARDS_INTEGERS, reason="FSDP2 shards packed codes from torch 2.12 on"
+)
 TIMEOUT = 600  # seconds; a missing collective hangs for ever
 
 

@@ -19,6 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from families import FAMILIES, REFUSED, build
+from ranks import needs_sharded_integers
 from una_fast.counters import LiveBytes
 from una_fast.distributed import World, local_rows, shard
 from una_fast.logs import say_once
@@ -365,6 +366,7 @@ def test_no_rank_holds_the_whole_model(large, lora, monkeypatch):
     del policy
 
 
+@needs_sharded_integers
 def test_no_rank_holds_the_whole_model_to_pack_it(large, monkeypatch):
     """At 4 bits: the shard is of packed rows, and so is the layer in the bound."""
     monkeypatch.setattr(sharded_loading, "ROWS_AT_ONCE", 2**16)
@@ -384,6 +386,7 @@ def test_no_rank_holds_the_whole_model_to_pack_it(large, monkeypatch):
         assert nbytes == 4.5 / 8 * numbers / 4
 
 
+@needs_sharded_integers
 @pytest.mark.parametrize("family", ["LlamaConfig tied", "MiniCPM3Config", "OPTConfig", *CONVERTED])
 def test_packed_rows_are_those_of_a_whole_model(saved, family):
     """At 4 bits, of uneven and empty shards."""
@@ -402,6 +405,7 @@ def test_packed_rows_are_those_of_a_whole_model(saved, family):
             assert packed == {name for name, _ in packed_layers(whole.causal_lm)}
 
 
+@needs_sharded_integers
 def test_numbers_that_are_not_finite_are_refused_before_they_are_packed(saved, tmp_path):
     damage = DAMAGES[list(DAMAGES)[-1]]
     path = copy_of(saved("LlamaConfig"), tmp_path / "damaged", damage)

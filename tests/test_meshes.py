@@ -12,6 +12,7 @@ from fsdp_worker import run_case
 from ranks import metrics_of, run_cases, saved_weights, worst_error
 from tiny import make_records, read_metrics, write_jsonl
 from una_fast.config import RunConfig
+from una_fast.distributed import SHARDS_INTEGERS
 from una_fast.parallel import Mesh, ParallelOptions
 from una_fast.train.precompute import precompute_reference
 
@@ -50,6 +51,8 @@ SAME = {
     "split rows, split vocabulary": SGD | {"parallel": {"context": 2, "split_vocabulary": True}},
     "hybrid, split vocabulary": SGD | {"parallel": HYBRID | {"split_vocabulary": True}},
 }
+if not SHARDS_INTEGERS:
+    del SAME["hybrid qlora"]
 # Begun by two copies, gone on with by other meshes.
 BEGUN = ADAM | {"parallel": HYBRID}
 OTHERS = {

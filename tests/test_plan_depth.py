@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
+import torch
 import transformers
+from packaging.version import Version
 
 import una_fast.model.activations as activations
 from tiny import make_config
@@ -99,6 +101,10 @@ class Case:
     accumulate: bool = False
 
 
+# With torch 2.11 the memory of a checkpointed layer differs with the depth of the model: the plan
+# traces all layers, and says so.
+ALIKE = Version(torch.__version__) >= Version("2.12")
+
 CASES = [
     Case("llama", {}),
     Case("llama", BF16 | {"master_weights": True}, MIXED),
@@ -147,7 +153,11 @@ def test_few_layers_give_the_plan_of_all(case, models):
     planner = tracer(case, models[case.model])
     few = planner.step(case.batch, accumulate=case.accumulate)
     whole = planner.step(case.batch, accumulate=case.accumulate, whole=True)
-    assert few.traced < whole.traced == planner.depth.total and few.note is None
+    assert whole.traced == planner.depth.total
+    if ALIKE or not planner.config.gradient_checkpointing:
+        assert few.traced < whole.traced and few.note is None
+    else:
+        assert few.traced == whole.traced and "the memory of a layer differs" in few.note
     assert few.peak == whole.peak and few.categories == whole.categories
     assert few.moments == whole.moments and few.host == whole.host
     assert few.sent(3) == pytest.approx(whole.sent(3), rel=1e-12)

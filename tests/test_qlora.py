@@ -16,12 +16,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from families import build
 from fsdp_worker import run_case
-from ranks import run_cases, saved_weights, worst_error
+from ranks import needs_sharded_integers, run_cases, saved_weights, worst_error
 from runs import open_trainer
 from tiny import make_config, make_records, make_tokenizer, read_metrics, write_jsonl
 from una_fast.capacity.trace import Row, StepTracer
 from una_fast.config import RunConfig
 from una_fast.counters import LiveBytes
+from una_fast.distributed import SHARDS_INTEGERS
 from una_fast.guide.merge import merge
 from una_fast.guide.settings import MergeConfig
 from una_fast.logs import say_once
@@ -31,7 +32,7 @@ from una_fast.model.head_probe import HeadSpec
 from una_fast.model.nf4 import BLOCK, LEVELS, bytes_of_row, dequantize, quantize
 from una_fast.model.policy import load_policy, make_policy
 from una_fast.model.settings import LoraOptions
-from una_fast.resolved import find_facts
+from una_fast.resolved import find_facts, resolve
 from una_fast.train.precompute import precompute_reference
 
 LORA = LoraOptions(r=4, alpha=8)
@@ -254,6 +255,16 @@ def test_settings_that_do_not_go_together(models, tmp_path, settings, message):
         open_trainer(make_config(models["untied"], data, tmp_path / "run", **QLORA | settings))
 
 
+def test_a_torch_that_shards_no_integers_is_refused(models, tmp_path, monkeypatch):
+    """Before anything is loaded; in one process it serves."""
+    monkeypatch.setattr("una_fast.resolved.SHARDS_INTEGERS", False)
+    data = write_jsonl(tmp_path / "data.jsonl", make_records("pairs", 2))
+    config = make_config(models["untied"], data, tmp_path / "run", **QLORA)
+    resolve(config, find_facts(config, [], device="cpu"))
+    with pytest.raises(ValueError, match="quantize_base=nf4 on 2 ranks needs torch 2.12 or newer"):
+        resolve(config, find_facts(config, [], device="cpu", ranks=2))
+
+
 def test_a_server_samples_from_another_base(models, tmp_path):
     settings = {
         "mode": "online",
@@ -324,6 +335,8 @@ def cases(root, models):
 
 @pytest.fixture(scope="module")
 def two_ranks(cases, root):
+    if not SHARDS_INTEGERS:
+        pytest.skip("FSDP2 shards packed codes from torch 2.12 on")
     todo = {}
     for name, settings in cases.items():
         todo[name] = {"config": settings | {"output_dir": str(root / "two" / name)}}
@@ -460,6 +473,7 @@ def test_cached_log_probs_belong_to_the_packed_base(cases, tmp_path):
 # ---- the plan ----
 
 
+@needs_sharded_integers
 def test_a_plan_counts_four_bits(tmp_path):
     """Per rank, and of gathered layers: codes are not cast."""
     model = save_ragged(tmp_path / "model", layers=1)

@@ -40,6 +40,8 @@ from una_fast.parallel import Mesh, ParallelOptions
 
 # A rank may hash or write hundreds of gigabytes, or ask a judge, while the others wait for it. A
 # rank that has died is noticed by its launcher.
+# FSDP2 takes parameters of integers, such as packed codes, from torch 2.12 on.
+SHARDS_INTEGERS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12)
 PATIENCE = datetime.timedelta(hours=3)
 
 Result = TypeVar("Result")

@@ -33,6 +33,7 @@ from una_fast.attention.probe import packing_refusal
 from una_fast.attention.split_probe import split_refusal
 from una_fast.config import RunConfig
 from una_fast.data.examples import Example
+from una_fast.distributed import SHARDS_INTEGERS
 from una_fast.group import ALONE, Group
 from una_fast.head.engines import choose_engine, compute_dtype
 from una_fast.head.plan import workspace_bytes
@@ -290,6 +291,7 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
             f"quantize_base={config.quantize_base}: weights at 4 bits are not trained; set lora to "
             "train adapters on them, or leave quantize_base out"
         )
+    refuse_sharded_codes(config, facts.ranks)
     trained = torch.float32 if trains_adapter else weights
     wider = trained != compute or (facts.keeps_float32 and compute == torch.bfloat16)
     parallel = config.parallel or ParallelOptions()
@@ -319,6 +321,15 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
     run.sources.update(_sources(config, facts, run))
     run.notes.extend(_notes(facts))
     return run
+
+
+def refuse_sharded_codes(config: RunConfig, ranks: int) -> None:
+    """Raise ValueError for weights at 4 bits on several ranks of a torch that cannot shard them."""
+    if config.quantize_base is not None and ranks > 1 and not SHARDS_INTEGERS:
+        raise ValueError(
+            f"quantize_base={config.quantize_base} on {ranks} ranks needs torch 2.12 or newer, "
+            f"and this is torch {torch.__version__}: its FSDP2 shards no integers; use one process"
+        )
 
 
 def _reference(config: RunConfig, facts: Facts) -> str:

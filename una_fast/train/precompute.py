@@ -47,6 +47,7 @@ from una_fast.resolved import (
     find_facts,
     load_frozen,
     refuse_quantized_shards,
+    refuse_sharded_codes,
     resolve,
     scoring_of,
 )
@@ -102,6 +103,7 @@ def _with_advice(error: Stopped) -> Stopped:
 
 def _open_writer(config: RunConfig, output_dir: Path, world: World) -> _Writer:
     """Load the reference as a training run of one process does; several ranks shard its weights."""
+    refuse_sharded_codes(config, world.size)
     facts = find_facts(config, [], device=world.device.type)
     run = resolve(replace(config, parallel=None), facts)
     tokenizer = load_tokenizer(
