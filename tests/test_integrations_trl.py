@@ -839,6 +839,25 @@ def test_a_slip_in_the_name_of_a_column_is_told(caplog, directory, tmp_path, nam
     assert len(columns_said(caplog, directory, tmp_path, {name: 0.5, meant: 0.5})) == 1
 
 
+def test_a_subclass_may_read_further_columns(directory, tmp_path):
+    """Its own method runs after its `__init__`, not within ours."""
+
+    class Further(UNADPOTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.further = ["margin"]
+
+        def _set_signature_columns_if_needed(self) -> None:
+            super()._set_signature_columns_if_needed()
+            self._signature_columns += self.further
+
+    rows = [row | {"margin": 1.0} for row in preference_rows()]
+    given = {"objective": Objective()}
+    trainer = make(Further, trl.DPOConfig, directory, rows, tmp_path, given=given)
+    trainer.get_train_dataloader()
+    assert {"margin", *POINT_COLUMNS} <= set(trainer._signature_columns)
+
+
 def test_the_columns_of_every_dataset_are_told(caplog, directory, tmp_path):
     """Streams too, whose columns are those of the first record."""
     datasets = pytest.importorskip("datasets")

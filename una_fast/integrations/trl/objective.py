@@ -162,9 +162,18 @@ class OnFeedback(DividesByUnits):
         """Take the place of TRL's loss; after TRL's `__init__`."""
         self.data_collator = self._feedback_collator()
         self._say_divided()
-        self._set_signature_columns_if_needed()
+        read = self._columns_read()
         for name, dataset in self._datasets().items():
-            self._tell_columns(name, next(iter(dataset), {}))
+            self._tell_columns(name, next(iter(dataset), {}), read)
+
+    def _columns_read(self) -> set[str]:
+        """Return the columns that TRL's losses and the objective read."""
+        before = self._signature_columns
+        # TRL's method: a subclass may not be ready for its own, before the end of `__init__`.
+        super()._set_signature_columns_if_needed()
+        read = {*self._signature_columns, *self.columns}
+        self._signature_columns = before
+        return read
 
     def _datasets(self) -> dict[str, Any]:
         """Return the datasets of the trainer by name."""
@@ -176,14 +185,15 @@ class OnFeedback(DividesByUnits):
         found = {"train_dataset": self.train_dataset, **found}
         return {name: dataset for name, dataset in found.items() if dataset is not None}
 
-    def _tell_columns(self, dataset: str, record: dict[str, Any]) -> None:
+    def _tell_columns(self, dataset: str, record: dict[str, Any], read: set[str]) -> None:
         """Say once which columns of a dataset the objective reads, and which numbers it does not.
 
         dataset: its name
         record: the first
+        read: names of columns
         """
         found = [column for column in self.columns if column in record]
-        unread = [name for name in record if name not in self._signature_columns]
+        unread = [name for name in record if name not in read]
         for name in unread:
             meant = _column_meant(name, self.columns)
             if meant is not None and meant not in found:
