@@ -155,6 +155,7 @@ def test_an_import_error_of_ours_ends_the_run(manager, monkeypatch):
         ({"context_parallel_size": 2}, "context_parallel_size"),
         ({"una_objective": {"shape": "square"}}, "no field shape; its fields are"),
         ({"una_objective": {"pair": "square"}}, "pair='square'"),
+        ({"una_objective": "logistic"}, "una_objective: logistic has no fields; give some of"),
         ({"una_objective": {}, "rl": "ipo"}, "rl: ipo both name the loss"),
         ({"una_objective": {}, "dpo_loss_type": ["hinge"]}, "dpo_loss_type both name"),
     ],

@@ -184,6 +184,45 @@ def test_bad_input_is_refused(bench, words, message):
     assert "Traceback" not in said and stored is None
 
 
+def test_an_engine_that_cannot_run_is_refused_before_the_bench(bench):
+    """The rest would be measured, and una_fast, which was asked for, not at all."""
+    words = ("--engine", "triton", "--contenders")
+    status, said, error, stored = bench(*SMALL, *words, "[una_fast, eager]")
+    assert status == 1 and 'engine="triton" cannot run: tensors are on the CPU' in error
+    assert stored is None and not said
+    assert bench(*SMALL, *words, "[eager]")[0] == 0, "the engine is una_fast's alone"
+
+
+class BrokenUna(Una):
+    """una_fast that raises."""
+
+    def loss(self, x):
+        raise RuntimeError("as planned")
+
+
+@pytest.mark.parametrize(
+    "entrants", [[BrokenUna(), Eager()], [Broken()]], ids=["without una_fast", "of nothing"]
+)
+def test_a_bench_without_the_measurement_asked_for_fails(bench, monkeypatch, entrants):
+    """After the table and the file, which say what else was found."""
+    monkeypatch.setattr(run, "of_the_head", lambda *_: entrants)
+    status, said, error, stored = bench(*SMALL)
+    assert status == 1 and f"nothing was measured of {entrants[0].name}: RuntimeError" in error
+    assert "as planned" in lines_of(said)[entrants[0].name]
+    assert len(stored["table"]) == len(entrants) + 1
+
+
+def test_results_need_a_directory_to_write_in(tmp_path, capsys):
+    """Before the bench, and by the name of the setting, whatever the system says."""
+    file = tmp_path / "file"
+    file.touch()
+    for out in (file, file / "below", "/proc", "/proc/x", "~no_such_user_of_una/x"):
+        status = main(["bench", "--quick", "--device", "cpu", "--out", str(out), *SMALL])
+        said = capsys.readouterr()
+        assert status == 1 and "error: out=" in said.err and "set another" in said.err
+        assert "Traceback" not in said.err and "una_fast" not in said.out
+
+
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="device=cuda, and torch finds no GPU"):

@@ -45,6 +45,7 @@ from una_fast.integrations.trl.objective import (  # noqa: E402
     OnFeedback,
 )
 from una_fast.integrations.trl.trainers import _una_head_in  # noqa: E402
+from una_fast.logs import say_once  # noqa: E402
 from una_fast.model.loading import load_causal_lm, load_tokenizer  # noqa: E402
 
 # Every loss of TRL's DPOTrainer, with settings that it needs.
@@ -304,6 +305,23 @@ def test_adapters(both):
     dpo(both, 1e-4, max_steps=4, learning_rate=1.0, given={"peft_config": options})
 
 
+def test_noise_in_the_embeddings_is_theirs(both):
+    """Its size follows the width of a batch, and rows that share a prompt would share its noise.
+
+    References have none, and are packed.
+    """
+    dpo(both, 1e-4, neftune_noise_alpha=5.0)
+    both(
+        UNAKTOTrainer,
+        trl.KTOTrainer,
+        trl.KTOConfig,
+        label_rows(),
+        1e-4,
+        neftune_noise_alpha=5.0,
+        max_steps=4,
+    )
+
+
 # ---- KTO, GRPO, RLOO ----
 
 
@@ -396,6 +414,58 @@ def test_calls_that_are_not_served_run_their_head_and_are_counted(caplog):
     assert torch.allclose(found[:, :-1], truth, atol=1e-5)
     assert una_calls()["fell_back"] == before + 1
     assert "una_fast leaves this call to TRL's head: it gives shift_labels" in caplog.text
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+def test_labels_of_padding_are_scored_as_theirs(left, caplog):
+    """By the fused head, padded: what the mask hides is TRL's to say."""
+    batch = make_batch(left=left)
+    batch["labels"] = batch["input_ids"].clone()
+    assert (batch["labels"][batch["attention_mask"] == 0] != -100).any()
+    model, theirs = build("LlamaConfig"), build("LlamaConfig")
+    theirs.load_state_dict(model.state_dict())
+    trl.trainer.utils.add_fused_lm_head(theirs)
+    add_una_head(model)
+    say_once.cache_clear()
+    before = una_calls()
+    with caplog.at_level(logging.WARNING):
+        found = [model(**batch, fused_lm_head=True) for _ in range(2)]
+    truth = theirs(**batch, fused_lm_head=True)
+    assert torch.allclose(found[0].log_probs, truth.log_probs, atol=1e-5)
+    assert torch.equal(found[0].label_mask, truth.label_mask)
+    assert una_calls() == before | {"padded": before["padded"] + 2}
+    assert caplog.text.count("batches stay padded: labels stand where attention_mask is 0") == 1
+
+
+def test_a_label_in_the_first_column_is_no_reason_to_pad():
+    """Labels that are the input ids, but for padding: packed, and TRL's numbers."""
+    batch = make_batch()
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    model, theirs = build("LlamaConfig"), build("LlamaConfig")
+    theirs.load_state_dict(model.state_dict())
+    trl.trainer.utils.add_fused_lm_head(theirs)
+    add_una_head(model)
+    before = una_calls()["packed"]
+    found = model(**batch, fused_lm_head=True).log_probs
+    assert torch.allclose(found, theirs(**batch, fused_lm_head=True).log_probs, atol=1e-5)
+    assert una_calls()["packed"] == before + 1
+
+
+def test_a_mask_of_attention_is_left_to_their_head(caplog):
+    """Its four dimensions are no padding of labels."""
+    batch = make_batch()
+    model, theirs = build("LlamaConfig"), build("LlamaConfig")
+    theirs.load_state_dict(model.state_dict())
+    trl.trainer.utils.add_fused_lm_head(theirs)
+    add_una_head(model)
+    width = batch["labels"].shape[1]
+    allowed = torch.ones(width, width, dtype=torch.bool).tril()
+    allowed = (allowed & (batch["attention_mask"] != 0)[:, None]) | torch.eye(width).bool()
+    batch["attention_mask"] = allowed[:, None]
+    with caplog.at_level(logging.WARNING):
+        found = model(**batch, fused_lm_head=True).log_probs
+    assert torch.allclose(found, theirs(**batch, fused_lm_head=True).log_probs, atol=1e-5)
+    assert "its attention_mask has another shape than its labels" in caplog.text
 
 
 def test_a_model_that_cannot_be_scored_keeps_their_head():
@@ -711,6 +781,94 @@ def test_wrong_feedback_is_named_by_column_value_and_record(column, value, reaso
     right = {"chosen_score": 0.5, "rejected_score": 0.5, "chosen_label": True}
     with pytest.raises(ValueError, match=rf"{column}={value!r} of record 1 .*{reason}"):
         collate([right, right | {column: value}, {}])
+
+
+@pytest.mark.parametrize("objective", ["logistic", {"pair": "linear"}, Objective, {}], ids=str)
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_an_objective_of_another_type_is_refused(tmp_path, kind, objective):
+    trainer = {"dpo": UNADPOTrainer, "kto": UNAKTOTrainer}[kind]
+    config = {"dpo": trl.DPOConfig, "kto": trl.KTOConfig}[kind]
+    args = config(**settings(tmp_path))
+    with pytest.raises(ValueError, match=r"is no Objective: give objective=Objective\(beta=0.1\)"):
+        trainer("no/model", args=args, objective=objective)
+
+
+def columns_said(caplog, directory, out, columns: dict[str, Any], **changes: Any) -> list[str]:
+    """Return what is said of columns, when a trainer with an objective is built."""
+    say_once.cache_clear()
+    caplog.clear()
+    rows = [row | columns for row in preference_rows()]
+    given = {"objective": Objective(), **changes}
+    with caplog.at_level(logging.INFO):
+        make(UNADPOTrainer, trl.DPOConfig, directory, rows, out, given=given)
+    return [f"{r.levelname} {r.message}" for r in caplog.records if "objective=" in r.message]
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({}, "INFO objective= trains on pairs alone of train_dataset"),
+        ({"chosen_score": 0.5}, "INFO objective= trains on pairs, chosen_score of train_dataset"),
+        (
+            {"margin": 1.0, "source": "a"},
+            "WARNING objective= trains on pairs alone of train_dataset; numbers that it does not "
+            "read: margin",
+        ),
+    ],
+    ids=["none", "a score", "a margin"],
+)
+def test_the_columns_of_an_objective_are_told(caplog, directory, tmp_path, columns, said):
+    assert columns_said(caplog, directory, tmp_path, columns) == [said]
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("chosen_scores", "chosen_score"),
+        ("score_rejected", "rejected_score"),
+        ("Rejected-Label", "rejected_label"),
+        ("chosenLabel", "chosen_label"),
+    ],
+)
+def test_a_slip_in_the_name_of_a_column_is_told(caplog, directory, tmp_path, name, meant):
+    """The run would be one of pairs alone, without a word."""
+    slip, _ = columns_said(caplog, directory, tmp_path, {name: 0.5})
+    assert slip.startswith("WARNING train_dataset has a column " + name)
+    assert f"did you mean {meant}?" in slip
+    # With the column itself there, the other one is no slip.
+    assert len(columns_said(caplog, directory, tmp_path, {name: 0.5, meant: 0.5})) == 1
+
+
+def test_a_subclass_may_read_further_columns(directory, tmp_path):
+    """Its own method runs after its `__init__`, not within ours."""
+
+    class Further(UNADPOTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.further = ["margin"]
+
+        def _set_signature_columns_if_needed(self) -> None:
+            super()._set_signature_columns_if_needed()
+            self._signature_columns += self.further
+
+    rows = [row | {"margin": 1.0} for row in preference_rows()]
+    given = {"objective": Objective()}
+    trainer = make(Further, trl.DPOConfig, directory, rows, tmp_path, given=given)
+    trainer.get_train_dataloader()
+    assert {"margin", *POINT_COLUMNS} <= set(trainer._signature_columns)
+
+
+def test_the_columns_of_every_dataset_are_told(caplog, directory, tmp_path):
+    """Streams too, whose columns are those of the first record."""
+    datasets = pytest.importorskip("datasets")
+    rows = [row | {"chosen_label": True} for row in preference_rows(2)]
+    stream = datasets.IterableDataset.from_generator(lambda: iter(rows))
+    evaluated = {"a": stream, "b": datasets.Dataset.from_list(preference_rows(2))}
+    said = columns_said(caplog, directory, tmp_path, {}, eval_dataset=evaluated)
+    assert said[1:] == [
+        "INFO objective= trains on pairs, chosen_label of eval_dataset['a']",
+        "INFO objective= trains on pairs alone of eval_dataset['b']",
+    ]
 
 
 def test_precomputed_references_of_an_objective(directory, tmp_path):

@@ -8,6 +8,7 @@ import torch
 from embedded import IGNORED, make_batch
 from una_fast import Layout
 from una_fast.attention.rows import Segment, row_layout
+from una_fast.layout import ScoredPadding
 
 
 def positions_before(labels: torch.Tensor) -> list[tuple[int, int]]:
@@ -85,13 +86,31 @@ def test_nothing_scored_is_a_padded_layout_without_rows():
     "mask, labels",
     [
         ([[1, 0, 1, 1]], [[-100, -100, 7, 8]]),  # padding inside
-        ([[0, 1, 1, 1]], [[-100, 7, 7, 8]]),  # no prompt
+        ([[0, 1, 1, 1]], [[-100, 7, 7, 8]]),  # no prompt behind the padding
     ],
 )
 def test_a_batch_that_cannot_be_packed_stays_padded(mask, labels):
     mask, labels = torch.tensor(mask), torch.tensor(labels)
     layout = Layout.from_labels(labels, mask, torch.ones_like(mask))
     assert layout.segments is None and len(layout.targets)
+
+
+@pytest.mark.parametrize("mask", [[1, 1, 1, 1], [0, 1, 1, 1]], ids=["real", "padding"])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_a_label_in_the_first_column_is_no_target(packed, mask):
+    """No state stands before it: the layout is that of the labels without it."""
+    labels = torch.tensor([[6, -100, 7, 8]])
+    given = [torch.tensor([mask]), torch.tensor([[6, 5, 7, 8]]) if packed else None]
+    found = Layout.from_labels(labels, *given)
+    truth = Layout.from_labels(torch.tensor([[-100, -100, 7, 8]]), *given)
+    assert found.targets.tolist() == [7, 8] and found.rows.tolist() == truth.rows.tolist()
+    assert found.segments == truth.segments and (found.segments is not None) == packed
+    assert labels[0, 0] == 6, "the caller's labels stay"
+
+
+def test_scored_padding_has_an_error_of_its_own():
+    with pytest.raises(ScoredPadding, match="labels.0, 1. is 4 where attention_mask is 0"):
+        Layout.from_labels(torch.tensor([[-100, 4]]), torch.tensor([[1, 0]]))
 
 
 def test_scatter_puts_results_where_they_belong():

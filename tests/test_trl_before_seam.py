@@ -5,8 +5,11 @@ The stand-in is tested beside any TRL. Training needs TRL 1.9 to 1.14, of tests/
 
 from __future__ import annotations
 
+import copy
 import importlib
+import io
 import logging
+import pickle
 from typing import Any
 
 import pytest
@@ -28,6 +31,7 @@ from una_fast.integrations.trl_before_seam import (  # noqa: E402
     Logits,
     PairLogProbs,
     ScoredOutput,
+    Scoring,
     _read,
     una_calls,
 )
@@ -521,9 +525,93 @@ def test_refusals_name_the_setting(llamas, tmp_path, settings, options, named):
 
 
 @before_seam
-def test_compute_metrics_on_logits_is_refused(llamas, tmp_path):
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_compute_metrics_on_logits_is_refused(llamas, tmp_path, method):
+    """When the trainer is built, and before references are computed."""
     directory = llamas["untied"]
-    trainer = build("dpo", True, directory, directory, tmp_path)
-    trainer.compute_metrics = lambda prediction: {}
+    options = {"compute_metrics": lambda prediction: {}}
+    before = una_calls()
+    with pytest.raises(ValueError, match="compute_metrics and predict.. need logits"):
+        build(
+            method,
+            True,
+            directory,
+            directory,
+            tmp_path,
+            options=options,
+            precompute_ref_log_probs=True,
+        )
+    assert una_calls() == before
+    trainer = build(method, True, directory, directory, tmp_path)
+    trainer.compute_metrics = options["compute_metrics"]
     with pytest.raises(ValueError, match="compute_metrics"):
         trainer.evaluate()
+
+
+@before_seam
+def test_compute_metrics_on_trls_logits_stays(llamas, tmp_path):
+    """Where the model is left to TRL's head."""
+    directory = llamas["untied"]
+    options = {"compute_metrics": lambda prediction: {"rows": len(prediction.predictions[0])}}
+    adapters = lora("q_proj", "lm_head")
+    trainer = build("dpo", True, directory, directory, tmp_path, adapters=adapters, options=options)
+    assert trainer.una_refusal and trainer.compute_metrics is not None
+
+
+@before_seam
+@pytest.mark.parametrize("objective", ["logistic", {"pair": "linear"}, Objective], ids=str)
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_an_objective_of_another_type_is_refused(llamas, tmp_path, method, objective):
+    directory = llamas["untied"]
+    options = {"objective": objective}
+    with pytest.raises(ValueError, match=r"is no Objective: give objective=Objective\(beta=0.1\)"):
+        build(method, True, directory, directory, tmp_path, options=options)
+
+
+@before_seam
+@pytest.mark.parametrize("adapters", [None, lora("q_proj", "v_proj")], ids=["full", "lora"])
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_a_trained_model_is_pickled_and_copied(llamas, tmp_path, method, adapters):
+    """Policy and reference, with nothing of the trainer's, and after an error in a step too."""
+    directory = llamas["untied"]
+    # The hook of checkpointing on adapters, transformers' own, cannot be pickled.
+    settings = {"adapters": adapters, "gradient_checkpointing": False}
+    trainer = build(method, True, directory, directory, tmp_path, **settings)
+    history(trainer)
+    ids = torch.arange(5, 17)[None]
+    models = [model for model in (trainer.model, trainer.ref_model) if model is not None]
+    batch = next(iter(trainer.get_train_dataloader()))
+    of_loss = {name: batch[name] for name in ("input_ids", "completion_mask")}
+    with pytest.raises(KeyError):
+        trainer.compute_loss(trainer.model, of_loss)  # without the mask that TRL reads
+    for model in models:
+        truth = model(input_ids=ids).logits
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        others = [pickle.loads(pickle.dumps(model)), copy.deepcopy(model)]
+        for other in (*others, torch.load(file, weights_only=False)):
+            assert torch.equal(other(input_ids=ids).logits, truth)
+            named = [*other._forward_hooks.values(), *other._forward_pre_hooks.values()]
+            assert not any(isinstance(getattr(hook, "__self__", None), Scoring) for hook in named)
+    trainer.state.log_history.clear()
+    assert len(history(trainer)) == STEPS
+
+
+@before_seam
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_noise_in_the_embeddings_is_trls(llamas, tmp_path, method):
+    """Its size follows the width of a batch: packed rows would have less of it."""
+    compare(method, llamas["untied"], tmp_path, neftune_noise_alpha=5.0)
+
+
+@before_seam
+def test_columns_that_an_objective_does_not_read_are_told(llamas, tmp_path, caplog):
+    say_once.cache_clear()
+    directory = llamas["untied"]
+    rows = Dataset.from_list([row | {"chosen_scores": 0.5} for row in rows_of("pairs")])
+    options = {"objective": Objective(beta=0.1)}
+    with caplog.at_level(logging.WARNING):
+        build("dpo", True, directory, directory, tmp_path, options=options, rows=rows)
+    assert "train_dataset has a column chosen_scores" in caplog.text
+    assert "objective= trains on pairs alone of eval_dataset" in caplog.text

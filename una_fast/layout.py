@@ -23,6 +23,10 @@ from una_fast.attention.rows import Segment, Segments
 from una_fast.losses import IGNORED
 
 
+class ScoredPadding(ValueError):
+    """A label stands where the attention mask is 0."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """N scored tokens of S responses in a batch of B rows and T positions.
@@ -63,13 +67,16 @@ class Layout:
         attention_mask: [B, T], 0 for padding; None: no padding
         input_ids: [B, T]; rows with equal prompts share the prompt. None: padded
 
-        A batch stays padded if a row has padding between tokens, or begins with a scored token, and
-        without any scored token.
+        The first column is never scored: no state stands before it. A batch stays padded if a row
+        has padding between tokens, or a scored token right behind padding on the left, and without
+        any scored token.
 
-        ValueError for anything but tensors, shapes that differ, and scored padding.
+        ValueError for anything but tensors, and shapes that differ; ScoredPadding, a ValueError,
+        for scored padding.
         """
         _check_shapes(labels, attention_mask, input_ids)
-        labels = labels.detach().cpu().long()
+        labels = labels.detach().to("cpu", torch.int64, copy=True)
+        labels[:, 0] = IGNORED
         real = torch.ones_like(labels) if attention_mask is None else attention_mask.detach().cpu()
         real = real != 0
         spans = _spans(labels, real)
@@ -145,7 +152,7 @@ def _spans(labels: Tensor, real: Tensor) -> list[_Span] | None:
     wrong = (scored & ~real).nonzero()
     if len(wrong):
         row, place = wrong[0].tolist()
-        raise ValueError(
+        raise ScoredPadding(
             f"labels[{row}, {place}] is {int(labels[row, place])} where attention_mask is 0; give "
             "padding the label -100"
         )

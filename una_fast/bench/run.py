@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 from una_fast.bench.attempts import DeviceLost
-from una_fast.bench.contenders import Contender, of_the_head
+from una_fast.bench.contenders import Contender, Una, of_the_head
 from una_fast.bench.inputs import PLAIN, Form, Inputs, StatesInputs
 from una_fast.bench.longest import Line, line_of, modelled, search
 from una_fast.bench.machine import (
@@ -44,7 +45,7 @@ from una_fast.bench.settings import BenchConfig
 from una_fast.bench.tables import Column, table_lines
 from una_fast.bench.truth import LogpTruth, check, logp_errors, logp_truth, truth
 from una_fast.files import write_json
-from una_fast.head.engines import compute_dtype
+from una_fast.head.engines import choose_engine, compute_dtype
 from una_fast.printable import bytes_in_words
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -290,11 +291,14 @@ def run_bench(settings: BenchConfig) -> dict[str, Any]:
 
     settings: of the command
 
-    ValueError for a missing model, and for sizes beyond the memory.
+    ValueError for a missing model, for sizes beyond the memory, for a directory that cannot be
+    written in, for an engine that cannot run, and after a bench without a time of una_fast.
     """
-    out = Path(settings.out).expanduser().absolute()
     device = _device_of(settings)
     dtype = compute_dtype(settings, device.type)
+    entrants = of_the_head(settings.workspace_mb, settings.engine, settings.contenders)
+    if any(isinstance(contender, Una) for contender in entrants):
+        choose_engine(settings.engine, device, dtype)
     model = None
     if settings.model is not None:
         from una_fast.bench.model_head import head_of
@@ -302,8 +306,7 @@ def run_bench(settings: BenchConfig) -> dict[str, Any]:
         model = head_of(settings.model, trust_remote_code=settings.trust_remote_code)
     work = _work(settings, model, device, dtype)
     _refuse_too_large(work)
-    out.mkdir(parents=True, exist_ok=True)
-    entrants = of_the_head(settings.workspace_mb, settings.engine, settings.contenders)
+    out = _directory_of(settings)
     runs = QUICK_RUNS if settings.quick else RUNS[device.type]
     total = len(entrants) + (runs + 1) * (len(entrants) + GEMM_JOBS)
     print(work.title(settings.head), flush=True)
@@ -318,7 +321,35 @@ def run_bench(settings: BenchConfig) -> dict[str, Any]:
         **found,
         "ratios": _ratios(found["table"]),
     }
-    return _tell(result, work, settings, out)
+    told = _tell(result, work, settings, out)
+    _refuse_unmeasured(found["table"])
+    return told
+
+
+def _directory_of(settings: BenchConfig) -> Path:
+    """Return the directory of the results, made; ValueError if no file can be written in it."""
+    try:
+        out = Path(settings.out).expanduser().absolute()
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            return out
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~user without a home
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"out={settings.out} is not a directory to write in: {reason}; set another"
+        ) from error
+
+
+def _refuse_unmeasured(table: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError without a time of una_fast if it takes part, or else of any contender.
+
+    table: rows of the result, the bare products last
+    """
+    rows = table[:-1]
+    asked = [row for row in rows if row["name"].startswith("una_fast")] or rows
+    if not any("seconds" in row for row in asked):
+        reasons = "; ".join(f"{row['name']}: {row['reason']}" for row in asked)
+        raise ValueError(f"nothing was measured of {reasons}")
 
 
 def _measured(bench: Bench, model: Any) -> dict[str, Any]:

@@ -148,6 +148,8 @@ def _objective(cfg: Any) -> Objective | None:
         key = "rl: ipo" if _rl_of(cfg) == "ipo" else "dpo_loss_type"
         raise ValueError(f"una_objective and {key} both name the loss; keep one of them")
     fields = sorted(Objective.__dataclass_fields__)
+    if not isinstance(given, dict):
+        raise ValueError(f"una_objective: {given} has no fields; give some of {fields}")
     unknown = sorted(set(given) - set(fields))
     if unknown:
         raise ValueError(f"una_objective has no field {unknown[0]}; its fields are {fields}")

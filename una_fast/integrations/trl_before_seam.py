@@ -273,10 +273,12 @@ class Scoring:
     stats: names of the policy's statistics
     seen: log-probs [B, T - 1] of the calls on the first of `asked`: policy, then reference
     aux_loss: [] of the policy's call, for a mixture of experts
+    models: patched, whose calls are scored
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
+        self.models: list[nn.Module] = []
         self.asked: list[tuple[Tensor, Tensor]] = []
         self.stats: tuple[str, ...] = ()
         self.seen: list[Tensor] = []
@@ -293,41 +295,44 @@ class Scoring:
         self.asked = [_ids_and_labels(batch, kind) for kind in kinds]
         self.stats = stats
         self.seen, self.aux_loss = [], None
+        # For the time of a batch: hooks that stay would be pickled and copied with the model.
+        hooks = []
         try:
+            for model in self.models:
+                hooks.append(model.register_forward_pre_hook(self._ask, with_kwargs=True))
+                hooks.append(model.register_forward_hook(self._answer, with_kwargs=True))
             yield
         finally:
+            for hook in hooks:
+                hook.remove()
             self.asked = []
 
-    def watch(self, model: nn.Module) -> None:
-        """Hook a patched model: calls on `asked` give log-probs, other calls are left alone."""
+    def _ask(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+        """Let a call on `asked` give log-probs, as a hook before the forward."""
+        input_ids = args[0] if args else kwargs.get("input_ids")
+        number = self._number(input_ids)
+        if number is None:
+            return None
+        _, labels = self.asked[number]
+        # TRL asks the policy first, and wants statistics of that call alone.
+        is_policy = number == 0 and not self.seen
+        kwargs = kwargs | {"input_ids": input_ids, "una": "tokens"}
+        kwargs["labels"] = labels.to(input_ids.device)
+        kwargs["stats"] = self.stats if is_policy else ()
+        return (), kwargs
 
-        def ask(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
-            input_ids = args[0] if args else kwargs.get("input_ids")
-            number = self._number(input_ids)
-            if number is None:
-                return None
-            _, labels = self.asked[number]
-            # TRL asks the policy first, and wants statistics of that call alone.
-            is_policy = number == 0 and not self.seen
-            kwargs = kwargs | {"input_ids": input_ids, "una": "tokens"}
-            kwargs["labels"] = labels.to(input_ids.device)
-            kwargs["stats"] = self.stats if is_policy else ()
-            return (), kwargs
-
-        def answer(module: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> Any:
-            if kwargs.get("una") != "tokens" or not self.asked:
-                return out
-            if self._number(kwargs["input_ids"]) == 0:
-                if not self.seen:
-                    self.aux_loss = out.aux_loss
-                self.seen.append(out.logps)
-            log_probs = out.logps.to(self.dtype, copy=True)  # TRL writes zeros into it
-            stats = {name: out[name] for name in kwargs["stats"]}
-            targets = kwargs["labels"][:, 1:]
-            return ScoredOutput(log_probs, targets, **stats, aux_loss=out.aux_loss)
-
-        model.register_forward_pre_hook(ask, with_kwargs=True)
-        model.register_forward_hook(answer, with_kwargs=True)
+    def _answer(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> Any:
+        """Return the stand-in for the logits of a scored call, as a hook after the forward."""
+        if kwargs.get("una") != "tokens":
+            return out
+        if self._number(kwargs["input_ids"]) == 0:
+            if not self.seen:
+                self.aux_loss = out.aux_loss
+            self.seen.append(out.logps)
+        log_probs = out.logps.to(self.dtype, copy=True)  # TRL writes zeros into it
+        stats = {name: out[name] for name in kwargs["stats"]}
+        targets = kwargs["labels"][:, 1:]
+        return ScoredOutput(log_probs, targets, **stats, aux_loss=out.aux_loss)
 
     def _number(self, input_ids: Tensor | None) -> int | None:
         """Return the place in `asked` of the ids of a call; None for a call not to score."""
@@ -401,8 +406,8 @@ class UnaLogProbs(OnFeedback):
     una_pack, una_workspace_mb: as of patch_model
     objective: losses in place of args.loss_type, on DPO's pairs or KTO's labels; None: TRL's own
 
-    ValueError for `use_liger_kernel=True`, a second head, and for an objective beside settings of
-    TRL's losses.
+    ValueError for `use_liger_kernel=True`, a second head, for `compute_metrics`, which needs
+    logits, and for an objective beside settings of TRL's losses.
     """
 
     def __init__(
@@ -441,6 +446,9 @@ class UnaLogProbs(OnFeedback):
             self.una_refusal = self._una_patch(reference)
             if self.una_refusal and self.objective is not None:
                 raise ValueError(f"objective needs una_fast's log-probs, but {self.una_refusal}")
+            # TRL sets compute_metrics before, and computes references after.
+            if self.compute_metrics is not None:
+                self._una_refuse_logits()
 
     def _una_check(self) -> None:
         """Raise ValueError for arguments of TRL at odds with our head or objective."""
@@ -453,7 +461,7 @@ class UnaLogProbs(OnFeedback):
             check_objective(self.objective, self.args, self.settings)
 
     def _una_patch(self, reference: nn.Module | None) -> str | None:
-        """Patch and watch both models; return why not, or None."""
+        """Patch both models, and let them be scored; return why not, or None."""
         if getattr(self, "_is_vlm", False):
             return "the model reads images"
         adapters = getattr(self.model, "peft_config", None) or {}
@@ -467,8 +475,7 @@ class UnaLogProbs(OnFeedback):
             if self.una_options["pack"] is True:
                 raise
             return str(refusal)
-        for model in models:
-            self._una_scoring.watch(model)
+        self._una_scoring.models = models
         return None
 
     @contextmanager
@@ -513,6 +520,14 @@ class UnaLogProbs(OnFeedback):
         ref_logps = reference[0] if reference else self._ref_logps(inputs)
         return self._loss_of_units(policy, ref_logps, inputs, scored.aux_loss)
 
+    def _una_refuse_logits(self) -> None:
+        """Raise ValueError for compute_metrics or predictions, unless TRL's logits are there."""
+        if not self.una_refusal:
+            raise ValueError(
+                "compute_metrics and predict() need logits, which are never computed; leave "
+                "compute_metrics out, or use TRL's own trainer (axolotl: una_head: false)"
+            )
+
     def prediction_step(
         self,
         model: nn.Module,
@@ -524,11 +539,8 @@ class UnaLogProbs(OnFeedback):
 
         model, inputs, prediction_loss_only, ignore_keys: as of transformers' Trainer
         """
-        if not (prediction_loss_only or self.una_refusal):
-            raise ValueError(
-                "compute_metrics needs logits, which are never computed; leave compute_metrics "
-                "out, or use TRL's own trainer (axolotl: una_head: false)"
-            )
+        if not prediction_loss_only:
+            self._una_refuse_logits()
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
 

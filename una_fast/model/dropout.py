@@ -53,6 +53,17 @@ def _dropouts(model: nn.Module) -> Iterator[tuple[Any, str, float]]:
             yield holder, "p", holder.p
 
 
+def embedding_noise(model: nn.Module) -> float:
+    """Return alpha of the noise on the input embedding in training, NEFTune's; 0 without.
+
+    A hook of transformers adds noise of up to alpha / sqrt(T * D) to embeddings [B, T, D], for the
+    time of training: its size depends on the width T of a batch.
+    """
+    embedding = model.get_input_embeddings()
+    alpha = getattr(embedding, "neftune_noise_alpha", None)
+    return float(alpha) if alpha and embedding.training else 0.0
+
+
 def attention_dropouts(model: nn.Module) -> list[tuple[Any, str]]:
     """Return the places of the dropouts of attention, (module or config, name): see dropout_rate.
 

@@ -30,6 +30,7 @@ from una_fast.integrations.hf.router import router_loss
 from una_fast.layout import Layout
 from una_fast.logs import say_once
 from una_fast.losses import Objective
+from una_fast.model.dropout import embedding_noise
 from una_fast.model.head_forward import backbone, backbone_output, call_head, select_rows
 from una_fast.model.head_probe import is_adapted, plain_head
 
@@ -299,6 +300,8 @@ def _can_pack(causal_lm: PreTrainedModel, inputs: dict[str, Any], patch: Patch) 
         reason = f"every row has an adapter of its own ({of_rows})"
     elif causal_lm.training and patch.attention_dropout():
         reason = "the model has attention dropout (remove_dropout sets it to 0)"
+    elif embedding_noise(causal_lm):
+        reason = "the size of NEFTune's noise depends on the width of a row (neftune_noise_alpha)"
     if reason is not None:
         say_once(logging.WARNING, f"batches stay padded: {reason}", logger)
     return reason is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +18,12 @@ from una_fast.integrations.hf.requests import HeadRows, Tokens
 from una_fast.integrations.hf.router import router_coefficient
 from una_fast.integrations.hf.scored import layout_of, run_scorer
 from una_fast.integrations.versions import check_version
-from una_fast.layout import IGNORED
+from una_fast.layout import IGNORED, Layout, ScoredPadding
+from una_fast.logs import say_once
 from una_fast.model.head_forward import CannotBeScored, Forward, ModelForward, runs_function
 from una_fast.model.head_probe import plain_head
+
+logger = logging.getLogger(__name__)
 
 SEAM = "add_fused_lm_head"
 if not hasattr(trl_utils, SEAM):
@@ -154,6 +158,11 @@ def _why_not(
         return "it gives shift_labels, labels that are shifted already"
     if kwargs.get("past_key_values") is not None:
         return "it has past_key_values, as in prefix tuning"
+    for name in ("input_ids", "attention_mask"):
+        given = kwargs.get(name)
+        # A mask of the attention itself has four dimensions.
+        if given is not None and getattr(given, "shape", None) != labels.shape:
+            return f"its {name} has another shape than its labels"
     try:
         plain_head(model)
     except CannotBeScored as refusal:
@@ -168,7 +177,7 @@ def _fused_output(model: PreTrainedModel, labels: Tensor, kwargs: dict[str, Any]
     kwargs.pop("shift_labels", None)
     inputs = {name: value for name, value in kwargs.items() if value is not None}
     inputs.pop("logits_to_keep", None)
-    layout = layout_of(model, inputs, labels, settings.patch)
+    layout = _layout_of(model, inputs, labels, settings.patch)
     options = settings.patch.head_options(model, settings.temperature)
     request = _TokenFields(settings.stats, settings.cast_to_float32)
     found, aux_loss = run_scorer(model, layout, inputs, request, options)
@@ -181,6 +190,21 @@ def _fused_output(model: PreTrainedModel, labels: Tensor, kwargs: dict[str, Any]
     return trl_utils.FusedCausalLMOutput(
         loss=loss, log_probs=log_probs, label_mask=mask, aux_loss=aux_loss, **found
     )
+
+
+def _layout_of(
+    model: PreTrainedModel,
+    inputs: dict[str, Any],
+    labels: Tensor,
+    patch: Patch,
+) -> Layout:
+    """Return the layout of a call; labels of padding are scored, as TRL's head scores them."""
+    try:
+        return layout_of(model, inputs, labels, patch)
+    except ScoredPadding:
+        reason = "labels stand where attention_mask is 0"
+        say_once(logging.WARNING, f"batches stay padded: {reason}", logger)
+        return Layout.from_labels(labels)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
+import logging
+import re
 from typing import Any
 
 import torch
@@ -10,8 +13,12 @@ from torch import Tensor
 
 from una_fast.feedback import Feedback
 from una_fast.integrations.hf.units import DividesByUnits
+from una_fast.logs import say_once
 from una_fast.losses import Objective, UnaOutput, check_units, una_loss
 
+logger = logging.getLogger(__name__)
+
+_ALIKE = 0.85  # likeness of a column to one of ours from which it is taken for a slip
 POINT_COLUMNS = ("chosen_label", "rejected_label", "chosen_score", "rejected_score")
 # Cached reference log-probs of records.
 PAIR_REFERENCES = ("ref_chosen_logps", "ref_rejected_logps")
@@ -32,12 +39,17 @@ LABEL_SETTINGS = {"loss_type": ("kto",)}
 
 
 def check_objective(objective: Objective, args: Any, settings: dict[str, tuple]) -> None:
-    """Raise ValueError for settings of TRL's losses that an objective replaces.
+    """Raise ValueError for another type, and for settings of TRL's losses that it replaces.
 
     objective: of the run
     args: config of TRL's trainer
     settings: PAIR_SETTINGS or LABEL_SETTINGS
     """
+    if not isinstance(objective, Objective):
+        raise ValueError(
+            f"objective={objective!r} is no Objective: give objective=Objective(beta={args.beta}), "
+            "of una_fast, with the forms of the losses as its fields"
+        )
     if args.beta != objective.beta:
         raise ValueError(
             f"beta={args.beta} of the {type(args).__name__} and beta={objective.beta} of the "
@@ -134,12 +146,16 @@ class OnFeedback(DividesByUnits):
     rows_per_example: rows of a batch for a record, 2 for pairs
     settings: of TRL's losses, which an objective replaces
     references: columns of cached reference log-probs, which compute_ref_log_probs returns
+    unit: what every record is to the objective
+    columns: further columns that the objective reads
     """
 
     objective: Objective | None
     rows_per_example: int
     settings: dict[str, tuple]
     references: tuple[str, ...]
+    unit: str
+    columns: tuple[str, ...]
     # [2] sums of the losses, and the number, of all units of an evaluation under way.
     _evaluated: Tensor | None = None
 
@@ -147,6 +163,53 @@ class OnFeedback(DividesByUnits):
         """Take the place of TRL's loss; after TRL's `__init__`."""
         self.data_collator = self._feedback_collator()
         self._say_divided()
+        read = self._columns_read()
+        for name, dataset in self._datasets().items():
+            self._tell_columns(name, next(iter(dataset), {}), read)
+
+    def _columns_read(self) -> set[str]:
+        """Return the columns that TRL's losses and the objective read."""
+        before = self._signature_columns
+        # TRL's method: a subclass may not be ready for its own, before the end of `__init__`.
+        super()._set_signature_columns_if_needed()
+        read = {*self._signature_columns, *self.columns}
+        self._signature_columns = before
+        return read
+
+    def _datasets(self) -> dict[str, Any]:
+        """Return the datasets of the trainer by name."""
+        evaluated = self.eval_dataset
+        if isinstance(evaluated, dict):
+            found = {f"eval_dataset[{name!r}]": one for name, one in evaluated.items()}
+        else:
+            found = {"eval_dataset": evaluated}
+        found = {"train_dataset": self.train_dataset, **found}
+        return {name: dataset for name, dataset in found.items() if dataset is not None}
+
+    def _tell_columns(self, dataset: str, record: dict[str, Any], read: set[str]) -> None:
+        """Say once which columns of a dataset the objective reads, and which numbers it does not.
+
+        dataset: its name
+        record: the first
+        read: names of columns
+        """
+        found = [column for column in self.columns if column in record]
+        unread = [name for name in record if name not in read]
+        for name in unread:
+            meant = _column_meant(name, self.columns)
+            if meant is not None and meant not in found:
+                message = (
+                    f"{dataset} has a column {name}, which objective= does not read; did you mean "
+                    f"{meant}? Rename the column, or drop it"
+                )
+                say_once(logging.WARNING, message, logger)
+        numbers = [name for name in unread if isinstance(record[name], (bool, int, float))]
+        message = f"objective= trains on {self.unit} alone of {dataset}"
+        if found:
+            message = f"objective= trains on {self.unit}, {', '.join(found)} of {dataset}"
+        if numbers:
+            message += f"; numbers that it does not read: {', '.join(numbers)}"
+        say_once(logging.WARNING if numbers else logging.INFO, message, logger)
 
     def _feedback_collator(self) -> Any:
         """Return a collator that puts feedback beside the batches of TRL's."""
@@ -235,6 +298,8 @@ class OnPairs(OnFeedback):
     rows_per_example = 2
     settings = PAIR_SETTINGS
     references = PAIR_REFERENCES
+    unit = "pairs"
+    columns = POINT_COLUMNS
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -255,6 +320,8 @@ class OnLabels(OnFeedback):
     rows_per_example = 1
     settings = LABEL_SETTINGS
     references = LABEL_REFERENCES
+    unit = "labels"
+    columns = ()
 
     def _feedback_collator(self) -> FeedbackOfLabels:
         weights = (self.undesirable_weight, self.desirable_weight)
@@ -262,6 +329,26 @@ class OnLabels(OnFeedback):
 
     def _ref_logps(self, inputs: dict[str, Any]) -> Tensor:
         return inputs["ref_logps"]
+
+
+def _column_meant(name: str, columns: tuple[str, ...]) -> str | None:
+    """Return the column that a name is a slip of, such as chosen_scores or score_chosen.
+
+    name: of a column
+    columns: that are read
+    """
+    likely = {_in_order(column): column for column in columns}
+    likely |= {column: column for column in columns}
+    for form in (name.lower(), _in_order(name)):
+        close = difflib.get_close_matches(form, likely, 1, _ALIKE)
+        if close:
+            return likely[close[0]]
+    return None
+
+
+def _in_order(name: str) -> str:
+    """Return a name with its words in the order of the alphabet."""
+    return "_".join(sorted(re.findall("[a-z]+", name.lower())))
 
 
 def without_feedback(inputs: dict[str, Any]) -> dict[str, Any]:
