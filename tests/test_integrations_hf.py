@@ -851,12 +851,30 @@ def _own_forward(model):
     model.lm_head.forward = lambda hidden: own(hidden) * 0.5
 
 
+def _wrapped_forward(model):
+    _own_forward(model)
+    model.lm_head.forward = torch.enable_grad()(model.lm_head.forward)
+
+
+def _accelerated(model):
+    hooks = pytest.importorskip("accelerate.hooks")
+
+    class Halving(hooks.ModelHook):
+        def post_forward(self, module, output):
+            return halve(module, (), output)
+
+    hooks.add_hook_to_module(model.lm_head, Halving())
+
+
 HEADS = {
     "a subclass": lambda model: _other_head(model, Halved),
     "a module": lambda model: setattr(model, "lm_head", WithNorm(model.lm_head)),
     "zero at first": lambda model: _other_head(model, Grown),
     "a forward": _own_forward,
+    "a wrapped forward": _wrapped_forward,
     "a hook": lambda model: model.lm_head.register_forward_hook(halve),
+    "a wrapped hook": lambda model: model.lm_head.register_forward_hook(torch.no_grad()(halve)),
+    "a hook of accelerate": _accelerated,
 }
 
 

@@ -7,10 +7,11 @@ tables below); a change by anybody else is named, and the model stays padded.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -56,14 +57,19 @@ _NORMS = (nn.LayerNorm, nn.RMSNorm)
 _IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
 
 
+def function_of(method: Any) -> Any:
+    """Return the function of a method, or the function itself."""
+    return getattr(method, "__func__", method)
+
+
 def origin(function: Any) -> str:
-    """Return the Python module of a function's code, through functools.wraps and partial.
+    """Return the Python module of a function's own code, and not of a function wrapped inside.
 
     function: a function, a method, a partial function, or an object with __call__
     """
     while isinstance(function, functools.partial):
         function = function.func
-    function = getattr(function, "__func__", function)
+    function = function_of(function)
     # functools.wraps copies __module__, and leaves the globals alone.
     names = getattr(function, "__globals__", None)
     return type(function).__module__ if names is None else names.get("__name__", "")
@@ -72,6 +78,22 @@ def origin(function: Any) -> str:
 def is_within(module: str, packages: tuple[str, ...]) -> bool:
     """Return whether a Python module is a package of some packages, or inside."""
     return any(module == package or module.startswith(f"{package}.") for package in packages)
+
+
+def is_trusted(function: Any, packages: tuple[str, ...], own: Collection[Any]) -> bool:
+    """Return whether a forward or a hook, and every function wrapped inside, may be trusted.
+
+    function: a forward or a hook
+    packages: their functions are trusted
+    own: functions to trust, with all functions inside
+    """
+    while function is not None:
+        if function_of(function) in own:
+            return True
+        if not is_within(origin(function), packages):
+            return False
+        function = getattr(function_of(function), "__wrapped__", None)
+    return True
 
 
 def is_flash(attn_implementation: str | None) -> bool:
@@ -121,24 +143,23 @@ def module_refusal(decoder: PreTrainedModel, copy: PreTrainedModel, ran: set[Any
     ran: forwards of the classes of the attention modules in the copy, run packed
     """
     known = {type(module).forward for module in copy.modules()}
+    everywhere = [*_global_forward_pre_hooks.values(), *_global_forward_hooks.values()]
+    for hook in everywhere:
+        if not is_trusted(hook, _PACKAGES, ()):
+            return f"all modules have a hook of {origin(hook)}"
     attentions = 0
     for name, module in decoder.named_modules():
         place = f"{name or 'the decoder'} of {type(decoder).__name__}"
         if not _is_known_class(type(module), known):
             return f"{place} is a {type(module).__name__}, which the class does not build"
         for function in _added_functions(module):
-            if not is_within(origin(function), _PACKAGES) and function_of(function) not in known:
+            if not is_trusted(function, _PACKAGES, known):
                 return f"{place} has a forward or a hook of {origin(function)}"
         attentions += type(module).forward in ran
     layers = decoder.config.num_hidden_layers
     if attentions != layers:
         return f"{type(decoder).__name__} has {attentions} attention modules for {layers} layers"
     return None
-
-
-def function_of(method: Any) -> Any:
-    """Return the function of a method, or the function itself."""
-    return getattr(method, "__func__", method)
 
 
 def _is_known_class(kind: type, known: set[Any]) -> bool:
@@ -153,11 +174,16 @@ def _is_known_class(kind: type, known: set[Any]) -> bool:
 
 def _added_functions(module: nn.Module) -> Iterator[Any]:
     """Yield the forwards and hooks of a module beside the forward of the class."""
-    for name in ("forward", "_old_forward"):
-        if name in module.__dict__:
-            yield module.__dict__[name]
+    yield from added_forwards(module)
     yield from module._forward_pre_hooks.values()
     yield from module._forward_hooks.values()
+
+
+def added_forwards(module: nn.Module) -> Iterator[Any]:
+    """Yield the forwards of a module beside the forward of the class, and hooks of accelerate."""
+    names = ("forward", "_old_forward", "_hf_hook")
+    yield from (module.__dict__[name] for name in names if name in module.__dict__)
+    yield from getattr(module.__dict__.get("_hf_hook"), "hooks", ())
 
 
 # ---- the layers of a call ----

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from una_fast.attention.instance import function_of, is_within, origin
+from una_fast.attention.instance import added_forwards, function_of, is_trusted, is_within, origin
 from una_fast.head.compiling import outside_compile
 from una_fast.model.head_forward import (
     CannotBeScored,
@@ -85,14 +85,10 @@ def _foreign(head: nn.Module) -> tuple[Any, ...]:
     inner = innermost(head)
     own = type(inner).forward
     found = [] if is_within(origin(own), ("torch.nn.modules.linear",)) else [own]
-    added = [inner.__dict__[name] for name in ("forward", "_old_forward") if name in inner.__dict__]
+    added = list(added_forwards(inner))
     for module in dict.fromkeys((head, inner)):
         added.extend(module._forward_hooks.values())
-    if "_hf_hook" in inner.__dict__:
-        added.append(inner._hf_hook)
-    for function in added:
-        if not is_within(origin(function), _CARRIERS) and function_of(function) is not own:
-            found.append(function)
+    found += [function for function in added if not is_trusted(function, _CARRIERS, (own,))]
     return tuple(found)
 
 
@@ -141,8 +137,12 @@ def _compare(causal_lm: PreTrainedModel, head: nn.Module, like: Tensor) -> None:
 
 def _plain(head: nn.Module, hidden: Tensor) -> Tensor:
     """Return W h + b [N, V], computed within the call of the head as a result is."""
-    found = call_head(head, hidden, lambda h, weight, bias: {"logits": F.linear(h, weight, bias)})
-    return found["logits"]
+
+    # Of the same shape as in the model's own call, which may choose the kernel.
+    def scorer(rows: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+        return {"logits": F.linear(rows[None], weight, bias)[0]}
+
+    return call_head(head, hidden, scorer)["logits"]
 
 
 @contextmanager
@@ -198,13 +198,17 @@ def is_replaced(causal_lm: PreTrainedModel, function: Forward) -> bool:
                 "the wrapper off: accelerator.unwrap_model(model, keep_fp32_wrapper=False)"
             )
     added = [*chain, *causal_lm._forward_hooks.values()]
-    return not all(is_within(origin(function), _FORWARDS) for function in added)
+    return not all(is_trusted(function, _FORWARDS, _own(causal_lm)) for function in added)
+
+
+def _own(causal_lm: PreTrainedModel) -> list[Forward]:
+    """Return the forwards of the class of a model and of the classes above."""
+    return [kind.__dict__["forward"] for kind in type(causal_lm).__mro__ if "forward" in vars(kind)]
 
 
 def _forwards(causal_lm: PreTrainedModel) -> list[Forward]:
     """Return the forwards over the forward of the class, from above."""
-    own = [kind.__dict__.get("forward") for kind in type(causal_lm).__mro__]
-    found = []
+    own, found = _own(causal_lm), []
     for forward in forwards_of(causal_lm):
         if function_of(forward) in own:
             break
