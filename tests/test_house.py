@@ -29,7 +29,7 @@ FILES = [*PACKAGE, *sorted((ROOT / "kernels").glob("*.py"))]
 # folder. Rooms of one line do not know each other.
 LAYERS = """
 feedback offsets counters printable files lazy signals score_maps extras
-checks logs settings_file
+checks logs settings_file turns
 parallel group
 distributed
 attention losses kernels flags

@@ -14,6 +14,8 @@ import pytest
 import torch
 import transformers
 from transformers import AutoTokenizer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from families import FAMILIES, SMALL, build, randomize_weights
 from tiny import make_config, make_tokenizer
@@ -331,6 +333,28 @@ def test_flash_attention_is_resolved_without_its_kernel(family, tmp_path):
     eager = dataclasses.replace(config, attn_implementation="eager")
     found, expected = (find_facts(each, [], device="cpu") for each in (config, eager))
     assert found.packing_refusal == expected.packing_refusal
+
+
+def test_an_attention_that_a_user_registered_is_padded(tmp_path, monkeypatch):
+    """The packed attention would compute transformers' softmax in the place of the user's."""
+
+    def attend(*args, **kwargs):
+        raise NotImplementedError
+
+    for table in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+        monkeypatch.setitem(type(table)._global_mapping, "mine", table["sdpa"])
+    model = build("LlamaConfig", implementation="mine")
+    directory = save(model, tmp_path / "model")
+    config = make_config(directory, "data.jsonl", tmp_path / "run", attn_implementation="mine")
+    facts = find_facts(config, [], device="cpu")
+    assert "the attention implementation 'mine' is not one of" in facts.packing_refusal
+    assert not resolve(config, facts).packed
+    # Under a name like those of transformers, too.
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "mine_flash", attend)
+    facts = find_facts(
+        dataclasses.replace(config, attn_implementation="mine_flash"), [], device="cpu"
+    )
+    assert "not of transformers" in facts.packing_refusal
 
 
 def test_a_model_that_has_no_outline_is_padded(tmp_path, monkeypatch, caplog):

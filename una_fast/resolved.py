@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from una_fast.attention.instance import is_flash
 from una_fast.attention.probe import packing_refusal
 from una_fast.attention.split_probe import split_refusal
 from una_fast.config import RunConfig
@@ -40,7 +41,7 @@ from una_fast.head.plan import workspace_bytes
 from una_fast.model.directory import reading
 from una_fast.model.head_forward import head_to_split
 from una_fast.model.head_probe import outside_text
-from una_fast.model.loading import is_flash, model_and_adapter, sized_outline
+from una_fast.model.loading import model_and_adapter, sized_outline
 from una_fast.model.policy import Policy, load_policy
 from una_fast.model.positions import (
     longer_records,

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
 
+from una_fast.attention.instance import Ran, configs_of
 from una_fast.attention.rows import Segments, row_layout
 from una_fast.attention.sdpa import ScoreRule, attend_sdpa, mask_table
 from una_fast.attention.ulysses import attend_split
@@ -32,6 +33,7 @@ from una_fast.attention.varlen import (
 )
 from una_fast.group import ALONE, Group
 from una_fast.logs import say_once
+from una_fast.turns import enter, leave
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +75,7 @@ def packed_attention_forward(
     output_attentions: bool | None = None,
     una_segments: Segments | None = None,
     una_context: Group = ALONE,
+    una_ran: Ran | None = None,
     kernel: VarlenKernel | None = None,
     **extra: Any,
 ) -> tuple[Tensor, None]:
@@ -91,6 +94,7 @@ def packed_attention_forward(
     output_attentions: must not be True
     una_segments: table of the whole row, given to the model's forward
     una_context: ranks with T tokens of the row each, given to the model's forward
+    una_ran: gets the module, given to the model's forward
     kernel: serves the row if able to, on any device; default: the kernel of a CUDA device
     extra: further arguments of transformers; HARMLESS ones are ignored
 
@@ -104,6 +108,8 @@ def packed_attention_forward(
             "una_segments=batch.segments to the model's forward, and generate outside "
             "packed_attention(model)"
         )
+    if una_ran is not None:
+        una_ran.modules.append(module)
     _check_layout(module, query, key, attention_mask)
     if is_causal is False or getattr(module, "is_causal", True) is False:
         raise ValueError(
@@ -230,14 +236,26 @@ def packed_attention(model: nn.Module, name: str = PACKED) -> Iterator[None]:
     Ask `attention.probe.packing_refusal(model)` first: a model with an attention function of its
     own attends over the whole row, without an error.
     """
-    before = [(config, config._attn_implementation_internal) for config in _configs(model)]
     refusal = model.register_forward_pre_hook(_refuse_mask, with_kwargs=True)
+    try:
+        with switched_attention(model, name):
+            yield
+    finally:
+        refusal.remove()
+
+
+@contextmanager
+def switched_attention(model: nn.Module, name: str = PACKED) -> Iterator[None]:
+    """Run packed_attention without a look at masks, for callers that give no mask.
+
+    A hook on the model would stop the calls of a second thread, too.
+    """
+    before = [(config, config._attn_implementation_internal) for config in configs_of(model)]
     try:
         for config, _ in before:
             config._attn_implementation_internal = name
         yield
     finally:
-        refusal.remove()
         for config, implementation in before:
             config._attn_implementation_internal = implementation
 
@@ -247,16 +265,6 @@ def _refuse_mask(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     masks = (*args[1:2], kwargs.get("attention_mask"))
     if any(mask is not None for mask in masks):
         raise ValueError("a packed row has no padding: pass attention_mask=None with una_segments")
-
-
-def _configs(model: nn.Module) -> list[PreTrainedConfig]:
-    """Return the configs in the modules of a model, without repeats."""
-    configs: dict[int, PreTrainedConfig] = {}
-    for module in model.modules():
-        config = module.__dict__.get("config")
-        if isinstance(config, PreTrainedConfig):
-            configs[id(config)] = config
-    return list(configs.values())
 
 
 # Attribute of a module that has run packed: the stack of implementations to put back.
@@ -283,7 +291,11 @@ def ran_packed(module: nn.Module) -> bool:
 
 def _enter_packed(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     if kwargs.get("una_segments") is not None:
-        getattr(module, _RECOMPUTE).append(module.config._attn_implementation_internal)
+        # In a backward, while another thread may be in a forward.
+        turn = None
+        if not torch.compiler.is_compiling():
+            turn = enter(module.config, alone=True)
+        getattr(module, _RECOMPUTE).append((module.config._attn_implementation_internal, turn))
         module.config._attn_implementation_internal = PACKED
 
 
@@ -295,4 +307,7 @@ def _leave_packed(
 ) -> None:
     # The stack is empty after the very first call, which began before the hooks were there.
     if kwargs.get("una_segments") is not None and getattr(module, _RECOMPUTE):
-        module.config._attn_implementation_internal = getattr(module, _RECOMPUTE).pop()
+        before, turn = getattr(module, _RECOMPUTE).pop()
+        module.config._attn_implementation_internal = before
+        if turn is not None:
+            leave(module.config, turn)

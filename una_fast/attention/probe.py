@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from una_fast.attention.instance import attention_refusal, configs_of, module_refusal
 from una_fast.attention.packed import PACKED, packed_attention, ran_packed
 from una_fast.attention.rows import Segment, Segments
 
@@ -49,6 +50,9 @@ def packing_refusal(model: PreTrainedModel) -> str | None:
     under the model's own implementation, on the CPU in fp32. Every layer must also have called the
     packed attention, with segments.
 
+    Modules, forwards, hooks and the attention function of the model at hand must come from its
+    class and config, or from a few trusted packages: see instance.py.
+
     The reduced copy serves every model, however large, on any device and in any dtype; the loaded
     weights would need prompts longer than the model's windows. The probe takes well under a second
     for usual models, never raises, and leaves random state, default dtype and default device alone.
@@ -57,16 +61,33 @@ def packing_refusal(model: PreTrainedModel) -> str | None:
     try:
         with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
-            return _probe(reduced_decoder(model))
+            return _instance_refusal(model)
     # An unknown model may fail in any way, and each is a reason not to pack it.
     except Exception as error:
         failure = f"{type(error).__name__}: {error}"
         return f"the packing probe of {type(model).__name__} failed with {failure}"
 
 
-def reduced_decoder(model: PreTrainedModel) -> PreTrainedModel:
+def _instance_refusal(model: PreTrainedModel) -> str | None:
+    """Return the reason of packing_refusal: of the model's attention, its class or its modules."""
+    decoder = _decoder(model)
+    copy = reduced_copy(decoder)
+    reason = _probe(copy)
+    for config in configs_of(model):
+        reason = reason or attention_refusal(config)
+    if reason is not None:
+        return reason
+    ran = {type(module).forward for module in copy.modules() if ran_packed(module)}
+    return module_refusal(decoder, copy, ran)
+
+
+def _decoder(model: PreTrainedModel) -> PreTrainedModel:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft
-    return reduced_copy(base.get_decoder())
+    return base.get_decoder()
+
+
+def reduced_decoder(model: PreTrainedModel) -> PreTrainedModel:
+    return reduced_copy(_decoder(model))
 
 
 def reduced_copy(model: PreTrainedModel) -> PreTrainedModel:

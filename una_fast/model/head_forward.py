@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from transformers import PreTrainedModel
 from una_fast.distributed import group_of_rows
 from una_fast.group import Group
 from una_fast.head.compiling import outside_compile
+from una_fast.turns import turn
 
 Scorer = Callable[[Tensor, Tensor, Tensor | None], Any]
 """(hidden rows [N, D], head weight [V, D], head bias [V] or None) -> result of the forward."""
@@ -77,21 +79,32 @@ def select_rows(hidden: Tensor, rows: Tensor) -> Tensor:
 def call_head(head: nn.Module, hidden: Tensor, scorer: Scorer) -> Any:
     """Call a head module with a scorer in place of its forward; its hooks run as ever.
 
+    A second thread with a scorer waits; its calls without a scorer run the forward underneath.
+
     head: the output embedding, or a wrapper of it
     hidden: [N, D]
     scorer: see Scorer
     """
-    inner = _innermost(head)
+    inner = innermost(head)
+    with turn(inner, alone=True):
+        return _call_alone(head, inner, hidden, scorer)
+
+
+def _call_alone(head: nn.Module, inner: nn.Module, hidden: Tensor, scorer: Scorer) -> Any:
+    # A hook of accelerate, which brings weights from another device, calls `_old_forward`.
+    name = "_old_forward" if hasattr(inner, "_hf_hook") else "forward"
+    before = inner.__dict__.get(name)
+    own = functools.partial(type(inner).forward, inner) if before is None else before
+    me = threading.get_ident()
 
     def forward(rows: Tensor) -> Any:
+        if threading.get_ident() != me:
+            return own(rows)
         if is_split(inner):
             return _call_split(inner, rows, scorer)
         weight, bias = _whole(inner.weight), _whole(getattr(inner, "bias", None))
         return scorer(rows.to(weight.device), weight, bias)
 
-    # A hook of accelerate, which brings weights from another device, calls `_old_forward`.
-    name = "_old_forward" if hasattr(inner, "_hf_hook") else "forward"
-    before = inner.__dict__.get(name)
     setattr(inner, name, forward)
     try:
         return head(hidden)
@@ -173,12 +186,12 @@ def _own_rows(tensor: DTensor | None, rows: Tensor) -> Tensor | None:
     return local.to(torch.promote_types(local.dtype, rows.dtype))
 
 
-def _innermost(head: nn.Module) -> nn.Module:
+def innermost(head: nn.Module) -> nn.Module:
     """Return the module that holds the weight."""
     for name in _INSIDE:
         inside = getattr(head, name, None)
         if inside is not None:
-            return _innermost(inside)
+            return innermost(inside)
     return head
 
 
@@ -255,20 +268,22 @@ class ModelForward:
 
 
 def runs_function(model: nn.Module, function: Forward) -> bool:
-    """Return whether a model's forward is a ModelForward of a function, or wraps one.
+    """Return whether a model's forward is a ModelForward of a function, or wraps one."""
+    return any(is_forward_of(forward, function) for forward in forwards_of(model))
 
-    Wrappers are looked through if they are a ModelForward or have a `__wrapped__`; others hide what
-    is below them.
+
+def forwards_of(model: nn.Module) -> Iterator[Forward]:
+    """Yield the forward of a model, and the forwards inside, from above.
+
+    The forward inside a wrapper is found through a ModelForward or `__wrapped__`.
     """
     forward = model.forward
     while forward is not None:
-        if is_forward_of(forward, function):
-            return True
+        yield forward
         inside = getattr(forward, "__func__", forward)
         place = getattr(inside, "_una_place", None)
-        hidden = None if place is None else _under(model, place)
+        hidden = None if place is None else _under(getattr(forward, "__self__", model), place)
         forward = getattr(inside, "__wrapped__", hidden)
-    return False
 
 
 def is_forward_of(forward: Forward, function: Forward) -> bool:

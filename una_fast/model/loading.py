@@ -34,6 +34,7 @@ from transformers import (
 )
 from transformers.utils.logging import is_progress_bar_enabled
 
+from una_fast.attention.instance import is_flash
 from una_fast.data.bounded import fault_of_trial
 from una_fast.logs import say_once
 from una_fast.model.base_form import form_to_pack
@@ -333,11 +334,6 @@ def _class_for(config: PreTrainedConfig) -> Any:
         f"{printable(config.name_or_path)}: transformers has no causal language model for its "
         f"config, {kind.__name__}; give a model that writes text from left to right"
     )
-
-
-def is_flash(attn_implementation: str | None) -> bool:
-    """Return whether an attention of transformers is a flash kernel."""
-    return attn_implementation is not None and "flash" in attn_implementation
 
 
 def load_causal_lm(

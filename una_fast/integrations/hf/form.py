@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from una_fast.attention.probe import packing_refusal
 from una_fast.logs import say_once
 from una_fast.model.dropout import attention_dropouts, dropout_rate
-from una_fast.model.head_forward import CannotBeScored
+from una_fast.model.head_check import HeadCheck, has_numbers, is_replaced
+from una_fast.model.head_forward import CannotBeScored, Forward
 from una_fast.model.head_probe import NoSmallCopy, head_fields, probe_head, probe_reduced
 from una_fast.model.positions import has_learned_positions, positions_of, row_wide_rope
 
@@ -31,6 +32,7 @@ class Patch:
 
     softcap, logit_scale: of the head, see linear_una_loss
     head_fields: name -> number of the config, behind softcap and logit_scale
+    head_check: looks at the head of each call
     packs: batches are packed where they can be
     moves: rows padded on the left may begin at position 0: positions are rotary, and only
         differences of positions count
@@ -41,6 +43,7 @@ class Patch:
     softcap: float | None
     logit_scale: float
     head_fields: dict[str, float | None]
+    head_check: HeadCheck
     packs: bool
     moves: bool
     dropouts: list[tuple[Any, str]]
@@ -100,11 +103,16 @@ def inner_model(model: nn.Module) -> PreTrainedModel:
 
 
 def make_patch(
-    causal_lm: PreTrainedModel, pack: str | bool, workspace_mb: float | None, engine: str
+    causal_lm: PreTrainedModel,
+    function: Forward,
+    pack: str | bool,
+    workspace_mb: float | None,
+    engine: str,
 ) -> Patch:
     """Return how a model is scored: the constants of its head, and whether it can be packed.
 
     causal_lm: not wrapped yet
+    function: is to stand over its forward, or does so already
     pack, workspace_mb, engine: as of patch_model
 
     ValueError for pack=, and CannotBeScored, as of patch_model.
@@ -115,7 +123,7 @@ def make_patch(
         raise CannotBeScored(
             f"{type(causal_lm).__name__} is sharded already; patch it before fully_shard"
         )
-    head = head_form(causal_lm)
+    head = head_form(causal_lm, is_replaced(causal_lm, function))
     packs = pack is not False
     refusal = (row_wide_rope(causal_lm) or packing_refusal(causal_lm)) if packs else None
     if refusal is not None:
@@ -125,7 +133,9 @@ def make_patch(
         packs = False
     fields = head_fields(causal_lm.config)
     moves, dropouts = _has_rotary_positions(causal_lm), attention_dropouts(causal_lm)
-    return Patch(*head, fields, packs, moves, dropouts, workspace_mb, engine)
+    before = causal_lm.__dict__.get("_una")
+    check = HeadCheck(causal_lm, None if before is None else before.head_check)
+    return Patch(*head, fields, check, packs, moves, dropouts, workspace_mb, engine)
 
 
 def _has_rotary_positions(causal_lm: PreTrainedModel) -> bool:
@@ -133,17 +143,29 @@ def _has_rotary_positions(causal_lm: PreTrainedModel) -> bool:
     return positions is None or not has_learned_positions(causal_lm, positions)
 
 
-def head_form(causal_lm: PreTrainedModel) -> tuple[float | None, float]:
+def head_form(causal_lm: PreTrainedModel, replaced: bool = False) -> tuple[float | None, float]:
     """Return (softcap, logit_scale) of a model whose weights may be anywhere.
 
+    causal_lm: the model
+    replaced: a forward or a hook of the model may give other logits than the class
+
     CannotBeScored by the class if neither a small copy of the model nor the model itself shows
-    softcap and scale.
+    softcap and scale, or where the forward is replaced and weights are missing.
     """
+    missing = not all(map(has_numbers, causal_lm.parameters()))
+    if replaced and missing:
+        raise CannotBeScored(
+            f"the forward of {type(causal_lm).__name__} was replaced, or has a hook, and its "
+            "weights are not here to compare logits; patch the model before the forward is "
+            "replaced, or when its weights are loaded"
+        )
+    if replaced:
+        spec = probe_head(causal_lm)
+        return spec.softcap, spec.logit_scale
     try:
         spec = probe_reduced(causal_lm)
     except NoSmallCopy:
-        missing = (p.is_meta or p.numel() == 0 for p in causal_lm.parameters())
-        if any(missing):
+        if missing:
             raise
         spec = probe_head(causal_lm)
     return spec.softcap, spec.logit_scale

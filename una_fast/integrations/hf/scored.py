@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, TransformersKwargs
 
-from una_fast.attention.packed import packed_attention
+from una_fast.attention.instance import Ran, attention_refusal, check_ran
+from una_fast.attention.packed import switched_attention
 from una_fast.feedback import Feedback
 from una_fast.head.compiling import outside_compile
 from una_fast.head.row_stats import check_stats
@@ -31,8 +32,15 @@ from una_fast.layout import Layout
 from una_fast.logs import say_once
 from una_fast.losses import Objective
 from una_fast.model.dropout import embedding_noise
-from una_fast.model.head_forward import backbone, backbone_output, call_head, select_rows
+from una_fast.model.head_forward import (
+    Forward,
+    backbone,
+    backbone_output,
+    call_head,
+    select_rows,
+)
 from una_fast.model.head_probe import is_adapted, plain_head
+from una_fast.turns import turn
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +147,7 @@ def scored_forward(
         request = Responses()
     else:
         request = Tokens(tuple(stats))
-    result, aux_loss = run_scorer(causal_lm, layout, inputs, request, options)
+    result, aux_loss = run_scorer(causal_lm, patch, layout, inputs, request, options)
     return UnaModelOutput(**result, aux_loss=aux_loss)
 
 
@@ -302,6 +310,10 @@ def _can_pack(causal_lm: PreTrainedModel, inputs: dict[str, Any], patch: Patch) 
         reason = "the model has attention dropout (remove_dropout sets it to 0)"
     elif embedding_noise(causal_lm):
         reason = "the size of NEFTune's noise depends on the width of a row (neftune_noise_alpha)"
+    else:
+        # An attention implementation may have been set after the patch.
+        for config in (causal_lm.config, causal_lm.get_decoder().config):
+            reason = reason or attention_refusal(config)
     if reason is not None:
         say_once(logging.WARNING, f"batches stay padded: {reason}", logger)
     return reason is None
@@ -320,8 +332,26 @@ def _adapters_per_row(causal_lm: PreTrainedModel) -> str | None:
     return min(given & _ADAPTERS_PER_ROW, default=None)
 
 
+def in_turn(
+    causal_lm: PreTrainedModel, alone: bool, function: Forward, /, *args: Any, **kwargs: Any
+) -> Any:
+    """Run a function of a patched model in the turn of the running thread.
+
+    A scored call changes the config for a time, and models may share a config.
+
+    causal_lm: the model
+    alone: wait for all calls of other threads, for a scored call; else for scored calls
+    function: gets args and kwargs
+    """
+    if torch.compiler.is_compiling():  # turns are no part of a graph
+        return function(*args, **kwargs)
+    with turn(causal_lm.get_decoder().config, alone=alone):
+        return function(*args, **kwargs)
+
+
 def run_scorer(
     causal_lm: PreTrainedModel,
+    patch: Patch,
     layout: Layout,
     inputs: dict[str, Any],
     request: Request,
@@ -330,6 +360,7 @@ def run_scorer(
     """Return a request's result over the rows of a layout, and the loss of the routers, if any.
 
     causal_lm: the model whose forward is running
+    patch: of the model
     layout: of the labels
     inputs: of the backbone, padded
     request: from the operands of the head to results
@@ -345,8 +376,12 @@ def run_scorer(
     else:
         count_call("packed")
         inputs = _packed_inputs(layout, inputs)
-        with packed_attention(causal_lm):
-            output = backbone_output(causal_lm, **inputs, una_segments=layout.segments)
+        ran = Ran()
+        with switched_attention(causal_lm):
+            beside = {"una_segments": layout.segments, "una_ran": ran}
+            output = backbone_output(causal_lm, **inputs, **beside)
+        if not torch.compiler.is_compiling():  # a graph keeps what was traced
+            check_ran(causal_lm, ran)
 
     def scorer(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
         return request(HeadRows(layout.to(hidden.device), hidden, weight, bias, options))
@@ -354,6 +389,7 @@ def run_scorer(
     aux_loss = router_loss(causal_lm, output, inputs)
     chosen = select_rows(output[0], layout.rows)
     del output  # the states of the prompts are not needed by the head
+    patch.head_check.look(causal_lm, chosen)
     return call_head(causal_lm.get_output_embeddings(), chosen, scorer), aux_loss
 
 

@@ -16,7 +16,7 @@ from una_fast.integrations.calls import fall_back
 from una_fast.integrations.hf.form import Patch, make_patch
 from una_fast.integrations.hf.requests import HeadRows, Tokens
 from una_fast.integrations.hf.router import router_coefficient
-from una_fast.integrations.hf.scored import layout_of, run_scorer
+from una_fast.integrations.hf.scored import in_turn, layout_of, run_scorer
 from una_fast.integrations.versions import check_version
 from una_fast.layout import IGNORED, Layout, ScoredPadding
 from una_fast.logs import say_once
@@ -76,12 +76,12 @@ def _forward(
     if fused_lm_head and labels is None and kwargs.get("shift_labels") is None:
         raise ValueError("fused_lm_head=True scores targets: give labels= or shift_labels=")
     if fused_lm_head and _is_served(model, args, labels, kwargs):
-        return _fused_output(model, labels, kwargs)
+        return in_turn(model, True, _fused_output, model, labels, kwargs)
     if labels is not None:
         kwargs["labels"] = labels
     if fused_lm_head:
         return _trl_forward(model)(*args, fused_lm_head=True, **kwargs)
-    return under(*args, **kwargs)
+    return in_turn(model, False, under, *args, **kwargs)
 
 
 def _trl_forward(model: PreTrainedModel) -> Callable[..., Any]:
@@ -110,7 +110,7 @@ def _settings(
     """Return what a trainer asks of a model's head; arguments as of add_una_head."""
     stats = tuple(name for name in outputs if name != "log_probs")
     try:
-        patch, refusal = make_patch(model, pack, workspace_mb, "auto"), None
+        patch, refusal = make_patch(model, _forward, pack, workspace_mb, "auto"), None
     except CannotBeScored as error:
         if pack is True:
             raise
@@ -180,7 +180,7 @@ def _fused_output(model: PreTrainedModel, labels: Tensor, kwargs: dict[str, Any]
     layout = _layout_of(model, inputs, labels, settings.patch)
     options = settings.patch.head_options(model, settings.temperature)
     request = _TokenFields(settings.stats, settings.cast_to_float32)
-    found, aux_loss = run_scorer(model, layout, inputs, request, options)
+    found, aux_loss = run_scorer(model, settings.patch, layout, inputs, request, options)
     mask = labels[:, 1:] != IGNORED
     log_probs = found.pop("logps")
     total = mask.sum().clamp(min=1) if items is None else items
