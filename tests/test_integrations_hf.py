@@ -31,7 +31,7 @@ from families import FAMILIES, REFUSED, SMALL, UNPACKED, build
 from una_fast import Feedback, Layout, Objective, turns, una_loss
 from una_fast.head import ops
 from una_fast.integrations.calls import una_calls
-from una_fast.integrations.hf import patch_model, remove_dropout, unpatch_model
+from una_fast.integrations.hf import adapter_off, patch_model, remove_dropout, unpatch_model
 from una_fast.integrations.hf.scored import Uncast
 from una_fast.model.head_probe import probe_head, probe_reduced
 
@@ -948,7 +948,7 @@ def test_a_forward_of_somebody_else_is_compared_with_the_logits():
     with torch.device("meta"):
         outline = LlamaForCausalLM(LlamaConfig(**SMALL))
     outline.forward = scaled(outline.forward, 1.0)
-    with pytest.raises(ValueError, match="was replaced, or has a hook, and its weights are not"):
+    with pytest.raises(ValueError, match="was replaced, and its weights are not"):
         patch_model(outline)
 
 
@@ -1135,6 +1135,141 @@ def test_a_model_that_accelerate_prepared_is_refused():
     inside = patch_model(adapted).get_base_model()
     rounded = adapted(**batch, una="tokens").logps
     assert (rounded - inside(**batch, una="tokens").logps).abs().max() > 1e-3
+
+
+class OwnMLP(nn.Module):
+    """An MLP of a user's class, token by token."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, hidden):
+        return self.linear(hidden).tanh()
+
+
+class OwnLM(LlamaForCausalLM):
+    """A class that changes the modules of its decoder when it is built."""
+
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.mlp = OwnMLP(config.hidden_size)
+        self.post_init()
+
+
+def outputs_asked(model):
+    model(input_ids=torch.tensor([[5, 6]]), output_hidden_states=True)
+
+
+def compiled_layers(model):
+    for index, layer in enumerate(model.model.layers):
+        model.model.layers[index] = torch.compile(layer, backend="eager")
+
+
+def weight_normed(model):
+    nn.utils.parametrizations.weight_norm(model.model.layers[0].mlp.up_proj)
+
+
+@pytest.mark.parametrize("change", [outputs_asked, compiled_layers, weight_normed, None])
+def test_changes_of_a_model_that_leave_it_packed(change):
+    """By transformers and torch, and of modules by the class of the whole model."""
+    torch._dynamo.reset()
+    torch.manual_seed(3)
+    model = llama() if change else OwnLM(LlamaConfig(**SMALL)).eval()
+    if change:
+        change(model)
+    batch = make_batch()
+    patch_model(model, pack=True)
+    before = una_calls()["packed"]
+    found = model(**batch, una="tokens").logps
+    assert una_calls()["packed"] == before + 1
+    assert (found - eager_logps(model, batch)).abs().max() < 4e-6
+
+
+def test_a_second_patch_of_experts_that_gave_router_logits_packs():
+    fields = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True}
+    model = patch_model(build("MixtralConfig", SMALL | fields))
+    batch = make_batch()
+    out = model(**batch, una="tokens")
+    assert out.aux_loss is not None and model._una.packs
+    assert patch_model(model, workspace_mb=8)._una.packs
+
+
+def test_models_without_positions_in_the_config_are_patched():
+    model = patch_model(build("RecurrentGemmaConfig", RECURRENT))
+    batch = make_batch()
+    assert (model(**batch, una="tokens").logps - eager_logps(model, batch)).abs().max() < 4e-6
+
+
+RECURRENT = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "lru_width": 32,
+    "attention_window_size": 64,
+}
+
+
+def test_hooks_that_cannot_be_compared_leave_a_model_as_it_is():
+    """Of a model, where weights are not here; of its head, once they are gone."""
+    with torch.device("meta"):
+        outline = LlamaForCausalLM(LlamaConfig(**SMALL))
+    outline.register_forward_hook(lambda *_: None)
+    patch_model(outline)
+    model = llama()
+    seen = []
+    hook = model.lm_head.register_forward_hook(lambda *_: seen.append(1))
+    patch_model(model)
+    hook.remove()
+    again = pickle.loads(pickle.dumps(model))
+    batch = make_batch()
+    assert torch.equal(again(**batch, una="tokens").logps, model(**batch, una="tokens").logps)
+
+
+def test_a_plain_head_is_not_called_by_the_patch():
+    model = llama()
+    calls = []
+    model.lm_head.register_forward_pre_hook(lambda *_: calls.append(1))
+    patch_model(model)
+    assert not calls
+    model(**make_batch(), una="tokens")
+    assert len(calls) == 1
+
+
+def test_layers_that_are_dropped_at_random_are_no_error():
+    model = patch_model(build("OPTConfig").train(), pack="auto")
+    assert model._una.packs
+    model.model.decoder.layerdrop = 0.9
+    for _ in range(4):
+        assert model(**make_batch(), una="tokens").logps.isfinite().all()
+
+
+def test_native_adapters_that_are_off_stay_off():
+    peft = pytest.importorskip("peft")
+    model = llama()
+    model.add_adapter(peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    batch = make_batch()
+    patch_model(model)
+
+    def score() -> torch.Tensor:
+        return model(**batch, una="tokens").logps
+
+    with torch.no_grad():
+        policy = score()
+        with adapter_off(model):
+            reference = score()
+            with adapter_off(model):
+                assert torch.equal(score(), reference)
+            assert torch.equal(score(), reference) and not torch.equal(policy, reference)
+        assert torch.equal(score(), policy)
+        model.disable_adapters()
+        with adapter_off(model):
+            pass
+        assert torch.equal(score(), reference)
 
 
 # ---- threads ----

@@ -302,6 +302,17 @@ def test_an_evaluation_before_training_has_the_precision_of_training(
         make_trainer(directory, tokenizer, tmp_path, bf16_full_eval=True)
 
 
+def test_a_compiled_model_has_a_reference(directory, tokenizer, tmp_path):
+    torch._dynamo.reset()
+    records = make_records("pairs", 4)
+    plain = make_trainer(directory, tokenizer, tmp_path, records)
+    plain.train()
+    changes = {"torch_compile": True, "torch_compile_backend": "eager"}
+    compiled = make_trainer(directory, tokenizer, tmp_path, records, **changes)
+    compiled.train()
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-5)
+
+
 def test_metrics_are_those_of_the_call(directory, tokenizer, tmp_path):
     """Nothing is left of a call that failed, or of an earlier start."""
     records = make_records("mixed", 8)

@@ -34,6 +34,8 @@ _PACKAGES = (
     "torchao",
     "trl",
     "torch.ao",
+    "torch.nn.modules.module",
+    "torch.nn.utils",
     "torch.distributed",
     "torch.utils",
     "torch._dynamo",
@@ -43,10 +45,10 @@ _PACKAGES = (
     "transformers.modeling_utils",
     "transformers.pytorch_utils",
     "transformers.quantizers",
+    "transformers.utils",
 )
 # Modules of torch that treat each token by itself.
 _TOKEN_WISE = (
-    "torch.nn.modules.module",
     "torch.nn.modules.container",
     "torch.nn.modules.dropout",
     "torch.nn.modules.linear",
@@ -88,7 +90,7 @@ def is_trusted(function: Any, packages: tuple[str, ...], own: Collection[Any]) -
     own: functions to trust, with all functions inside
     """
     while function is not None:
-        if function_of(function) in own:
+        if any(function_of(function) is one for one in own):
             return True
         if not is_within(origin(function), packages):
             return False
@@ -154,7 +156,10 @@ def module_refusal(decoder: PreTrainedModel, copy: PreTrainedModel, ran: set[Any
             return f"{place} is a {type(module).__name__}, which the class does not build"
         for function in _added_functions(module):
             if not is_trusted(function, _PACKAGES, known):
-                return f"{place} has a forward or a hook of {origin(function)}"
+                return (
+                    f"{place} has a forward or a hook of {origin(function)}; one that changes "
+                    "nothing may be added after the patch"
+                )
         attentions += type(module).forward in ran
     layers = decoder.config.num_hidden_layers
     if attentions != layers:
@@ -205,7 +210,9 @@ def check_ran(model: PreTrainedModel, ran: Ran) -> None:
     decoder = model.get_decoder()
     config = decoder.config
     found = {id(module) for module in ran.modules}
-    drops_layers = decoder.training and getattr(config, "layerdrop", 0)
+    # Set on the module, as the config's is read once.
+    rates = (getattr(holder, "layerdrop", 0) for holder in (config, decoder))
+    drops_layers = decoder.training and any(rates)
     if len(found) >= config.num_hidden_layers or drops_layers:
         return
     lacking = []

@@ -33,7 +33,7 @@ from una_fast.attention.varlen import (
 )
 from una_fast.group import ALONE, Group
 from una_fast.logs import say_once
-from una_fast.turns import enter, leave
+from una_fast.turns import enter, is_alone, leave
 
 logger = logging.getLogger(__name__)
 
@@ -291,9 +291,9 @@ def ran_packed(module: nn.Module) -> bool:
 
 def _enter_packed(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     if kwargs.get("una_segments") is not None:
-        # In a backward, while another thread may be in a forward.
+        # In a backward, while another thread may be in a forward; a forward has its turn already.
         turn = None
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not is_alone(module.config):
             turn = enter(module.config, alone=True)
         getattr(module, _RECOMPUTE).append((module.config._attn_implementation_internal, turn))
         module.config._attn_implementation_internal = PACKED

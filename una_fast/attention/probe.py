@@ -70,24 +70,39 @@ def packing_refusal(model: PreTrainedModel) -> str | None:
 
 def _instance_refusal(model: PreTrainedModel) -> str | None:
     """Return the reason of packing_refusal: of the model's attention, its class or its modules."""
-    decoder = _decoder(model)
+    base = _base(model)
+    decoder = base.get_decoder()
     copy = reduced_copy(decoder)
     reason = _probe(copy)
     for config in configs_of(model):
         reason = reason or attention_refusal(config)
     if reason is not None:
         return reason
+    reason = _unlike(decoder, copy)
+    if reason is None:
+        return None
+    # The class of the whole model may have changed the modules that the decoder's class builds.
+    try:
+        copy = reduced_copy(base).get_decoder()
+    except Exception:  # not every class can be built small
+        return reason
+    if type(copy) is not type(decoder):
+        return reason
+    return _probe(copy) or _unlike(decoder, copy)
+
+
+def _unlike(decoder: PreTrainedModel, copy: PreTrainedModel) -> str | None:
+    """Return why a decoder at hand is unlike a reduced copy, which has run packed rows, or None."""
     ran = {type(module).forward for module in copy.modules() if ran_packed(module)}
     return module_refusal(decoder, copy, ran)
 
 
-def _decoder(model: PreTrainedModel) -> PreTrainedModel:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft
-    return base.get_decoder()
+def _base(model: PreTrainedModel) -> PreTrainedModel:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # peft
 
 
 def reduced_decoder(model: PreTrainedModel) -> PreTrainedModel:
-    return reduced_copy(_decoder(model))
+    return reduced_copy(_base(model).get_decoder())
 
 
 def reduced_copy(model: PreTrainedModel) -> PreTrainedModel:

@@ -41,13 +41,20 @@ def has_adapter(model: nn.Module) -> bool:
 def _native_off(model: Any) -> Callable[[], AbstractContextManager[None]]:
     """Return a disable_adapter for a model of transformers with adapters."""
 
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    before = [layer._disable_adapters for layer in layers]
+
     @contextmanager
     def disable_adapter() -> Iterator[None]:
-        model.disable_adapters()
+        for layer in layers:
+            layer._disable_adapters = True
         try:
             yield
         finally:
-            model.enable_adapters()
+            for layer, disabled in zip(layers, before, strict=True):
+                layer._disable_adapters = disabled
 
     return disable_adapter
 

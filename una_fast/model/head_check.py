@@ -7,6 +7,7 @@ of the head, because hooks may bring the weight for the call.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -52,14 +53,19 @@ class HeadCheck:
         self._compared: tuple[Any, ...] = ()
         head = causal_lm.get_output_embeddings()
         weight = innermost(head).weight
-        if before is not None and before._compared == _foreign(head):
-            self._compared = before._compared
-        elif has_numbers(weight):
+        foreign = _foreign(head)
+        if before is not None and _are_same(before._compared, foreign):
+            self._compared = foreign
+        elif foreign and has_numbers(weight):  # without such, the head is W h + b
             hidden = torch.zeros(1, weight.shape[1], dtype=weight.dtype, device=weight.device)
             for training in (True, False):
                 with _mode(head, training):
                     _compare(causal_lm, head, hidden)
-            self._compared = _foreign(head)
+            self._compared = foreign
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out functions, which may not be pickled: the next call compares again."""
+        return {"_compared": ()}
 
     @outside_compile
     def look(self, causal_lm: PreTrainedModel, hidden: Tensor) -> None:
@@ -70,9 +76,14 @@ class HeadCheck:
         """
         head = causal_lm.get_output_embeddings()
         foreign = _foreign(head)
-        if foreign != self._compared:
+        if not _are_same(foreign, self._compared):
             _compare(causal_lm, head, hidden)
             self._compared = foreign
+
+
+def _are_same(found: tuple[Any, ...], known: tuple[Any, ...]) -> bool:
+    """Return whether two tuples hold the same objects; objects may have an == of their own."""
+    return len(found) == len(known) and all(map(operator.is_, found, known))
 
 
 def has_numbers(tensor: Tensor) -> bool:
@@ -158,8 +169,11 @@ def _mode(head: nn.Module, training: bool) -> Iterator[None]:
 
 @contextmanager
 def _random_rest(head: nn.Module) -> Iterator[None]:
-    """Replace the parameters of a head besides the weight by random numbers inside the block."""
-    saved = {}
+    """Replace the parameters of a head besides the weight by random numbers inside the block.
+
+    Buffers, such as running means, have their numbers back at the end.
+    """
+    saved = {buffer: buffer.data.clone() for buffer in head.buffers() if has_numbers(buffer)}
     generator = torch.Generator().manual_seed(1)
     for name, parameter in head.named_parameters():
         of_weight = name == "weight" or name.startswith("parametrizations.")
@@ -169,20 +183,21 @@ def _random_rest(head: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for parameter, numbers in saved.items():
-            parameter.data.copy_(numbers)
+        for tensor, numbers in saved.items():
+            tensor.data.copy_(numbers)
 
 
 # ---- the forward of the model ----
 
 
-def is_replaced(causal_lm: PreTrainedModel, function: Forward) -> bool:
+def is_replaced(causal_lm: PreTrainedModel, function: Forward, *, hooks: bool) -> bool:
     """Return whether a model has a forward, or a forward hook, with logits unlike the class's.
 
     Forwards and hooks of a few packages are trusted.
 
     causal_lm: the model
     function: is to stand over the forward, as a ModelForward, or does so already
+    hooks: look at forward hooks, too
 
     CannotBeScored for a forward in another precision under the function.
     """
@@ -197,7 +212,7 @@ def is_replaced(causal_lm: PreTrainedModel, function: Forward) -> bool:
                 "scored calls would leave out; patch the model before accelerator.prepare, or take "
                 "the wrapper off: accelerator.unwrap_model(model, keep_fp32_wrapper=False)"
             )
-    added = [*chain, *causal_lm._forward_hooks.values()]
+    added = [*chain, *causal_lm._forward_hooks.values()] if hooks else chain
     return not all(is_trusted(function, _FORWARDS, _own(causal_lm)) for function in added)
 
 

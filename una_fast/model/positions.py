@@ -11,6 +11,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from una_fast.data.examples import Example
 from una_fast.printable import printable
 
+_POSITIONS = "max_position_embeddings"
+_ORIGINAL = "original_max_position_embeddings"
 _OFFSETS = 8  # rows that a table may have beside the positions; OPT has 2
 
 
@@ -21,7 +23,7 @@ def positions_of(causal_lm: PreTrainedModel) -> int | None:
     before the scaling.
     """
     config = causal_lm.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = getattr(config, _POSITIONS, None)
     if not isinstance(positions, int) or isinstance(positions, bool) or positions < 1:
         return None
     return max([positions, *_scaled(config, positions)])
@@ -32,7 +34,7 @@ def _scaled(config: PreTrainedConfig, positions: int) -> Iterator[int]:
     for rope in _ropes(config):
         factor = rope.get("factor")
         if isinstance(factor, int | float) and factor > 1:
-            original = rope.get("original_max_position_embeddings") or positions
+            original = rope.get(_ORIGINAL) or positions
             yield int(original * factor)
 
 
@@ -72,12 +74,13 @@ def _row_wide(causal_lm: PreTrainedModel) -> Iterator[tuple[str, int]]:
     config = causal_lm.config.get_text_config()
     for rope in _ropes(config):
         kind = str(rope.get("rope_type", rope.get("type")))
-        positions = config.max_position_embeddings
-        if kind == "longrope":
-            own = getattr(config, "original_max_position_embeddings", None)
-            yield kind, rope.get("original_max_position_embeddings") or own or positions
-        elif "dynamic" in kind:
-            yield kind, positions
+        if kind == "longrope" or "dynamic" in kind:
+            limits = [getattr(config, name, None) for name in (_ORIGINAL, _POSITIONS)]
+            if kind == "longrope":
+                limits.insert(0, rope.get(_ORIGINAL))
+            else:  # grows beyond the positions of the config
+                limits.reverse()
+            yield kind, next((limit for limit in limits if limit), 0)
 
 
 def longer_records(records: Sequence[Example], causal_lm: PreTrainedModel) -> str | None:

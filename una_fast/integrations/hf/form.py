@@ -123,7 +123,7 @@ def make_patch(
         raise CannotBeScored(
             f"{type(causal_lm).__name__} is sharded already; patch it before fully_shard"
         )
-    head = head_form(causal_lm, is_replaced(causal_lm, function))
+    head = head_form(causal_lm, function)
     packs = pack is not False
     refusal = (row_wide_rope(causal_lm) or packing_refusal(causal_lm)) if packs else None
     if refusal is not None:
@@ -143,21 +143,23 @@ def _has_rotary_positions(causal_lm: PreTrainedModel) -> bool:
     return positions is None or not has_learned_positions(causal_lm, positions)
 
 
-def head_form(causal_lm: PreTrainedModel, replaced: bool = False) -> tuple[float | None, float]:
+def head_form(causal_lm: PreTrainedModel, function: Forward) -> tuple[float | None, float]:
     """Return (softcap, logit_scale) of a model whose weights may be anywhere.
 
     causal_lm: the model
-    replaced: a forward or a hook of the model may give other logits than the class
+    function: is to stand over its forward, or does so already
 
     CannotBeScored by the class if neither a small copy of the model nor the model itself shows
     softcap and scale, or where the forward is replaced and weights are missing.
     """
     missing = not all(map(has_numbers, causal_lm.parameters()))
+    # Hooks are compared where they can be, and are taken to change no logits elsewhere.
+    replaced = is_replaced(causal_lm, function, hooks=not missing)
     if replaced and missing:
         raise CannotBeScored(
-            f"the forward of {type(causal_lm).__name__} was replaced, or has a hook, and its "
-            "weights are not here to compare logits; patch the model before the forward is "
-            "replaced, or when its weights are loaded"
+            f"the forward of {type(causal_lm).__name__} was replaced, and its weights are not here "
+            "to compare logits; patch the model before the forward is replaced, or when its "
+            "weights are loaded"
         )
     if replaced:
         spec = probe_head(causal_lm)

@@ -312,7 +312,8 @@ def _can_pack(causal_lm: PreTrainedModel, inputs: dict[str, Any], patch: Patch) 
         reason = "the size of NEFTune's noise depends on the width of a row (neftune_noise_alpha)"
     else:
         # An attention implementation may have been set after the patch.
-        for config in (causal_lm.config, causal_lm.get_decoder().config):
+        decoder = causal_lm.get_decoder()
+        for config in (causal_lm.config, getattr(decoder, "config", causal_lm.config)):
             reason = reason or attention_refusal(config)
     if reason is not None:
         say_once(logging.WARNING, f"batches stay padded: {reason}", logger)
@@ -345,7 +346,8 @@ def in_turn(
     """
     if torch.compiler.is_compiling():  # turns are no part of a graph
         return function(*args, **kwargs)
-    with turn(causal_lm.get_decoder().config, alone=alone):
+    config = getattr(causal_lm.get_decoder(), "config", causal_lm.config)
+    with turn(config, alone=alone):
         return function(*args, **kwargs)
 
 

@@ -119,9 +119,10 @@ class UNATrainer(DividesByUnits, Trainer):
                     "record, or train an adapter"
                 )
             frozen = _patched(ref_model, pack, workspace_mb).eval().requires_grad_(False)
+            known = list(self.accelerator._models)
             self.ref_model = self.accelerator.prepare_model(frozen, evaluation_mode=True)
             # The Trainer takes any model here for its own, and would evaluate without preparing it.
-            self.accelerator._models.remove(self.ref_model)
+            self.accelerator._models[:] = known
         accelerator = self.accelerator
         self.world = World(accelerator.process_index, accelerator.num_processes, accelerator.device)
         self._meters = {True: self._new_meter(), False: self._new_meter()}
