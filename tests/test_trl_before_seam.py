@@ -574,6 +574,10 @@ def test_an_objective_of_another_type_is_refused(llamas, tmp_path, method, objec
 def test_a_trained_model_is_pickled_and_copied(llamas, tmp_path, method, adapters):
     """Policy and reference, with nothing of the trainer's, and after an error in a step too."""
     directory = llamas["untied"]
+    try:
+        pickle.dumps(AutoModelForCausalLM.from_pretrained(directory))
+    except AttributeError as error:
+        pytest.skip(f"transformers' own model cannot be pickled beside kernels: {error}")
     # The hook of checkpointing on adapters, transformers' own, cannot be pickled.
     settings = {"adapters": adapters, "gradient_checkpointing": False}
     trainer = build(method, True, directory, directory, tmp_path, **settings)
