@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -222,7 +223,9 @@ def _restyle(element: ElementTree.Element) -> None:
     if element.tag == f"{{{_SVG}}}g":
         element.attrib.pop("id", None)
     if "style" in element.attrib:
-        parts = element.attrib["style"].split(";")
+        # Older matplotlib writes size and family together.
+        style = re.sub(r"\bfont: (\S+) [^;]*", r"font-size: \1", element.attrib["style"])
+        parts = style.split(";")
         style = ";".join(part for part in parts if "font-family" not in part)
         for placeholder, variable in _VARIABLES.items():
             style = style.replace(placeholder, f"var(--{variable})")
