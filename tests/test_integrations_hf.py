@@ -26,7 +26,15 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
-from embedded import RESPONSES, difference, eager_logps, gradients, make_batch, plain
+from embedded import (
+    RESPONSES,
+    add_native_adapter,
+    difference,
+    eager_logps,
+    gradients,
+    make_batch,
+    plain,
+)
 from families import FAMILIES, REFUSED, SMALL, UNPACKED, build
 from una_fast import Feedback, Layout, Objective, turns, una_loss
 from una_fast.head import ops
@@ -1252,7 +1260,8 @@ def test_layers_that_are_dropped_at_random_are_no_error():
 def test_native_adapters_that_are_off_stay_off():
     peft = pytest.importorskip("peft")
     model = llama()
-    model.add_adapter(peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    options = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    add_native_adapter(model, options)
     batch = make_batch()
     patch_model(model)
 

@@ -16,6 +16,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from embedded import add_native_adapter
 from families import FAMILIES, SMALL, build
 from tiny import make_records, save_llama
 from una_fast import Objective, una_loss
@@ -236,7 +237,7 @@ def test_adapters_of_transformers_need_no_reference(directory, tokenizer, tmp_pa
     adapted = peft.get_peft_model(load(directory), options)
     torch.manual_seed(0)
     native = load(directory)
-    native.add_adapter(options)
+    add_native_adapter(native, options)
     given = {"ref_model": None, "learning_rate": 1.0}
     runs = []
     for model in (adapted, native):

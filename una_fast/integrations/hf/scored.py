@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, TransformersKwargs
 
 from una_fast.attention.instance import Ran, attention_refusal, check_ran
-from una_fast.attention.packed import switched_attention
+from una_fast.attention.packed import packed_attention, switched_attention
 from una_fast.feedback import Feedback
 from una_fast.head.compiling import outside_compile
 from una_fast.head.row_stats import check_stats
@@ -379,7 +379,9 @@ def run_scorer(
         count_call("packed")
         inputs = _packed_inputs(layout, inputs)
         ran = Ran()
-        with switched_attention(causal_lm):
+        # The hook of packed_attention ends a graph. Within one, torch 2.11 does not see the switch.
+        switch = packed_attention if torch.compiler.is_compiling() else switched_attention
+        with switch(causal_lm):
             beside = {"una_segments": layout.segments, "una_ran": ran}
             output = backbone_output(causal_lm, **inputs, **beside)
         if not torch.compiler.is_compiling():  # a graph keeps what was traced
