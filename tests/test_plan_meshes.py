@@ -143,7 +143,8 @@ def test_the_plan_of_a_mesh_is_what_a_rank_takes_and_sends(case, models, measure
     batch = [Row(case.row[0], tuple(case.row[1])).example()] * case.records
     step = planner(case, models).step(batch, accumulate=case.accumulate)
     peaks = [rank["peak"] for rank in measured[case.name]]
-    assert step.peak == pytest.approx(max(peaks), rel=0.1)
+    # A rank that waits for a slow one lets gradients go later, on a busy machine.
+    assert 0.9 * min(peaks) <= step.peak <= 1.1 * max(peaks), peaks
     sent = step.sent(2 if case.accumulate else 1)
     measured_sent = {name: size for name, size in measured[case.name][0]["sent"].items() if size}
     assert sent == pytest.approx(measured_sent, rel=1e-6)
