@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -24,9 +24,9 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
     model: with an adapter, see has_adapter; under a wrapper, the one inside
     """
     asked = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    off = model.disable_adapter if hasattr(model, "disable_adapter") else _native_off(model)
+    is_peft = hasattr(model, "disable_adapter")
     try:
-        with off():
+        with model.disable_adapter() if is_peft else layers_off(model):
             _restore(asked)
             yield
     finally:
@@ -38,25 +38,27 @@ def has_adapter(model: nn.Module) -> bool:
     return hasattr(model, "disable_adapter") or getattr(model, "_hf_peft_config_loaded", False)
 
 
-def _native_off(model: Any) -> Callable[[], AbstractContextManager[None]]:
-    """Return a disable_adapter for a model of transformers with adapters."""
+@contextmanager
+def layers_off(model: nn.Module) -> Iterator[None]:
+    """Switch the adapted layers of a model off inside the block, and nothing else.
 
+    peft's own disable_adapter also freezes the adapters, which FSDP2 may see in its first forward.
+
+    model: with adapters in its layers
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
 
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # the second: trained copies of modules
+    layers = [module for module in model.modules() if isinstance(module, kinds)]
     before = [layer._disable_adapters for layer in layers]
-
-    @contextmanager
-    def disable_adapter() -> Iterator[None]:
+    try:
         for layer in layers:
             layer._disable_adapters = True
-        try:
-            yield
-        finally:
-            for layer, disabled in zip(layers, before, strict=True):
-                layer._disable_adapters = disabled
-
-    return disable_adapter
+        yield
+    finally:
+        for layer, disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = disabled
 
 
 def _restore(asked: list[tuple[nn.Parameter, bool]]) -> None:

@@ -28,12 +28,12 @@ from una_fast.model.head_forward import (
     innermost,
     is_forward_of,
 )
+from una_fast.model.head_probe import in_mode, row_error
 
 # Packages whose hooks bring weights, and change no numbers.
 _CARRIERS = ("una_fast", "torch", "accelerate", "deepspeed")
 # Packages whose forwards of a model give the logits of the class.
-_FORWARDS = ("una_fast", "torch", "accelerate", "deepspeed", "liger_kernel", "peft", "trl")
-_FORWARDS = (*_FORWARDS, "transformers")
+_FORWARDS = (*_CARRIERS, "liger_kernel", "peft", "transformers", "trl")
 # Forwards in another precision, which a function under which they stand would leave out.
 _PRECISIONS = ("torch.amp", "torch.cuda.amp", "torch.cpu.amp", "accelerate")
 _MOVERS = ("accelerate.hooks",)
@@ -59,7 +59,7 @@ class HeadCheck:
         elif foreign and has_numbers(weight):  # without such, the head is W h + b
             hidden = torch.zeros(1, weight.shape[1], dtype=weight.dtype, device=weight.device)
             for training in (True, False):
-                with _mode(head, training):
+                with in_mode(head, training=training):
                     _compare(causal_lm, head, hidden)
             self._compared = foreign
 
@@ -131,11 +131,11 @@ def _compare(causal_lm: PreTrainedModel, head: nn.Module, like: Tensor) -> None:
                 "cannot be scored"
             ) from error
     if theirs.shape == ours.shape:
-        distance = ((ours - theirs).norm(dim=-1) / ours.norm(dim=-1)).nan_to_num(torch.inf).max()
+        distance = row_error(theirs, ours)
         allowed = max(1e-5, torch.finfo(like.dtype).eps)
         if distance <= allowed:
             return
-        difference = f"off by {float(distance):.1e} (relative, allowed {allowed:.0e})"
+        difference = f"off by {distance:.1e} (relative, allowed {allowed:.0e})"
     else:
         difference = f"of shape {list(theirs.shape)} for {list(ours.shape)}"
     changes = [getattr(one, "__qualname__", type(one).__name__) for one in _foreign(head)]
@@ -154,17 +154,6 @@ def _plain(head: nn.Module, hidden: Tensor) -> Tensor:
         return {"logits": F.linear(rows[None], weight, bias)[0]}
 
     return call_head(head, hidden, scorer)["logits"]
-
-
-@contextmanager
-def _mode(head: nn.Module, training: bool) -> Iterator[None]:
-    before = {module: module.training for module in head.modules()}
-    head.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in before.items():
-            module.training = mode
 
 
 @contextmanager

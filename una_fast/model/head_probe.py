@@ -143,7 +143,11 @@ def _fitting_form(causal_lm: PreTrainedModel, head: nn.Module) -> str:
     devices = [head.weight.device] if head.weight.is_cuda else []
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=devices))
-        for prepared in (_evaluating(causal_lm), without_dropout(causal_lm), _random_bias(head)):
+        for prepared in (
+            in_mode(causal_lm, training=False),
+            without_dropout(causal_lm),
+            _random_bias(head),
+        ):
             stack.enter_context(prepared)
         hidden, logits, drift = _observe(causal_lm, head)
         _check_observed(causal_lm, head, logits, drift, tolerance)
@@ -151,7 +155,7 @@ def _fitting_form(causal_lm: PreTrainedModel, head: nn.Module) -> str:
     errors = {}
     candidates = _candidates(causal_lm.config)
     for name, form in candidates.items():
-        errors[name] = _row_error(_shape_logits(raw, *form), logits.float())
+        errors[name] = row_error(_shape_logits(raw, *form), logits.float())
     best = min(errors, key=errors.get)
     if errors[best] > tolerance:
         softcap, logit_scale = candidates[best]
@@ -251,7 +255,7 @@ def _observe(causal_lm: PreTrainedModel, head: nn.Module) -> tuple[Tensor, Tenso
             f"{type(causal_lm).__name__} does not call its {causal_lm.base_model_prefix}; it "
             "cannot be scored"
         )
-    drift = _row_error(scored[0].float(), stretch.seen[0].float())
+    drift = row_error(scored[0].float(), stretch.seen[0].float())
     return stretch.stretched.flatten(0, 1), logits.flatten(0, 1), drift
 
 
@@ -342,22 +346,22 @@ def _shape_logits(raw: Tensor, softcap: float | None, logit_scale: float) -> Ten
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
-def _row_error(ours: Tensor, truth: Tensor) -> float:
+def row_error(ours: Tensor, truth: Tensor) -> float:
     """Return the largest relative error of a row (2-norm); infinity for NaN."""
     error = (ours - truth).norm(dim=-1) / truth.norm(dim=-1)
     return float(error.nan_to_num(math.inf).max())
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode inside the block, and restore the flags of all modules."""
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Put a model in training or eval mode in the block, and restore the flags of all modules."""
     flags = {module: module.training for module in model.modules()}
-    model.eval()
+    model.train(training)
     try:
         yield
     finally:
-        for module, training in flags.items():
-            module.training = training
+        for module, flag in flags.items():
+            module.training = flag
 
 
 @contextmanager

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -31,6 +30,7 @@ from una_fast.distributed import World, shard
 from una_fast.group import ALONE, Group
 from una_fast.logs import say_once
 from una_fast.model.activations import decoder_layers, switch_on
+from una_fast.model.adapter import layers_off
 from una_fast.model.directory import reading
 from una_fast.model.head_forward import (
     Scorer,
@@ -118,18 +118,8 @@ class Policy:
                 "a fully trained policy has no adapter to switch off; use a frozen copy or cached "
                 "ref_logps"
             )
-        kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # the second: trained copies of modules
-        layers = [module for module in self.model.modules() if isinstance(module, kinds)]
-        # peft's own disable_adapter also freezes the adapters: FSDP2 may see that in its first
-        # forward.
-        before = [layer._disable_adapters for layer in layers]
-        try:
-            for layer in layers:
-                layer._disable_adapters = True
+        with layers_off(self.model):
             yield
-        finally:
-            for layer, disabled in zip(layers, before, strict=True):
-                layer._disable_adapters = disabled
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that require a gradient, tied ones once."""

@@ -377,7 +377,10 @@ def _check_reference(reference: nn.Module, model: nn.Module, args: TrainingArgum
 
 
 def _refuse_uncached(dataset: Any) -> None:
-    """Raise ValueError if the first record has no ref_logps. dataset: of training; not a stream"""
+    """Raise ValueError if the first record of a dataset has no ref_logps.
+
+    dataset: of training; a stream passes
+    """
     if dataset is None or isinstance(dataset, IterableDataset) or not len(dataset):
         return
     if isinstance(dataset[0], Mapping) and "ref_logps" not in dataset[0]:
