@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from una_fast.model.head_probe import is_adapted
+
 # Ways of peft to begin an adapter that change the weights under it.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Parts of the names of parameters that are replaced, or left out, where the adapters are off.
@@ -46,11 +48,7 @@ def layers_off(model: nn.Module) -> Iterator[None]:
 
     model: with adapters in its layers
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import AuxiliaryTrainingWrapper
-
-    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # the second: trained copies of modules
-    layers = [module for module in model.modules() if isinstance(module, kinds)]
+    layers = list(filter(is_adapted, model.modules()))
     before = [layer._disable_adapters for layer in layers]
     try:
         for layer in layers:
